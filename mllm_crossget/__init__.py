@@ -1,0 +1,24 @@
+"""mllm_crossget: fewer visual tokens in Hugging Face vision-language models (CrossGET, ICML 2024)."""
+
+from mllm_crossget.api import accelerate_mllm, accelerated, restore_mllm, trace_merges, unsupported_reason
+from mllm_crossget.checkpoint import load_crossget, load_official_cross_tokens, save_crossget
+from mllm_crossget.config import ReductionConfig, method_names
+from mllm_crossget.methods import CrossGetConfig, RandomConfig, ToMeConfig
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CrossGetConfig",
+    "RandomConfig",
+    "ReductionConfig",
+    "ToMeConfig",
+    "accelerate_mllm",
+    "accelerated",
+    "load_crossget",
+    "load_official_cross_tokens",
+    "method_names",
+    "restore_mllm",
+    "save_crossget",
+    "trace_merges",
+    "unsupported_reason",
+]

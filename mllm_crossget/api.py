@@ -1,0 +1,273 @@
+"""The library on one page: make a model cheaper, take it back, do it for a while."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from mllm_crossget import families as _registered_families  # noqa: F401 - registers them
+from mllm_crossget import methods as _registered_methods  # noqa: F401 - registers them
+from mllm_crossget.config import ReductionConfig, method_class
+from mllm_crossget.families.base import Family, config_at, families, module_at, tower_kind
+from mllm_crossget.hooks.attention import attention_problem
+from mllm_crossget.hooks.cross_tokens import CrossTokens
+from mllm_crossget.hooks.journal import Journal
+from mllm_crossget.hooks.model import HANDLE, Handle, ReducedFeatures, ReducedModel, handle_of
+from mllm_crossget.hooks.text import hook_text
+from mllm_crossget.hooks.tower import LayerTrace, hook_tower
+from mllm_crossget.methods.base import Method
+from mllm_crossget.schedule import TowerGeometry, make_schedule
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def accelerate_mllm(
+    model: Model,
+    config: ReductionConfig | None = None,
+    *,
+    method: str | None = None,
+    keep_ratio: float | None = None,
+    visual_tokens: int | None = None,
+    r: int | list[int] | None = None,
+    **options: Any,
+) -> Model:
+    """Make a model cheaper **in place** by merging visual tokens, and return it.
+
+    The model keeps its class name, its inputs and the layout of its outputs: ``generate`` takes the processor's
+    full-length prompts and returns full-length sequences. A model that is accelerated already gets the new setting and
+    keeps its cross tokens. ``restore_mllm`` undoes everything.
+
+    Args:
+        model: a loaded transformers model of a supported family (``unsupported_reason(model)`` is None).
+        config: a method's dataclass, such as ``CrossGetConfig(keep_ratio=0.25)``; instead of the keywords.
+        method: "crossget" (default), "tome", "random".
+        keep_ratio, visual_tokens, r: the dial, see ``ReductionConfig``; give at most one.
+        options: further fields of the method's dataclass.
+
+    Raises:
+        ValueError: an unsupported model, two dials, a dial the tower cannot meet; the model is unchanged.
+        TypeError: not a torch module, or a setting of the wrong type.
+
+    Example:
+        >>> model = accelerate_mllm(model, keep_ratio=0.5)
+        >>> output = model.generate(**processor(images=image, text=prompt, return_tensors="pt"), max_new_tokens=64)
+    """
+    chosen = _settings(config, method, keep_ratio, visual_tokens, r, options)
+    target = _base_model(model)
+    family = supported_family(target)
+    geometry = family.geometry(target.config)
+    make_schedule(chosen, geometry)
+    old = handle_of(target)
+    if old is not None and old.method == chosen:
+        return model
+    tokens = old.cross_tokens if old is not None else {}
+    if old is not None:
+        old.journal.rollback()
+    try:
+        _apply(target, family, geometry, chosen, tokens)
+    except BaseException:
+        if old is not None:
+            _apply(target, old.family, old.geometry, old.method, tokens)
+        raise
+    return model
+
+
+def restore_mllm(model: Model) -> Model:
+    """Undo ``accelerate_mllm`` **in place**, bit for bit, and return the model.
+
+    Learned cross tokens leave with it: ``save_crossget`` first if they matter. A model that is not accelerated is
+    returned as it is.
+    """
+    target = _base_model(model)
+    handle = handle_of(target)
+    if handle is not None:
+        handle.journal.rollback()
+    return model
+
+
+@contextmanager
+def accelerated(model: Model, config: ReductionConfig | None = None, **settings: Any) -> Iterator[Model]:
+    """Accelerate a model for the length of a ``with`` block; afterwards it is as it was before, also after an error.
+
+    Arguments as ``accelerate_mllm``.
+    """
+    before = handle_of(_base_model(model))
+    previous = before.method if before is not None else None
+    accelerate_mllm(model, config, **settings)
+    try:
+        yield model
+    finally:
+        if previous is None:
+            restore_mllm(model)
+        else:
+            accelerate_mllm(model, previous)
+
+
+@contextmanager
+def trace_merges(model: nn.Module) -> Iterator[list[LayerTrace]]:
+    """Record what every vision layer merges during a ``with`` block.
+
+    Yields a list to which each forward of the vision tower appends one ``LayerTrace`` per layer.
+
+    Raises:
+        ValueError: the model is not accelerated, or runs at ``keep_ratio=1`` where nothing is merged.
+    """
+    handle = handle_of(_base_model(model))
+    if handle is None or handle.tower is None:
+        state = "not accelerated" if handle is None else "accelerated with keep_ratio=1, which merges nothing"
+        raise ValueError(f"the model is {state}; call accelerate_mllm(model, keep_ratio=0.5) first")
+    handle.tower.trace = trace = []
+    try:
+        yield trace
+    finally:
+        handle.tower.trace = None
+
+
+def unsupported_reason(model: nn.Module) -> str | None:
+    """Why a model cannot be accelerated and what to use instead, or None if it can."""
+    try:
+        supported_family(_base_model(model))
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def supported_family(model: nn.Module) -> Family:
+    """The family of a model whose structure was checked. Raises ``TypeError`` or ``ValueError`` with the reason."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a loaded transformers model, got {type(model).__name__}; call from_pretrained first")
+    known = families()
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type is None and isinstance(getattr(model, "module", None), nn.Module):
+        raise ValueError(
+            f"the model is wrapped in {type(model).__name__}: call accelerate_mllm before wrapping it for distributed "
+            "training, on the transformers model itself"
+        )
+    if model_type not in known:
+        raise ValueError(
+            f"{type(model).__name__} (model type {model_type!r}) is not supported; supported model types: "
+            f"{', '.join(sorted(known))}"
+        )
+    family = known[model_type]
+    family.geometry(model.config)
+    _check_structure(model, family)
+    return family
+
+
+def _check_structure(model: nn.Module, family: Family) -> None:
+    """Everything that the hooks rely on is there. Raises ``ValueError`` that names what is missing."""
+    paths = [family.tower, family.language_model, family.projector, family.features_owner]
+    for path in filter(None, paths):
+        try:
+            module_at(model, path)
+        except AttributeError as error:
+            raise ValueError(
+                f"{type(model).__name__} has no {path!r}; pass the full model for generation, as from_pretrained makes it"
+            ) from error
+    kind = tower_kind(config_at(model.config, family.vision_config).model_type, family.towers, type(model).__name__)
+    encoder = module_at(module_at(model, family.tower), kind.encoder)
+    for layer in getattr(encoder, kind.names.layers):
+        for name in (kind.names.norm1, kind.names.attention, kind.names.norm2, kind.names.mlp):
+            if not hasattr(layer, name):
+                raise ValueError(f"a vision layer of {type(model).__name__} has no {name!r}: unknown structure")
+        problem = attention_problem(getattr(layer, kind.names.attention))
+        if problem is not None:
+            raise ValueError(problem)
+    if any(type(parameter).__name__ == "DTensor" for parameter in model.parameters()):
+        raise ValueError("the model is sharded already (fully_shard): call accelerate_mllm before sharding it")
+
+
+def _settings(
+    config: ReductionConfig | None,
+    method: str | None,
+    keep_ratio: float | None,
+    visual_tokens: int | None,
+    r: int | list[int] | None,
+    options: dict[str, Any],
+) -> Method:
+    dials = {"keep_ratio": keep_ratio, "visual_tokens": visual_tokens, "r": r}
+    given = {name: value for name, value in {"method": method, **dials, **options}.items() if value is not None}
+    if config is not None:
+        if not isinstance(config, Method):
+            raise TypeError(f"config must be a method's dataclass such as CrossGetConfig, got {type(config).__name__}")
+        if given:
+            raise ValueError(f"got a config and {sorted(given)}; set them in the config, or leave the config out")
+        return config
+    given.pop("method", None)
+    kind = method_class(method or "crossget")
+    unknown = sorted(set(options) - set(kind.__dataclass_fields__))
+    if unknown:
+        raise ValueError(f"method {kind.method!r} has no option {unknown}; it has {sorted(kind.__dataclass_fields__)}")
+    return kind(**given)  # type: ignore[return-value]
+
+
+def _base_model(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PEFT wrapper, or the model itself."""
+    if not isinstance(model, nn.Module) or not hasattr(model, "peft_config") or not hasattr(model, "get_base_model"):
+        return model
+    base = model.get_base_model()
+    if handle_of(base) is None:
+        warnings.warn(
+            "the model is wrapped by PEFT already: cross tokens added now are neither trained nor saved by the adapter; "
+            "call accelerate_mllm before get_peft_model, with modules_to_save=['cross_tokens']",
+            stacklevel=3,
+        )
+    return base
+
+
+def _apply(
+    model: nn.Module, family: Family, geometry: TowerGeometry, method: Method, tokens: dict[str, nn.Module]
+) -> None:
+    """Change the model; on any error it is put back as it was."""
+    journal = Journal()
+    handle = Handle(method, family, geometry, make_schedule(method, geometry), journal, tokens)
+    try:
+        journal.set_attribute(model, HANDLE, handle)
+        if not method.is_identity:
+            _apply_hooks(model, handle)
+    except BaseException:
+        journal.rollback()
+        raise
+
+
+def _apply_hooks(model: nn.Module, handle: Handle) -> None:
+    family, journal = handle.family, handle.journal
+    tower = module_at(model, family.tower)
+    kind = tower_kind(config_at(model.config, family.vision_config).model_type, family.towers, type(model).__name__)
+    encoder = module_at(tower, kind.encoder)
+    layers = getattr(encoder, kind.names.layers)
+    if handle.schedule.cross:
+        _make_cross_tokens(model, handle, layers)
+    vision = handle.cross_tokens.get("vision") if handle.schedule.cross else None
+    handle.tower = hook_tower(journal, encoder, layers, kind.names, handle.method, handle.geometry, vision)
+    if handle.schedule.cross and family.language_model is not None:
+        language_model = module_at(model, family.language_model)
+        hook_text(journal, language_model, language_model.layers, handle.cross_tokens["text"])
+    if handle.schedule.drop_cross and family.features_owner is not None:
+        journal.swap_class(module_at(model, family.features_owner), ReducedFeatures)
+    if family.image_token is not None:
+        journal.swap_class(model, ReducedModel)
+
+
+def _make_cross_tokens(model: nn.Module, handle: Handle, layers: nn.ModuleList) -> None:
+    if "vision" not in handle.cross_tokens:
+        config = config_at(model.config, handle.family.vision_config)
+        handle.cross_tokens["vision"] = _cross_tokens_like(layers[0], len(layers), config.hidden_size)
+    if handle.family.language_model is not None and "text" not in handle.cross_tokens:
+        text_layers = module_at(model, handle.family.language_model).layers
+        width = model.config.get_text_config().hidden_size
+        handle.cross_tokens["text"] = _cross_tokens_like(text_layers[0], len(text_layers), width)
+
+
+def _cross_tokens_like(layer: nn.Module, layers: int, width: int) -> CrossTokens:
+    """Zero cross tokens in a layer's floating dtype, on the device where the layer computes."""
+    parameter = next(p for p in layer.parameters() if p.is_floating_point())
+    device = parameter.device
+    if device.type == "meta" and hasattr(layer, "_hf_hook"):  # offloaded by accelerate
+        device = torch.device(layer._hf_hook.execution_device)
+    return CrossTokens(layers, width, dtype=parameter.dtype, device=device)

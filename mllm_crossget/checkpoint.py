@@ -1,0 +1,175 @@
+"""The small files of an accelerated model: ``crossget_config.json`` and ``crossget.safetensors``; and the official ones.
+
+Keys do not depend on module paths: ``vision.cross`` (layers, width) and ``text.cross`` (layers, width).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mllm_crossget.api import _base_model, accelerate_mllm
+from mllm_crossget.config import ReductionConfig, find_file
+from mllm_crossget.hooks.cross_tokens import CrossTokens
+from mllm_crossget.hooks.model import Handle, handle_of
+
+WEIGHTS_NAME = "crossget.safetensors"
+OFFICIAL_WEIGHTS_NAME = "cross_tokens.bin"
+_CROSS_MODULE = re.compile(r"(^|\.)cross_tokens\.")
+_OFFICIAL_CROSS = {
+    "vision": re.compile(r"(^|\.)(encoder|visual\.transformer)\.cross_image$|^cross_image$"),
+    "text": re.compile(r"(^|\.)(model|transformer)\.cross_text$|^cross_text$"),
+}
+_OFFICIAL_PREFIXES = (
+    (r"^model\.vision_tower\.vision_tower\.(vision_model\.)?", "model.vision_tower."),
+    (r"^model\.mm_projector\.0\.", "model.multi_modal_projector.linear_1."),
+    (r"^model\.mm_projector\.2\.", "model.multi_modal_projector.linear_2."),
+    (r"^model\.(layers|embed_tokens|norm)\.", r"model.language_model.\1."),
+)
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def save_crossget(model: nn.Module, save_directory: str | Path) -> list[Path]:
+    """Write the settings and the learned cross tokens of an accelerated model; returns the files' paths.
+
+    Raises:
+        ValueError: the model is not accelerated.
+    """
+    handle = _handle(model)
+    paths = [handle.method.save_pretrained(save_directory)]
+    tensors = cross_state(model)
+    if tensors:
+        path = Path(save_directory) / WEIGHTS_NAME
+        save_file(tensors, path, metadata={"format": "pt", "method": handle.method.method})
+        paths.append(path)
+    return paths
+
+
+def load_crossget(model: Model, name_or_path: str | Path, *, config: ReductionConfig | None = None, **hub_kwargs: Any) -> Model:
+    """Accelerate a model with saved settings and cross tokens, **in place**, and return it.
+
+    Args:
+        model: the model that the files were made for, accelerated or not.
+        name_or_path: a folder, or a repository of the hub, as ``save_crossget`` or ``save_pretrained`` wrote it.
+        config: settings to use instead of the saved ones (another ``keep_ratio``, say).
+        hub_kwargs: passed to ``hf_hub_download`` (``revision``, ``token``, ...).
+
+    Raises:
+        ValueError: a file is missing or corrupt, or made for another geometry; the model is unchanged.
+    """
+    chosen = config if config is not None else ReductionConfig.from_pretrained(name_or_path, **hub_kwargs)
+    if not chosen.uses_cross_tokens or chosen.is_identity:
+        return accelerate_mllm(model, chosen)
+    path = find_file(name_or_path, WEIGHTS_NAME, **hub_kwargs)
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file ({error}); save it again with save_crossget") from error
+    return _with_cross_tokens(model, chosen, tensors, path)
+
+
+def load_official_cross_tokens(model: Model, path: str | Path, config: ReductionConfig | None = None) -> Model:
+    """Accelerate a LLaVA with the official ``cross_tokens.bin`` (CrossGET repository), **in place**, and return it.
+
+    Args:
+        model: the matching LLaVA (`llava-hf/llava-1.5-7b-hf` for the 7B file).
+        path: the file, or the folder that holds it.
+        config: settings; by default ``CrossGetConfig(r=13)``, the published one.
+
+    Raises:
+        ValueError: no such file, no cross tokens in it, or another geometry; the model is unchanged.
+    """
+    file = Path(path)
+    file = file / OFFICIAL_WEIGHTS_NAME if file.is_dir() else file
+    if not file.is_file():
+        raise ValueError(f"{file} does not exist; give cross_tokens.bin or the folder that holds it")
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    chosen = config if config is not None else ReductionConfig.from_dict({"method": "crossget", "r": 13})
+    return _with_cross_tokens(model, chosen, split_official_state_dict(state)[1], file)
+
+
+def split_official_state_dict(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Translate a state dict with official (LLaVA-format) names.
+
+    Returns:
+        Weights under transformers' in-memory names, and the cross tokens under this library's keys.
+    """
+    weights, cross = {}, {}
+    for name, tensor in state.items():
+        place = next((place for place, pattern in _OFFICIAL_CROSS.items() if pattern.search(name)), None)
+        if place is not None:
+            cross[f"{place}.cross"] = tensor.reshape(tensor.shape[-2:]).contiguous()
+            continue
+        for pattern, replacement in _OFFICIAL_PREFIXES:
+            name = re.sub(pattern, replacement, name)
+        weights[name] = tensor
+    return weights, cross
+
+
+def cross_state(model: nn.Module) -> dict[str, Tensor]:
+    """Learned cross tokens of an accelerated model under this library's keys; empty for methods without any."""
+    tokens = _handle(model).cross_tokens
+    return {f"{place}.cross": _weight(module).detach().cpu().clone() for place, module in tokens.items()}
+
+
+def without_cross_tokens(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict without cross tokens: what plain transformers can load."""
+    return {name: tensor for name, tensor in state.items() if not _CROSS_MODULE.search(name)}
+
+
+def _handle(model: nn.Module) -> Handle:
+    handle = handle_of(_base_model(model))
+    if handle is None:
+        raise ValueError("the model is not accelerated; call accelerate_mllm(model) or load_crossget(model, ...) first")
+    return handle
+
+
+def _weight(module: nn.Module) -> Tensor:
+    """The cross tokens' tensor, also inside PEFT's ``modules_to_save`` wrapper (the active adapter's copy)."""
+    return module().detach() if not isinstance(module, CrossTokens) else module.weight
+
+
+def _with_cross_tokens(model: Model, config: ReductionConfig, tensors: Mapping[str, Tensor], path: Path) -> Model:
+    previous = handle_of(_base_model(model))
+    before = previous.method if previous is not None else None
+    accelerate_mllm(model, config)
+    handle = _handle(model)
+    try:
+        _check_tensors(handle.cross_tokens, tensors, path)
+    except ValueError:
+        _take_back(model, before)
+        raise
+    for place, module in handle.cross_tokens.items():
+        with torch.no_grad():
+            module.weight.copy_(tensors[f"{place}.cross"])
+    return model
+
+
+def _take_back(model: nn.Module, before: ReductionConfig | None) -> None:
+    from mllm_crossget.api import restore_mllm
+
+    if before is None:
+        restore_mllm(model)
+    else:
+        accelerate_mllm(model, before)
+
+
+def _check_tensors(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor], path: Path) -> None:
+    expected = {f"{place}.cross": tuple(module.weight.shape) for place, module in modules.items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if found != expected:
+        raise ValueError(
+            f"{path} does not fit this model: it holds {found}, the model needs {expected} (layers, width); "
+            "was it made for another model?"
+        )
+    bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor.float()).all()]
+    if bad:
+        raise ValueError(f"{path} holds values in {bad} that are not finite; the file is damaged")

@@ -1,0 +1,191 @@
+"""The settings every reduction method shares: one dial, its checks, and how they are written to and read from a file.
+
+Knows nothing of models. A method (see ``mllm_crossget.methods``) is a dataclass that derives from ``ReductionConfig``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from huggingface_hub import HfApi, hf_hub_download
+
+CONFIG_NAME = "crossget_config.json"
+FORMAT_VERSION = 1
+_DIALS = ("keep_ratio", "visual_tokens", "r")
+_METHODS: dict[str, type[ReductionConfig]] = {}
+
+Config = TypeVar("Config", bound="ReductionConfig")
+
+
+@dataclass
+class ReductionConfig:
+    """How many visual tokens to keep. Give exactly one dial; with none, ``keep_ratio=0.5``.
+
+    Args:
+        keep_ratio: share of the visual tokens that reaches the language side, in (0, 1]. 1 changes nothing at all.
+        visual_tokens: the same as a number of tokens per image.
+        r: tokens removed in each layer of the vision tower (one integer for all layers, or a list with one per layer);
+            a layer never removes more than half of what it may remove.
+
+    Raises:
+        ValueError: two dials at once, or a value outside its range.
+        TypeError: a value of the wrong type.
+    """
+
+    keep_ratio: float | None = None
+    visual_tokens: int | None = None
+    r: int | list[int] | None = None
+
+    method: ClassVar[str] = ""
+    uses_cross_tokens: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        given = [name for name in _DIALS if getattr(self, name) is not None]
+        if len(given) > 1:
+            settings = ", ".join(f"{name}={getattr(self, name)!r}" for name in given)
+            raise ValueError(f"got {settings}: these are spellings of the same dial, give exactly one of {_DIALS}")
+        if not given:
+            self.keep_ratio = 0.5
+        if self.keep_ratio is not None:
+            self.keep_ratio = _checked_ratio(self.keep_ratio)
+        if self.visual_tokens is not None:
+            self.visual_tokens = _checked_count("visual_tokens", self.visual_tokens, least=1)
+        if self.r is not None:
+            self.r = _checked_removals(self.r)
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether this setting leaves the model untouched."""
+        return self.keep_ratio == 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as JSON types, with the method's name and the version of the format."""
+        values = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        return {"method": self.method, "format_version": FORMAT_VERSION, **values}
+
+    @classmethod
+    def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
+        """The inverse of ``to_dict``. Raises ``ValueError`` for an unknown method, field or format version."""
+        values = dict(values)
+        version = values.pop("format_version", FORMAT_VERSION)
+        if version != FORMAT_VERSION:
+            raise ValueError(
+                f"the settings have format_version={version!r}, this version of mllm_crossget reads {FORMAT_VERSION}: "
+                "upgrade mllm_crossget"
+            )
+        kind = method_class(values.pop("method", cls.method))
+        if not issubclass(kind, cls):
+            raise ValueError(f"the settings are for method {kind.method!r}, not {cls.method!r}: use {kind.__name__}")
+        known = {f.name for f in dataclasses.fields(kind)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"{kind.__name__} has no field {unknown}; its fields are {sorted(known)}")
+        return kind(**values)
+
+    def save_pretrained(self, save_directory: str | Path) -> Path:
+        """Write ``crossget_config.json`` into a folder (made if absent) and return the file's path."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / CONFIG_NAME
+        path.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n")
+        return path
+
+    @classmethod
+    def from_pretrained(cls: type[Config], name_or_path: str | Path, **hub_kwargs: Any) -> Config:
+        """Read ``crossget_config.json`` from a folder, or from a repository of the hub.
+
+        Raises:
+            ValueError: the file is missing from the folder, is not JSON, or does not hold valid settings.
+        """
+        path = find_file(name_or_path, CONFIG_NAME, **hub_kwargs)
+        try:
+            values = json.loads(path.read_text())
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not a JSON file ({error}); write it with save_pretrained") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} holds a {type(values).__name__}, expected an object with the method's fields")
+        return cls.from_dict(values)
+
+    def push_to_hub(self, repo_id: str, *, token: str | None = None, private: bool | None = None) -> str:
+        """Upload ``crossget_config.json`` to a repository of the hub (made if absent); returns the commit's address."""
+        api = HfApi(token=token)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        commit = api.upload_file(
+            path_or_fileobj=(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n").encode(),
+            path_in_repo=CONFIG_NAME,
+            repo_id=repo_id,
+        )
+        return str(commit)
+
+
+def register_method(kind: type[Config]) -> type[Config]:
+    """Class decorator: make a method known by its name to ``accelerate_mllm``, the command line and the tests."""
+    _METHODS[kind.method] = kind
+    return kind
+
+
+def method_class(name: str) -> type[ReductionConfig]:
+    """The dataclass of the method called ``name``. Raises ``ValueError`` that lists the known names."""
+    if name not in _METHODS:
+        raise ValueError(f"unknown method {name!r}; known methods: {', '.join(method_names())}")
+    return _METHODS[name]
+
+
+def method_names() -> list[str]:
+    """Names of the registered methods, sorted."""
+    return sorted(_METHODS)
+
+
+def find_file(name_or_path: str | Path, filename: str, **hub_kwargs: Any) -> Path:
+    """Path of ``filename`` in a local folder or, if there is no such folder, downloaded from the hub.
+
+    Raises:
+        ValueError: the folder exists but does not contain the file.
+    """
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        path = folder / filename
+        if not path.is_file():
+            raise ValueError(f"{folder} has no {filename}; it holds {sorted(p.name for p in folder.iterdir())[:20]}")
+        return path
+    return Path(hf_hub_download(str(name_or_path), filename, **hub_kwargs))
+
+
+def _checked_ratio(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"keep_ratio must be a number in (0, 1], got {value!r}")
+    if not math.isfinite(value) or not 0 < value <= 1:
+        raise ValueError(f"keep_ratio must be in (0, 1], got {value!r}; 1 keeps every visual token, 0.5 half of them")
+    return float(value)
+
+
+def _checked_count(name: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    return value
+
+
+def _checked_removals(value: Any) -> int | list[int]:
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        if not value:
+            raise ValueError("r is an empty list; give one integer per layer of the vision tower, or one integer")
+        return [_checked_count(f"r[{i}]", item, least=0) for i, item in enumerate(value)]
+    return _checked_count("r", value, least=0)
+
+
+__all__ = [
+    "CONFIG_NAME",
+    "ReductionConfig",
+    "find_file",
+    "method_class",
+    "method_names",
+    "register_method",
+]

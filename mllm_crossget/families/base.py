@@ -1,0 +1,124 @@
+"""What a model family is: data that says where tower, layers and language model are, and what reaches the language side.
+
+Knows no method. A new family is one new file that builds a ``Family`` and calls ``register_family``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from mllm_crossget.schedule import TowerGeometry
+
+
+@dataclass(frozen=True)
+class LayerNames:
+    """Attribute names inside an encoder (``layers``) and inside its pre-norm layers."""
+
+    layers: str = "layers"
+    norm1: str = "layer_norm1"
+    attention: str = "self_attn"
+    norm2: str = "layer_norm2"
+    mlp: str = "mlp"
+
+
+@dataclass(frozen=True)
+class TowerKind:
+    """A kind of vision tower, known by the ``model_type`` of its configuration.
+
+    Args:
+        model_type: of the vision configuration.
+        prefix: tokens in front of the patches (1 for a class token).
+        encoder: path from the tower to the module that holds the layers.
+        names: attribute names inside it.
+    """
+
+    model_type: str
+    prefix: int
+    encoder: str = "encoder"
+    names: LayerNames = LayerNames()
+
+
+CLIP_TOWER = TowerKind("clip_vision_model", prefix=1)
+SIGLIP_TOWER = TowerKind("siglip_vision_model", prefix=0)
+TOWERS = {kind.model_type: kind for kind in (CLIP_TOWER, SIGLIP_TOWER)}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family.
+
+    Args:
+        model_type: of the top configuration (``model.config.model_type``).
+        tower: path to the vision tower; "" if the model is the tower.
+        vision_config: path from the configuration to the vision configuration.
+        geometry: configuration -> the tower's geometry. Raises ``ValueError`` where the configuration cannot be served.
+        language_model: path to the decoder that takes text cross tokens, or None.
+        projector: path to the module that maps vision features to the text width, or None.
+        features_owner: path to the module whose ``get_image_features`` the top model calls, or None.
+        image_token: name of the configuration's field with the placeholder's token id, or None without placeholders.
+        towers: the tower kinds that are served.
+        note: one line for the table of families: where tokens are reduced.
+    """
+
+    model_type: str
+    tower: str
+    vision_config: str
+    geometry: Callable[[Any], TowerGeometry]
+    language_model: str | None
+    projector: str | None
+    features_owner: str | None
+    image_token: str | None
+    towers: tuple[str, ...]
+    note: str
+
+
+_FAMILIES: dict[str, Family] = {}
+
+
+def register_family(family: Family) -> Family:
+    """Make a family known to ``accelerate_mllm``, the command line and the tests."""
+    _FAMILIES[family.model_type] = family
+    return family
+
+
+def families() -> dict[str, Family]:
+    """The registered families by model type."""
+    return dict(_FAMILIES)
+
+
+def module_at(root: nn.Module, path: str) -> nn.Module:
+    """Submodule at a dotted path; "" is the root."""
+    return root.get_submodule(path) if path else root
+
+
+def config_at(config: Any, path: str) -> Any:
+    """Sub-configuration at a dotted path; "" is the configuration itself."""
+    for name in filter(None, path.split(".")):
+        config = getattr(config, name)
+    return config
+
+
+def patches_per_image(vision_config: Any) -> int:
+    """Patch tokens of one image: (image_size // patch_size)²; image and patch size in pixels."""
+    return (vision_config.image_size // vision_config.patch_size) ** 2
+
+
+def tower_kind(model_type: str, towers: tuple[str, ...], owner: str) -> TowerKind:
+    """The kind of a vision tower. Raises ``ValueError`` that names the supported ones."""
+    if model_type not in towers:
+        reason = _TOWER_REASONS.get(model_type, "its layers are not known to mllm_crossget")
+        raise ValueError(
+            f"{owner} with a {model_type!r} vision tower is not supported: {reason}; supported towers: "
+            f"{', '.join(towers)}"
+        )
+    return TOWERS[model_type]
+
+
+_TOWER_REASONS = {
+    "pixtral": "it packs all images into one sequence with a block mask and splits the features by the patch grid",
+    "qwen2_vl": "it packs all images into one sequence and merges 2x2 blocks of the patch grid",
+}

@@ -1,0 +1,67 @@
+"""LLaVA (1.5 and everything of that shape): CLIP or SigLIP tower, MLP projector, decoder-only language model.
+
+Tokens merge inside the tower; the features of layer ``vision_feature_layer`` reach the language model, without the class
+token under the "default" strategy, with CrossGET's cross token as the last one (278 = 277 patches + 1 at r = 13, 336 px).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mllm_crossget.families.base import Family, patches_per_image, register_family, tower_kind
+from mllm_crossget.schedule import TowerGeometry
+
+_TOWERS = ("clip_vision_model", "siglip_vision_model")
+_STRATEGIES = ("default", "full")
+
+
+def geometry(config: Any) -> TowerGeometry:
+    """Geometry of a ``LlavaConfig``.
+
+    Raises:
+        ValueError: a tower, a feature layer or a selection strategy that cannot be served.
+    """
+    kind = tower_kind(config.vision_config.model_type, _TOWERS, "LLaVA")
+    layers = config.vision_config.num_hidden_layers
+    layer, strategy = config.vision_feature_layer, config.vision_feature_select_strategy
+    if not isinstance(layer, int):
+        raise ValueError(
+            f"vision_feature_layer={layer!r}: features of several layers are concatenated token by token, and merged "
+            "layers have different numbers of tokens; use a single layer, such as -2"
+        )
+    read = layer if layer >= 0 else layers + 1 + layer
+    if not 1 <= read <= layers:
+        raise ValueError(
+            f"vision_feature_layer={layer} is outside the {layers} layers of the vision tower, or in front of the "
+            f"first one, where nothing is merged yet; use -{layers} to -1"
+        )
+    if strategy not in _STRATEGIES:
+        raise ValueError(f"vision_feature_select_strategy={strategy!r}; supported: {', '.join(_STRATEGIES)}")
+    if strategy == "default" and kind.prefix == 0:
+        raise ValueError(
+            f"vision_feature_select_strategy='default' drops the first token, which is a patch of a {kind.model_type}; "
+            "use 'full'"
+        )
+    return TowerGeometry(
+        patches=patches_per_image(config.vision_config),
+        prefix=kind.prefix,
+        layers=layers,
+        read=read,
+        drops_prefix=strategy == "default",
+    )
+
+
+LLAVA = register_family(
+    Family(
+        model_type="llava",
+        tower="model.vision_tower",
+        vision_config="vision_config",
+        geometry=geometry,
+        language_model="model.language_model",
+        projector="model.multi_modal_projector",
+        features_owner="model",
+        image_token="image_token_id",
+        towers=_TOWERS,
+        note="inside the vision tower; the language model gets the merged tokens",
+    )
+)

@@ -1,0 +1,58 @@
+"""The alignment loss in training: takes the cross tokens that both sides recorded and adds the loss to the output."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mllm_crossget.hooks.text import text_state
+from mllm_crossget.hooks.tower import TowerState
+from mllm_crossget.ops.alignment import alignment_loss
+
+
+def add_alignment_loss(
+    output: Any, tower: TowerState, language_model: nn.Module, projector: nn.Module, images_per_row: Tensor, kl: str
+) -> Any:
+    """The output with a field ``alignment_loss`` (unweighted), in the graph of the cross tokens alone.
+
+    Args:
+        output: the model's output dataclass.
+        tower, language_model: where the cross tokens of this forward were recorded; they are taken from there.
+        projector: maps vision cross tokens to the text width; its weights get no gradient from the loss.
+        images_per_row: (B,) images in every row of the batch.
+        kl: form of the divergence.
+    """
+    text = text_state(language_model)
+    vision_cross, tower.cross_record = tower.cross_record, None
+    text_cross, text.cross_record = text.cross_record, None
+    if text_cross is None or vision_cross is None:
+        loss = output.logits.new_zeros((), dtype=torch.float32)
+    else:
+        row_of_image = torch.arange(len(images_per_row), device=text_cross.device).repeat_interleave(
+            images_per_row.to(text_cross.device)
+        )
+        loss = alignment_loss(_project(projector, vision_cross), text_cross, row_of_image, kl)[0]
+    return aligned_output(type(output))(**dict(output.items()), alignment_loss=loss)
+
+
+@functools.cache
+def aligned_output(output_class: type) -> type:
+    """The output's class with one more field; a real dataclass, because DDP and FSDP rebuild outputs by their fields."""
+    field = ("alignment_loss", Tensor | None, dataclasses.field(default=None))
+    made = dataclasses.make_dataclass(output_class.__name__, [field], bases=(output_class,))
+    made.__module__, made.__qualname__ = output_class.__module__, output_class.__qualname__
+    return made
+
+
+def _project(projector: nn.Module, tokens: Tensor) -> Tensor:
+    """The projector with detached weights. A frozen one is simply called, as quantised weights cannot be swapped."""
+    if not any(parameter.requires_grad for parameter in projector.parameters()):
+        return projector(tokens)
+    detached = {name: parameter.detach() for name, parameter in projector.named_parameters()}
+    return torch.func.functional_call(projector, detached, (tokens,))
+
+

@@ -1,0 +1,150 @@
+"""One attention function for every vision tower: it adds the log token size, delegates to the tower's own
+implementation, and records what the matching needs. The attention itself is not copied.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from mllm_crossget.hooks.journal import Journal
+from mllm_crossget.ops.importance import attend_with_importance, attention_importance, importance_of_map
+
+IMPLEMENTATION = "mllm_crossget"
+# Everything private that we rely on, in one place; checked when a model is accelerated.
+_IMPLEMENTATION_FIELD = "_attn_implementation_internal"
+_SLOT = "_mllm_crossget_slot"
+
+
+@dataclass
+class AttentionSlot:
+    """Passes values between one layer and its attention during one call; emptied by the layer that filled it.
+
+    Attributes:
+        config: the tower's own configuration, whose attention implementation is honoured.
+        key_bias: (B, T) log token size to add to the logits, or None.
+        record: whether keys are wanted, and ``importance`` too.
+        cross_token: whether the last token is a cross token (see ``ops.importance.query_weights``).
+        keys, importance: what was recorded.
+    """
+
+    config: Any
+    key_bias: Tensor | None = None
+    record_keys: bool = False
+    record_importance: bool = False
+    cross_token: bool = False
+    keys: Tensor | None = None
+    importance: Tensor | None = None
+
+    def take(self) -> tuple[Tensor, Tensor | None]:
+        """The recorded keys and importance; the slot is empty afterwards."""
+        keys, importance = self.keys, self.importance
+        self.keys = self.importance = self.key_bias = None
+        if keys is None:
+            raise RuntimeError(
+                "the vision tower's attention did not go through transformers' attention interface; "
+                "was its forward replaced after accelerate_mllm?"
+            )
+        return keys, importance
+
+
+def hook_attention(journal: Journal, attention: nn.Module) -> AttentionSlot:
+    """Route one attention module through ``reduced_attention``; returns its slot."""
+    slot = AttentionSlot(config=attention.config)
+    shadow = copy.copy(attention.config)
+    shadow.__dict__[_IMPLEMENTATION_FIELD] = IMPLEMENTATION
+    if IMPLEMENTATION not in ALL_ATTENTION_FUNCTIONS.valid_keys():
+        ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, reduced_attention)
+    journal.set_attribute(attention, "config", shadow)
+    journal.set_attribute(attention, _SLOT, slot)
+    return slot
+
+
+def slot_of(attention: nn.Module) -> AttentionSlot:
+    """The slot of a hooked attention module."""
+    return attention.__dict__[_SLOT]
+
+
+def attention_problem(attention: nn.Module) -> str | None:
+    """Why this attention module cannot be hooked, or None."""
+    config = getattr(attention, "config", None)
+    if config is None or _IMPLEMENTATION_FIELD not in vars(config):
+        return f"{type(attention).__name__} does not use transformers' attention interface"
+    return None
+
+
+def reduced_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' attention interface: (B, H, T, D) projections in, ((B, T, H, D), weights or None) out."""
+    slot = slot_of(module)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if slot.record_keys:
+        slot.keys = key.detach().mean(dim=1)
+    implementation = slot.config._attn_implementation
+    if slot.record_importance and attention_mask is None and _one_softmax_is_best(implementation, query, dropout):
+        output, slot.importance = attend_with_importance(query, key, value, scaling, slot.key_bias, slot.cross_token)
+        return output, None
+    output, weights = _delegate(module, implementation, query, key, value, attention_mask, slot.key_bias, scaling,
+                                dropout, kwargs)  # fmt: skip
+    if slot.record_importance and weights is not None and not dropout:
+        slot.importance = importance_of_map(weights, slot.cross_token)
+    elif slot.record_importance:
+        slot.importance = attention_importance(query, key, scaling, slot.key_bias, slot.cross_token)
+    return output, weights
+
+
+def _one_softmax_is_best(implementation: str, query: Tensor, dropout: float) -> bool:
+    """On a CPU the fused kernel saves no time, so output and importance can share one softmax (measured: half the
+    cost of the importance). With gradients the fused kernel saves memory, and on a GPU time."""
+    return implementation == "sdpa" and query.device.type == "cpu" and not torch.is_grad_enabled() and not dropout
+
+
+def _delegate(
+    module: nn.Module,
+    implementation: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    key_bias: Tensor | None,
+    scaling: float,
+    dropout: float,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    eager = vars(sys.modules[type(module).__module__])["eager_attention_forward"]
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
+    if key_bias is None:
+        return attend(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
+    if implementation.startswith("flash"):
+        query, key, value, width = _with_bias_column(query, key, value, key_bias, scaling)
+        output, weights = attend(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
+        return output[..., :width], weights
+    bias = key_bias[:, None, None, :].to(query.dtype)
+    mask = bias if mask is None else mask + bias
+    return attend(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
+
+
+def _with_bias_column(
+    query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor, scaling: float
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Carry the key bias in eight more columns of the heads, for kernels that take no mask: q·k + 1·(bias/scaling)."""
+    width = value.shape[-1]
+    column = (key_bias[:, None, :, None] / scaling).to(key.dtype).expand(-1, key.shape[1], -1, -1)
+    ones = torch.ones_like(query[..., :1])
+    query = nn.functional.pad(torch.cat([query, ones], dim=-1), (0, 7))
+    key = nn.functional.pad(torch.cat([key, column], dim=-1), (0, 7))
+    return query, key, nn.functional.pad(value, (0, 8)), width

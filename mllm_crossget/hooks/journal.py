@@ -1,0 +1,79 @@
+"""Changes to a model, written down so that they can be undone bit for bit. Knows nothing of what the changes mean."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+_MISSING = "<attribute was not there>"
+
+
+class Journal:
+    """A list of changes to modules. ``rollback`` takes them back, last one first.
+
+    Holds plain references and no closures, so that ``copy.deepcopy`` of a model copies its journal correctly.
+    """
+
+    def __init__(self) -> None:
+        self._entries: list[tuple[str, Any, Any, Any]] = []
+
+    def set_attribute(self, target: Any, name: str, value: Any) -> None:
+        """Set an instance attribute that is not a module or parameter."""
+        old = target.__dict__.get(name, _MISSING)
+        self._entries.append(("attribute", target, name, old))
+        target.__dict__[name] = value
+
+    def add_module(self, parent: nn.Module, name: str, module: nn.Module) -> None:
+        """Register a new submodule."""
+        if hasattr(parent, name):
+            raise ValueError(f"{type(parent).__name__} already has {name!r}; it cannot be accelerated")
+        self._entries.append(("module", parent, name, None))
+        parent.add_module(name, module)
+
+    def swap_class(self, module: nn.Module, mixin: type) -> None:
+        """Put ``mixin`` in front of the instance's class; the class keeps its name, module and qualified name."""
+        original = type(module)
+        self._entries.append(("class", module, original, None))
+        module.__class__ = mixed_class(original, mixin)
+        if "_old_forward" in module.__dict__:  # accelerate hides the class's forward behind the instance's
+            self.set_attribute(module, "_old_forward", type(module).forward.__get__(module))
+
+    def rollback(self) -> None:
+        """Undo every change; the journal is empty afterwards."""
+        while self._entries:
+            kind, target, what, old = self._entries.pop()
+            if kind == "class":
+                target.__class__ = what
+            elif kind == "module":
+                delattr(target, what)
+            elif isinstance(old, str) and old == _MISSING:
+                target.__dict__.pop(what, None)
+            else:
+                target.__dict__[what] = old
+
+
+@functools.cache
+def mixed_class(original: type, mixin: type) -> type:
+    """A subclass (mixin, original) that looks like ``original`` to everything that goes by names.
+
+    transformers finds hidden-state hooks, device maps and sharding policies by class name, and reads the signatures of
+    ``forward`` and ``generate``: names and signatures stay those of the original.
+    """
+    namespace: dict[str, Any] = {"__module__": original.__module__, "__doc__": original.__doc__}
+    for name in ("forward", "generate", "get_image_features"):
+        if name in vars(mixin):
+            namespace[name] = _with_signature_of(getattr(original, name), vars(mixin)[name])
+    mixed = type(original.__name__, (mixin, original), namespace)
+    mixed.__qualname__ = original.__qualname__
+    return mixed
+
+
+def _with_signature_of(original: Callable[..., Any], replacement: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return replacement(self, *args, **kwargs)
+
+    return method

@@ -1,0 +1,152 @@
+"""The prompt side: fewer image placeholders in front of the language model, the user's layout behind it.
+
+Pure tensor functions on token ids and masks; knows no model. B rows, L columns of the user's prompt, C columns after
+compaction.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+LAYOUT = "_mllm_crossget_layout"
+
+
+@dataclass
+class Compaction:
+    """Which columns of a prompt stay.
+
+    Attributes:
+        index: (B, C) column of the user's prompt for every compact column; 0 where ``real`` is False.
+        real: (B, C) False for padding made by the compaction.
+        length: L.
+    """
+
+    index: Tensor
+    real: Tensor
+    length: int
+
+    def compact(self, values_BL: Tensor, fill: int) -> Tensor:
+        """(B, L) -> (B, C); padding gets ``fill``."""
+        return values_BL.gather(1, self.index).masked_fill(~self.real, fill)
+
+    def compact_positions(self, positions_BL: Tensor) -> Tensor:
+        """Position ids without the gaps that the dropped placeholders leave: (B, L) -> (B, C)."""
+        dropped = torch.ones_like(positions_BL)
+        dropped.scatter_reduce_(1, self.index, (~self.real).to(dropped.dtype), "amin")
+        dropped = dropped * self._inside(positions_BL)
+        return self.compact(positions_BL - dropped.cumsum(dim=1), 0)
+
+    def _inside(self, values_BL: Tensor) -> Tensor:
+        """(B, L) 1 from a row's first kept column on: padding in front of it was no placeholder."""
+        columns = torch.arange(self.length, device=values_BL.device)
+        first = self.index.masked_fill(~self.real, self.length).amin(dim=1, keepdim=True)
+        return (columns >= first).to(values_BL.dtype)
+
+    def expand(self, values_BCV: Tensor) -> Tensor:
+        """(B, C, V) -> (B, L, V) in the user's columns; zeros where a column was dropped."""
+        batch, columns, width = values_BCV.shape
+        index = self.index.masked_fill(~self.real, self.length)  # padding goes to a spare column that is cut off
+        full = values_BCV.new_zeros(batch, self.length + 1, width)
+        return full.scatter(1, index[..., None].expand(-1, -1, width), values_BCV)[:, :-1]
+
+
+@dataclass
+class Layout:
+    """Remembered on a KV cache: how the compact columns in it relate to the user's columns.
+
+    Attributes:
+        length: columns of the user's prompt that the compaction covered.
+        mask: (B, C) attention mask of the compact columns that replaced them.
+        ids: (B, C) their token ids.
+        removed: (B,) positions taken out of each row.
+    """
+
+    length: int
+    mask: Tensor
+    ids: Tensor
+    removed: Tensor
+
+    @property
+    def shift(self) -> int:
+        """Columns by which the user's layout is longer."""
+        return self.length - self.mask.shape[1]
+
+    def compact_mask(self, mask_BL: Tensor) -> Tensor:
+        """The user's mask over all columns so far, in compact columns."""
+        repeats = mask_BL.shape[0] // self.mask.shape[0]
+        prefix = self.mask.repeat_interleave(repeats, dim=0).to(mask_BL)
+        return torch.cat([prefix, mask_BL[:, self.length :]], dim=1)
+
+
+def plan_compaction(
+    ids_BL: Tensor, mask_BL: Tensor | None, image_token: int, counts: list[tuple[int, int]], left: bool
+) -> Compaction:
+    """Choose the columns that stay: of every image's ``n`` placeholders the last ``k``, of the padding none but what
+    rows of different length need.
+
+    The last placeholders stay so that the logit in front of the first text token exists.
+
+    Args:
+        ids_BL: (B, L) token ids.
+        mask_BL: (B, L) attention mask, or None for all ones.
+        image_token: id of the placeholder.
+        counts: (n, k) of every image, in the order of the flattened batch.
+        left: pad shorter rows on the left.
+
+    Raises:
+        ValueError: placeholders do not add up to the images, or an image's placeholders cross rows.
+    """
+    is_image = ids_BL == image_token
+    _check_rows(is_image, [n for n, _ in counts])
+    keep = torch.cat([torch.arange(n) >= n - k for n, k in counts]).to(ids_BL.device)
+    stays = torch.ones_like(is_image)
+    stays[is_image] = keep
+    if mask_BL is not None:
+        stays &= ~_outer_padding(mask_BL)
+    columns = max(1, int(stays.sum(dim=1).max()))
+    if left:
+        order = stays.to(torch.uint8).argsort(dim=1, stable=True)[:, -columns:]
+    else:
+        order = stays.to(torch.uint8).argsort(dim=1, stable=True, descending=True)[:, :columns]
+    real = stays.gather(1, order)
+    return Compaction(order.masked_fill(~real, 0), real, ids_BL.shape[1])
+
+
+def check_counts(total: int, full: int, compact: int, images: int) -> bool:
+    """Whether a prompt is still in the processor's layout (True) or compact already (False).
+
+    Raises:
+        ValueError: the number of placeholders fits neither.
+    """
+    if total == compact:
+        return False
+    if total == full:
+        return True
+    per_image = f"{full // images} (as the processor makes them) or {compact // images} (already reduced)"
+    raise ValueError(
+        f"the prompt holds {total} image placeholders for {images} image(s); expected {per_image} each, that is {full} "
+        f"or {compact}. Is the image token missing from a prompt, or was the prompt made for another image size?"
+    )
+
+
+def _outer_padding(mask: Tensor) -> Tensor:
+    """(B, L) True in the masked runs at both ends of each row; masked columns in between stay what they are."""
+    real = (mask != 0).to(torch.int64)
+    return (real.cumsum(dim=1) == 0) | (real.flip(1).cumsum(dim=1).flip(1) == 0)
+
+
+def _check_rows(is_image: Tensor, sizes: list[int]) -> None:
+    borders, total = set(), 0
+    for size in [0, *sizes]:
+        total += size
+        borders.add(total)
+    ends = is_image.sum(dim=1).cumsum(dim=0).tolist()
+    bad = [row for row, end in enumerate(ends) if end not in borders]
+    if bad:
+        raise ValueError(
+            f"row {bad[0]} of the prompt ends in the middle of an image's placeholders: {is_image[bad[0]].sum().item()} "
+            f"placeholders for images of {sorted(set(sizes))} tokens; was the prompt truncated?"
+        )

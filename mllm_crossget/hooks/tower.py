@@ -1,0 +1,189 @@
+"""The vision side: tokens merge inside every layer, between attention and MLP.
+
+State travels as positional arguments (hidden states, mask, token sizes, cross token, removals) through the layers and
+back, so gradient checkpointing can replay a layer and two forwards may precede one backward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
+
+from mllm_crossget.families.base import LayerNames
+from mllm_crossget.hooks.attention import hook_attention, slot_of
+from mllm_crossget.hooks.cross_tokens import CrossTokens
+from mllm_crossget.hooks.journal import Journal
+from mllm_crossget.methods.base import Method, Signals
+from mllm_crossget.ops.matching import Match
+from mllm_crossget.ops.merging import compose_source, merge
+from mllm_crossget.schedule import Schedule, TowerGeometry, make_schedule
+
+_STATE = "_mllm_crossget_tower"
+
+
+@dataclass
+class LayerTrace:
+    """What one layer decided. B batch, R removed, T tokens after the layer, N tokens in front of the first layer.
+
+    Attributes:
+        match: the layer's matching, or None where it removed nothing.
+        size: (B, T) patch tokens in each token after the layer.
+        source: (B, N) row, after this layer, that every original token (class and cross token too) has become.
+    """
+
+    match: Match | None
+    size: Tensor
+    source: Tensor
+
+
+@dataclass
+class TowerState:
+    """What the hooked encoder knows; attached to the encoder.
+
+    Attributes:
+        method, geometry: what to do, for which tower.
+        names: where a layer keeps its norms, attention and MLP.
+        trace: a list to append one ``LayerTrace`` per layer to, or None (the default: nothing is kept).
+        cross_record: cross tokens of the last training forward, (layers, B, D), until the top model takes them.
+    """
+
+    method: Method
+    geometry: TowerGeometry
+    names: LayerNames
+    trace: list[LayerTrace] | None = None
+    cross_record: Tensor | None = None
+    schedules: dict[int, Schedule] = field(default_factory=dict)
+
+    def schedule(self, tokens: int) -> Schedule:
+        """Counts for an image of ``tokens`` tokens (other image sizes have other patch counts)."""
+        if tokens not in self.schedules:
+            geometry = replace(self.geometry, patches=tokens - self.geometry.prefix)
+            self.schedules[tokens] = make_schedule(self.method, geometry)
+        return self.schedules[tokens]
+
+
+def hook_tower(
+    journal: Journal,
+    encoder: nn.Module,
+    layers: nn.ModuleList,
+    names: LayerNames,
+    method: Method,
+    geometry: TowerGeometry,
+    cross_tokens: CrossTokens | None,
+) -> TowerState:
+    """Make an encoder and its layers reduce tokens; every change is written into ``journal``."""
+    state = TowerState(method, geometry, names)
+    state.schedule(geometry.patches + geometry.prefix)
+    journal.set_attribute(encoder, _STATE, state)
+    if cross_tokens is not None:
+        journal.add_module(encoder, "cross_tokens", cross_tokens)
+    for layer in layers:
+        journal.set_attribute(layer, _STATE, state)
+        hook_attention(journal, getattr(layer, names.attention))
+        journal.swap_class(layer, ReducedLayer)
+    journal.swap_class(encoder, ReducedEncoder)
+    return state
+
+
+def tower_state(encoder: nn.Module) -> TowerState:
+    """The state of a hooked encoder."""
+    return encoder.__dict__[_STATE]
+
+
+class ReducedEncoder(nn.Module):
+    """Mixin for an encoder: an explicit loop that threads token sizes and cross token through the layers."""
+
+    def forward(self, inputs_embeds: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> BaseModelOutput:
+        """(B, N, D) embeddings in, (B, T, D) reduced tokens in ``last_hidden_state`` out."""
+        if attention_mask is not None:
+            raise ValueError(
+                "this vision tower was called with an attention mask (packed or padded patches); masked towers are not "
+                "supported by mllm_crossget: pass images without padding, or restore_mllm(model) first"
+            )
+        state = tower_state(self)
+        schedule = state.schedule(inputs_embeds.shape[1])
+        hidden, vectors = inputs_embeds, None
+        if schedule.cross:
+            hidden = torch.cat([hidden, _first_cross_token(hidden, state.geometry.prefix)], dim=1)
+            vectors = self.cross_tokens()
+        record: list[Tensor] = []
+        size = source = None
+        for index, layer in enumerate(getattr(self, state.names.layers)):
+            cross = None
+            if vectors is not None:
+                last = hidden[:, -1].detach()
+                cross = last + vectors[index].to(device=last.device, dtype=last.dtype)
+                record.append(cross)
+            hidden, size, match = layer(hidden, None, size, cross, schedule.removals[index])
+            source = source if match is None else compose_source(source, match)
+            if state.trace is not None:
+                state.trace.append(_trace(match, size, source, hidden, schedule.tokens[0]))
+        if record and self.training:
+            state.cross_record = torch.stack(record)
+        return BaseModelOutput(last_hidden_state=hidden)
+
+
+class ReducedLayer(nn.Module):
+    """Mixin for a pre-norm transformer layer: norm, attention, residual, **match and merge**, norm, MLP, residual."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        size: Tensor | None = None,
+        cross: Tensor | None = None,
+        removed: int = 0,
+    ) -> tuple[Tensor, Tensor | None, Match | None]:
+        """One layer.
+
+        Args:
+            hidden_states: (B, T, D).
+            attention_mask: not used by the supported towers.
+            size: (B, T) token sizes, None as long as nothing was merged.
+            cross: (B, D) the cross token to write into the last place.
+            removed: tokens to merge away here.
+
+        Returns:
+            (B, T - removed, D) tokens, their sizes (or None), and the match (None if nothing was removed).
+        """
+        state: TowerState = self.__dict__[_STATE]
+        names, method = state.names, state.method
+        attention = getattr(self, names.attention)
+        if cross is not None:
+            hidden_states = torch.cat([hidden_states[:, :-1], cross[:, None].to(hidden_states.dtype)], dim=1)
+        slot = slot_of(attention)
+        slot.key_bias = size.log() if size is not None and method.proportional_attention else None
+        slot.record_keys = removed > 0
+        slot.record_importance = removed > 0 and method.needs_importance
+        slot.cross_token = cross is not None
+        attended = attention(getattr(self, names.norm1)(hidden_states), attention_mask=attention_mask)[0]
+        hidden_states = hidden_states + attended
+        match = None
+        if removed:
+            keys, importance = slot.take()
+            protected = (0,) * state.geometry.prefix + ((hidden_states.shape[1] - 1,) if cross is not None else ())
+            match = method.match(Signals(keys, importance, protected), removed)
+            if size is None:
+                size = torch.ones(hidden_states.shape[:2], dtype=torch.float32, device=hidden_states.device)
+            hidden_states, size = merge(hidden_states, size, match)
+        slot.key_bias = None
+        hidden_states = hidden_states + getattr(self, names.mlp)(getattr(self, names.norm2)(hidden_states))
+        return hidden_states, size, match
+
+
+def _first_cross_token(hidden: Tensor, prefix: int) -> Tensor:
+    """A copy of the class token (as the reference); the mean of the patches where a tower has none."""
+    return hidden[:, :1] if prefix else hidden.mean(dim=1, keepdim=True)
+
+
+def _trace(match: Match | None, size: Tensor | None, source: Tensor | None, hidden: Tensor, start: int) -> LayerTrace:
+    batch, tokens = hidden.shape[:2]
+    if size is None:
+        size = torch.ones(batch, tokens, device=hidden.device)
+    if source is None:
+        source = torch.arange(start, device=hidden.device).expand(batch, -1)
+    return LayerTrace(match, size, source)

@@ -1,0 +1,8 @@
+"""Reduction methods: one file each. Importing this package registers them."""
+
+from mllm_crossget.methods.base import Method, Signals
+from mllm_crossget.methods.crossget import CrossGetConfig
+from mllm_crossget.methods.random import RandomConfig
+from mllm_crossget.methods.tome import ToMeConfig
+
+__all__ = ["CrossGetConfig", "Method", "RandomConfig", "Signals", "ToMeConfig"]

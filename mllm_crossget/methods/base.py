@@ -1,0 +1,42 @@
+"""What a reduction method is: its settings, the signals it wants from attention, and one decision per layer.
+
+A method knows no model: it sees tensors of one layer and answers with a ``Match``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from mllm_crossget.config import ReductionConfig
+from mllm_crossget.ops.matching import Match
+
+
+@dataclass
+class Signals:
+    """What one attention call tells a method. B batch, T tokens, D head width.
+
+    Attributes:
+        keys: (B, T, D) keys averaged over heads.
+        importance: (B, T) float32 attention received (``ops.attention_importance``), or None if not asked for.
+        protected: indices of tokens that must neither leave nor receive (class token, cross token).
+    """
+
+    keys: Tensor
+    importance: Tensor | None
+    protected: tuple[int, ...]
+
+
+@dataclass
+class Method(ReductionConfig):
+    """Base of the methods. A new one sets the class attributes, implements ``match`` and is decorated with
+    ``register_method``; the command line, the tests and the benchmark pick it up by themselves."""
+
+    needs_importance: ClassVar[bool] = False
+    proportional_attention: ClassVar[bool] = True
+
+    def match(self, signals: Signals, r: int) -> Match:
+        """Choose ``r`` tokens to merge away in one layer, and where they go."""
+        raise TypeError(f"{type(self).__name__} is no method of its own; use one of mllm_crossget.method_names()")

@@ -1,0 +1,34 @@
+"""Random matching: the baseline that a method has to beat to be worth its name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from mllm_crossget.config import register_method
+from mllm_crossget.methods.base import Method, Signals
+from mllm_crossget.ops.matching import Match, random_matching
+
+
+@register_method
+@dataclass
+class RandomConfig(Method):
+    """Merge random tokens into random tokens.
+
+    Args:
+        seed: which draw; the same for every image, so that results do not depend on the batch.
+        drop: throw the chosen tokens away instead of merging them (random pruning).
+
+    See ``ReductionConfig`` for the dial.
+    """
+
+    seed: int = 0
+    drop: bool = False
+
+    method: ClassVar[str] = "random"
+
+    def match(self, signals: Signals, r: int) -> Match:
+        """``r`` random tokens leave; with ``drop`` nothing of them is kept."""
+        batch, tokens, _ = signals.keys.shape
+        match = random_matching(batch, tokens, r, signals.protected, self.seed, signals.keys.device)
+        return match._replace(pruned=self.drop)

@@ -1,0 +1,40 @@
+"""ToMe: token merging by bipartite soft matching (ICLR 2023, arXiv 2210.09461). A baseline without text or training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from mllm_crossget.config import register_method
+from mllm_crossget.methods.base import Method, Signals
+from mllm_crossget.ops.matching import Match, bipartite_soft_matching
+
+_ORDERS = ("position", "reference")
+
+
+@register_method
+@dataclass
+class ToMeConfig(Method):
+    """Bipartite soft matching on head-averaged keys.
+
+    Args:
+        order: "position" keeps the surviving tokens in reading order, which the language model's positions want;
+            "reference" gives the order of the original code (even tokens, then odd ones).
+
+    See ``ReductionConfig`` for the dial.
+    """
+
+    order: str = "position"
+
+    method: ClassVar[str] = "tome"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.order not in _ORDERS:
+            raise ValueError(f"order must be one of {_ORDERS}, got {self.order!r}")
+
+    def match(self, signals: Signals, r: int) -> Match:
+        """The ``r`` most similar even-odd pairs merge (section 3.2)."""
+        return bipartite_soft_matching(
+            signals.keys, r, class_token=0 in signals.protected, keep_order=self.order == "position"
+        )

@@ -1,0 +1,222 @@
+"""Which tokens are merged away, and into which. Tensors in, tensors out; no shape depends on the data.
+
+Shape suffixes: B batch, T tokens, R tokens removed, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_TINY = 1e-12  # keeps a zero key from becoming NaN; far below the norm of any real key
+
+
+class Match(NamedTuple):
+    """The outcome of a matching: R sources leave, T-R tokens stay.
+
+    Attributes:
+        src: (B, R) tokens that are merged away, ascending.
+        dst: (B, R) the token each of them goes into, in the numbering before the merge.
+        kept: (B, T-R) tokens that stay, in the order of the output.
+        slot: (B, T) the output row every token ends up in.
+        coefficient: (B, T) factor of every token in the merged sum, or None for a plain size-weighted mean.
+        weight: (B, R, 2) shares of source and destination where the method has them, else None.
+        pruned: the sources are thrown away: neither their values nor their sizes enter the destination.
+    """
+
+    src: Tensor
+    dst: Tensor
+    kept: Tensor
+    slot: Tensor
+    coefficient: Tensor | None = None
+    weight: Tensor | None = None
+    pruned: bool = False
+
+
+@torch.no_grad()
+def complete_graph_soft_matching(
+    keys_BTD: Tensor, importance_BT: Tensor, r: int, protected: Sequence[int] | Tensor = ()
+) -> Match:
+    """Complete-graph soft matching with cross-guided weights (CrossGET, ICML 2024, section 3; reference tie rules).
+
+    Every token may merge with every other. Tokens are ranked by their best similarity; a token is scored only against
+    tokens ranked below it, so that both halves of a pair are never removed together. The ``r`` tokens with the smallest
+    ``importance - similarity`` leave, each into the most similar token that stays. Equal values: lower index first.
+
+    Args:
+        keys_BTD: (B, T, D) metric tokens, any float dtype; ranked in float32.
+        importance_BT: (B, T) importance of the tokens.
+        r: tokens to remove, at most half of the unprotected ones (``schedule.removable``).
+        protected: token indices, or a (B, T) bool mask, that neither leave nor receive.
+
+    Returns:
+        A ``Match`` with ``weight`` = softmax over (importance of source, importance of destination) and the
+        coefficients of the reference's ensemble.
+
+    Raises:
+        ValueError: ``r`` is negative or more than the tokens that may leave.
+    """
+    batch, tokens, _ = keys_BTD.shape
+    _check_r(r, tokens)
+    shielded = _protected_mask(protected, batch, tokens, keys_BTD.device)
+    importance = importance_BT.float()
+    similarity = _similarity(keys_BTD, shielded)
+    score = importance - _similarity_to_lower_ranked(similarity)
+    # NaN (from NaN pixels) must not outrank the protection: make it finite first, protect after.
+    score = torch.nan_to_num(score, nan=torch.finfo(score.dtype).max, posinf=torch.inf).masked_fill(shielded, torch.inf)
+    src = score.argsort(dim=-1, stable=True)[:, :r].sort(dim=-1).values
+    dst = _most_similar_survivor(similarity, src)
+    weight = torch.stack([importance.gather(1, src), importance.gather(1, dst)], dim=-1).softmax(dim=-1)
+    kept, slot = _layout(src, dst, tokens)
+    return Match(src, dst, kept, slot, _ensemble_coefficients(weight, src, dst, tokens), weight)
+
+
+@torch.no_grad()
+def bipartite_soft_matching(
+    metric_BTD: Tensor, r: int, class_token: bool = False, distill_token: bool = False, keep_order: bool = False
+) -> Match:
+    """Bipartite soft matching (ToMe, ICLR 2023, section 3.2).
+
+    Tokens at even positions each propose their most similar token at an odd position; the ``r`` best proposals merge.
+
+    Args:
+        metric_BTD: (B, T, D) metric tokens, any float dtype; compared in float32.
+        r: tokens to remove, at most half of the unprotected ones.
+        class_token: protect the first token.
+        distill_token: protect the second token.
+        keep_order: True keeps survivors in their original order; False gives the reference's order (unmerged even
+            tokens, then all odd tokens).
+
+    Raises:
+        ValueError: ``r`` is negative or more than the tokens that may leave.
+    """
+    batch, tokens, _ = metric_BTD.shape
+    _check_r(r, tokens)
+    metric = _normalised(metric_BTD)
+    even = torch.arange(0, tokens, 2, device=metric.device)
+    odd = torch.arange(1, tokens, 2, device=metric.device)
+    scores = metric[:, even] @ metric[:, odd].mT
+    if class_token:
+        scores[:, 0, :] = -torch.inf
+    if distill_token:
+        scores[:, :, 0] = -torch.inf
+    best, partner = scores.max(dim=-1)
+    order = best.argsort(dim=-1, descending=True, stable=True)
+    chosen, by_token = order[:, :r].sort(dim=-1).values, order[:, r:]
+    src, dst = even[chosen], odd[partner.gather(1, chosen)]
+    if keep_order:
+        kept, slot = _layout(src, dst, tokens)
+        return Match(src, dst, kept, slot)
+    unmerged = even[by_token.sort(dim=-1).values if class_token else by_token]
+    kept = torch.cat([unmerged, odd.expand(batch, -1)], dim=1)
+    if distill_token:  # the distillation token follows the class token
+        first_odd = unmerged.shape[1]
+        kept = torch.cat([kept[:, :1], kept[:, first_odd : first_odd + 1], kept[:, 1:first_odd],
+                          kept[:, first_odd + 1 :]], dim=1)  # fmt: skip
+    return Match(src, dst, kept, _slots(kept, src, dst, tokens))
+
+
+@torch.no_grad()
+def random_matching(
+    batch: int, tokens: int, r: int, protected: Sequence[int] = (), seed: int = 0, device: torch.device | None = None
+) -> Match:
+    """Random sources into random survivors: the baseline that every method has to beat.
+
+    The draw depends on ``seed``, ``tokens`` and ``r`` alone (integer arithmetic, the same on every device), so that an
+    image gets the same result alone and in a batch.
+
+    Raises:
+        ValueError: ``r`` is negative or more than the tokens that may leave.
+    """
+    _check_r(r, tokens)
+    shielded = _protected_mask(protected, 1, tokens, device)
+    draw = _hashed(tokens, seed * 2654435761 + tokens * 40503 + r, device)[None]
+    order = draw.masked_fill(shielded, torch.iinfo(torch.int64).max).argsort(dim=-1, stable=True)
+    free = tokens - int(len(set(protected)))
+    src, survivors = order[:, :r], order[:, r:free]
+    pick = _hashed(r, seed * 97 + tokens, device) % max(1, free - r)
+    src, by_source = src.sort(dim=-1)
+    dst = survivors[:, pick].gather(1, by_source) if r else src
+    kept, slot = _layout(src, dst, tokens)
+    return Match(*(part.expand(batch, -1) for part in (src, dst, kept, slot)))
+
+
+def _check_r(r: int, tokens: int) -> None:
+    if not 0 <= r <= max(0, tokens - 1):
+        raise ValueError(f"r={r}: must be between 0 and the tokens that may leave, here fewer than {tokens}")
+
+
+def _normalised(keys: Tensor) -> Tensor:
+    keys = keys.float()
+    return keys / keys.norm(dim=-1, keepdim=True).clamp_min(_TINY)
+
+
+def _protected_mask(
+    protected: Sequence[int] | Tensor, batch: int, tokens: int, device: torch.device | None
+) -> Tensor:
+    if isinstance(protected, Tensor):
+        return protected
+    mask = torch.zeros(tokens, dtype=torch.bool, device=device)
+    for index in protected:
+        mask[index] = True
+    return mask.expand(batch, tokens)
+
+
+def _similarity(keys: Tensor, shielded: Tensor) -> Tensor:
+    """(B, T, T) cosine similarity; -inf on the diagonal and on protected rows and columns."""
+    keys = _normalised(keys)
+    similarity = keys @ keys.mT
+    # Kernels may round S_ij and S_ji differently; the tie rule needs them equal.
+    similarity = (similarity + similarity.mT) * 0.5
+    hidden = shielded[:, :, None] | shielded[:, None, :]
+    hidden = hidden | torch.eye(keys.shape[1], dtype=torch.bool, device=keys.device)
+    return similarity.masked_fill_(hidden, -torch.inf)
+
+
+def _similarity_to_lower_ranked(similarity: Tensor) -> Tensor:
+    """(B, T) best similarity of every token to the tokens that rank below it; -inf where there is none."""
+    order = similarity.amax(dim=-1).argsort(dim=-1, descending=True, stable=True)
+    places = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    rank = torch.empty_like(order).scatter_(1, order, places)
+    not_below = rank[:, None, :] <= rank[:, :, None]
+    return similarity.masked_fill(not_below, -torch.inf).amax(dim=-1)
+
+
+def _most_similar_survivor(similarity: Tensor, src: Tensor) -> Tensor:
+    batch, tokens, _ = similarity.shape
+    rows = similarity.gather(1, src[:, :, None].expand(-1, -1, tokens))
+    leaving = torch.zeros(batch, tokens, dtype=torch.bool, device=src.device).scatter_(1, src, True)
+    return rows.masked_fill_(leaving[:, None, :], -torch.inf).argmax(dim=-1)
+
+
+def _layout(src: Tensor, dst: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """Survivors in their original order, and the output row of every token."""
+    batch = src.shape[0]
+    leaving = torch.zeros(batch, tokens, dtype=torch.uint8, device=src.device).scatter_(1, src, 1)
+    kept = leaving.argsort(dim=-1, stable=True)[:, : tokens - src.shape[1]]
+    return kept, _slots(kept, src, dst, tokens)
+
+
+def _slots(kept: Tensor, src: Tensor, dst: Tensor, tokens: int) -> Tensor:
+    rows = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
+    slot = torch.zeros(kept.shape[0], tokens, dtype=torch.int64, device=kept.device).scatter_(1, kept, rows)
+    return slot.scatter_(1, src, slot.gather(1, dst))
+
+
+def _ensemble_coefficients(weight: Tensor, src: Tensor, dst: Tensor, tokens: int) -> Tensor:
+    """Reference ensemble: sources enter with 2α, a destination with 1 + Σ(2β - 1) over its sources."""
+    coefficient = torch.ones(src.shape[0], tokens, dtype=weight.dtype, device=weight.device)
+    coefficient = coefficient.scatter_add_(1, dst, 2 * weight[..., 1] - 1)
+    return coefficient.scatter_(1, src, 2 * weight[..., 0])
+
+
+def _hashed(count: int, seed: int, device: torch.device | None) -> Tensor:
+    """(count,) well-mixed non-negative integers, exact on every device (a multiplicative hash, applied three times)."""
+    value = torch.arange(count, dtype=torch.int64, device=device) + (seed % 1_000_003) + 1
+    for _ in range(3):
+        value = (value * 1_103_515_245 + 12_345) % 2_147_483_648
+        value = value ^ (value >> 13)
+    return value

@@ -1,0 +1,138 @@
+"""From the dial to token counts: how many tokens each layer removes and how many reach the language side.
+
+Integers only. FLOPs, placeholder runs, tests and messages all read the same ``Schedule``; nothing else counts tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mllm_crossget.config import ReductionConfig
+
+
+@dataclass(frozen=True)
+class TowerGeometry:
+    """What a schedule needs to know of a vision tower.
+
+    Args:
+        patches: patch tokens per image that enter the first layer.
+        prefix: tokens in front of them that must survive (1 for a class token, else 0).
+        layers: layers of the tower.
+        read: layers that have run when the language side reads its features (23 of 24 for LLaVA-1.5).
+        drops_prefix: whether the prefix is dropped before the language side.
+    """
+
+    patches: int
+    prefix: int
+    layers: int
+    read: int
+    drops_prefix: bool = True
+
+    @property
+    def placeholders(self) -> int:
+        """Tokens per image that the untouched model hands to the language side."""
+        return self.patches + (0 if self.drops_prefix else self.prefix)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Token counts of one image on its way through the tower.
+
+    Attributes:
+        removals: tokens removed in each layer, already clipped to what the layer can remove.
+        tokens: tokens in front of the first layer and after every layer (``layers + 1`` integers), with class token
+            and cross token.
+        placeholders: image tokens a prompt holds for the untouched model.
+        features: image tokens that the language side gets.
+        cross: whether a cross token travels as the last token.
+        drop_cross: whether the cross token is cut off in front of the language side (it would not fit otherwise).
+    """
+
+    removals: tuple[int, ...]
+    tokens: tuple[int, ...]
+    placeholders: int
+    features: int
+    cross: bool
+    drop_cross: bool
+
+
+def removable(tokens: int, protected: int) -> int:
+    """Most tokens one layer can remove: half of the unprotected ones (ToMe; CrossGET 'r_eff')."""
+    return max(0, (tokens - protected) // 2)
+
+
+def make_schedule(config: ReductionConfig, geometry: TowerGeometry) -> Schedule:
+    """Turn the dial of ``config`` into counts for a tower.
+
+    Removals are even over the layers in front of the one that is read; layers behind it remove nothing, unless ``r``
+    was given, which applies to every layer as in the reference.
+
+    Raises:
+        ValueError: more tokens asked for than there are, fewer than the tower can get down to, or a list of removals of
+            the wrong length.
+    """
+    cross = config.uses_cross_tokens and not config.is_identity
+    start = geometry.patches + geometry.prefix + cross
+    protected = geometry.prefix + cross
+    if config.r is not None:
+        wanted = _removals_per_layer(config.r, geometry)
+    else:
+        wanted = _removals_for(_target(config, geometry), geometry, start, protected)
+    removals, tokens = _run(wanted, start, protected)
+    features = tokens[geometry.read] - (geometry.prefix if geometry.drops_prefix else 0)
+    drop_cross = cross and features > geometry.placeholders
+    return Schedule(removals, tokens, geometry.placeholders, features - drop_cross, cross, drop_cross)
+
+
+def _removals_per_layer(r: int | list[int], geometry: TowerGeometry) -> list[int]:
+    wanted = [r] * geometry.layers if isinstance(r, int) else list(r)
+    if len(wanted) != geometry.layers:
+        raise ValueError(
+            f"r lists {len(wanted)} layers, the vision tower has {geometry.layers}: give one integer per layer"
+        )
+    too_large = [value for value in wanted if value > geometry.patches]
+    if too_large:
+        raise ValueError(
+            f"r={too_large[0]} is more than the {geometry.patches} patch tokens of an image; "
+            f"the largest useful value is {removable(geometry.patches, 0)}"
+        )
+    return wanted
+
+
+def _target(config: ReductionConfig, geometry: TowerGeometry) -> int:
+    if config.visual_tokens is None:
+        return max(1, round((config.keep_ratio or 1.0) * geometry.placeholders))
+    if config.visual_tokens > geometry.placeholders:
+        raise ValueError(
+            f"visual_tokens={config.visual_tokens} is more than the {geometry.placeholders} tokens of an image; "
+            f"give 1 to {geometry.placeholders}, or keep_ratio=1 to change nothing"
+        )
+    return config.visual_tokens
+
+
+def _removals_for(target: int, geometry: TowerGeometry, start: int, protected: int) -> list[int]:
+    """Smallest even removal per layer that leaves ``target`` features at the layer that is read."""
+    kept_prefix = geometry.prefix if geometry.drops_prefix else 0
+    needed = start - kept_prefix - target
+    for per_layer in range(max(0, needed) + 1):
+        removals, left = [], needed
+        tokens = start
+        for _ in range(geometry.read):
+            removed = min(per_layer, removable(tokens, protected), left)
+            removals.append(removed)
+            tokens, left = tokens - removed, left - removed
+        if left <= 0:
+            return removals + [0] * (geometry.layers - geometry.read)
+    least = start - kept_prefix - sum(_run([start] * geometry.read, start, protected)[0])
+    raise ValueError(
+        f"{target} visual tokens cannot be reached: halving in each of {geometry.read} layers leaves {least} of "
+        f"{geometry.placeholders}; ask for visual_tokens>={least}"
+    )
+
+
+def _run(wanted: list[int], start: int, protected: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    removals, tokens = [], [start]
+    for removed in wanted:
+        removals.append(min(removed, removable(tokens[-1], protected)))
+        tokens.append(tokens[-1] - removals[-1])
+    return tuple(removals), tuple(tokens)
