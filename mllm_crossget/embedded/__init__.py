@@ -1,0 +1,48 @@
+"""A small trained LLaVA that ships with the package, and the held-out questions that test it.
+
+A test bench for token reduction without downloads, not a claim about LLaVA-1.5. It reads coloured handwritten digits on
+photographs: 96 x 96 pixels, 144 visual tokens, eight CLIP layers, four Llama layers, 1.8 million weights.
+"""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
+
+from .evaluate import Accuracy, Score, answer, prompt, score
+from .questions import KINDS, Question, held_out_questions
+
+WEIGHTS_FOLDER = Path(__file__).parent / "weights"
+
+__all__ = [
+    "KINDS",
+    "WEIGHTS_FOLDER",
+    "Accuracy",
+    "Question",
+    "Score",
+    "answer",
+    "held_out_questions",
+    "load_embedded",
+    "prompt",
+    "score",
+]
+
+
+def load_embedded(dtype: torch.dtype = torch.float32) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """Load the embedded LLaVA and its processor from the package's own files, offline.
+
+    Args:
+        dtype: of the loaded weights; they are stored in bfloat16.
+
+    Returns:
+        The model in evaluation mode, on the CPU, and its processor (96 x 96 pixels -> 144 placeholders).
+
+    Example:
+        >>> from mllm_crossget.embedded import answer, held_out_questions, load_embedded, score
+        >>> model, processor = load_embedded()
+        >>> questions = held_out_questions(limit=200)
+        >>> print(score(questions, answer(model, processor, questions)).overall.share)
+    """
+    model = LlavaForConditionalGeneration.from_pretrained(WEIGHTS_FOLDER, dtype=dtype, local_files_only=True)
+    processor = AutoProcessor.from_pretrained(WEIGHTS_FOLDER, local_files_only=True)
+    return model.eval(), processor

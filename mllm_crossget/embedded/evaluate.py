@@ -1,0 +1,129 @@
+"""Ask a LLaVA the questions of the test set through stock `generate`, and score its answers."""
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+from .questions import Question
+
+_LONG_ANSWERS = ("caption",)
+_SHORT_TOKENS, _LONG_TOKENS = 3, 40  # most new tokens of an answer, end mark included
+_Z = 1.959964  # two-sided 95 % of the normal distribution
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """A share of right answers with its Wilson 95 % interval.
+
+    Wilson, "Probable inference, the law of succession, and statistical inference", 1927.
+    """
+
+    right: int
+    asked: int
+
+    @property
+    def share(self) -> float:
+        """Share of right answers, 0..1."""
+        return self.right / self.asked
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Lower and upper end of the Wilson 95 % interval, 0..1."""
+        share, spread = self.share, _Z**2 / self.asked
+        centre = share + spread / 2
+        reach = _Z * math.sqrt(share * (1 - share) / self.asked + spread / (4 * self.asked))
+        return max(0.0, (centre - reach) / (1 + spread)), min(1.0, (centre + reach) / (1 + spread))
+
+    def as_dict(self) -> dict[str, float | int]:
+        """For JSON: accuracy, low, high (shares 0..1), right, asked."""
+        low, high = self.interval
+        numbers = {"accuracy": self.share, "low": low, "high": high}
+        return {name: round(value, 4) for name, value in numbers.items()} | {"right": self.right, "asked": self.asked}
+
+
+@dataclass(frozen=True)
+class Score:
+    """Accuracy on all questions, for every kind, and the plain mean over kinds (0..1)."""
+
+    overall: Accuracy
+    kinds: dict[str, Accuracy]
+
+    @property
+    def mean(self) -> float:
+        """Mean of the kinds' shares: every kind counts the same, however often it was asked."""
+        return sum(accuracy.share for accuracy in self.kinds.values()) / len(self.kinds)
+
+    def as_dict(self) -> dict[str, object]:
+        """For JSON: mean over kinds, overall, and every kind."""
+        return {
+            "mean_over_kinds": round(self.mean, 4),
+            "overall": self.overall.as_dict(),
+            "kinds": {kind: accuracy.as_dict() for kind, accuracy in self.kinds.items()},
+        }
+
+
+def prompt(processor: LlavaProcessor, text: str) -> str:
+    """The chat prompt of one question about one image, before the placeholder is expanded."""
+    chat: list[Any] = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
+    return str(processor.apply_chat_template(chat, add_generation_prompt=True))
+
+
+@torch.inference_mode()
+def answer(
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    questions: Sequence[Question],
+    batch_size: int = 64,
+) -> list[str]:
+    """Answers to the questions, in their order, by greedy `generate` on ordinary left-padded batches.
+
+    Args:
+        model: any LLaVA, reduced or not; it is called as a user would call it.
+        processor: its processor.
+        questions: what `held_out_questions` returns.
+        batch_size: questions in a batch; a batch holds either short answers or captions.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    answers = [""] * len(questions)
+    for long in (False, True):
+        group = [index for index, question in enumerate(questions) if (question.kind in _LONG_ANSWERS) == long]
+        for start in range(0, len(group), batch_size):
+            batch = group[start : start + batch_size]
+            texts = _answer_batch(model, processor, [questions[index] for index in batch], long)
+            for index, text in zip(batch, texts, strict=True):
+                answers[index] = text
+    return answers
+
+
+def _answer_batch(
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, questions: list[Question], long: bool
+) -> list[str]:
+    inputs = processor(
+        images=[question.image for question in questions],
+        text=[prompt(processor, question.text) for question in questions],
+        padding=True,
+        padding_side="left",
+        return_tensors="pt",
+    ).to(model.device, model.dtype)
+    limit = _LONG_TOKENS if long else _SHORT_TOKENS
+    output: Any = model.generate(**inputs, max_new_tokens=limit, do_sample=False)  # type: ignore[misc]
+    new = output[:, inputs["input_ids"].shape[1] :]
+    return [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
+
+
+def score(questions: Sequence[Question], answers: Sequence[str]) -> Score:
+    """Compare answers with the only right ones, word for word."""
+    if len(questions) != len(answers) or not questions:
+        raise ValueError(f"need one answer for every question, got {len(answers)} for {len(questions)} questions")
+    hits: dict[str, list[bool]] = defaultdict(list)
+    for question, text in zip(questions, answers, strict=True):
+        hits[question.kind].append(text == question.answer)
+    kinds = {kind: Accuracy(sum(right), len(right)) for kind, right in hits.items()}
+    total = Accuracy(sum(kind.right for kind in kinds.values()), len(questions))
+    return Score(total, kinds)

@@ -1,0 +1,161 @@
+"""Questions about scenes, their answers, and the fixed held-out test set. Knows scenes, no model.
+
+Every question depends on the picture and on its own words, and has exactly one right answer: colours are unique in a
+scene, a digit is asked after only where it occurs once, a place only where a digit stands.
+"""
+
+import random
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+
+from .scenes import COLOURS, Item, Scene, render, sample_layouts, to_image
+
+# The kinds of the test set.
+KINDS = ("digit_by_colour", "colour_by_digit", "position", "count", "exists", "largest", "sum", "caption")
+# Kinds that the model also learns, because they teach it what the others need; not part of the test set.
+PRACTICE_KINDS = ("place", "places", "inventory")
+
+TEST_SEED = 2024
+TEST_SCENES = 290
+_CAPTION_EVERY = 2  # scenes: captions are long answers, and one checks all digits of its scene
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question of the test set.
+
+    Attributes:
+        kind: one of `KINDS`.
+        text: the question as a user would write it.
+        answer: the only right answer, words and stops separated by single spaces.
+        scene: what the picture shows, in words.
+        scene_index: which scene of the test set it is.
+        image: the picture, 96 x 96 RGB.
+    """
+
+    kind: str
+    text: str
+    answer: str
+    scene: Scene
+    scene_index: int
+    image: Image.Image
+
+
+def ask(scene: Scene, kind: str, chance: random.Random) -> tuple[str, str] | None:
+    """A random question of a kind about a scene and its answer; None where the scene has no unambiguous one."""
+    if kind not in _ASKERS:
+        raise ValueError(f"kind must be one of {', '.join(_ASKERS)}, got {kind!r}")
+    return _ASKERS[kind](scene, chance)
+
+
+def held_out_questions(limit: int | None = None) -> list[Question]:
+    """The fixed test set (or its first `limit` questions): digits and backgrounds that training never saw.
+
+    The questions come scene by scene, so the first n are a fair sample of all kinds.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1 or None for all questions, got {limit}")
+    layouts = sample_layouts(TEST_SCENES, "test", torch.Generator().manual_seed(TEST_SEED))
+    questions: list[Question] = []
+    for index, scene in enumerate(layouts.scenes()):
+        if limit is not None and len(questions) >= limit:
+            break
+        image = to_image(render(layouts.select(slice(index, index + 1)))[0][0])
+        chance = random.Random(TEST_SEED + index)
+        for kind in KINDS:
+            pair = ask(scene, kind, chance)
+            if pair is not None and (kind != "caption" or index % _CAPTION_EVERY == 0):
+                questions.append(Question(kind, *pair, scene, index, image))
+    return questions[:limit]
+
+
+def _digit_by_colour(scene: Scene, chance: random.Random) -> tuple[str, str]:
+    item = chance.choice(scene.items)
+    return f"Which digit is {item.colour}?", str(item.digit)
+
+
+def _colour_by_digit(scene: Scene, chance: random.Random) -> tuple[str, str] | None:
+    often = Counter(item.digit for item in scene.items)
+    single = [item for item in scene.items if often[item.digit] == 1]
+    if not single:
+        return None
+    item = chance.choice(single)
+    return f"Which colour is the {item.digit}?", item.colour
+
+
+def _position(scene: Scene, chance: random.Random) -> tuple[str, str]:
+    item = chance.choice(scene.items)
+    return f"Which digit is at the {item.row} {item.column}?", str(item.digit)
+
+
+def _count(scene: Scene, chance: random.Random) -> tuple[str, str]:
+    return "How many digits are there?", str(len(scene.items))
+
+
+def _exists(scene: Scene, chance: random.Random) -> tuple[str, str]:
+    shown = sorted({item.digit for item in scene.items})
+    if chance.random() < 0.5:
+        return f"Is there a {chance.choice(shown)}?", "yes"
+    return f"Is there a {chance.choice([digit for digit in range(10) if digit not in shown])}?", "no"
+
+
+def _largest(scene: Scene, chance: random.Random) -> tuple[str, str]:
+    return "What is the largest digit?", str(max(item.digit for item in scene.items))
+
+
+def _sum(scene: Scene, chance: random.Random) -> tuple[str, str]:
+    one, other = chance.sample(scene.items, 2)
+    return f"What is the sum of {one.colour} and {other.colour}?", str(one.digit + other.digit)
+
+
+def _listed(words: list[str]) -> str:
+    return " , ".join(words) + " ."
+
+
+def _caption(scene: Scene, chance: random.Random) -> tuple[str, str]:
+    return "Describe the digits.", _listed([f"a {item.colour} {item.digit}" for item in scene.items])
+
+
+def _place(scene: Scene, chance: random.Random) -> tuple[str, str]:
+    item = chance.choice(scene.items)
+    return f"Where is the {item.colour} digit?", f"{item.row} {item.column}"
+
+
+def _places(scene: Scene, chance: random.Random) -> tuple[str, str]:
+    def words(item: Item) -> str:
+        return f"{item.row} {item.column} a {item.colour} {item.digit}"
+
+    return "Describe the digits and their places.", _listed([words(item) for item in scene.items])
+
+
+def _inventory(scene: Scene, chance: random.Random) -> tuple[str, str]:
+    shown = {item.digit for item in scene.items}
+    return "Which digits are there?", _listed([f"{digit} {'yes' if digit in shown else 'no'}" for digit in range(10)])
+
+
+_ASKERS = {
+    "digit_by_colour": _digit_by_colour,
+    "colour_by_digit": _colour_by_digit,
+    "position": _position,
+    "count": _count,
+    "exists": _exists,
+    "largest": _largest,
+    "sum": _sum,
+    "caption": _caption,
+    "place": _place,
+    "places": _places,
+    "inventory": _inventory,
+}
+
+# Every word of the questions and answers above, of the chat template, and of nothing else.
+WORDS: tuple[str, ...] = (
+    *("user", "assistant", ":", "?", ".", ","),
+    *(str(number) for number in range(19)),
+    *COLOURS,
+    *("top", "middle", "bottom", "left", "centre", "right"),
+    *("which", "digit", "digits", "is", "are", "the", "colour", "at", "how", "many", "there", "a", "what", "largest"),
+    *("sum", "of", "and", "describe", "where", "their", "places", "yes", "no"),
+)
