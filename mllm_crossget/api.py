@@ -16,8 +16,9 @@ from mllm_crossget.config import ReductionConfig, method_class
 from mllm_crossget.families.base import Family, config_at, families, module_at, tower_kind
 from mllm_crossget.hooks.attention import attention_problem
 from mllm_crossget.hooks.cross_tokens import CrossTokens
+from mllm_crossget.hooks.handle import HANDLE, Handle, base_model, handle_of
 from mllm_crossget.hooks.journal import Journal
-from mllm_crossget.hooks.model import HANDLE, Handle, ReducedFeatures, ReducedModel, handle_of
+from mllm_crossget.hooks.model import ReducedFeatures, ReducedModel
 from mllm_crossget.hooks.text import hook_text
 from mllm_crossget.hooks.tower import LayerTrace, hook_tower
 from mllm_crossget.methods.base import Method
@@ -58,13 +59,15 @@ def accelerate_mllm(
         >>> output = model.generate(**processor(images=image, text=prompt, return_tensors="pt"), max_new_tokens=64)
     """
     chosen = _settings(config, method, keep_ratio, visual_tokens, r, options)
-    target = _base_model(model)
+    target = base_model(model)
     family = supported_family(target)
     geometry = family.geometry(target.config)
     make_schedule(chosen, geometry)
     old = handle_of(target)
     if old is not None and old.method == chosen:
         return model
+    if chosen.uses_cross_tokens:
+        _warn_if_adapter_came_first(model)
     tokens = old.cross_tokens if old is not None else {}
     if old is not None:
         old.journal.rollback()
@@ -83,8 +86,7 @@ def restore_mllm(model: Model) -> Model:
     Learned cross tokens leave with it: ``save_crossget`` first if they matter. A model that is not accelerated is
     returned as it is.
     """
-    target = _base_model(model)
-    handle = handle_of(target)
+    handle = handle_of(model)
     if handle is not None:
         handle.journal.rollback()
     return model
@@ -96,7 +98,7 @@ def accelerated(model: Model, config: ReductionConfig | None = None, **settings:
 
     Arguments as ``accelerate_mllm``.
     """
-    before = handle_of(_base_model(model))
+    before = handle_of(model)
     previous = before.method if before is not None else None
     accelerate_mllm(model, config, **settings)
     try:
@@ -117,7 +119,7 @@ def trace_merges(model: nn.Module) -> Iterator[list[LayerTrace]]:
     Raises:
         ValueError: the model is not accelerated, or runs at ``keep_ratio=1`` where nothing is merged.
     """
-    handle = handle_of(_base_model(model))
+    handle = handle_of(model)
     if handle is None or handle.tower is None:
         state = "not accelerated" if handle is None else "accelerated with keep_ratio=1, which merges nothing"
         raise ValueError(f"the model is {state}; call accelerate_mllm(model, keep_ratio=0.5) first")
@@ -131,7 +133,7 @@ def trace_merges(model: nn.Module) -> Iterator[list[LayerTrace]]:
 def unsupported_reason(model: nn.Module) -> str | None:
     """Why a model cannot be accelerated and what to use instead, or None if it can."""
     try:
-        supported_family(_base_model(model))
+        supported_family(base_model(model))
     except (TypeError, ValueError) as error:
         return str(error)
     return None
@@ -140,7 +142,7 @@ def unsupported_reason(model: nn.Module) -> str | None:
 def supported_family(model: nn.Module) -> Family:
     """The family of a model whose structure was checked. Raises ``TypeError`` or ``ValueError`` with the reason."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"expected a loaded transformers model, got {type(model).__name__}; call from_pretrained first")
+        raise TypeError(f"expected a loaded transformers model, got {type(model).__name__}; use from_pretrained")
     known = families()
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type is None and isinstance(getattr(model, "module", None), nn.Module):
@@ -167,7 +169,7 @@ def _check_structure(model: nn.Module, family: Family) -> None:
             module_at(model, path)
         except AttributeError as error:
             raise ValueError(
-                f"{type(model).__name__} has no {path!r}; pass the full model for generation, as from_pretrained makes it"
+                f"{type(model).__name__} has no {path!r}; pass the full model, as from_pretrained makes it"
             ) from error
     kind = tower_kind(config_at(model.config, family.vision_config).model_type, family.towers, type(model).__name__)
     encoder = module_at(module_at(model, family.tower), kind.encoder)
@@ -206,18 +208,13 @@ def _settings(
     return kind(**given)  # type: ignore[return-value]
 
 
-def _base_model(model: nn.Module) -> nn.Module:
-    """The transformers model inside a PEFT wrapper, or the model itself."""
-    if not isinstance(model, nn.Module) or not hasattr(model, "peft_config") or not hasattr(model, "get_base_model"):
-        return model
-    base = model.get_base_model()
-    if handle_of(base) is None:
+def _warn_if_adapter_came_first(model: nn.Module) -> None:
+    if base_model(model) is not model and handle_of(model) is None:
         warnings.warn(
             "the model is wrapped by PEFT already: cross tokens added now are neither trained nor saved by the adapter; "
             "call accelerate_mllm before get_peft_model, with modules_to_save=['cross_tokens']",
             stacklevel=3,
         )
-    return base
 
 
 def _apply(
@@ -243,10 +240,12 @@ def _apply_hooks(model: nn.Module, handle: Handle) -> None:
     layers = getattr(encoder, kind.names.layers)
     if handle.schedule.cross:
         _make_cross_tokens(model, handle, layers)
+        handle.cross_paths["vision"] = ".".join(filter(None, (family.tower, kind.encoder, "cross_tokens")))
     vision = handle.cross_tokens.get("vision") if handle.schedule.cross else None
     handle.tower = hook_tower(journal, encoder, layers, kind.names, handle.method, handle.geometry, vision)
     if handle.schedule.cross and family.language_model is not None:
         language_model = module_at(model, family.language_model)
+        handle.cross_paths["text"] = f"{family.language_model}.cross_tokens"
         hook_text(journal, language_model, language_model.layers, handle.cross_tokens["text"])
     if handle.schedule.drop_cross and family.features_owner is not None:
         journal.swap_class(module_at(model, family.features_owner), ReducedFeatures)

@@ -1,4 +1,4 @@
-"""The small files of an accelerated model: ``crossget_config.json`` and ``crossget.safetensors``; and the official ones.
+"""The small files of an accelerated model (``crossget_config.json``, ``crossget.safetensors``) and the official ones.
 
 Keys do not depend on module paths: ``vision.cross`` (layers, width) and ``text.cross`` (layers, width).
 """
@@ -12,17 +12,15 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mllm_crossget.api import _base_model, accelerate_mllm
+from mllm_crossget.api import accelerate_mllm, restore_mllm
 from mllm_crossget.config import ReductionConfig, find_file
-from mllm_crossget.hooks.cross_tokens import CrossTokens
-from mllm_crossget.hooks.model import Handle, handle_of
+from mllm_crossget.hooks.handle import Handle, handle_of
+from mllm_crossget.hooks.persistence import WEIGHTS_NAME, write_files
 
-WEIGHTS_NAME = "crossget.safetensors"
 OFFICIAL_WEIGHTS_NAME = "cross_tokens.bin"
-_CROSS_MODULE = re.compile(r"(^|\.)cross_tokens\.")
 _OFFICIAL_CROSS = {
     "vision": re.compile(r"(^|\.)(encoder|visual\.transformer)\.cross_image$|^cross_image$"),
     "text": re.compile(r"(^|\.)(model|transformer)\.cross_text$|^cross_text$"),
@@ -43,17 +41,12 @@ def save_crossget(model: nn.Module, save_directory: str | Path) -> list[Path]:
     Raises:
         ValueError: the model is not accelerated.
     """
-    handle = _handle(model)
-    paths = [handle.method.save_pretrained(save_directory)]
-    tensors = cross_state(model)
-    if tensors:
-        path = Path(save_directory) / WEIGHTS_NAME
-        save_file(tensors, path, metadata={"format": "pt", "method": handle.method.method})
-        paths.append(path)
-    return paths
+    return write_files(_handle(model), save_directory)
 
 
-def load_crossget(model: Model, name_or_path: str | Path, *, config: ReductionConfig | None = None, **hub_kwargs: Any) -> Model:
+def load_crossget(
+    model: Model, name_or_path: str | Path, *, config: ReductionConfig | None = None, **hub_kwargs: Any
+) -> Model:
     """Accelerate a model with saved settings and cross tokens, **in place**, and return it.
 
     Args:
@@ -72,7 +65,9 @@ def load_crossget(model: Model, name_or_path: str | Path, *, config: ReductionCo
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a readable safetensors file ({error}); save it again with save_crossget") from error
+        raise ValueError(
+            f"{path} is not a readable safetensors file ({error}); save it again with save_crossget"
+        ) from error
     return _with_cross_tokens(model, chosen, tensors, path)
 
 
@@ -114,31 +109,15 @@ def split_official_state_dict(state: Mapping[str, Tensor]) -> tuple[dict[str, Te
     return weights, cross
 
 
-def cross_state(model: nn.Module) -> dict[str, Tensor]:
-    """Learned cross tokens of an accelerated model under this library's keys; empty for methods without any."""
-    tokens = _handle(model).cross_tokens
-    return {f"{place}.cross": _weight(module).detach().cpu().clone() for place, module in tokens.items()}
-
-
-def without_cross_tokens(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict without cross tokens: what plain transformers can load."""
-    return {name: tensor for name, tensor in state.items() if not _CROSS_MODULE.search(name)}
-
-
 def _handle(model: nn.Module) -> Handle:
-    handle = handle_of(_base_model(model))
+    handle = handle_of(model)
     if handle is None:
         raise ValueError("the model is not accelerated; call accelerate_mllm(model) or load_crossget(model, ...) first")
     return handle
 
 
-def _weight(module: nn.Module) -> Tensor:
-    """The cross tokens' tensor, also inside PEFT's ``modules_to_save`` wrapper (the active adapter's copy)."""
-    return module().detach() if not isinstance(module, CrossTokens) else module.weight
-
-
 def _with_cross_tokens(model: Model, config: ReductionConfig, tensors: Mapping[str, Tensor], path: Path) -> Model:
-    previous = handle_of(_base_model(model))
+    previous = handle_of(model)
     before = previous.method if previous is not None else None
     accelerate_mllm(model, config)
     handle = _handle(model)
@@ -154,8 +133,6 @@ def _with_cross_tokens(model: Model, config: ReductionConfig, tensors: Mapping[s
 
 
 def _take_back(model: nn.Module, before: ReductionConfig | None) -> None:
-    from mllm_crossget.api import restore_mllm
-
     if before is None:
         restore_mllm(model)
     else:

@@ -1,4 +1,4 @@
-"""What a model family is: data that says where tower, layers and language model are, and what reaches the language side.
+"""What a model family is: data that says where tower and language model are, and what reaches the language side.
 
 Knows no method. A new family is one new file that builds a ``Family`` and calls ``register_family``.
 """

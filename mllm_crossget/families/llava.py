@@ -1,7 +1,8 @@
 """LLaVA (1.5 and everything of that shape): CLIP or SigLIP tower, MLP projector, decoder-only language model.
 
-Tokens merge inside the tower; the features of layer ``vision_feature_layer`` reach the language model, without the class
-token under the "default" strategy, with CrossGET's cross token as the last one (278 = 277 patches + 1 at r = 13, 336 px).
+Tokens merge inside the tower; the features of layer ``vision_feature_layer`` reach the language model, without the
+class token under the "default" strategy, with CrossGET's cross token as the last one (278 = 277 patches + 1 at r = 13,
+336 px).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A CLIP or SigLIP vision tower on its own (``CLIPVisionModel``, ``SiglipVisionModel``): image encoders without text."""
+"""A CLIP or SigLIP vision tower on its own (``CLIPVisionModel``, ``SiglipVisionModel``), without text."""
 
 from __future__ import annotations
 

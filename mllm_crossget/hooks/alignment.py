@@ -41,7 +41,7 @@ def add_alignment_loss(
 
 @functools.cache
 def aligned_output(output_class: type) -> type:
-    """The output's class with one more field; a real dataclass, because DDP and FSDP rebuild outputs by their fields."""
+    """The output's class with one more field; a real dataclass, as DDP and FSDP rebuild outputs by their fields."""
     field = ("alignment_loss", Tensor | None, dataclasses.field(default=None))
     made = dataclasses.make_dataclass(output_class.__name__, [field], bases=(output_class,))
     made.__module__, made.__qualname__ = output_class.__module__, output_class.__qualname__
@@ -54,5 +54,3 @@ def _project(projector: nn.Module, tokens: Tensor) -> Tensor:
         return projector(tokens)
     detached = {name: parameter.detach() for name, parameter in projector.named_parameters()}
     return torch.func.functional_call(projector, detached, (tokens,))
-
-

@@ -24,6 +24,7 @@ class CrossTokens(nn.Module):
         return self.weight.clone()
 
     def extra_repr(self) -> str:
+        """Shown by ``print(model)``."""
         return f"layers={self.weight.shape[0]}, width={self.weight.shape[-1]}"
 
 

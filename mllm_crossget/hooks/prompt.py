@@ -47,7 +47,7 @@ class Compaction:
 
     def expand(self, values_BCV: Tensor) -> Tensor:
         """(B, C, V) -> (B, L, V) in the user's columns; zeros where a column was dropped."""
-        batch, columns, width = values_BCV.shape
+        batch, width = values_BCV.shape[0], values_BCV.shape[2]
         index = self.index.masked_fill(~self.real, self.length)  # padding goes to a spare column that is cut off
         full = values_BCV.new_zeros(batch, self.length + 1, width)
         return full.scatter(1, index[..., None].expand(-1, -1, width), values_BCV)[:, :-1]
@@ -105,7 +105,7 @@ def plan_compaction(
     stays = torch.ones_like(is_image)
     stays[is_image] = keep
     if mask_BL is not None:
-        stays &= ~_outer_padding(mask_BL)
+        stays &= ~outer_padding(mask_BL)
     columns = max(1, int(stays.sum(dim=1).max()))
     if left:
         order = stays.to(torch.uint8).argsort(dim=1, stable=True)[:, -columns:]
@@ -132,9 +132,9 @@ def check_counts(total: int, full: int, compact: int, images: int) -> bool:
     )
 
 
-def _outer_padding(mask: Tensor) -> Tensor:
+def outer_padding(mask_BL: Tensor) -> Tensor:
     """(B, L) True in the masked runs at both ends of each row; masked columns in between stay what they are."""
-    real = (mask != 0).to(torch.int64)
+    real = (mask_BL != 0).to(torch.int64)
     return (real.cumsum(dim=1) == 0) | (real.flip(1).cumsum(dim=1).flip(1) == 0)
 
 
@@ -146,7 +146,8 @@ def _check_rows(is_image: Tensor, sizes: list[int]) -> None:
     ends = is_image.sum(dim=1).cumsum(dim=0).tolist()
     bad = [row for row, end in enumerate(ends) if end not in borders]
     if bad:
+        found = int(is_image[bad[0]].sum())
         raise ValueError(
-            f"row {bad[0]} of the prompt ends in the middle of an image's placeholders: {is_image[bad[0]].sum().item()} "
-            f"placeholders for images of {sorted(set(sizes))} tokens; was the prompt truncated?"
+            f"row {bad[0]} of the prompt ends in the middle of an image's placeholders: {found} placeholders for "
+            f"images of {sorted(set(sizes))} tokens; was the prompt truncated?"
         )

@@ -11,9 +11,7 @@ from torch import Tensor
 
 def layer_repeats(vision_layers: int, text_layers: int) -> list[int]:
     """How often each vision layer is repeated to line up with the text layers; sums to ``text_layers``."""
-    return [
-        (i + 1) * text_layers // vision_layers - i * text_layers // vision_layers for i in range(vision_layers)
-    ]
+    return [(i + 1) * text_layers // vision_layers - i * text_layers // vision_layers for i in range(vision_layers)]
 
 
 def alignment_loss(

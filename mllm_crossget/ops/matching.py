@@ -135,7 +135,7 @@ def random_matching(
     shielded = _protected_mask(protected, 1, tokens, device)
     draw = _hashed(tokens, seed * 2654435761 + tokens * 40503 + r, device)[None]
     order = draw.masked_fill(shielded, torch.iinfo(torch.int64).max).argsort(dim=-1, stable=True)
-    free = tokens - int(len(set(protected)))
+    free = tokens - len(set(protected))
     src, survivors = order[:, :r], order[:, r:free]
     pick = _hashed(r, seed * 97 + tokens, device) % max(1, free - r)
     src, by_source = src.sort(dim=-1)
@@ -154,9 +154,7 @@ def _normalised(keys: Tensor) -> Tensor:
     return keys / keys.norm(dim=-1, keepdim=True).clamp_min(_TINY)
 
 
-def _protected_mask(
-    protected: Sequence[int] | Tensor, batch: int, tokens: int, device: torch.device | None
-) -> Tensor:
+def _protected_mask(protected: Sequence[int] | Tensor, batch: int, tokens: int, device: torch.device | None) -> Tensor:
     if isinstance(protected, Tensor):
         return protected
     mask = torch.zeros(tokens, dtype=torch.bool, device=device)

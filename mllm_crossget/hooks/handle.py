@@ -1,0 +1,49 @@
+"""What an accelerated model carries: settings, counts, learned tokens and the way back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from mllm_crossget.families.base import Family
+from mllm_crossget.hooks.journal import Journal
+from mllm_crossget.hooks.tower import TowerState
+from mllm_crossget.methods.base import Method
+from mllm_crossget.schedule import Schedule, TowerGeometry
+
+HANDLE = "_mllm_crossget"
+
+
+@dataclass
+class Handle:
+    """Attached to the top-level model.
+
+    Attributes:
+        method, family, geometry, schedule: the settings, and the counts that follow from them for this model.
+        journal: the changes to the model.
+        cross_tokens: the learned modules by place ("vision", "text"), also while ``keep_ratio=1`` parks them.
+        cross_paths: where they are registered in the model, by place.
+        tower: state of the hooked vision tower, None while ``keep_ratio=1``.
+    """
+
+    method: Method
+    family: Family
+    geometry: TowerGeometry
+    schedule: Schedule
+    journal: Journal
+    cross_tokens: dict[str, nn.Module]
+    cross_paths: dict[str, str] = field(default_factory=dict)
+    tower: TowerState | None = None
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PEFT wrapper, or the model itself."""
+    if isinstance(model, nn.Module) and hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        return model.get_base_model()
+    return model
+
+
+def handle_of(model: nn.Module) -> Handle | None:
+    """The handle of an accelerated model (also inside a PEFT wrapper), or None."""
+    return vars(base_model(model)).get(HANDLE)

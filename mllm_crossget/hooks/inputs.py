@@ -1,0 +1,243 @@
+"""From the user's keyword arguments to compact ones: which columns are new, which are cached, what travels along.
+
+Everything works on the dictionary of keyword arguments of ``forward`` or ``generate``, in place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mllm_crossget.families.base import module_at
+from mllm_crossget.hooks.generation import prompt_mask
+from mllm_crossget.hooks.handle import Handle
+from mllm_crossget.hooks.prompt import Compaction, Layout, check_counts, outer_padding, plan_compaction
+
+_TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
+_PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
+
+
+@dataclass
+class Shrunk:
+    """One prompt after shrinking: the compaction of its new columns (None: nothing dropped) and the layout so far."""
+
+    compaction: Compaction | None
+    layout: Layout
+
+
+def refuse_inputs(kwargs: dict[str, Any]) -> None:
+    """Raise ``ValueError`` for prompts that hide where the placeholders are."""
+    if kwargs.get("inputs_embeds") is not None:
+        raise ValueError(
+            "inputs_embeds given: an accelerated model must see which positions are image placeholders; pass input_ids "
+            "(and pixel_values), or restore_mllm(model) first"
+        )
+    packed = [name for name in _PACKED if kwargs.get(name) is not None]
+    if packed:
+        raise ValueError(
+            f"{packed[0]} given: packed sequences are not supported by an accelerated model; pad the rows instead"
+        )
+
+
+def refuse_other_features(handle: Handle, config: Any, kwargs: dict[str, Any]) -> None:
+    """Raise ``ValueError`` for features of another layer than the schedule was made for."""
+    for name in ("vision_feature_layer", "vision_feature_select_strategy"):
+        value = kwargs.get(name)
+        if value is not None and value != getattr(config, name):
+            raise ValueError(
+                f"{name}={value!r} at call time, but the model was accelerated for {getattr(config, name)!r}; set "
+                f"model.config.{name} and call accelerate_mllm again"
+            )
+
+
+def _features(kwargs: dict[str, Any]) -> Any:
+    """Precomputed image features of a call, (images, ·, ·) or a list, or None."""
+    outputs = kwargs.get("mm_encoder_outputs") or {}
+    return None if outputs.get("image") is None else outputs["image"].pooler_output
+
+
+def _brought(model: nn.Module, handle: Handle, kwargs: dict[str, Any]) -> tuple[int, int]:
+    """Images of a call and the features they bring."""
+    features = _features(kwargs)
+    if features is not None:
+        return len(features), sum(len(image) for image in features)
+    pixels = kwargs["pixel_values"]
+    if not isinstance(pixels, Tensor) or pixels.ndim != 4 or not pixels.is_floating_point():
+        kind = f"{tuple(pixels.shape)} {pixels.dtype}" if isinstance(pixels, Tensor) else type(pixels).__name__
+        raise TypeError(
+            f"pixel_values must be a float tensor (images, channels, height, width), got {kind}; "
+            "use the model's processor"
+        )
+    device = next(module_at(model, handle.family.tower).parameters()).device
+    if pixels.device != device and device.type != "meta" and not hasattr(model, "_hf_hook"):
+        raise ValueError(
+            f"pixel_values are on {pixels.device}, the vision tower on {device}; move one of them with .to"
+        )
+    return pixels.shape[0], pixels.shape[0] * handle.schedule.features
+
+
+def has_images(kwargs: dict[str, Any]) -> bool:
+    """Whether a call brings images, as pixels or as precomputed features."""
+    return kwargs.get("pixel_values") is not None or _features(kwargs) is not None
+
+
+def is_full_prompt(model: nn.Module, handle: Handle, kwargs: dict[str, Any]) -> bool:
+    """Whether the call's ids still hold the processor's placeholders. Raises ``ValueError`` where nothing fits."""
+    ids = kwargs.get("input_ids")
+    if not isinstance(ids, Tensor):
+        raise ValueError("images were given without input_ids; pass the prompt's token ids as the processor makes them")
+    if ids.ndim != 2 or ids.is_floating_point():
+        raise TypeError(f"input_ids must be integers of shape (rows, columns), got {ids.dtype} {tuple(ids.shape)}")
+    images, compact = _brought(model, handle, kwargs)
+    total = int((ids == getattr(model.config, handle.family.image_token)).sum())
+    return images > 0 and check_counts(total, images * handle.schedule.placeholders, compact, images)
+
+
+def image_counts(handle: Handle, kwargs: dict[str, Any]) -> list[tuple[int, int]]:
+    """(placeholders of the user's prompt, features) of every image of a call."""
+    features = _features(kwargs)
+    kept = [handle.schedule.features] * len(kwargs["pixel_values"]) if features is None else [len(f) for f in features]
+    return [(handle.schedule.placeholders, k) for k in kept]
+
+
+def _pad_id(model: nn.Module) -> int:
+    pad = getattr(model.config.get_text_config(), "pad_token_id", None)
+    return 0 if pad is None or pad < 0 else pad
+
+
+def empty_layout(ids: Tensor) -> Layout:
+    """The layout of a cache that holds nothing yet, or nothing but columns as the user sees them."""
+    nothing = ids.new_zeros(ids.shape[0], 0)
+    return Layout(0, nothing, nothing, ids.new_zeros(ids.shape[0]))
+
+
+def cached_columns(cache: Any) -> int:
+    """Columns in a KV cache, None counting as empty."""
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def shrink_new_columns(
+    model: nn.Module, handle: Handle, kwargs: dict[str, Any], ids: Tensor, mask: Tensor, layout: Layout, old: int
+) -> Shrunk:
+    """Replace ``input_ids``, ``attention_mask`` and their companions in ``kwargs`` by compact ones.
+
+    Args:
+        ids, mask: (B, new) the columns that are not in the cache yet.
+        layout: of the cached columns.
+        old: cached columns of the compact prompt; companions get zeros there, which stock code slices off.
+    """
+    left = bool((mask[:, -1] != 0).all())
+    compaction = plan_compaction(
+        ids, mask, getattr(model.config, handle.family.image_token), image_counts(handle, kwargs), left
+    )
+    removed = layout.removed + ids.shape[1] - outer_padding(mask).sum(dim=1) - compaction.real.sum(dim=1)
+    kwargs["input_ids"] = compaction.compact(ids, _pad_id(model))
+    kwargs["attention_mask"] = compaction.compact(mask, 0)
+    for name in _TOKEN_TYPES:
+        if kwargs.get(name) is not None:
+            kwargs[name] = _prepend_zeros(compaction.compact(kwargs[name][:, -ids.shape[1] :], 0), old)
+    if kwargs.get("position_ids") is not None:
+        positions = kwargs["position_ids"][:, -ids.shape[1] :].expand(ids.shape[0], -1)
+        _refuse_packed_positions(positions, mask)
+        compacted = compaction.compact_positions(positions) - layout.removed[:, None] * compaction.real
+        kwargs["position_ids"] = _prepend_zeros(compacted, old)
+    if kwargs.get("labels") is not None:
+        kwargs["labels"] = compaction.compact(kwargs["labels"], -100)
+    return Shrunk(compaction, Layout(layout.length, layout.mask, layout.ids, removed))
+
+
+def _prepend_zeros(values: Tensor, columns: int) -> Tensor:
+    return nn.functional.pad(values, (columns, 0))
+
+
+def _refuse_packed_positions(positions: Tensor, mask: Tensor) -> None:
+    inside = (mask[:, 1:] != 0) & (mask[:, :-1] != 0)
+    if bool(((positions[:, 1:] <= positions[:, :-1]) & inside).any()):
+        raise ValueError(
+            "position_ids start again inside a row, as in packed sequences; packed sequences are not supported by an "
+            "accelerated model: give one sequence per row, padded"
+        )
+
+
+def mask_2d(kwargs: dict[str, Any], ids: Tensor, past: int) -> Tensor:
+    """(B, past + new) the user's mask; all ones if none was given."""
+    mask = kwargs.get("attention_mask")
+    if mask is None:
+        return ids.new_ones(ids.shape[0], past + ids.shape[1])
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[0] != ids.shape[0]:
+        kind = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"attention_mask must be (rows, columns) for input_ids of {tuple(ids.shape)}, got {kind}")
+    return mask
+
+
+def follow_layout(layout: Layout, kwargs: dict[str, Any]) -> None:
+    """A later forward on a compact cache (a decode loop written by hand): translate mask and positions, in place."""
+    ids, cache = kwargs["input_ids"], kwargs["past_key_values"]
+    columns = cached_columns(cache) + layout.shift + ids.shape[1]
+    mask = kwargs.get("attention_mask")
+    if mask is None:
+        mask = ids.new_ones(ids.shape[0], columns)
+    if mask.ndim == 2 and mask.shape[1] != columns:
+        raise ValueError(
+            f"attention_mask has {mask.shape[1]} columns; the prompt and the tokens after it, with all image "
+            f"placeholders, have {columns}"
+        )
+    if mask.ndim == 2:
+        kwargs["attention_mask"] = layout.compact_mask(mask)
+    if kwargs.get("position_ids") is not None:
+        removed = layout.removed.repeat_interleave(ids.shape[0] // layout.removed.shape[0])
+        kwargs["position_ids"] = kwargs["position_ids"] - removed[:, None].to(kwargs["position_ids"])
+
+
+def whole_mask(ids: Tensor, layout: Layout | None, cache: Any, option: Any) -> Tensor:
+    """(B, cached + new) the mask in the user's columns where ``generate`` was given none."""
+    mask = prompt_mask(ids, option)
+    if layout is None:
+        return mask
+    covered = cached_columns(cache) + layout.shift
+    return mask if ids.shape[1] > covered else torch.cat([mask.new_ones(len(ids), covered), mask], dim=1)
+
+
+def shrink_for_generate(
+    model: nn.Module, handle: Handle, kwargs: dict[str, Any], layout: Layout | None
+) -> Shrunk | None:
+    """Compact ``generate``'s inputs in place; None if the prompt is compact already."""
+    user_ids, mask, cache = kwargs["input_ids"], kwargs["attention_mask"], kwargs.get("past_key_values")
+    mask = mask_2d(kwargs, user_ids, 0)
+    if mask.shape[1] < user_ids.shape[1]:
+        raise ValueError(f"attention_mask has {mask.shape[1]} columns, input_ids has {user_ids.shape[1]}")
+    known = layout or empty_layout(user_ids)
+    covered = cached_columns(cache) + known.shift if cache is not None else 0
+    repeats_all = user_ids.shape[1] == mask.shape[1]  # else the ids are the new columns alone
+    new_ids = user_ids[:, covered:] if repeats_all else user_ids
+    new_mask = mask[:, mask.shape[1] - new_ids.shape[1] :]
+    shrunk = Shrunk(None, known)
+    cached_ids, cached_mask = _columns_in_cache(known, user_ids if repeats_all else None, mask, covered)
+    if has_images(kwargs):
+        if not is_full_prompt(model, handle, {**kwargs, "input_ids": new_ids}):
+            return None
+        shrunk = shrink_new_columns(
+            model, handle, kwargs, new_ids, new_mask, known, cached_ids.shape[1] if repeats_all else 0
+        )
+        new_ids, new_mask = kwargs["input_ids"], kwargs["attention_mask"]
+    elif kwargs.get("position_ids") is not None:
+        kwargs["position_ids"] = kwargs["position_ids"][:, -new_ids.shape[1] :] - known.removed[:, None]
+    compact_mask = torch.cat([cached_mask, new_mask], dim=1)
+    compact_ids = torch.cat([cached_ids, new_ids], dim=1)
+    kwargs["input_ids"] = compact_ids if repeats_all else new_ids
+    kwargs["attention_mask"] = compact_mask
+    shrunk.layout = Layout(mask.shape[1], compact_mask, compact_ids, shrunk.layout.removed)
+    return shrunk
+
+
+def _columns_in_cache(layout: Layout, ids: Tensor | None, mask: Tensor, covered: int) -> tuple[Tensor, Tensor]:
+    """Ids and mask of the compact columns in the cache: the compact prompt, then what was generated after it."""
+    between = mask[:, layout.length : covered]
+    generated = torch.zeros_like(between) if ids is None else ids[:, layout.length : covered]
+    return (
+        torch.cat([layout.ids.to(generated), generated], dim=1),
+        torch.cat([layout.mask.to(between), between], dim=1),
+    )
