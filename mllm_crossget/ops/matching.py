@@ -50,17 +50,18 @@ def complete_graph_soft_matching(
         keys_BTD: (B, T, D) metric tokens, any float dtype; ranked in float32.
         importance_BT: (B, T) importance of the tokens.
         r: tokens to remove, at most half of the unprotected ones (``schedule.removable``).
-        protected: token indices, or a (B, T) bool mask, that neither leave nor receive.
+        protected: token indices, or a (B, T) bool mask, that neither leave nor receive. With a mask the caller sees to
+            it that ``r`` fits every row.
 
     Returns:
         A ``Match`` with ``weight`` = softmax over (importance of source, importance of destination) and the
         coefficients of the reference's ensemble.
 
     Raises:
-        ValueError: ``r`` is negative or more than the tokens that may leave.
+        ValueError: ``r`` is negative or more than half of the unprotected tokens.
     """
     batch, tokens, _ = keys_BTD.shape
-    _check_r(r, tokens)
+    _check_r(r, tokens, 0 if isinstance(protected, Tensor) else len(set(protected)))
     shielded = _protected_mask(protected, batch, tokens, keys_BTD.device)
     importance = importance_BT.float()
     similarity = _similarity(keys_BTD, shielded)
@@ -91,10 +92,10 @@ def bipartite_soft_matching(
             tokens, then all odd tokens).
 
     Raises:
-        ValueError: ``r`` is negative or more than the tokens that may leave.
+        ValueError: ``r`` is negative or more than half of the unprotected tokens.
     """
     batch, tokens, _ = metric_BTD.shape
-    _check_r(r, tokens)
+    _check_r(r, tokens, class_token + distill_token)
     metric = _normalised(metric_BTD)
     even = torch.arange(0, tokens, 2, device=metric.device)
     odd = torch.arange(1, tokens, 2, device=metric.device)
@@ -129,9 +130,9 @@ def random_matching(
     image gets the same result alone and in a batch.
 
     Raises:
-        ValueError: ``r`` is negative or more than the tokens that may leave.
+        ValueError: ``r`` is negative or more than half of the unprotected tokens.
     """
-    _check_r(r, tokens)
+    _check_r(r, tokens, len(set(protected)))
     shielded = _protected_mask(protected, 1, tokens, device)
     draw = _hashed(tokens, seed * 2654435761 + tokens * 40503 + r, device)[None]
     order = draw.masked_fill(shielded, torch.iinfo(torch.int64).max).argsort(dim=-1, stable=True)
@@ -144,9 +145,13 @@ def random_matching(
     return Match(*(part.expand(batch, -1) for part in (src, dst, kept, slot)))
 
 
-def _check_r(r: int, tokens: int) -> None:
-    if not 0 <= r <= max(0, tokens - 1):
-        raise ValueError(f"r={r}: must be between 0 and the tokens that may leave, here fewer than {tokens}")
+def _check_r(r: int, tokens: int, protected: int) -> None:
+    limit = max(0, (tokens - protected) // 2)
+    if not 0 <= r <= limit:
+        raise ValueError(
+            f"r={r}: must be between 0 and half of the unprotected tokens, here {limit} ({tokens} tokens, {protected} "
+            "of them protected)"
+        )
 
 
 def _normalised(keys: Tensor) -> Tensor:

@@ -1,0 +1,133 @@
+"""Importance of tokens against the full attention map, and what it costs in memory."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mllm_crossget.ops import attend_with_importance, attention_importance, cosine_importance
+from mllm_crossget.ops.importance import importance_of_map
+from tests import reference
+
+SHAPES = [(1, 1, 2, 4), (2, 3, 9, 8), (3, 2, 17, 4)]  # B, H, T, D
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the size of the largest tensor that any operation made."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        made = [leaf.untyped_storage().nbytes() // leaf.element_size() for leaf in tree_leaves(out)
+                if isinstance(leaf, torch.Tensor)]  # fmt: skip
+        self.numel = max([self.numel, *made])
+        return out
+
+
+def make(batch, heads, tokens, width, dtype=torch.float32):
+    query, key, value = (torch.randn(batch, heads, tokens, width).to(dtype) for _ in range(3))
+    bias = torch.randint(1, 9, (batch, tokens)).float().log()
+    return query, key, value, width**-0.5, bias
+
+
+def oracle(query, key, scaling, bias, cross_token):
+    rows = []
+    for image in range(len(query)):
+        image_bias = None if bias is None else bias[image]
+        attention = reference.attention_map(query[image], key[image], scaling, image_bias)
+        rows.append(reference.attention_importance(attention, cross_token))
+    return torch.stack(rows).float()
+
+
+@pytest.mark.parametrize("cross_token", [True, False])
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_three_ways_to_the_same_importance(shape, with_bias, cross_token):
+    query, key, value, scaling, bias = make(*shape)
+    bias = bias if with_bias else None
+    expected = oracle(query, key, scaling, bias, cross_token)
+    found = attention_importance(query, key, scaling, bias, cross_token)
+    torch.testing.assert_close(found, expected, atol=2e-6, rtol=2e-6)
+    shared = attend_with_importance(query, key, value, scaling, bias, cross_token)[1]
+    torch.testing.assert_close(shared, expected, atol=2e-6, rtol=2e-6)
+    maps = [
+        reference.attention_map(query[i], key[i], scaling, None if bias is None else bias[i]) for i in range(shape[0])
+    ]
+    from_map = importance_of_map(torch.stack(maps).float(), cross_token)
+    torch.testing.assert_close(from_map, expected, atol=2e-6, rtol=2e-6)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_output_of_the_shared_softmax_is_attention(shape, with_bias):
+    query, key, value, scaling, bias = make(*shape)
+    mask = bias[:, None, None, :] if with_bias else None
+    output, _ = attend_with_importance(query, key, value, scaling, bias if with_bias else None)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    torch.testing.assert_close(output, expected.transpose(1, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_errs_no_more_than_rounding_the_map(dtype):
+    query, key, value, scaling, bias = make(2, 3, 33, 8, dtype)
+    exact = oracle(query, key, scaling, bias, True)
+    found = attention_importance(query, key, scaling, bias)
+    assert found.dtype == torch.float32
+    # every entry of the map is rounded once to the inputs' dtype; a sum of them errs by at most that share
+    torch.testing.assert_close(found, exact, atol=0, rtol=2 * torch.finfo(dtype).eps)
+    output, shared = attend_with_importance(query, key, value, scaling, bias)
+    assert output.dtype == dtype
+    torch.testing.assert_close(shared, exact, atol=0, rtol=2 * torch.finfo(dtype).eps)
+
+
+def test_importance_adds_up():
+    query, key, _, scaling, bias = make(2, 3, 17, 4)
+    with_cross = attention_importance(query, key, scaling, bias, cross_token=True)
+    without = attention_importance(query, key, scaling, bias, cross_token=False)
+    torch.testing.assert_close(with_cross.sum(dim=1), torch.full((2,), 2.0))
+    torch.testing.assert_close(without.sum(dim=1), torch.full((2,), 1.0))
+
+
+@pytest.mark.parametrize("operation", ["importance", "attend"])
+def test_no_tensor_holds_the_maps_of_all_heads(operation):
+    batch, heads, tokens, width = 2, 8, 48, 4
+    query, key, value, scaling, bias = make(batch, heads, tokens, width)
+    with Largest() as largest:
+        if operation == "importance":
+            attention_importance(query, key, scaling, bias)
+        else:
+            attend_with_importance(query, key, value, scaling, bias)
+    assert largest.numel <= batch * tokens * tokens
+    with Largest() as everything:  # the check itself can fail
+        (query @ key.mT).softmax(dim=-1)
+    assert everything.numel == batch * heads * tokens * tokens
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_cosine_importance(dtype):
+    key, query = torch.randn(2, 9, 6).to(dtype), torch.randn(2, 6).to(dtype)
+    found = cosine_importance(key, query)
+    expected = torch.stack([reference.cosine_importance(key[i], query[i]) for i in range(2)])
+    torch.testing.assert_close(found, expected.float())
+
+
+def test_importance_has_no_gradient():
+    query, key, value, scaling, bias = make(1, 2, 5, 4)
+    query.requires_grad_()
+    key.requires_grad_()
+    assert not attention_importance(query, key, scaling, bias).requires_grad
+    assert not attend_with_importance(query, key, value, scaling, bias)[1].requires_grad
+    assert not importance_of_map((query @ key.mT).softmax(dim=-1)).requires_grad
+    assert not cosine_importance(key[:, 0], query[:, 0, -1]).requires_grad
+
+
+def test_nan_stays_in_its_own_image():
+    query, key, _, scaling, bias = make(2, 2, 9, 4)
+    clean = attention_importance(query, key, scaling, bias)
+    query[0] = torch.nan
+    found = attention_importance(query, key, scaling, bias)
+    assert found.shape == clean.shape
+    assert torch.equal(found[1], clean[1])
