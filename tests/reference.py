@@ -74,7 +74,7 @@ def bipartite_matching(
         proposals[i] = (cosine(metric[i], metric[partner]), partner)
     by_similarity = sorted(even, key=lambda i: -proposals[i][0])
     src, unmerged = sorted(by_similarity[:r]), by_similarity[r:]
-    if keep_order:
+    if keep_order or r == 0:
         kept = [i for i in range(len(metric)) if i not in src]
     else:
         unmerged = sorted(unmerged) if class_token else unmerged

@@ -108,7 +108,7 @@ def bipartite_soft_matching(
     order = best.argsort(dim=-1, descending=True, stable=True)
     chosen, by_token = order[:, :r].sort(dim=-1).values, order[:, r:]
     src, dst = even[chosen], odd[partner.gather(1, chosen)]
-    if keep_order:
+    if keep_order or r == 0:  # the reference changes nothing, not even the order, if nothing is to be removed
         kept, slot = _layout(src, dst, tokens)
         return Match(src, dst, kept, slot)
     unmerged = even[by_token.sort(dim=-1).values if class_token else by_token]
