@@ -32,7 +32,7 @@ from mllm_crossget.embedded.pretraining import (
     pack_questions,
     see,
 )
-from mllm_crossget.embedded.scenes import render, sample_layouts
+from mllm_crossget.embedded.scenes import Layout, render, sample_layouts
 
 
 @dataclass
@@ -40,12 +40,13 @@ class Options:
     """Options of the training run."""
 
     warm_up_steps: int = field(default=2400, metadata={"help": "steps of the tower and projector on dense labels"})
-    joint_steps: int = field(default=4000, metadata={"help": "steps of the whole model on questions"})
+    joint_steps: int = field(default=2600, metadata={"help": "steps of the whole model on questions"})
     warm_up_batch: int = field(default=16, metadata={"help": "scenes in a warm-up step"})
     joint_batch: int = field(default=8, metadata={"help": "scenes in a joint step, 16 questions each"})
     peak: float = field(default=2.5e-3, metadata={"help": "highest learning rate"})
     decay: float = field(default=0.03, metadata={"help": "weight decay of the matrices"})
     dense: float = field(default=0.15, metadata={"help": "weight of the dense labels in the joint phase"})
+    crowd_from: int = field(default=2600, metadata={"help": "step from which crowded scenes are shown as well"})
     seed: int = field(default=1, metadata={"help": "seed of weights and data"})
     threads: int = field(default=1, metadata={"help": "CPU threads"})
     resume: bool = field(default=True, metadata={"help": "go on from the run folder's checkpoint if there is one"})
@@ -117,22 +118,33 @@ def learning_rate(step: int, options: Options, ramp: int = 100) -> float:
 
 def step_loss(run: Run) -> tuple[Tensor, dict[str, float]]:
     """Loss and readable numbers of the run's present step."""
-    options, warm = run.options, run.step < run.options.warm_up_steps
-    generator = torch.Generator().manual_seed(options.seed * 1_000_003 + run.step)
-    layout = sample_layouts(options.warm_up_batch if warm else options.joint_batch, "train", generator)
+    options, seed = run.options, run.options.seed * 1_000_003 + run.step
+    generator = torch.Generator().manual_seed(seed)
+    if run.step < options.warm_up_steps:
+        # Half of the warm-up attends inside a cell only: digits are learnt much faster when nothing else is in sight.
+        mask = cell_mask() if run.step < options.warm_up_steps // 2 else None
+        return dense_step(run, sample_layouts(options.warm_up_batch, "train", generator), generator, mask)[:2]
+    layout = sample_layouts(options.joint_batch, "train", generator)
+    dense, report, visual = dense_step(run, layout, generator)
+    if run.step >= options.crowd_from:  # digits are what the model is weakest at: more of them, for the tower alone
+        crowd = sample_layouts(options.joint_batch, "train", generator, crowded=True)
+        more, report, _ = dense_step(run, crowd, generator)
+        dense = dense + more
+    pack = pack_questions(layout.scenes(), run.processor.tokenizer, random.Random(seed))
+    with torch.autocast("cpu", torch.bfloat16):
+        answers, right = answer_loss(run.model, visual, pack)
+    return answers + options.dense * dense, report | {"answer": answers.item(), "right": right}
+
+
+def dense_step(
+    run: Run, layout: Layout, generator: torch.Generator, mask: Tensor | None = None
+) -> tuple[Tensor, dict[str, float], Tensor]:
+    """Loss of the dense labels on bent drawings of a layout, its parts, and the visual tokens."""
     pixels, ink = render(layout, jitter=generator)
-    labels = label_patches(layout, ink)
-    # Half of the warm-up attends inside a cell only: digits are learnt much faster when nothing else is in sight.
-    mask = cell_mask() if run.step < options.warm_up_steps // 2 else None
     with torch.autocast("cpu", torch.bfloat16):
         hidden, visual = see(run.model, pixels, mask)
-        loss, report = dense_loss(run.model, run.heads, hidden, visual, labels)
-        if warm:
-            return loss, report
-        chance = random.Random(options.seed * 1_000_003 + run.step)
-        pack = pack_questions(layout.scenes(), run.processor.tokenizer, chance)
-        answers, right = answer_loss(run.model, visual, pack)
-    return answers + options.dense * loss, report | {"answer": answers.item(), "right": right}
+        loss, report = dense_loss(run.model, run.heads, hidden, visual, label_patches(layout, ink))
+    return loss, report, visual
 
 
 def take_step(run: Run) -> dict[str, float]:
@@ -208,7 +220,18 @@ def export(run: Run) -> None:
 
 
 _RECORDED = (
-    *("warm_up_steps", "joint_steps", "warm_up_batch", "joint_batch", "peak", "decay", "dense", "seed", "threads"),
+    *(
+        "warm_up_steps",
+        "joint_steps",
+        "warm_up_batch",
+        "joint_batch",
+        "peak",
+        "decay",
+        "dense",
+        "crowd_from",
+        "seed",
+        "threads",
+    ),
 )
 
 

@@ -158,23 +158,28 @@ def photo_range(split: Split) -> tuple[float, float]:
     return (0.0, TRAIN_WIDTH) if split == "train" else (TRAIN_WIDTH, 1.0)
 
 
-def sample_layouts(count: int, split: Split, generator: torch.Generator) -> Layout:
-    """Draw `count` random layouts from a split; the same generator state gives the same layouts."""
+def sample_layouts(count: int, split: Split, generator: torch.Generator, crowded: bool = False) -> Layout:
+    """Draw `count` random layouts from a split; the same generator state gives the same layouts.
+
+    Crowded scenes hold four to nine digits and may repeat a colour: more for the tower to learn from, too many for
+    questions.
+    """
+    fewest, slots = (4, 9) if crowded else (FEWEST, SLOTS)
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(count, *shape, generator=generator)
 
-    number = torch.randint(FEWEST, SLOTS + 1, (count, 1), generator=generator)
-    empty = torch.arange(SLOTS) >= number
-    cell = uniform(0, 1, 9).argsort(1)[:, :SLOTS].masked_fill(empty, 9).sort(1).values
-    colour = uniform(0, 1, len(COLOURS)).argsort(1)[:, :SLOTS]
+    number = torch.randint(fewest, slots + 1, (count, 1), generator=generator)
+    empty = torch.arange(slots) >= number
+    cell = uniform(0, 1, 9).argsort(1)[:, :slots].masked_fill(empty, 9).sort(1).values
+    colour = uniform(0, 1, len(COLOURS)).argsort(1).repeat(1, 2)[:, :slots]
     first, last = digit_range(split)
-    source = torch.randint(first, last, (count, SLOTS), generator=generator)
-    size, aspect = uniform(18, 28, SLOTS), uniform(0.87, 1.15, SLOTS)
+    source = torch.randint(first, last, (count, slots), generator=generator)
+    size, aspect = uniform(18, 28, slots), uniform(0.87, 1.15, slots)
     extent = torch.stack([size * aspect.sqrt(), size / aspect.sqrt()], -1)
     corner = torch.stack([cell % 3, cell // 3], -1) * CELL
     slack = (CELL - extent).clamp(min=0) / 2
-    middle = corner + CELL / 2 + slack * uniform(-1, 1, SLOTS, 2)
+    middle = corner + CELL / 2 + slack * uniform(-1, 1, slots, 2)
     return Layout(
         source=source,
         value=digits()[1][source],
@@ -182,8 +187,8 @@ def sample_layouts(count: int, split: Split, generator: torch.Generator) -> Layo
         cell=cell,
         middle=middle,
         extent=extent,
-        angle=uniform(-12, 12, SLOTS).deg2rad(),
-        tint=uniform(-0.06, 0.06, SLOTS, 3),
+        angle=uniform(-12, 12, slots).deg2rad(),
+        tint=uniform(-0.06, 0.06, slots, 3),
         photo=torch.randint(0, len(PHOTOS), (count,), generator=generator),
         crop=_sample_crop(split, uniform(0, 1, 3)),
         tone=torch.stack([uniform(0.22, 0.45), uniform(0.2, 0.45)], -1),

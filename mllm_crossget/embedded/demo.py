@@ -1,0 +1,201 @@
+"""``mllm-crossget demo``: the embedded model answers held-out questions at several budgets, and shows the merging."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from mllm_crossget.api import accelerated
+from mllm_crossget.benchmark.flops import model_flops
+from mllm_crossget.benchmark.timing import alternate, environment, ratio
+from mllm_crossget.config import method_class
+from mllm_crossget.embedded import Question, answer, held_out_questions, load_embedded, prompt, score
+from mllm_crossget.families.base import families
+from mllm_crossget.methods.base import Method
+from mllm_crossget.schedule import make_schedule
+from mllm_crossget.visualize import contact_sheet, draw_groups, merged_groups, plot_curves
+
+_TIMED_BATCH = 32
+_SHOWN_SCENE = 3
+VARIANTS: dict[str, dict[str, Any]] = {"random-drop": {"method": "random", "drop": True}}
+
+
+@dataclass
+class DemoOptions:
+    """Answer held-out questions with the embedded model at several budgets.
+
+    Args:
+        methods: reduction methods; "random-drop" throws random tokens away instead of merging them.
+        keep_ratios: shares of the visual tokens that reach the language model.
+        limit: number of questions (all, more than 2,000, if not given).
+        batch_size: questions in a batch.
+        rounds: timed rounds of each setting.
+        examples: questions to show with both answers.
+        output_dir: folder for the table's JSON and the pictures.
+    """
+
+    methods: list[str] = field(default_factory=lambda: ["crossget", "tome", "random"])
+    keep_ratios: list[float] = field(default_factory=lambda: [0.5, 0.25, 0.125])
+    limit: int | None = None
+    batch_size: int = 64
+    rounds: int = 5
+    examples: int = 4
+    output_dir: str = "runs/demo"
+
+
+def run(options: DemoOptions) -> int:
+    """Answer, time, print one table, write JSON and pictures; returns 0."""
+    console = Console()
+    settings = {"untouched": method_class("crossget")(keep_ratio=1.0)}
+    for name in options.methods:
+        for keep_ratio in options.keep_ratios:
+            if keep_ratio != 1:
+                settings[f"{name} {keep_ratio:g}"] = make_method(name, keep_ratio)
+    model, processor = load_embedded()
+    questions = held_out_questions(options.limit)
+    console.print(f"{len(questions)} questions about {questions[-1].scene_index + 1} scenes never seen in training")
+    answers = {}
+    for name, method in tqdm(settings.items(), desc="answering"):
+        with accelerated(model, method):
+            answers[name] = answer(model, processor, questions, batch_size=options.batch_size)
+    timings = _time_prefill(model, processor, settings, questions, options.rounds)
+    rows = [_row(model, name, method, questions, answers[name], timings) for name, method in settings.items()]
+    console.print(_table(rows, len(questions)))
+    _show_examples(console, questions, answers, options.examples)
+    folder = Path(options.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    report = {"options": vars(options), "environment": environment(), "questions": len(questions), "rows": rows}
+    (folder / "demo.json").write_text(json.dumps(report, indent=2) + "\n")
+    _pictures(model, processor, questions, settings, rows, folder)
+    console.print(f"written to {folder}: demo.json, merged.png, curves.png")
+    return 0
+
+
+def make_method(name: str, keep_ratio: float) -> Method:
+    """A method's settings from its name, or from a variant's name (``VARIANTS``)."""
+    fields = dict(VARIANTS.get(name, {"method": name}))
+    return method_class(fields.pop("method"))(keep_ratio=keep_ratio, **fields)  # type: ignore[return-value]
+
+
+def _time_prefill(
+    model: Any, processor: Any, settings: dict[str, Method], questions: list[Question], rounds: int
+) -> dict[str, Any]:
+    """Image encoder, projector and prefill of one batch, up to the first token; all settings in turn."""
+    batch = [question for question in questions if question.kind != "caption"][:_TIMED_BATCH]
+    inputs = processor(
+        images=[question.image for question in batch],
+        text=[prompt(processor, question.text) for question in batch],
+        padding=True,
+        padding_side="left",
+        return_tensors="pt",
+    ).to(model.device, model.dtype)
+
+    def timed(method: Method) -> Any:
+        def first_token() -> None:
+            with torch.inference_mode(), accelerated(model, method):
+                model.generate(**inputs, max_new_tokens=1, do_sample=False)
+
+        return first_token
+
+    return alternate({name: timed(method) for name, method in settings.items()}, rounds, model.device)
+
+
+def _row(
+    model: Any, name: str, method: Method, questions: list[Question], answers: list[str], timings: dict[str, Any]
+) -> dict[str, Any]:
+    schedule = make_schedule(method, families()["llava"].geometry(model.config))
+    total = score(questions, answers)
+    counted = [i for i, question in enumerate(questions) if question.kind != "count"]
+    without_count = score([questions[i] for i in counted], [answers[i] for i in counted])
+    median, least, most = ratio(timings[name], timings["untouched"])
+    return {
+        "setting": name,
+        "config": method.to_dict(),
+        "visual_tokens": schedule.features,
+        "gflops": model_flops(model.config, method, text_tokens=12, one_softmax=True).total / 1e9,
+        "score": total.as_dict(),
+        "without_count": without_count.overall.as_dict(),
+        "prefill_seconds": timings[name].as_dict(),
+        "prefill_time_ratio": {"median": median, "min": least, "max": most},
+    }
+
+
+def _table(rows: list[dict[str, Any]], questions: int) -> Table:
+    table = Table(
+        title=f"Embedded model, {questions} held-out questions (a test bench, not a claim about LLaVA-1.5)",
+        caption="accuracy: share of right answers with its 95 % interval; time: encoder + projector + prefill to the "
+        f"first token, batch {_TIMED_BATCH}, median over rounds against the untouched model in the same run",
+    )
+    for column in ("setting", "visual tokens", "accuracy", "without counting", "GFLOPs", "time ratio (min - max)"):
+        table.add_column(column, justify="left" if column == "setting" else "right")
+    for row in rows:
+        time = row["prefill_time_ratio"]
+        table.add_row(
+            row["setting"],
+            str(row["visual_tokens"]),
+            _share(row["score"]["overall"]),
+            _share(row["without_count"]),
+            f"{row['gflops']:.2f}",
+            f"{time['median']:.2f} ({time['min']:.2f} - {time['max']:.2f})",
+        )
+    return table
+
+
+def _share(accuracy: dict[str, float]) -> str:
+    return f"{accuracy['accuracy']:.1%} ({accuracy['low']:.1%} - {accuracy['high']:.1%})"
+
+
+def _show_examples(console: Console, questions: list[Question], answers: dict[str, list[str]], count: int) -> None:
+    shown = list(answers)[:1] + list(answers)[1:][-1 if len(answers) < 4 else 1 : 4 if len(answers) >= 4 else None]
+    table = Table(title="A few questions")
+    for column in ("question", "right answer", *shown):
+        table.add_column(column)
+    step = max(1, len(questions) // max(1, count))
+    for index in range(0, len(questions), step)[:count]:
+        question = questions[index]
+        table.add_row(question.text, question.answer, *(answers[name][index] for name in shown))
+    console.print(table)
+
+
+def _pictures(
+    model: Any, processor: Any, questions: list[Question], settings: dict[str, Method], rows: list[Any], folder: Path
+) -> None:
+    scene = min(_SHOWN_SCENE, questions[-1].scene_index)
+    image = next(question.image for question in questions if question.scene_index == scene)
+    pixels = processor.image_processor(images=[image], return_tensors="pt")["pixel_values"].to(
+        model.device, model.dtype
+    )
+    by_method: dict[str, list[Any]] = {}
+    for name, method in settings.items():
+        if method.is_identity or getattr(method, "drop", False):
+            continue
+        with accelerated(model, method):
+            groups = merged_groups(model, pixels)[0].cpu()
+        label = name.split()[0]
+        tokens = next(row["visual_tokens"] for row in rows if row["setting"] == name)
+        row = by_method.setdefault(label, [("the picture", image.resize((image.width * 3, image.height * 3)))])
+        row.append((f"{label}: {tokens} tokens", draw_groups(image, groups)))
+    if by_method:
+        contact_sheet(list(by_method.values())).save(folder / "merged.png")
+    curves: dict[str, list[tuple[float, float, float, float]]] = {}
+    for row in rows[1:]:
+        accuracy = row["score"]["overall"]
+        point = (row["visual_tokens"], accuracy["accuracy"], accuracy["low"], accuracy["high"])
+        curves.setdefault(row["setting"].split()[0], []).append(point)
+    if curves:
+        full = rows[0]
+        plot_curves(
+            curves,
+            folder / "curves.png",
+            "visual tokens in the language model",
+            "accuracy (95 % interval)",
+            baseline=(full["visual_tokens"], full["score"]["overall"]["accuracy"]),
+            title=f"Embedded model, training-free, {full['score']['overall']['asked']} held-out questions",
+        )
