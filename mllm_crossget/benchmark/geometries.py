@@ -1,0 +1,100 @@
+"""Published models by name, as configurations without weights, so that costs can be computed offline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, LlavaConfig
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A transformer's size: channels, layers, attention heads and channels inside the MLP."""
+
+    width: int
+    layers: int
+    heads: int
+    mlp: int
+
+
+@dataclass(frozen=True)
+class LlavaGeometry:
+    """A LLaVA with a CLIP tower and a Llama; image and patch size in pixels."""
+
+    vision: Stack
+    text: Stack
+    image_size: int
+    patch_size: int
+    vocabulary: int
+    image_token: int = 32000
+    feature_layer: int = -2
+
+    def config(self) -> LlavaConfig:
+        """The transformers configuration."""
+        vision = CLIPVisionConfig(
+            **_sizes(self.vision), image_size=self.image_size, patch_size=self.patch_size, projection_dim=768
+        )
+        text = LlamaConfig(**_sizes(self.text), vocab_size=self.vocabulary, max_position_embeddings=4096)
+        return LlavaConfig(
+            vision_config=vision,
+            text_config=text,
+            image_token_index=self.image_token,
+            image_seq_length=(self.image_size // self.patch_size) ** 2,
+            vision_feature_layer=self.feature_layer,
+            vision_feature_select_strategy="default",
+        )
+
+
+_CLIP_LARGE = Stack(width=1024, layers=24, heads=16, mlp=4096)
+
+GEOMETRIES: dict[str, LlavaGeometry] = {
+    "llava-1.5-7b": LlavaGeometry(
+        vision=_CLIP_LARGE,
+        text=Stack(width=4096, layers=32, heads=32, mlp=11008),
+        image_size=336,
+        patch_size=14,
+        vocabulary=32064,
+    ),
+    "llava-1.5-13b": LlavaGeometry(
+        vision=_CLIP_LARGE,
+        text=Stack(width=5120, layers=40, heads=40, mlp=13824),
+        image_size=336,
+        patch_size=14,
+        vocabulary=32064,
+    ),
+}
+
+
+def geometry_names() -> list[str]:
+    """Names of the built-in geometries, sorted."""
+    return sorted(GEOMETRIES)
+
+
+def resolve(name_or_path: str | Path) -> Any:
+    """The configuration of a built-in geometry, a local folder, or a repository of the hub; no weights are read.
+
+    Raises:
+        ValueError: none of the three, or a configuration that transformers does not know.
+    """
+    geometry = GEOMETRIES.get(str(name_or_path).lower())
+    if geometry is not None:
+        return geometry.config()
+    try:
+        return AutoConfig.from_pretrained(str(name_or_path))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"{str(name_or_path)!r} is no built-in geometry ({', '.join(geometry_names())}) and no configuration was "
+            f"found for it as a local folder or on the hub: {reason}"
+        ) from error
+
+
+def _sizes(stack: Stack) -> dict[str, Any]:
+    return {
+        "hidden_size": stack.width,
+        "num_hidden_layers": stack.layers,
+        "num_attention_heads": stack.heads,
+        "intermediate_size": stack.mlp,
+    }

@@ -1,0 +1,197 @@
+"""The command line: ``mllm-crossget COMMAND``. Every command is a dataclass of options and a function that takes it.
+
+A new command is one entry of ``COMMANDS``; its modules are imported when it is called, so that a missing extra of one
+command does not stop the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import re
+import sys
+import types
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from transformers import HfArgumentParser
+
+from mllm_crossget import __version__
+from mllm_crossget import methods as _registered_methods  # noqa: F401 - registers them
+from mllm_crossget.config import method_class, method_names
+
+_PROGRAM = "mllm-crossget"
+_DEFAULT_METHOD = "crossget"
+
+
+@dataclass(frozen=True)
+class Command:
+    """A sub-command.
+
+    Args:
+        options: "module:dataclass". A field without a default may be given first, as a plain word.
+        function: "module:function", called with the options (and the method's settings).
+        help: one line.
+        takes_method: whether ``--method`` and that method's fields are options too.
+        extra: the extra of the package that the command needs, as in ``pip install 'mllm-crossget[viz]'``.
+    """
+
+    options: str
+    function: str
+    help: str
+    takes_method: bool = False
+    extra: str = ""
+
+
+COMMANDS: dict[str, Command] = {
+    "demo": Command(
+        "mllm_crossget.embedded.demo:DemoOptions",
+        "mllm_crossget.embedded.demo:run",
+        "accelerate the small model that ships with the package and show what it costs",
+        extra="viz",
+    ),
+    "families": Command(
+        "mllm_crossget.benchmark.inspect_model:FamiliesOptions",
+        "mllm_crossget.benchmark.inspect_model:list_families",
+        "list the supported model families",
+    ),
+    "inspect": Command(
+        "mllm_crossget.benchmark.inspect_model:InspectOptions",
+        "mllm_crossget.benchmark.inspect_model:inspect_model",
+        "tokens and FLOPs of a model before and after, without its weights",
+        takes_method=True,
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: the words after the program's name; by default those of the process.
+
+    Returns:
+        Exit status: 0, or 2 after an error of the user's, which is printed as one line.
+
+    Raises:
+        SystemExit: after ``--help``, ``--version`` and words that the parser does not know.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    name = _overview().parse_args(words[:1]).command
+    command = COMMANDS[name]
+    try:
+        arguments = parse_command(name, command, words[1:])
+        _imported(command.function)(*arguments)
+    except (ValueError, TypeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if not command.extra or (error.name or "").startswith("mllm_crossget"):
+            raise
+        print(f"error: {error}; pip install 'mllm-crossget[{command.extra}]'", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse_command(name: str, command: Command, words: Sequence[str]) -> tuple[Any, ...]:
+    """The arguments for a command's function: its options and, where it takes one, the method's settings.
+
+    Raises:
+        ValueError, TypeError: from the dataclasses' own checks.
+        SystemExit: ``--help``, or words that the parser does not know.
+    """
+    kinds = [_imported(command.options)]
+    if command.takes_method:
+        kinds.append(method_class(_method_name(words)))
+    parser = HfArgumentParser(
+        [_parsable(kind) for kind in kinds],
+        prog=f"{_PROGRAM} {name}",
+        description=command.help,
+        formatter_class=argparse.HelpFormatter,
+        allow_abbrev=False,
+    )
+    if command.takes_method:
+        parser.add_argument("--method", default=_DEFAULT_METHOD, choices=method_names(), help="the reduction")
+    values = vars(parser.parse_args(_with_leading_option(kinds[0], words)))
+    return tuple(_built(kind, values) for kind in kinds)
+
+
+def _overview() -> argparse.ArgumentParser:
+    """Knows the commands' names and one-line helps; their options are parsed by ``parse_command``."""
+    parser = argparse.ArgumentParser(
+        _PROGRAM, description="Fewer visual tokens in Hugging Face vision-language models."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, command in COMMANDS.items():
+        commands.add_parser(name, help=command.help, add_help=False)
+    return parser
+
+
+def _imported(path: str) -> Any:
+    module, name = path.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _method_name(words: Sequence[str]) -> str:
+    """The method decides which options there are, so it is looked up before they are parsed."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--method", default=_DEFAULT_METHOD)
+    return str(parser.parse_known_args(list(words))[0].method)
+
+
+def _with_leading_option(kind: type, words: Sequence[str]) -> list[str]:
+    """``NAME ...`` as ``--first_field NAME ...`` where the first field has no default."""
+    fields = dataclasses.fields(kind)
+    required = fields and fields[0].default is fields[0].default_factory is dataclasses.MISSING
+    if required and words and not words[0].startswith("-"):
+        return [f"--{fields[0].name}", *words]
+    return list(words)
+
+
+def _parsable(kind: type) -> Any:
+    """A copy of a dataclass that the parser understands: help from the docstring, no checks of its own, and lists where
+    the original takes one value or a list of them."""
+    hints, help_texts = get_type_hints(kind), _argument_help(kind)
+    fields = []
+    for field in dataclasses.fields(kind):
+        metadata = {"help": help_texts.get(field.name, "").replace("%", "%%"), **field.metadata}
+        copy = dataclasses.field(default=field.default, default_factory=field.default_factory, metadata=metadata)
+        fields.append((field.name, _list_of_union(hints[field.name]) or hints[field.name], copy))
+    return dataclasses.make_dataclass(kind.__name__, fields, kw_only=True)
+
+
+def _built(kind: type, values: dict[str, Any]) -> Any:
+    hints = get_type_hints(kind)
+    chosen = {field.name: values[field.name] for field in dataclasses.fields(kind)}
+    for name, value in chosen.items():
+        if isinstance(value, list) and len(value) == 1 and _list_of_union(hints[name]):
+            chosen[name] = value[0]
+    return kind(**chosen)
+
+
+def _list_of_union(hint: Any) -> Any:
+    """``list[int] | None`` for ``int | list[int] | None``, None for everything else."""
+    if get_origin(hint) not in (Union, types.UnionType):
+        return None
+    members = [member for member in get_args(hint) if member is not type(None)]
+    lists = [member for member in members if get_origin(member) is list]
+    return lists[0] | None if lists and len(members) > 1 else None
+
+
+def _argument_help(kind: type) -> dict[str, str]:
+    """Field name -> what the ``Args`` or ``Attributes`` of the docstrings say of it, base classes included."""
+    texts: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        block = re.search(r"\n\s*(?:Args|Attributes):\n(.*?)(?:\n\s*\n|\Z)", base.__doc__ or "", re.DOTALL)
+        entries = re.split(r"\n(?=\s+[\w, ]+: )", "\n" + block.group(1)) if block else []
+        for entry in filter(str.strip, entries):
+            names, _, text = entry.partition(":")
+            texts |= {name.strip(): " ".join(text.split()) for name in names.split(",")}
+    return texts
+
+
+if __name__ == "__main__":
+    sys.exit(main())

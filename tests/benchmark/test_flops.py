@@ -1,0 +1,183 @@
+"""The FLOPs formulas against torch's counter, on tiny real models and at LLaVA-1.5-7B's geometry."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    SiglipVisionConfig,
+)
+
+from mllm_crossget import CrossGetConfig, RandomConfig, ToMeConfig, accelerate_mllm
+from mllm_crossget.benchmark.flops import TEXT_MODELS, matching_flops, model_flops
+from mllm_crossget.benchmark.geometries import GEOMETRIES
+from mllm_crossget.config import method_class, method_names
+from tests.tiny import pixels, prompt_batch, tiny_llava, tiny_tower
+
+
+def _cpu_attention(query, key, value, *args, out_val=None, **kwargs) -> int:
+    return sdpa_flop_count(query.shape, key.expand(-1, -1, -1, -1).shape, value.shape)
+
+
+def counted(run, *, gradients: bool = False) -> int:
+    """FLOPs of a call as torch counts them; it has no formula for the CPU's fused attention, so it gets the GPU's."""
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    _cpu_attention._get_raw = True
+    with (
+        nullcontext() if gradients else torch.no_grad(),
+        FlopCounterMode(display=False, custom_mapping={kernel: _cpu_attention}) as counter,
+    ):
+        run()
+    return counter.get_total_flops()
+
+
+def first_token(model: nn.Module, batch: dict) -> None:
+    model.generate(**batch, min_new_tokens=1, max_new_tokens=1, do_sample=False)
+
+
+def text_tokens(model: nn.Module, batch: dict) -> int:
+    return int((batch["input_ids"] != model.config.image_token_id).sum())
+
+
+@pytest.mark.parametrize("method", method_names())
+@pytest.mark.parametrize("text", ["llama", "mistral", "qwen2"])
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
+def test_tiny_llava_without_gradients(tower: str, text: str, method: str) -> None:
+    model = tiny_llava(tower, text=text)
+    batch = prompt_batch(model, [1])
+    config = method_class(method)(r=2)
+    accelerate_mllm(model, config)
+    expected = model_flops(model.config, config, text_tokens=text_tokens(model, batch), one_softmax=True)
+    assert counted(lambda: first_token(model, batch)) == expected.total
+
+
+@pytest.mark.parametrize("dial", [{"keep_ratio": 1.0}, {"keep_ratio": 0.5}, {"visual_tokens": 16}, {"r": [3, 0, 2, 1]}])
+def test_tiny_llava_with_gradients_computes_the_importance_beside_the_attention(dial: dict) -> None:
+    model = tiny_llava()
+    batch = prompt_batch(model, [1])
+    config = CrossGetConfig(**dial)
+    accelerate_mllm(model, config)
+    expected = model_flops(model.config, config, text_tokens=text_tokens(model, batch))
+    prompts = []  # with gradients the head runs on every token of the prompt, as a loss needs it
+    model.lm_head.register_forward_pre_hook(lambda _, arguments: prompts.append(arguments[0].shape[1]))
+    found = counted(lambda: model(**batch), gradients=True)
+    assert found == expected.total + (prompts[0] - 1) * expected.lm_head
+
+
+def test_the_second_product_is_the_difference_between_the_two_ways_to_importance() -> None:
+    config, method = tiny_llava().config, CrossGetConfig(r=2)
+    second, shared = model_flops(config, method), model_flops(config, method, one_softmax=True)
+    tokens = (18, 16, 14, 12)  # 16 patches, class token, cross token; two fewer after each of the four layers
+    assert second.reducer - shared.reducer == sum(2 * t * t * config.vision_config.hidden_size for t in tokens)
+    assert second.encoder == shared.encoder
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_vision_tower_alone(kind: str) -> None:
+    model = accelerate_mllm(tiny_tower(kind), CrossGetConfig(r=2))
+    flops = model_flops(model.config, CrossGetConfig(r=2), one_softmax=True)
+    assert counted(lambda: model(pixel_values=pixels(model, 1))) == flops.total
+    assert flops.projector == flops.prefill == flops.lm_head == 0
+
+
+def test_pooling_head_of_siglip_is_part_of_the_encoder() -> None:
+    base = tiny_llava("siglip").config
+    vision = SiglipVisionConfig(**{**base.vision_config.to_dict(), "vision_use_head": True})
+    config = LlavaConfig(**{**base.to_dict(), "vision_config": vision})
+    model = accelerate_mllm(LlavaForConditionalGeneration(config).eval(), CrossGetConfig(r=2))
+    batch = prompt_batch(model, [1])
+    expected = model_flops(config, CrossGetConfig(r=2), text_tokens=text_tokens(model, batch), one_softmax=True)
+    assert counted(lambda: first_token(model, batch)) == expected.total
+
+
+def test_decoding_counts_the_second_and_later_tokens() -> None:
+    model = accelerate_mllm(tiny_llava(), CrossGetConfig(keep_ratio=0.5))
+    batch = prompt_batch(model, [1])
+    expected = model_flops(
+        model.config,
+        CrossGetConfig(keep_ratio=0.5),
+        text_tokens=text_tokens(model, batch),
+        new_tokens=6,
+        one_softmax=True,
+    )
+    found = counted(lambda: model.generate(**batch, min_new_tokens=6, max_new_tokens=6, do_sample=False))
+    assert found == expected.total
+    assert model_flops(model.config, CrossGetConfig(r=2), new_tokens=1).decode == 0
+
+
+@pytest.mark.parametrize("model_type", TEXT_MODELS)
+def test_every_language_model_that_has_a_formula(model_type: str) -> None:
+    text = AutoConfig.for_model(
+        model_type, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, vocab_size=100, pad_token_id=0,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(text).eval()
+    config = LlavaConfig(vision_config=tiny_llava().config.vision_config, text_config=text, image_token_id=99)
+    flops = model_flops(config, RandomConfig(visual_tokens=8), text_tokens=5)
+    ids = torch.randint(1, 99, (1, 13))
+    assert counted(lambda: model(ids, logits_to_keep=1)) == flops.prefill + flops.lm_head
+
+
+@pytest.mark.parametrize("method", [CrossGetConfig(r=13), CrossGetConfig(keep_ratio=1.0), ToMeConfig(keep_ratio=0.25)])
+def test_llava_7b_on_the_meta_device(method) -> None:
+    """The vision side runs as it is; the language model needs a ready mask, since it looks into a missing one."""
+    config = GEOMETRIES["llava-1.5-7b"].config()
+    flops = model_flops(config, method, text_tokens=60)
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(config).eval()
+        image = torch.empty(1, 3, 336, 336)
+    text, head = model.model.language_model, model.lm_head
+    tokens = (
+        60 + {"crossget13": 278, "crossget1.0": 576, "tome0.25": 144}[f"{method.method}{method.r or method.keep_ratio}"]
+    )
+    prompt = torch.empty(1, tokens, 4096, device="meta")
+    mask = torch.empty(1, 1, tokens, tokens, dtype=torch.bool, device="meta")
+    language = counted(lambda: head(text(inputs_embeds=prompt, attention_mask=mask, use_cache=False)[0][:, -1:]))
+    assert language == flops.prefill + flops.lm_head
+    accelerate_mllm(model, method)
+    vision = counted(lambda: model.model.get_image_features(image))
+    expected = flops.patch_embedding + flops.encoder + flops.reducer + flops.projector
+    assert vision == expected
+
+
+def test_llava_7b_numbers() -> None:
+    """Pinned: a change here changes every table that was published."""
+    flops = model_flops(GEOMETRIES["llava-1.5-7b"].config(), CrossGetConfig(r=13), text_tokens=60).to_dict()
+    assert flops["total"] == sum(value for part, value in flops.items() if part != "total")
+    assert {part: round(value / 1e9, 2) for part, value in flops.items()} == {
+        "patch_embedding": 0.69,
+        "encoder": 272.42,
+        "reducer": 10.16,
+        "projector": 11.66,
+        "prefill": 4437.68,
+        "lm_head": 0.26,
+        "decode": 0.0,
+        "total": 4732.87,
+    }
+
+
+def test_matchings_by_hand() -> None:
+    assert matching_flops(CrossGetConfig(r=1), tokens=21, width=8, removed=3) == 2 * 21 * 21 * 8
+    assert matching_flops(ToMeConfig(r=1), tokens=21, width=8, removed=3) == 2 * 11 * 10 * 8
+    assert matching_flops(RandomConfig(r=1), tokens=21, width=8, removed=3) == 0
+
+
+def test_errors_say_what_is_allowed() -> None:
+    config = tiny_llava().config
+    with pytest.raises(ValueError, match="text_tokens must be at least 0, got -1"):
+        model_flops(config, CrossGetConfig(), text_tokens=-1)
+    with pytest.raises(ValueError, match="new_tokens must be at least 0, got -2"):
+        model_flops(config, CrossGetConfig(), new_tokens=-2)
+    with pytest.raises(ValueError, match=r"model type 'llama' is not supported; supported: .*llava"):
+        model_flops(config.text_config, CrossGetConfig())
+    other = LlavaConfig(vision_config=config.vision_config, text_config=AutoConfig.for_model("opt"))
+    with pytest.raises(ValueError, match="no FLOPs formula for a 'opt' language model"):
+        model_flops(other, CrossGetConfig())

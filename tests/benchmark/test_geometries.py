@@ -1,0 +1,35 @@
+"""Built-in geometries, local folders, and names that are neither."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+from mllm_crossget.benchmark.geometries import geometry_names, resolve
+from tests.tiny import tiny_llava
+
+
+@pytest.mark.parametrize(("name", "billions"), [("llava-1.5-7b", 7.06), ("llava-1.5-13b", 13.35)])
+def test_named_geometry_has_the_published_size(name: str, billions: float) -> None:
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(resolve(name))
+    assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e9, 2) == billions
+
+
+def test_names_ignore_case() -> None:
+    assert geometry_names() == ["llava-1.5-13b", "llava-1.5-7b"]
+    assert resolve("LLaVA-1.5-7B").text_config.hidden_size == 4096
+
+
+def test_local_folder(tmp_path: Path) -> None:
+    config = tiny_llava().config
+    config.save_pretrained(tmp_path)
+    assert resolve(tmp_path).to_dict()["vision_config"] == config.to_dict()["vision_config"]
+
+
+def test_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"'no-such-model' is no built-in geometry .*llava-1.5-7b"):
+        resolve("no-such-model")

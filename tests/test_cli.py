@@ -1,0 +1,149 @@
+"""The command line: options made from the dataclasses, reports without weights, errors as one line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import pytest
+
+from mllm_crossget import __version__, cli, method_names
+from mllm_crossget.config import method_class
+from tests.tiny import tiny_llava
+
+GEOMETRY = "llava-1.5-7b"
+
+
+def inspected(capsys: pytest.CaptureFixture[str], *words: str) -> dict:
+    assert cli.main(["inspect", GEOMETRY, *words, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_inspect_tells_the_published_counts(capsys: pytest.CaptureFixture[str]) -> None:
+    report = inspected(capsys, "--r", "13")
+    assert report["visual_tokens"] == {"before": 576, "after": 278}
+    assert report["tokens_by_layer"][:2] == [578, 565]
+    assert report["method"] == {"method": "crossget", "format_version": 1, "r": 13, **_crossget_options()}
+    assert report["flops"]["ratio"] == pytest.approx(0.534, abs=5e-4)
+    assert (report["tower"], report["layers"]) == ("clip_vision_model", 24)
+
+
+def _crossget_options() -> dict:
+    settings = method_class("crossget")().to_dict()
+    return {name: value for name, value in settings.items() if name not in ("method", "format_version", "keep_ratio")}
+
+
+@pytest.mark.parametrize("words", [["--keep_ratio", "0.25"], ["--keep-ratio", "0.25"], ["--visual-tokens", "144"]])
+def test_dials_in_both_spellings(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+    assert inspected(capsys, *words)["visual_tokens"]["after"] == 144
+
+
+def test_r_as_a_list(capsys: pytest.CaptureFixture[str]) -> None:
+    report = inspected(capsys, "--r", "40", *["0"] * 22, "7")
+    assert report["removed_by_layer"] == [40, *[0] * 22, 7]
+
+
+@pytest.mark.parametrize("method", method_names())
+def test_every_method_has_its_own_options(capsys: pytest.CaptureFixture[str], method: str) -> None:
+    assert inspected(capsys, "--method", method)["method"]["method"] == method
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["inspect", "--method", method, "--help"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    assert all(f"--{field.name}" in printed for field in fields(method_class(method)))
+    assert "share of the visual tokens that reaches the language" in printed
+
+
+def test_counts_of_text_and_new_tokens(capsys: pytest.CaptureFixture[str]) -> None:
+    short, long = (
+        inspected(capsys, "--text-tokens", "10"),
+        inspected(capsys, "--text_tokens", "60", "--new_tokens", "9"),
+    )
+    assert short["flops"]["before"]["prefill"] < long["flops"]["before"]["prefill"]
+    assert short["flops"]["before"]["decode"] == 0 < long["flops"]["before"]["decode"]
+
+
+def test_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", GEOMETRY, "--r", "13"]) == 0
+    printed = capsys.readouterr().out
+    assert "576 -> 278 visual tokens" in printed
+    assert "reducer" in printed
+    assert "0.534" in printed
+
+
+def test_inspect_a_local_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_llava().config.save_pretrained(tmp_path)
+    assert cli.main(["inspect", "--name_or_path", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["visual_tokens"] == {"before": 16, "after": 8}
+
+
+def test_families(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["families", "--json"]) == 0
+    known = {row["model_type"]: row for row in json.loads(capsys.readouterr().out)}
+    assert "siglip_vision_model" in known["llava"]["towers"]
+    assert cli.main(["families"]) == 0
+    assert "llava" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["inspect", GEOMETRY, "--keep_ratio", "1.5"], "keep_ratio must be in (0, 1], got 1.5"),
+        (["inspect", GEOMETRY, "--keep_ratio", "0.5", "--r", "3"], "exactly one of"),
+        (["inspect", GEOMETRY, "--visual_tokens", "577"], "more than the 576 tokens"),
+        (["inspect", GEOMETRY, "--r", "1", "2"], "r lists 2 layers, the vision tower has 24"),
+        (["inspect", GEOMETRY, "--method", "nonsense"], "unknown method 'nonsense'; known methods: crossget"),
+        (["inspect", "nonsense"], "is no built-in geometry"),
+    ],
+)
+def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
+    assert cli.main(words) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("error: ")
+    assert printed.err.count("\n") == 1
+    assert message in printed.err
+    assert printed.out == ""
+
+
+@pytest.mark.parametrize("words", [[], ["nonsense"], ["inspect"], ["inspect", GEOMETRY, "--unknown", "1"]])
+def test_unknown_words_stop_with_the_usage(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(words)
+    assert stop.value.code == 2
+    assert "usage: mllm-crossget" in capsys.readouterr().err
+
+
+def test_help_lists_every_command_and_needs_none_of_them(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in cli.COMMANDS)
+
+
+@dataclass
+class _NeedsNothing:
+    """Options of a command for the test below."""
+
+    size: int = 1
+
+
+def _wants_a_missing_package(options: _NeedsNothing) -> None:
+    import package_that_nobody_has  # noqa: F401
+
+
+def test_a_missing_extra_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    here = f"{__name__}:"
+    command = cli.Command(here + "_NeedsNothing", here + "_wants_a_missing_package", "a test", extra="viz")
+    monkeypatch.setitem(cli.COMMANDS, "needy", command)
+    assert cli.main(["needy", "--size", "3"]) == 2
+    assert "pip install 'mllm-crossget[viz]'" in capsys.readouterr().err
+
+
+def test_as_a_process() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "mllm_crossget", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == __version__
