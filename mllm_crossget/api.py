@@ -211,7 +211,7 @@ def _settings(
 def _warn_if_adapter_came_first(model: nn.Module) -> None:
     if base_model(model) is not model and handle_of(model) is None:
         warnings.warn(
-            "the model is wrapped by PEFT already: cross tokens added now are neither trained nor saved by the adapter; "
+            "PEFT wraps the model already: cross tokens added now are neither trained nor saved by the adapter; "
             "call accelerate_mllm before get_peft_model, with modules_to_save=['cross_tokens']",
             stacklevel=3,
         )
@@ -237,10 +237,11 @@ def _apply_hooks(model: nn.Module, handle: Handle) -> None:
     tower = module_at(model, family.tower)
     kind = tower_kind(config_at(model.config, family.vision_config).model_type, family.towers, type(model).__name__)
     encoder = module_at(tower, kind.encoder)
+    handle.encoder_path = ".".join(filter(None, (family.tower, kind.encoder)))
     layers = getattr(encoder, kind.names.layers)
     if handle.schedule.cross:
         _make_cross_tokens(model, handle, layers)
-        handle.cross_paths["vision"] = ".".join(filter(None, (family.tower, kind.encoder, "cross_tokens")))
+        handle.cross_paths["vision"] = f"{handle.encoder_path}.cross_tokens"
     vision = handle.cross_tokens.get("vision") if handle.schedule.cross else None
     handle.tower = hook_tower(journal, encoder, layers, kind.names, handle.method, handle.geometry, vision)
     if handle.schedule.cross and family.language_model is not None:

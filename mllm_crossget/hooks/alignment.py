@@ -9,26 +9,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mllm_crossget.hooks.text import text_state
-from mllm_crossget.hooks.tower import TowerState
 from mllm_crossget.ops.alignment import alignment_loss
 
 
 def add_alignment_loss(
-    output: Any, tower: TowerState, language_model: nn.Module, projector: nn.Module, images_per_row: Tensor, kl: str
+    output: Any,
+    vision_cross: Tensor | None,
+    text_cross: Tensor | None,
+    projector: nn.Module,
+    images_per_row: Tensor,
+    kl: str,
 ) -> Any:
     """The output with a field ``alignment_loss`` (unweighted), in the graph of the cross tokens alone.
 
     Args:
         output: the model's output dataclass.
-        tower, language_model: where the cross tokens of this forward were recorded; they are taken from there.
+        vision_cross: (vision layers, images, D) cross tokens of this forward, None without images.
+        text_cross: (text layers, B, D) cross tokens of this forward.
         projector: maps vision cross tokens to the text width; its weights get no gradient from the loss.
         images_per_row: (B,) images in every row of the batch.
         kl: form of the divergence.
     """
-    text = text_state(language_model)
-    vision_cross, tower.cross_record = tower.cross_record, None
-    text_cross, text.cross_record = text.cross_record, None
     if text_cross is None or vision_cross is None:
         loss = output.logits.new_zeros((), dtype=torch.float32)
     else:

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,21 +22,20 @@ IMPLEMENTATION = "mllm_crossget"
 # Everything private that we rely on, in one place; checked when a model is accelerated.
 _IMPLEMENTATION_FIELD = "_attn_implementation_internal"
 _SLOT = "_mllm_crossget_slot"
+_OWN_CONFIG = "_mllm_crossget_own_config"
 
 
 @dataclass
 class AttentionSlot:
-    """Passes values between one layer and its attention during one call; emptied by the layer that filled it.
+    """Passes values between one layer and its attention during one call; the layer makes a new one for every call.
 
     Attributes:
-        config: the tower's own configuration, whose attention implementation is honoured.
         key_bias: (B, T) log token size to add to the logits, or None.
         record: whether keys are wanted, and ``importance`` too.
         cross_token: whether the last token is a cross token (see ``ops.importance.query_weights``).
         keys, importance: what was recorded.
     """
 
-    config: Any
     key_bias: Tensor | None = None
     record_keys: bool = False
     record_importance: bool = False
@@ -43,32 +44,33 @@ class AttentionSlot:
     importance: Tensor | None = None
 
     def take(self) -> tuple[Tensor, Tensor | None]:
-        """The recorded keys and importance; the slot is empty afterwards."""
-        keys, importance = self.keys, self.importance
-        self.keys = self.importance = self.key_bias = None
-        if keys is None:
+        """The recorded keys and importance."""
+        if self.keys is None:
             raise RuntimeError(
                 "the vision tower's attention did not go through transformers' attention interface; "
                 "was its forward replaced after accelerate_mllm?"
             )
-        return keys, importance
+        return self.keys, self.importance
 
 
-def hook_attention(journal: Journal, attention: nn.Module) -> AttentionSlot:
-    """Route one attention module through ``reduced_attention``; returns its slot."""
-    slot = AttentionSlot(config=attention.config)
+def hook_attention(journal: Journal, attention: nn.Module) -> None:
+    """Route one attention module through ``reduced_attention``."""
     shadow = copy.copy(attention.config)
     shadow.__dict__[_IMPLEMENTATION_FIELD] = IMPLEMENTATION
     if IMPLEMENTATION not in ALL_ATTENTION_FUNCTIONS.valid_keys():
         ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, reduced_attention)
+    journal.set_attribute(attention, _OWN_CONFIG, attention.config)
     journal.set_attribute(attention, "config", shadow)
-    journal.set_attribute(attention, _SLOT, slot)
-    return slot
 
 
-def slot_of(attention: nn.Module) -> AttentionSlot:
-    """The slot of a hooked attention module."""
-    return attention.__dict__[_SLOT]
+@contextmanager
+def open_slot(attention: nn.Module, slot: AttentionSlot) -> Iterator[AttentionSlot]:
+    """Lend a slot to a hooked attention module for one call."""
+    attention.__dict__[_SLOT] = slot
+    try:
+        yield slot
+    finally:
+        del attention.__dict__[_SLOT]
 
 
 def attention_problem(attention: nn.Module) -> str | None:
@@ -90,11 +92,12 @@ def reduced_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' attention interface: (B, H, T, D) projections in, ((B, T, H, D), weights or None) out."""
-    slot = slot_of(module)
+    slot: AttentionSlot = module.__dict__[_SLOT]
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if slot.record_keys:
         slot.keys = key.detach().mean(dim=1)
-    implementation = slot.config._attn_implementation
+    # The tower's own configuration: a later set_attn_implementation is honoured.
+    implementation = module.__dict__[_OWN_CONFIG]._attn_implementation
     if slot.record_importance and attention_mask is None and _one_softmax_is_best(implementation, query, dropout):
         output, slot.importance = attend_with_importance(query, key, value, scaling, slot.key_bias, slot.cross_token)
         return output, None

@@ -2,10 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+RECORD = "_mllm_crossget_record"
+
+
+@contextmanager
+def recorded_cross_tokens(encoder: nn.Module, language_model: nn.Module) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Collect the cross tokens that both sides write during one training forward.
+
+    Yields two lists, of the vision encoder and of the language model, to which a forward appends (layers, B, D). They
+    live on the modules and not in shared state, so that replicas of a model do not see each other's.
+    """
+    vision: list[Tensor] = []
+    text: list[Tensor] = []
+    encoder.__dict__[RECORD], language_model.__dict__[RECORD] = vision, text
+    try:
+        yield vision, text
+    finally:
+        del encoder.__dict__[RECORD], language_model.__dict__[RECORD]
 
 
 class CrossTokens(nn.Module):

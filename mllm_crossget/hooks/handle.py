@@ -24,6 +24,7 @@ class Handle:
         journal: the changes to the model.
         cross_tokens: the learned modules by place ("vision", "text"), also while ``keep_ratio=1`` parks them.
         cross_paths: where they are registered in the model, by place.
+        encoder_path: path to the module that holds the vision layers.
         tower: state of the hooked vision tower, None while ``keep_ratio=1``.
     """
 
@@ -34,6 +35,7 @@ class Handle:
     journal: Journal
     cross_tokens: dict[str, nn.Module]
     cross_paths: dict[str, str] = field(default_factory=dict)
+    encoder_path: str = ""
     tower: TowerState | None = None
 
 

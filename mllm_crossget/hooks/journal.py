@@ -38,21 +38,28 @@ class Journal:
         original = type(module)
         self._entries.append(("class", module, original, None))
         module.__class__ = mixed_class(original, mixin)
-        if "_old_forward" in module.__dict__:  # accelerate hides the class's forward behind the instance's
-            self.set_attribute(module, "_old_forward", type(module).forward.__get__(module))
+        _rebind_forward(module, original, type(module))
 
     def rollback(self) -> None:
         """Undo every change; the journal is empty afterwards."""
         while self._entries:
             kind, target, what, old = self._entries.pop()
             if kind == "class":
-                target.__class__ = what
+                mixed, target.__class__ = type(target), what
+                _rebind_forward(target, mixed, what)
             elif kind == "module":
                 delattr(target, what)
             elif isinstance(old, str) and old == _MISSING:
                 target.__dict__.pop(what, None)
             else:
                 target.__dict__[what] = old
+
+
+def _rebind_forward(module: nn.Module, old: type, new: type) -> None:
+    """accelerate keeps a bound ``forward`` in the instance, which would hide the class's: point it at the new class."""
+    for name in ("forward", "_old_forward"):
+        if getattr(module.__dict__.get(name), "__func__", None) is old.forward:
+            module.__dict__[name] = new.forward.__get__(module)
 
 
 @functools.cache

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mllm_crossget.families.base import module_at
 from mllm_crossget.hooks.alignment import add_alignment_loss
+from mllm_crossget.hooks.cross_tokens import recorded_cross_tokens
 from mllm_crossget.hooks.generation import PromptView, option_reader, shift_lengths, with_user_view
 from mllm_crossget.hooks.handle import HANDLE, Handle
 from mllm_crossget.hooks.inputs import (
@@ -65,7 +66,7 @@ class ReducedModel(nn.Module):
             return _forward_shrunk(self, super().forward, handle, kwargs)
         if layout is not None:
             follow_layout(layout, kwargs)
-        return _with_alignment(self, handle, super().forward(**kwargs), kwargs)
+        return _with_alignment(self, super().forward, handle, kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As the original: full-length prompts in, full-length sequences out."""
@@ -134,7 +135,7 @@ def _forward_shrunk(model: nn.Module, forward: Any, handle: Handle, kwargs: dict
     shrunk = shrink_new_columns(model, handle, kwargs, ids, mask[:, old:], layout, 0)
     old_mask = layout.compact_mask(mask[:, :old]) if old else mask[:, :0]
     kwargs["attention_mask"] = torch.cat([old_mask, kwargs["attention_mask"]], dim=1)
-    output = _with_alignment(model, handle, forward(**kwargs), kwargs)
+    output = _with_alignment(model, forward, handle, kwargs)
     output.logits = _slice_logits(shrunk.compaction.expand(output.logits), keep)
     if output.past_key_values is not None:
         compact_ids = torch.cat([layout.ids, ids.new_zeros(len(ids), old_mask.shape[1] - layout.ids.shape[1]),
@@ -175,20 +176,21 @@ def _user_output(output: Any, view: PromptView, layout: Layout, cache: Any) -> A
     return output
 
 
-def _with_alignment(model: nn.Module, handle: Handle, output: Any, kwargs: dict[str, Any]) -> Any:
-    """In training, add the alignment loss of the cross tokens that both sides recorded (not to tuples)."""
-    if not (model.training and handle.schedule.cross) or isinstance(output, tuple):
-        return output
+def _with_alignment(model: nn.Module, forward: Any, handle: Handle, kwargs: dict[str, Any]) -> Any:
+    """Run the stock forward; in training, add the alignment loss of the cross tokens (not to tuples)."""
+    if not (model.training and handle.schedule.cross):
+        return forward(**kwargs)
     family = handle.family
+    encoder, language_model = module_at(model, handle.encoder_path), module_at(model, family.language_model)
+    with recorded_cross_tokens(encoder, language_model) as (vision, text):
+        output = forward(**kwargs)
+    if isinstance(output, tuple):
+        return output
     images = torch.zeros(len(kwargs["input_ids"]), dtype=torch.int64)
-    if kwargs.get("pixel_values") is not None:
+    if vision:
         is_image = kwargs["input_ids"] == getattr(model.config, family.image_token)
         images = is_image.sum(dim=1) // handle.schedule.features
+    projector = module_at(model, family.projector)
     return add_alignment_loss(
-        output,
-        handle.tower,
-        module_at(model, family.language_model),
-        module_at(model, family.projector),
-        images,
-        handle.method.kl,
+        output, vision[0] if vision else None, text[0] if text else None, projector, images, handle.method.kl
     )

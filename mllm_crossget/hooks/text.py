@@ -10,19 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mllm_crossget.hooks.cross_tokens import CrossTokens, write_token
+from mllm_crossget.hooks.cross_tokens import RECORD, CrossTokens, write_token
 from mllm_crossget.hooks.journal import Journal
 
 _STATE = "_mllm_crossget_text"
 _KEYWORD = "crossget_text"
-
-
-@dataclass
-class TextState:
-    """What the hooked language model knows; ``cross_record`` holds the last training forward's cross tokens,
-    (layers, B, D), until the top model takes them."""
-
-    cross_record: Tensor | None = None
 
 
 @dataclass
@@ -38,17 +30,11 @@ class FirstTokens:
 
 def hook_text(journal: Journal, language_model: nn.Module, layers: nn.ModuleList, cross_tokens: CrossTokens) -> None:
     """Make a decoder write its cross tokens; every change is written into ``journal``."""
-    journal.set_attribute(language_model, _STATE, TextState())
     journal.add_module(language_model, "cross_tokens", cross_tokens)
     for index, layer in enumerate(layers):
         journal.set_attribute(layer, _STATE, index)
         journal.swap_class(layer, GuidedLayer)
     journal.swap_class(language_model, GuidedModel)
-
-
-def text_state(language_model: nn.Module) -> TextState:
-    """The state of a hooked language model."""
-    return language_model.__dict__[_STATE]
 
 
 class GuidedModel(nn.Module):
@@ -62,8 +48,8 @@ class GuidedModel(nn.Module):
         if first is None:
             return super().forward(**kwargs)
         output = super().forward(**kwargs, **{_KEYWORD: first})
-        if self.training:
-            text_state(self).cross_record = _cross_tokens_of(first)
+        if RECORD in self.__dict__:
+            self.__dict__[RECORD].append(_cross_tokens_of(first))
         return output
 
 
@@ -112,6 +98,11 @@ def _first_real_column(mask: Any, batch: int, device: torch.device) -> Tensor:
         mask = next((part for part in mask.values() if part is not None), None)
     if mask is None:
         return torch.zeros(batch, dtype=torch.int64, device=device)
+    if not isinstance(mask, Tensor):
+        raise ValueError(
+            f"attention_mask is a {type(mask).__name__}, from which padding cannot be read; pass (rows, columns), "
+            'or use attn_implementation="sdpa" for the language model'
+        )
     if mask.ndim == 4:  # (B, 1, queries, keys), bool or additive: the last query sees everything that is real
         row = mask[:, 0, -1]
         seen = row if row.dtype == torch.bool else row > torch.finfo(row.dtype).min / 2

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from mllm_crossget.families.base import LayerNames
-from mllm_crossget.hooks.attention import hook_attention, slot_of
-from mllm_crossget.hooks.cross_tokens import CrossTokens
+from mllm_crossget.hooks.attention import AttentionSlot, hook_attention, open_slot
+from mllm_crossget.hooks.cross_tokens import RECORD, CrossTokens
 from mllm_crossget.hooks.journal import Journal
 from mllm_crossget.methods.base import Method, Signals
 from mllm_crossget.ops.matching import Match
@@ -48,14 +48,12 @@ class TowerState:
         method, geometry: what to do, for which tower.
         names: where a layer keeps its norms, attention and MLP.
         trace: a list to append one ``LayerTrace`` per layer to, or None (the default: nothing is kept).
-        cross_record: cross tokens of the last training forward, (layers, B, D), until the top model takes them.
     """
 
     method: Method
     geometry: TowerGeometry
     names: LayerNames
     trace: list[LayerTrace] | None = None
-    cross_record: Tensor | None = None
     schedules: dict[int, Schedule] = field(default_factory=dict)
 
     def schedule(self, tokens: int) -> Schedule:
@@ -110,20 +108,20 @@ class ReducedEncoder(nn.Module):
         if schedule.cross:
             hidden = torch.cat([hidden, _first_cross_token(hidden, state.geometry.prefix)], dim=1)
             vectors = self.cross_tokens()
-        record: list[Tensor] = []
+        written: list[Tensor] = []
         size = source = None
         for index, layer in enumerate(getattr(self, state.names.layers)):
             cross = None
             if vectors is not None:
                 last = hidden[:, -1].detach()
                 cross = last + vectors[index].to(device=last.device, dtype=last.dtype)
-                record.append(cross)
+                written.append(cross)
             hidden, size, match = layer(hidden, None, size, cross, schedule.removals[index])
             source = source if match is None else compose_source(source, match)
             if state.trace is not None:
                 state.trace.append(_trace(match, size, source, hidden, schedule.tokens[0]))
-        if record and self.training:
-            state.cross_record = torch.stack(record)
+        if written and RECORD in self.__dict__:
+            self.__dict__[RECORD].append(torch.stack(written))
         return BaseModelOutput(last_hidden_state=hidden)
 
 
@@ -155,12 +153,14 @@ class ReducedLayer(nn.Module):
         attention = getattr(self, names.attention)
         if cross is not None:
             hidden_states = torch.cat([hidden_states[:, :-1], cross[:, None].to(hidden_states.dtype)], dim=1)
-        slot = slot_of(attention)
-        slot.key_bias = size.log() if size is not None and method.proportional_attention else None
-        slot.record_keys = removed > 0
-        slot.record_importance = removed > 0 and method.needs_importance
-        slot.cross_token = cross is not None
-        attended = attention(getattr(self, names.norm1)(hidden_states), attention_mask=attention_mask)[0]
+        slot = AttentionSlot(
+            key_bias=size.log() if size is not None and method.proportional_attention else None,
+            record_keys=removed > 0,
+            record_importance=removed > 0 and method.needs_importance,
+            cross_token=cross is not None,
+        )
+        with open_slot(attention, slot):
+            attended = attention(getattr(self, names.norm1)(hidden_states), attention_mask=attention_mask)[0]
         hidden_states = hidden_states + attended
         match = None
         if removed:
@@ -170,7 +170,6 @@ class ReducedLayer(nn.Module):
             if size is None:
                 size = torch.ones(hidden_states.shape[:2], dtype=torch.float32, device=hidden_states.device)
             hidden_states, size = merge(hidden_states, size, match)
-        slot.key_bias = None
         hidden_states = hidden_states + getattr(self, names.mlp)(getattr(self, names.norm2)(hidden_states))
         return hidden_states, size, match
 

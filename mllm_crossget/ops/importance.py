@@ -37,7 +37,7 @@ def attention_importance(
     weights = query_weights(key_BHTD.shape[2], cross_token, key_BHTD).expand(query_BHTD.shape[0], 1, -1)
     total = torch.zeros(key_BHTD.shape[0], 1, key_BHTD.shape[2], dtype=torch.float32, device=key_BHTD.device)
     for head in range(query_BHTD.shape[1]):
-        total = total + torch.bmm(weights, _attention(query_BHTD, key_BHTD, head, scaling, bias_BT).float())
+        total = total + torch.bmm(weights, _attention(query_BHTD, key_BHTD, head, scaling, bias_BT))
     return total[:, 0] / query_BHTD.shape[1]
 
 
@@ -61,8 +61,8 @@ def attend_with_importance(
     outputs = []
     for head in range(heads):
         attention = _attention(query_BHTD, key_BHTD, head, scaling, bias_BT)
-        total = total + torch.bmm(weights, attention.float())
-        outputs.append(torch.bmm(attention, value_BHTD[:, head]))
+        total = total + torch.bmm(weights, attention)
+        outputs.append(torch.bmm(attention.to(value_BHTD.dtype), value_BHTD[:, head]))
     return torch.stack(outputs, dim=2), total[:, 0] / heads
 
 
@@ -79,11 +79,13 @@ def cosine_importance(key_BTC: Tensor, query_BC: Tensor) -> Tensor:
 
 
 def _attention(query: Tensor, key: Tensor, head: int, scaling: float, bias: Tensor | None) -> Tensor:
-    """(B, T, T) softmax of one head, in float32 where the inputs are half precision."""
-    queries, keys = query[:, head].float(), key[:, head].float()
+    """(B, T, T) softmax of one head in float32; products in the inputs' precision, as transformers' eager attention."""
+    queries, keys = query[:, head], key[:, head].mT
     if bias is None:
-        logits = torch.bmm(queries * scaling, keys.mT)
+        logits = torch.bmm(queries * scaling, keys).float()
+    elif query.dtype == torch.float32:
+        tokens = keys.shape[2]
+        logits = torch.baddbmm(bias[:, None].expand(-1, tokens, -1), queries, keys, alpha=scaling)
     else:
-        tokens = keys.shape[1]
-        logits = torch.baddbmm(bias.float()[:, None].expand(-1, tokens, -1), queries, keys.mT, alpha=scaling)
-    return logits.softmax(dim=-1).to(query.dtype)
+        logits = torch.bmm(queries * scaling, keys).float() + bias[:, None]
+    return logits.softmax(dim=-1)

@@ -1,0 +1,98 @@
+"""Honest timing: warm, synchronised, the settings taken in turn inside one process, spread reported."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one setting over the rounds.
+
+    Attributes:
+        seconds: one figure per round, in the order measured.
+    """
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """Median in seconds."""
+        return statistics.median(self.seconds)
+
+    def as_dict(self) -> dict[str, float | int]:
+        """For JSON: minimum, median and maximum in seconds, and the rounds."""
+        return {
+            "min_s": min(self.seconds),
+            "median_s": self.median,
+            "max_s": max(self.seconds),
+            "rounds": len(self.seconds),
+        }
+
+
+def alternate(
+    settings: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device | None = None, label: str = "timing"
+) -> dict[str, Timing]:
+    """Time every setting once per round, all in turn, after one unmeasured round.
+
+    Taking turns spreads the machine's moods over all settings, so that ratios within a round can be trusted.
+
+    Args:
+        settings: what to run, by name.
+        rounds: measured rounds, at least 1.
+        device: synchronised around each run if it is a CUDA device.
+        label: of the progress bar.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {rounds}")
+    seconds: dict[str, list[float]] = {name: [] for name in settings}
+    for turn in tqdm(range(rounds + 1), desc=label, leave=False):
+        for name, run in settings.items():
+            _synchronise(device)
+            start = time.perf_counter()
+            run()
+            _synchronise(device)
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: Timing(tuple(values)) for name, values in seconds.items()}
+
+
+def ratio(numerator: Timing, denominator: Timing) -> tuple[float, float, float]:
+    """Median, least and greatest ratio of two settings, round by round."""
+    ratios = [a / b for a, b in zip(numerator.seconds, denominator.seconds, strict=True)]
+    return statistics.median(ratios), min(ratios), max(ratios)
+
+
+def environment() -> dict[str, str | int]:
+    """Hardware and versions that a figure belongs to."""
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "mllm_crossget": version("mllm-crossget"),
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _synchronise(device: torch.device | None) -> None:
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,132 @@
+"""Pictures: what was merged into what, over the image; and accuracy against cost.
+
+``merged_groups`` and ``draw_groups`` need no plotting library; ``plot_curves`` needs matplotlib (the ``viz`` extra).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor, nn
+
+from mllm_crossget.api import trace_merges
+from mllm_crossget.families.base import module_at
+from mllm_crossget.hooks.handle import base_model, handle_of
+
+_BORDER = (255, 255, 255)
+_CAPTION_HEIGHT = 18
+
+
+@torch.no_grad()
+def merged_groups(model: nn.Module, pixel_values: Tensor) -> Tensor:
+    """Which token each patch ends up in, at the layer that the language side reads.
+
+    Args:
+        model: an accelerated model.
+        pixel_values: (images, channels, height, width) as the processor makes them.
+
+    Returns:
+        (images, patches) token numbers in row-major order of the patch grid; equal numbers were merged.
+
+    Raises:
+        ValueError: the model is not accelerated, or merges nothing (``keep_ratio=1``).
+    """
+    with trace_merges(model) as trace:
+        handle = handle_of(model)
+        module_at(base_model(model), handle.family.tower)(pixel_values)
+    geometry = handle.geometry
+    source = trace[geometry.read - 1].source
+    return source[:, geometry.prefix : geometry.prefix + geometry.patches]
+
+
+def draw_groups(image: Image.Image, groups: Tensor, scale: int = 3) -> Image.Image:
+    """The image with every merged group in its mean colour and white lines between groups.
+
+    Args:
+        image: the picture as the tower saw it (square, cropped as the processor does).
+        groups: (patches,) one row of ``merged_groups``; patches must be a square number.
+        scale: enlargement.
+
+    Raises:
+        ValueError: the number of patches is no square.
+    """
+    side = round(groups.numel() ** 0.5)
+    if side * side != groups.numel():
+        raise ValueError(f"{groups.numel()} patches are no square grid; give one image's row of merged_groups")
+    small = image.convert("RGB").resize((side * 8, side * 8))
+    pixels = torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8).view(side, 8, side, 8, 3).float()
+    patches = pixels.mean(dim=(1, 3)).reshape(side * side, 3)
+    count = int(groups.max()) + 1
+    members = torch.zeros(count).index_add_(0, groups, torch.ones(groups.numel())).clamp_min(1)
+    means = torch.zeros(count, 3).index_add_(0, groups, patches) / members[:, None]
+    cell = max(4, image.width * scale // side)
+    canvas = Image.new("RGB", (side * cell, side * cell))
+    draw = ImageDraw.Draw(canvas)
+    grid = groups.view(side, side)
+    for row in range(side):
+        for column in range(side):
+            _draw_cell(draw, grid, row, column, cell, means)
+    return canvas
+
+
+def _draw_cell(draw: ImageDraw.ImageDraw, grid: Tensor, row: int, column: int, cell: int, means: Tensor) -> None:
+    left, top = column * cell, row * cell
+    colour = tuple(int(value) for value in means[grid[row, column]])
+    draw.rectangle((left, top, left + cell - 1, top + cell - 1), fill=colour)
+    if column and grid[row, column] != grid[row, column - 1]:
+        draw.line((left, top, left, top + cell - 1), fill=_BORDER)
+    if row and grid[row, column] != grid[row - 1, column]:
+        draw.line((left, top, left + cell - 1, top), fill=_BORDER)
+
+
+def contact_sheet(rows: Sequence[Sequence[tuple[str, Image.Image]]]) -> Image.Image:
+    """Captioned pictures in rows, all scaled to the first one's size."""
+    width, height = rows[0][0][1].size
+    columns = max(len(row) for row in rows)
+    sheet = Image.new("RGB", (columns * (width + 6), len(rows) * (height + _CAPTION_HEIGHT + 6)), (255, 255, 255))
+    draw = ImageDraw.Draw(sheet)
+    for row_index, row in enumerate(rows):
+        for column_index, (caption, picture) in enumerate(row):
+            left, top = column_index * (width + 6) + 3, row_index * (height + _CAPTION_HEIGHT + 6)
+            draw.text((left, top + 3), caption, fill=(0, 0, 0))
+            sheet.paste(picture.resize((width, height), Image.Resampling.LANCZOS), (left, top + _CAPTION_HEIGHT))
+    return sheet
+
+
+def plot_curves(
+    curves: Mapping[str, Sequence[tuple[float, float, float, float]]],
+    path: str | Path,
+    xlabel: str,
+    ylabel: str,
+    baseline: tuple[float, float] | None = None,
+    title: str = "",
+) -> Path:
+    """Curves with error bars, written to an image file.
+
+    Args:
+        curves: by name, points (x, y, low, high).
+        path: file to write.
+        xlabel, ylabel, title: texts.
+        baseline: (x, y) of the untouched model, drawn as a star.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.0), dpi=150)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for name, points in curves.items():
+        x, y, low, high = zip(*sorted(points), strict=True)
+        errors = [[a - b for a, b in zip(y, low, strict=True)], [b - a for a, b in zip(y, high, strict=True)]]
+        axes.errorbar(x, y, yerr=errors, marker="o", capsize=3, label=name)
+    if baseline is not None:
+        axes.plot(*baseline, marker="*", markersize=12, color="black", linestyle="none", label="untouched model")
+    axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path)
+    return Path(path)
