@@ -16,7 +16,7 @@ from mllm_crossget.config import ReductionConfig, method_class
 from mllm_crossget.families.base import Family, config_at, families, module_at, tower_kind
 from mllm_crossget.hooks.attention import attention_problem
 from mllm_crossget.hooks.cross_tokens import CrossTokens
-from mllm_crossget.hooks.handle import HANDLE, Handle, base_model, handle_of
+from mllm_crossget.hooks.handle import HANDLE, Handle, base_model, handle_of, live_cross_tokens
 from mllm_crossget.hooks.journal import Journal
 from mllm_crossget.hooks.model import ReducedFeatures, ReducedModel
 from mllm_crossget.hooks.text import hook_text
@@ -68,7 +68,7 @@ def accelerate_mllm(
         return model
     if chosen.uses_cross_tokens:
         _warn_if_adapter_came_first(model)
-    tokens = old.cross_tokens if old is not None else {}
+    tokens = live_cross_tokens(target) if old is not None else {}
     if old is not None:
         old.journal.rollback()
     try:
@@ -108,6 +108,23 @@ def accelerated(model: Model, config: ReductionConfig | None = None, **settings:
             restore_mllm(model)
         else:
             accelerate_mllm(model, previous)
+
+
+@contextmanager
+def unreduced(model: Model) -> Iterator[Model]:
+    """The model as it was before ``accelerate_mllm``, for the length of a ``with`` block, without moving a module.
+
+    For a teacher's forward pass with the same weights: unlike ``accelerated(model, keep_ratio=1)`` it leaves the
+    modules registered where a wrapper for distributed training or PEFT has seen them.
+
+    Raises:
+        ValueError: the model is not accelerated.
+    """
+    handle = handle_of(model)
+    if handle is None:
+        raise ValueError("the model is not accelerated; call accelerate_mllm(model) first")
+    with handle.journal.suspended():
+        yield model
 
 
 @contextmanager

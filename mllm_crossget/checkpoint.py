@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mllm_crossget.api import accelerate_mllm, restore_mllm
 from mllm_crossget.config import ReductionConfig, find_file
-from mllm_crossget.hooks.handle import Handle, handle_of
+from mllm_crossget.hooks.handle import Handle, handle_of, live_cross_tokens
 from mllm_crossget.hooks.persistence import WEIGHTS_NAME, write_files
 
 OFFICIAL_WEIGHTS_NAME = "cross_tokens.bin"
@@ -41,7 +41,8 @@ def save_crossget(model: nn.Module, save_directory: str | Path) -> list[Path]:
     Raises:
         ValueError: the model is not accelerated.
     """
-    return write_files(_handle(model), save_directory)
+    _handle(model)
+    return write_files(model, save_directory)
 
 
 def load_crossget(
@@ -120,13 +121,12 @@ def _with_cross_tokens(model: Model, config: ReductionConfig, tensors: Mapping[s
     previous = handle_of(model)
     before = previous.method if previous is not None else None
     accelerate_mllm(model, config)
-    handle = _handle(model)
     try:
-        _check_tensors(handle.cross_tokens, tensors, path)
+        _check_tensors(live_cross_tokens(model), tensors, path)
     except ValueError:
         _take_back(model, before)
         raise
-    for place, module in handle.cross_tokens.items():
+    for place, module in live_cross_tokens(model).items():
         with torch.no_grad():
             module.weight.copy_(tensors[f"{place}.cross"])
     return model

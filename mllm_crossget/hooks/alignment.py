@@ -50,8 +50,16 @@ def aligned_output(output_class: type) -> type:
 
 
 def _project(projector: nn.Module, tokens: Tensor) -> Tensor:
-    """The projector with detached weights. A frozen one is simply called, as quantised weights cannot be swapped."""
-    if not any(parameter.requires_grad for parameter in projector.parameters()):
+    """The projector, called as it is, but without gradients for its weights.
+
+    Called and not rebuilt from detached weights: quantised weights cannot be swapped, and under ZeRO-3 a weight exists
+    only inside its module's call.
+    """
+    trained = [parameter for parameter in projector.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
         return projector(tokens)
-    detached = {name: parameter.detach() for name, parameter in projector.named_parameters()}
-    return torch.func.functional_call(projector, detached, (tokens,))
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from mllm_crossget.families.base import Family
+from mllm_crossget.families.base import Family, module_at
 from mllm_crossget.hooks.journal import Journal
 from mllm_crossget.hooks.tower import TowerState
 from mllm_crossget.methods.base import Method
@@ -49,3 +49,13 @@ def base_model(model: nn.Module) -> nn.Module:
 def handle_of(model: nn.Module) -> Handle | None:
     """The handle of an accelerated model (also inside a PEFT wrapper), or None."""
     return vars(base_model(model)).get(HANDLE)
+
+
+def live_cross_tokens(model: nn.Module) -> dict[str, nn.Module]:
+    """The cross tokens that an accelerated model computes with, by place.
+
+    Looked up by path, because PEFT replaces the registered module (``modules_to_save``) and trains a copy of it.
+    """
+    target = base_model(model)
+    handle: Handle = vars(target)[HANDLE]
+    return {**handle.cross_tokens, **{place: module_at(target, path) for place, path in handle.cross_paths.items()}}

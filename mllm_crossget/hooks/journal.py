@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -40,19 +41,50 @@ class Journal:
         module.__class__ = mixed_class(original, mixin)
         _rebind_forward(module, original, type(module))
 
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Classes and attributes as they were, for the length of a ``with`` block; added modules stay, unused."""
+        now: list[Any] = []
+        for kind, target, what, old in reversed(self._entries):
+            if kind == "class":
+                now.append(_set_class(target, what))
+            elif kind == "attribute":
+                now.append(target.__dict__.get(what, _MISSING))
+                _write(target, what, old)
+        try:
+            yield
+        finally:
+            for kind, target, what, _ in self._entries:
+                if kind == "class":
+                    _set_class(target, now.pop())
+                elif kind == "attribute":
+                    _write(target, what, now.pop())
+
     def rollback(self) -> None:
         """Undo every change; the journal is empty afterwards."""
         while self._entries:
             kind, target, what, old = self._entries.pop()
             if kind == "class":
-                mixed, target.__class__ = type(target), what
-                _rebind_forward(target, mixed, what)
+                _set_class(target, what)
             elif kind == "module":
                 delattr(target, what)
-            elif isinstance(old, str) and old == _MISSING:
-                target.__dict__.pop(what, None)
             else:
-                target.__dict__[what] = old
+                _write(target, what, old)
+
+
+def _write(target: Any, name: str, value: Any) -> None:
+    if isinstance(value, str) and value == _MISSING:
+        target.__dict__.pop(name, None)
+    else:
+        target.__dict__[name] = value
+
+
+def _set_class(module: nn.Module, kind: type) -> type:
+    """Give a module another class and return the one it had (a sharding wrapper may have put its own in front)."""
+    before = type(module)
+    module.__class__ = kind
+    _rebind_forward(module, before, kind)
+    return before
 
 
 def _rebind_forward(module: nn.Module, old: type, new: type) -> None:

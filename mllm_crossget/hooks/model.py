@@ -107,7 +107,7 @@ class ReducedModel(nn.Module):
         state = self.state_dict() if state_dict is None else state_dict
         super().save_pretrained(save_directory, is_main_process, without_cross_tokens(state), **kwargs)
         if is_main_process:
-            write_files(self.__dict__[HANDLE], save_directory, state)
+            write_files(self, save_directory, state)
         if push_to_hub:
             _upload(Path(save_directory), token=kwargs.get("token"), **upload)
 

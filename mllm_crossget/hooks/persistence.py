@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from mllm_crossget.hooks.handle import Handle
+from mllm_crossget.hooks.handle import HANDLE, base_model, live_cross_tokens
 
 WEIGHTS_NAME = "crossget.safetensors"
 _CROSS_MODULE = re.compile(r"(^|\.)cross_tokens\.")
@@ -20,29 +20,31 @@ def without_cross_tokens(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if not _CROSS_MODULE.search(name)}
 
 
-def cross_state(handle: Handle, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+def cross_state(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """Learned cross tokens under keys that do not depend on module paths; empty for methods without any.
 
     Args:
-        handle: of the accelerated model.
+        model: the accelerated model, also inside a PEFT wrapper, whose trained copies are what counts.
         state: a state dict to take the values from (one that a distributed trainer gathered), else the modules'.
 
     Returns:
         ``vision.cross`` and ``text.cross``, each (layers, width), on the CPU.
     """
     values = {}
-    for place, module in handle.cross_tokens.items():
-        tensor = module() if state is None else state.get(f"{handle.cross_paths.get(place)}.weight")
+    paths = base_model(model).__dict__[HANDLE].cross_paths
+    for place, module in live_cross_tokens(model).items():
+        tensor = module() if state is None else state.get(f"{paths.get(place)}.weight")
         if tensor is not None:
             values[f"{place}.cross"] = tensor.detach().cpu().contiguous()
     return values
 
 
-def write_files(handle: Handle, save_directory: str | Path, state: Mapping[str, Tensor] | None = None) -> list[Path]:
+def write_files(model: nn.Module, save_directory: str | Path, state: Mapping[str, Tensor] | None = None) -> list[Path]:
     """Write ``crossget_config.json`` and, for a method with cross tokens, ``crossget.safetensors``."""
-    paths = [handle.method.save_pretrained(save_directory)]
-    tensors = cross_state(handle, state)
+    method = base_model(model).__dict__[HANDLE].method
+    paths = [method.save_pretrained(save_directory)]
+    tensors = cross_state(model, state)
     if tensors:
         paths.append(Path(save_directory) / WEIGHTS_NAME)
-        save_file(tensors, paths[-1], metadata={"format": "pt", "method": handle.method.method})
+        save_file(tensors, paths[-1], metadata={"format": "pt", "method": method.method})
     return paths
