@@ -1,0 +1,45 @@
+# Usage: make demo | test | style | bench.  VENV=folder uses another virtual environment, PYTHON=python3.12 another Python.
+VENV ?= .venv
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+
+.PHONY: help demo test style bench
+
+help:
+	@echo "make demo    install the package into $(VENV) and run the demo"
+	@echo "make test    install the tools as well and run the tests"
+	@echo "make style   linter, formatter and type checker, without changing a file"
+	@echo "make bench   FLOPs of the published geometries before and after"
+
+demo: $(VENV)/.installed-demo
+	$(BIN)/mllm-crossget demo
+
+test: $(VENV)/.installed-dev
+	$(BIN)/pytest
+
+style: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed-demo
+	$(BIN)/mllm-crossget inspect llava-1.5-7b --r 13
+	$(BIN)/mllm-crossget inspect llava-1.5-13b --r 13
+
+# The stamps are as old as the last installation: nothing is installed again until pyproject.toml changes.
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed-torch: | $(BIN)/python
+	$(BIN)/python -m pip install '$(TORCH)'
+	touch $@
+
+$(VENV)/.installed-demo: pyproject.toml $(VENV)/.installed-torch
+	$(BIN)/python -m pip install -e '.[viz]'
+	touch $@
+
+$(VENV)/.installed-dev: pyproject.toml $(VENV)/.installed-torch
+	$(BIN)/python -m pip install -e '.[dev]'
+	touch $@
