@@ -1,0 +1,123 @@
+"""The shape of the code: which part may import which, everything public says what it is, nothing is long."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "mllm_crossget"
+FILES = sorted(PACKAGE.rglob("*.py"))
+PARTS = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in FILES}
+MOST_LINES_OF_A_FILE = 400
+MOST_LINES_OF_A_FUNCTION = 60
+
+_BASE = {"config", "schedule", "ops"}
+_HOOKS = {*_BASE, "families", "methods", "hooks"}
+_API = {*_HOOKS, "api", "checkpoint"}
+_USES = {*_API, "training", "benchmark", "integrations", "embedded", "visualize"}
+# What each part may import from the package. A part that is not listed may not exist.
+ARROWS: dict[str, set[str]] = {
+    "config": set(),
+    "schedule": {"config"},
+    "ops": {"ops"},
+    "methods": {*_BASE, "methods"},
+    "families": {*_BASE, "families"},
+    "hooks": _HOOKS,
+    "api": _API,
+    "checkpoint": _API,
+    **dict.fromkeys(("training", "benchmark", "integrations", "embedded", "visualize"), _USES),
+    "cli": {*_USES, "cli", "__init__"},
+    "__main__": {"cli"},
+    "__init__": _API,
+}
+# Third-party packages; parts that are not listed are free.
+PACKAGES: dict[str, set[str]] = {
+    "ops": {"torch"},
+    "schedule": set(),
+    "methods": {"torch"},
+    "families": {"torch"},
+    "config": {"huggingface_hub"},
+}
+
+
+def part_of(module: str) -> str:
+    names = module.split(".")
+    return names[1] if len(names) > 1 else "__init__"
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Dotted names of the modules that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            package = ".".join(path.relative_to(ROOT).parts[: -node.level]) if node.level else ""
+            module = ".".join(filter(None, (package, node.module)))
+            # ``from mllm_crossget import x``: x is a part of its own if it is a file or a folder
+            yield from (
+                f"{module}.{alias.name}" if module == "mllm_crossget" and alias.name in PARTS else module
+                for alias in node.names
+            )
+
+
+def definitions(path: Path) -> Iterator[tuple[str, ast.AST]]:
+    """Functions and classes of a file, methods included, with their dotted names."""
+
+    def walk(node: ast.AST, prefix: str) -> Iterator[tuple[str, ast.AST]]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                yield f"{prefix}{child.name}", child
+                yield from walk(child, f"{prefix}{child.name}.")
+
+    return walk(ast.parse(path.read_text()), "")
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_imports_follow_the_arrows(path: Path) -> None:
+    inside = path.relative_to(PACKAGE)
+    part = inside.parts[0].removesuffix(".py")
+    assert part in ARROWS, f"{name_of(path)}: say in ARROWS what {part!r} may import"
+    for module in imports(path):
+        if module.split(".")[0] == "mllm_crossget":
+            assert part_of(module) in ARROWS[part], f"{name_of(path)} imports {module}"
+        elif part in PACKAGES and module.split(".")[0] not in sys.stdlib_module_names:
+            assert module.split(".")[0] in PACKAGES[part], f"{name_of(path)} imports {module}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_everything_public_has_a_docstring(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    assert ast.get_docstring(tree) or not tree.body, f"{name_of(path)} does not say what it is"
+    functions = {name for name, node in definitions(path) if not isinstance(node, ast.ClassDef)}
+    missing = [
+        name
+        for name, node in definitions(path)
+        if not any(part.startswith("_") for part in name.split("."))
+        and name.rpartition(".")[0] not in functions
+        and not ast.get_docstring(node)
+    ]
+    assert not missing, f"{name_of(path)}: no docstring on {missing}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_nothing_is_long(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= MOST_LINES_OF_A_FILE
+    functions = [(name, node) for name, node in definitions(path) if not isinstance(node, ast.ClassDef)]
+    lengths = {name: node.end_lineno - node.lineno + 1 for name, node in functions}
+    long = {name: lines for name, lines in lengths.items() if lines > MOST_LINES_OF_A_FUNCTION}
+    assert not long, f"{name_of(path)}: {long}"
+
+
+def test_the_arrows_are_looked_at() -> None:
+    """A change of the layout must not turn the tests above into tests of nothing."""
+    found = {part_of(module) for path in FILES for module in imports(path) if module.startswith("mllm_crossget")}
+    assert {"api", "config", "families", "hooks", "methods", "ops", "schedule"} <= found
