@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after the program's name; by default those of the process.
 
     Returns:
-        Exit status: 0, or 2 after an error of the user's, which is printed as one line.
+        Exit status: the command's own (0 if it says none), or 2 after a mistake in the input, told in one line.
 
     Raises:
         SystemExit: after ``--help``, ``--version`` and words that the parser does not know.
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = COMMANDS[name]
     try:
         arguments = parse_command(name, command, words[1:])
-        _imported(command.function)(*arguments)
+        status: int | None = _imported(command.function)(*arguments)
     except (ValueError, TypeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {error}; pip install 'mllm-crossget[{command.extra}]'", file=sys.stderr)
         return 2
-    return 0
+    return status or 0
 
 
 def parse_command(name: str, command: Command, words: Sequence[str]) -> tuple[Any, ...]:

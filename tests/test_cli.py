@@ -123,6 +123,20 @@ def test_help_lists_every_command_and_needs_none_of_them(capsys: pytest.CaptureF
     assert all(name in printed for name in cli.COMMANDS)
 
 
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_tells_its_options(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main([name, "--help"])
+    assert stop.value.code == 0
+    assert f"usage: mllm-crossget {name}" in capsys.readouterr().out
+
+
+def test_options_of_the_demo() -> None:
+    (options,) = cli.parse_command("demo", cli.COMMANDS["demo"], ["--limit", "60", "--keep-ratios", "0.5", "0.25"])
+    assert options.limit == 60
+    assert options.keep_ratios == [0.5, 0.25]
+
+
 @dataclass
 class _NeedsNothing:
     """Options of a command for the test below."""
