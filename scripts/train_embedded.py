@@ -40,7 +40,7 @@ class Options:
     """Options of the training run."""
 
     warm_up_steps: int = field(default=2400, metadata={"help": "steps of the tower and projector on dense labels"})
-    joint_steps: int = field(default=2600, metadata={"help": "steps of the whole model on questions"})
+    joint_steps: int = field(default=1700, metadata={"help": "steps of the whole model on questions"})
     warm_up_batch: int = field(default=16, metadata={"help": "scenes in a warm-up step"})
     joint_batch: int = field(default=8, metadata={"help": "scenes in a joint step, 16 questions each"})
     peak: float = field(default=2.5e-3, metadata={"help": "highest learning rate"})
