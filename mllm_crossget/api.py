@@ -140,7 +140,8 @@ def trace_merges(model: nn.Module) -> Iterator[list[LayerTrace]]:
     if handle is None or handle.tower is None:
         state = "not accelerated" if handle is None else "accelerated with keep_ratio=1, which merges nothing"
         raise ValueError(f"the model is {state}; call accelerate_mllm(model, keep_ratio=0.5) first")
-    handle.tower.trace = trace = []
+    trace: list[LayerTrace] = []
+    handle.tower.trace = trace
     try:
         yield trace
     finally:
@@ -249,7 +250,7 @@ def _apply(
         raise
 
 
-def _apply_hooks(model: nn.Module, handle: Handle) -> None:
+def _apply_hooks(model: Any, handle: Handle) -> None:
     family, journal = handle.family, handle.journal
     tower = module_at(model, family.tower)
     kind = tower_kind(config_at(model.config, family.vision_config).model_type, family.towers, type(model).__name__)
@@ -262,7 +263,7 @@ def _apply_hooks(model: nn.Module, handle: Handle) -> None:
     vision = handle.cross_tokens.get("vision") if handle.schedule.cross else None
     handle.tower = hook_tower(journal, encoder, layers, kind.names, handle.method, handle.geometry, vision)
     if handle.schedule.cross and family.language_model is not None:
-        language_model = module_at(model, family.language_model)
+        language_model: Any = module_at(model, family.language_model)
         handle.cross_paths["text"] = f"{family.language_model}.cross_tokens"
         hook_text(journal, language_model, language_model.layers, handle.cross_tokens["text"])
     if handle.schedule.drop_cross and family.features_owner is not None:
@@ -271,17 +272,18 @@ def _apply_hooks(model: nn.Module, handle: Handle) -> None:
         journal.swap_class(model, ReducedModel)
 
 
-def _make_cross_tokens(model: nn.Module, handle: Handle, layers: nn.ModuleList) -> None:
+def _make_cross_tokens(model: Any, handle: Handle, layers: nn.ModuleList) -> None:
     if "vision" not in handle.cross_tokens:
         config = config_at(model.config, handle.family.vision_config)
         handle.cross_tokens["vision"] = _cross_tokens_like(layers[0], len(layers), config.hidden_size)
     if handle.family.language_model is not None and "text" not in handle.cross_tokens:
-        text_layers = module_at(model, handle.family.language_model).layers
+        language_model: Any = module_at(model, handle.family.language_model)
+        text_layers = language_model.layers
         width = model.config.get_text_config().hidden_size
         handle.cross_tokens["text"] = _cross_tokens_like(text_layers[0], len(text_layers), width)
 
 
-def _cross_tokens_like(layer: nn.Module, layers: int, width: int) -> CrossTokens:
+def _cross_tokens_like(layer: Any, layers: int, width: int) -> CrossTokens:
     """Zero cross tokens in a layer's floating dtype, on the device where the layer computes."""
     parameter = next(p for p in layer.parameters() if p.is_floating_point())
     device = parameter.device

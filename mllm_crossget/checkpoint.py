@@ -126,7 +126,8 @@ def _with_cross_tokens(model: Model, config: ReductionConfig, tensors: Mapping[s
     except ValueError:
         _take_back(model, before)
         raise
-    for place, module in live_cross_tokens(model).items():
+    modules: Mapping[str, Any] = live_cross_tokens(model)
+    for place, module in modules.items():
         with torch.no_grad():
             module.weight.copy_(tensors[f"{place}.cross"])
     return model
@@ -139,7 +140,7 @@ def _take_back(model: nn.Module, before: ReductionConfig | None) -> None:
         accelerate_mllm(model, before)
 
 
-def _check_tensors(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor], path: Path) -> None:
+def _check_tensors(modules: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> None:
     expected = {f"{place}.cross": tuple(module.weight.shape) for place, module in modules.items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if found != expected:

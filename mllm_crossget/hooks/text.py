@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mllm_crossget.hooks.cross_tokens import RECORD, CrossTokens, write_token
+from mllm_crossget.hooks.cross_tokens import RECORD, write_token
 from mllm_crossget.hooks.journal import Journal
 
 _STATE = "_mllm_crossget_text"
@@ -28,7 +28,7 @@ class FirstTokens:
     found: dict[int, Tensor]
 
 
-def hook_text(journal: Journal, language_model: nn.Module, layers: nn.ModuleList, cross_tokens: CrossTokens) -> None:
+def hook_text(journal: Journal, language_model: nn.Module, layers: nn.ModuleList, cross_tokens: nn.Module) -> None:
     """Make a decoder write its cross tokens; every change is written into ``journal``."""
     journal.add_module(language_model, "cross_tokens", cross_tokens)
     for index, layer in enumerate(layers):

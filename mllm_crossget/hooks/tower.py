@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from mllm_crossget.families.base import LayerNames
 from mllm_crossget.hooks.attention import AttentionSlot, hook_attention, open_slot
-from mllm_crossget.hooks.cross_tokens import RECORD, CrossTokens
+from mllm_crossget.hooks.cross_tokens import RECORD
 from mllm_crossget.hooks.journal import Journal
 from mllm_crossget.methods.base import Method, Signals
 from mllm_crossget.ops.matching import Match
@@ -71,7 +71,7 @@ def hook_tower(
     names: LayerNames,
     method: Method,
     geometry: TowerGeometry,
-    cross_tokens: CrossTokens | None,
+    cross_tokens: nn.Module | None,
 ) -> TowerState:
     """Make an encoder and its layers reduce tokens; every change is written into ``journal``."""
     state = TowerState(method, geometry, names)

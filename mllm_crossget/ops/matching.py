@@ -142,7 +142,8 @@ def random_matching(
     src, by_source = src.sort(dim=-1)
     dst = survivors[:, pick].gather(1, by_source) if r else src
     kept, slot = _layout(src, dst, tokens)
-    return Match(*(part.expand(batch, -1) for part in (src, dst, kept, slot)))
+    src, dst, kept, slot = (part.expand(batch, -1) for part in (src, dst, kept, slot))
+    return Match(src, dst, kept, slot)
 
 
 def _check_r(r: int, tokens: int, protected: int) -> None:
