@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
@@ -35,7 +36,7 @@ def merged_groups(model: nn.Module, pixel_values: Tensor) -> Tensor:
         ValueError: the model is not accelerated, or merges nothing (``keep_ratio=1``).
     """
     with trace_merges(model) as trace:
-        handle = handle_of(model)
+        handle: Any = handle_of(model)  # trace_merges has refused a model without one
         module_at(base_model(model), handle.family.tower)(pixel_values)
     geometry = handle.geometry
     source = trace[geometry.read - 1].source

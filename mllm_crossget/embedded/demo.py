@@ -53,7 +53,7 @@ class DemoOptions:
 def run(options: DemoOptions) -> int:
     """Answer, time, print one table, write JSON and pictures; returns 0."""
     console = Console()
-    settings = {"untouched": method_class("crossget")(keep_ratio=1.0)}
+    settings = {"untouched": make_method("crossget", 1.0)}
     for name in options.methods:
         for keep_ratio in options.keep_ratios:
             if keep_ratio != 1:
