@@ -1,0 +1,39 @@
+"""Fine-tuning with transformers' Trainer and PEFT: losses, data, adapters, the trainer and the ``train`` command.
+
+Needs the extra ``mllm-crossget[train]``. Nothing outside this folder imports it, but the command line when it is asked.
+"""
+
+from mllm_crossget.training.adapters import (
+    check_adapter,
+    load_finetuned,
+    lora_config,
+    prepare_quantized,
+    quantization_config,
+)
+from mllm_crossget.training.checkpoints import checkpoint_problem, last_complete_checkpoint
+from mllm_crossget.training.data import BadSampleError, Collator, TrainingData, load_records
+from mllm_crossget.training.finetune import run
+from mllm_crossget.training.losses import distillation_loss, teacher_logits
+from mllm_crossget.training.options import TrainOptions
+from mllm_crossget.training.sampler import ModalityLengthSampler
+from mllm_crossget.training.trainer import CrossGetTrainer
+
+__all__ = [
+    "BadSampleError",
+    "Collator",
+    "CrossGetTrainer",
+    "ModalityLengthSampler",
+    "TrainOptions",
+    "TrainingData",
+    "check_adapter",
+    "checkpoint_problem",
+    "distillation_loss",
+    "last_complete_checkpoint",
+    "load_finetuned",
+    "load_records",
+    "lora_config",
+    "prepare_quantized",
+    "quantization_config",
+    "run",
+    "teacher_logits",
+]

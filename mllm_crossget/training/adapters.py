@@ -1,0 +1,175 @@
+"""LoRA and QLoRA for accelerated models: what to adapt, how to load it again, and what goes wrong silently otherwise.
+
+Order: ``from_pretrained`` -> (``prepare_quantized``) -> ``accelerate_mllm`` -> ``get_peft_model(model,
+lora_config(model))``. Cross tokens travel in the adapter through PEFT's ``modules_to_save``.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, prepare_model_for_kbit_training
+from safetensors import safe_open
+from torch import nn
+from transformers import BitsAndBytesConfig
+
+from mllm_crossget.api import supported_family
+from mllm_crossget.checkpoint import load_crossget
+from mllm_crossget.config import CONFIG_NAME, find_file
+from mllm_crossget.families.base import module_at
+from mllm_crossget.hooks.handle import base_model, handle_of
+
+_ADAPTER_NAME = "adapter_model.safetensors"
+_PROJECTOR_MODES = ("lora", "full")
+
+
+def lora_config(
+    model: nn.Module,
+    *,
+    r: int = 128,
+    alpha: int = 256,
+    dropout: float = 0.05,
+    projector: str | None = None,
+    vision_tower: bool = False,
+    cross_tokens: bool = True,
+    **options: Any,
+) -> LoraConfig:
+    """A PEFT configuration for an accelerated model: LoRA on every linear layer of the language model.
+
+    Args:
+        model: the accelerated model.
+        r, alpha, dropout: of LoRA; the defaults are those of LLaVA's and CrossGET's LoRA scripts.
+        projector: None leaves it frozen, "lora" adapts it, "full" trains all of it (as the official scripts).
+        vision_tower: whether the layers of the vision tower get LoRA too.
+        cross_tokens: whether the cross tokens are trained and saved with the adapter.
+        options: further fields of ``peft.LoraConfig``.
+
+    Raises:
+        ValueError: the model is not accelerated, or has no language model; an unknown projector mode.
+
+    Example:
+        >>> model = get_peft_model(accelerate_mllm(model, keep_ratio=0.25), lora_config(model, r=16, alpha=32))
+    """
+    handle = handle_of(model)
+    if handle is None:
+        raise ValueError("the model is not accelerated; call accelerate_mllm(model) first, then lora_config(model)")
+    if handle.family.language_model is None or handle.family.projector is None:
+        raise ValueError(f"a {handle.family.model_type!r} has no language model to adapt")
+    if projector is not None and projector not in _PROJECTOR_MODES:
+        raise ValueError(f"projector must be None or one of {_PROJECTOR_MODES}, got {projector!r}")
+    target = base_model(model)
+    places = [f"{handle.family.language_model}.layers"]
+    places += [handle.encoder_path] if vision_tower else []
+    places += [handle.family.projector] if projector == "lora" else []
+    pattern = "|".join(_linear_layers(target, place) for place in places)
+    saved = ["cross_tokens"] if cross_tokens and handle.schedule.cross else []
+    saved += [handle.family.projector.rpartition(".")[2]] if projector == "full" else []
+    return LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        bias="none",
+        target_modules=pattern,
+        modules_to_save=saved or None,
+        **options,
+    )
+
+
+def _linear_layers(model: nn.Module, place: str) -> str:
+    """A regular expression for the linear layers under a path; quantised ones are subclasses of ``nn.Linear``."""
+    inside = module_at(model, place).named_modules()
+    leaves = sorted({name.rpartition(".")[2] for name, module in inside if isinstance(module, nn.Linear)})
+    if not leaves:
+        raise ValueError(f"there is no linear layer under {place!r}; its layers cannot be adapted with LoRA")
+    return rf"{re.escape(place)}\.(.*\.)?({'|'.join(map(re.escape, leaves))})"
+
+
+def quantization_config(bits: int, dtype: torch.dtype = torch.bfloat16) -> BitsAndBytesConfig:
+    """How to load a model for QLoRA (Dettmers et al. 2023): 4 bits as NF4 with double quantisation, or 8 bits.
+
+    Vision tower, projector and output layer stay as they are. LLaVA-1.5-7B takes about 4.5 GB in 4 bits.
+
+    Args:
+        bits: 4 or 8.
+        dtype: to compute in, and to store 4-bit weights in (so that FSDP and ZeRO-3 can shard them).
+    """
+    if bits not in (4, 8):
+        raise ValueError(f"bits must be 4 or 8, got {bits}; leave quantisation out to train without it")
+    # The names are matched from the start of the full path, not anywhere in it (transformers 5.23).
+    skipped = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype,
+        llm_int8_skip_modules=skipped,
+    )
+
+
+def prepare_quantized(model: nn.Module, *, gradient_checkpointing: bool = False) -> nn.Module:
+    """Make a 4-bit or 8-bit model trainable **in place** and return it; call it before ``accelerate_mllm``.
+
+    PEFT's ``prepare_model_for_kbit_training``, and a cure: on CPUs with AVX512-BF16, bitsandbytes 0.50 repacks a 4-bit
+    layer in its first forward without gradients, and the packed form has no backward. After the first evaluation the
+    gradients would silently be zero.
+
+    Args:
+        model: loaded with ``quantization_config(...)``.
+        gradient_checkpointing: recompute activations in the backward pass (less memory, about 30 % more time).
+    """
+    model = prepare_model_for_kbit_training(
+        model, use_gradient_checkpointing=gradient_checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False}
+    )
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def check_adapter(model: nn.Module, name_or_path: str | Path, **hub_kwargs: Any) -> None:
+    """Raise ``ValueError`` if an adapter holds cross tokens and the model has no place for them.
+
+    PEFT and transformers drop them without a word in that case. Call it before ``PeftModel.from_pretrained``.
+
+    Args:
+        model: that the adapter is to be loaded into.
+        name_or_path: folder or repository with ``adapter_model.safetensors``.
+        hub_kwargs: passed to ``hf_hub_download``.
+    """
+    path = find_file(name_or_path, _ADAPTER_NAME, **hub_kwargs)
+    with safe_open(path, "pt") as file:
+        holds_cross_tokens = any("cross_tokens" in name for name in file.keys())  # noqa: SIM118 - not a mapping
+    handle = handle_of(model)
+    if holds_cross_tokens and (handle is None or not handle.schedule.cross):
+        state = "is not accelerated" if handle is None else f"is accelerated with {handle.method.method!r} alone"
+        raise ValueError(
+            f"{path} holds cross tokens, but the model {state}, so they would be dropped silently: use "
+            "load_finetuned(model, folder), or load_crossget(model, folder) first"
+        )
+
+
+def load_finetuned(model: nn.Module, name_or_path: str | Path, **hub_kwargs: Any) -> PeftModel:
+    """Accelerate a model as it was when fine-tuned, **in place**, and put the adapter on it.
+
+    Args:
+        model: the base model, as ``from_pretrained`` makes it.
+        name_or_path: folder or repository that ``CrossGetTrainer`` wrote.
+        hub_kwargs: passed to ``hf_hub_download``.
+
+    Raises:
+        ValueError: files are missing, damaged or made for another model.
+
+    Example:
+        >>> model = load_finetuned(LlavaForConditionalGeneration.from_pretrained(base), "runs/llava-crossget-lora")
+    """
+    supported_family(base_model(model))
+    find_file(name_or_path, CONFIG_NAME, **hub_kwargs)
+    load_crossget(model, name_or_path, **hub_kwargs)
+    check_adapter(model, name_or_path, **hub_kwargs)
+    return PeftModel.from_pretrained(model, str(name_or_path))

@@ -1,0 +1,234 @@
+"""From records to batches: the chat template masks the prompt, bad samples are reported, text-only batches get a dummy
+image so that all processes of a sharded run do the same.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from mllm_crossget.families.base import config_at
+from mllm_crossget.hooks.handle import base_model, handle_of
+from mllm_crossget.training.losses import IGNORE
+from mllm_crossget.training.records import BadSampleError, Record, Records, load_records
+
+# LLaVA-1.5's conversation ("vicuna_v1"), with the marks that tell which tokens are the assistant's.
+VICUNA_TEMPLATE = (
+    "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'][0]['text'] }} {% else %}"
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the user's questions. {% endif %}"
+    "{% for message in messages %}{% if message['role'] == 'user' %}USER: "
+    "{% for part in message['content'] if part['type'] == 'image' %}<image>\n{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %} "
+    "{% elif message['role'] == 'assistant' %}ASSISTANT:{% generation %} "
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
+    "</s>{% endgeneration %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+_ON_BAD_SAMPLE = ("skip", "stop")
+_ASPECTS = ("pad", "keep")
+_MEAN_COLOUR = (122, 116, 104)  # CLIP's mean, which LLaVA-1.5 pads pictures with
+
+
+class TrainingData(Dataset[dict[str, Tensor]]):
+    """Encoded samples, made when they are asked for.
+
+    Args:
+        records: what ``load_records`` returns.
+        processor: the model's processor. Its chat template must mark the assistant's words with
+            ``{% generation %}``; one that does not is replaced by LLaVA-1.5's (``VICUNA_TEMPLATE``).
+        max_length: most tokens of a sample, image placeholders included; longer ones are cut at the end.
+        on_bad_sample: "skip" takes the next good sample of the same modality instead and writes id and reason to
+            ``bad_sample_file``; "stop" raises.
+        bad_sample_file: JSON lines, one per bad sample.
+        image_aspect: "pad" makes pictures square first, as LLaVA-1.5 was trained; "keep" leaves that to the processor.
+
+    Raises:
+        ValueError: an unknown setting.
+        BadSampleError: from ``data[i]`` with ``on_bad_sample="stop"``.
+    """
+
+    def __init__(
+        self,
+        records: Records,
+        processor: Any,
+        *,
+        max_length: int = 2048,
+        on_bad_sample: str = "skip",
+        bad_sample_file: str | Path | None = None,
+        image_aspect: str = "pad",
+    ) -> None:
+        for name, value, known in (
+            ("on_bad_sample", on_bad_sample, _ON_BAD_SAMPLE),
+            ("image_aspect", image_aspect, _ASPECTS),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {known}, got {value!r}")
+        self.records, self.processor, self.max_length = records, processor, max_length
+        self.on_bad_sample, self.image_aspect = on_bad_sample, image_aspect
+        self.bad_sample_file = Path(bad_sample_file) if bad_sample_file is not None else None
+        self.bad: dict[str, str] = {}
+        self.lengths, self.has_image = records.sketch()
+        marked = "{% generation" in (processor.chat_template or "")
+        self.template = processor.chat_template if marked else VICUNA_TEMPLATE
+        bos = processor.tokenizer.bos_token
+        self.adds_bos = bos is not None and bos not in self.template and "bos_token" not in self.template
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """``input_ids``, ``labels`` (both (L,)) and, with an image, ``pixel_values`` (images, 3, height, width)."""
+        for candidate in self._candidates(index):
+            try:
+                return self.encode(self.records[candidate])
+            except BadSampleError as error:
+                if self.on_bad_sample == "stop":
+                    raise
+                self._report(error)
+        raise ValueError(
+            f"no usable sample like number {index} is left: all {len(self.records)} were tried. "
+            f"The last reason: {next(reversed(self.bad.values()))}"
+        )
+
+    def encode(self, record: Record) -> dict[str, Tensor]:
+        """One record as tensors. Raises ``BadSampleError``."""
+        images = [self._square(self.records.open(image, record.identity)) for image in record.images]
+        try:
+            encoded = self.processor.apply_chat_template(
+                _with_images(record.messages, images),
+                chat_template=self.template,
+                tokenize=True,
+                return_dict=True,
+                return_assistant_tokens_mask=True,
+                return_tensors="pt",
+                processor_kwargs={"add_special_tokens": self.adds_bos},
+            )
+        except (ValueError, TypeError, KeyError, IndexError) as error:
+            raise BadSampleError(record.identity, f"the chat template or processor failed: {error}") from error
+        ids = encoded["input_ids"][0]
+        labels = ids.masked_fill(torch.as_tensor(encoded["assistant_masks"][0]) == 0, IGNORE)
+        cut = ids[self.max_length :]
+        if (cut == self.processor.image_token_id).any():
+            raise BadSampleError(record.identity, f"its images do not fit into {self.max_length} tokens")
+        ids, labels = ids[: self.max_length], labels[: self.max_length]
+        if (labels[1:] == IGNORE).all():
+            raise BadSampleError(record.identity, f"no answer is left within {self.max_length} tokens")
+        sample = {"input_ids": ids, "labels": labels}
+        return sample | ({"pixel_values": encoded["pixel_values"]} if images else {})
+
+    def _candidates(self, index: int) -> list[int]:
+        """The sample, then those behind it of the same modality: grouping by modality must not break."""
+        order = [*range(index, len(self)), *range(index)]
+        return [candidate for candidate in order if self.has_image[candidate] == self.has_image[index]]
+
+    def _report(self, error: BadSampleError) -> None:
+        if error.identity in self.bad:
+            return
+        self.bad[error.identity] = error.reason
+        if self.bad_sample_file is not None:
+            self.bad_sample_file.parent.mkdir(parents=True, exist_ok=True)
+            with self.bad_sample_file.open("a") as file:  # one short write: safe from several workers
+                file.write(json.dumps({"id": error.identity, "reason": error.reason}) + "\n")
+
+    def _square(self, image: Image.Image) -> Image.Image:
+        if self.image_aspect == "keep" or image.width == image.height:
+            return image
+        side = max(image.size)
+        square = Image.new("RGB", (side, side), _MEAN_COLOUR)
+        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        return square
+
+
+class Collator:
+    """Pads rows on the right and stacks images; a batch without images gets one masked dummy image.
+
+    Without it, one process would run the vision tower and another would not: DDP and FSDP hang, ZeRO crashes.
+
+    Args:
+        model: the accelerated model; its configuration says how large the dummy is.
+        pad_token_id: of the tokenizer.
+        pad_to: pad rows to a multiple of this.
+
+    Raises:
+        ValueError: the model is not accelerated.
+    """
+
+    def __init__(self, model: nn.Module, pad_token_id: int, pad_to: int = 1) -> None:
+        handle = handle_of(model)
+        if handle is None:
+            raise ValueError("the model is not accelerated; call accelerate_mllm(model) before Collator(model, ...)")
+        config = base_model(model).config
+        self.placeholders, self.pad, self.pad_to = handle.schedule.placeholders, pad_token_id, pad_to
+        self.image_token = getattr(config, handle.family.image_token or "")
+        self.side = config_at(config, handle.family.vision_config).image_size
+
+    def __call__(self, samples: list[dict[str, Tensor]]) -> dict[str, Any]:
+        """``input_ids``, ``attention_mask``, ``labels`` (all (B, L)), ``pixel_values`` and, if so, ``dummy_image``."""
+        rows = [(sample["input_ids"], sample["labels"]) for sample in samples]
+        masks = [torch.ones_like(ids) for ids, _ in rows]
+        pixels = [sample["pixel_values"] for sample in samples if "pixel_values" in sample]
+        batch: dict[str, Any] = {}
+        if not pixels:
+            rows[0], masks[0] = self._with_dummy(*rows[0])
+            pixels, batch["dummy_image"] = [torch.zeros(1, 3, self.side, self.side)], True
+        length = -(-max(len(ids) for ids, _ in rows) // self.pad_to) * self.pad_to
+        return {
+            "input_ids": _padded([ids for ids, _ in rows], length, self.pad),
+            "attention_mask": _padded(masks, length, 0),
+            "labels": _padded([labels for _, labels in rows], length, IGNORE),
+            "pixel_values": torch.cat(pixels),
+            **batch,
+        }
+
+    def _with_dummy(self, ids: Tensor, labels: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """A masked block of placeholders behind the row, then one visible token that nothing learns from: without it
+        the block would be outer padding, which is dropped from the prompt and would no longer match the image."""
+        block = torch.full((self.placeholders,), self.image_token)
+        tail = torch.cat([block, torch.tensor([self.pad])]).to(ids)
+        mask = torch.cat([torch.ones_like(ids), torch.zeros_like(block).to(ids), torch.ones_like(ids[:1])])
+        return (torch.cat([ids, tail]), torch.cat([labels, torch.full_like(tail, IGNORE)])), mask
+
+
+def bad_samples(path: str | Path) -> dict[str, str]:
+    """Id -> reason of the samples that were skipped, over all workers and epochs; empty if the file does not exist."""
+    file = Path(path)
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    return {row["id"]: row["reason"] for row in rows}
+
+
+def _padded(rows: list[Tensor], length: int, value: int) -> Tensor:
+    return torch.stack([nn.functional.pad(row, (0, length - len(row)), value=value) for row in rows])
+
+
+def _with_images(messages: list[dict[str, Any]], images: list[Image.Image]) -> list[dict[str, Any]]:
+    """The messages with the opened pictures in their image parts."""
+    rest = iter(images)
+    return [
+        {
+            "role": message["role"],
+            "content": [
+                {"type": "image", "image": next(rest)} if part["type"] == "image" else part
+                for part in message["content"]
+            ],
+        }
+        for message in messages
+    ]
+
+
+__all__ = [
+    "VICUNA_TEMPLATE",
+    "BadSampleError",
+    "Collator",
+    "Record",
+    "Records",
+    "TrainingData",
+    "bad_samples",
+    "load_records",
+]

@@ -1,0 +1,175 @@
+"""``mllm-crossget train config.yaml``: load, accelerate, wrap, train, save. Also for torchrun and its like.
+
+mllm-crossget train scripts/configs/embedded.yaml --learning_rate 1e-4
+torchrun --nproc_per_node 8 -m mllm_crossget train scripts/configs/llava_1.5_7b.yaml --deepspeed zero3.json
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from torch import nn
+from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
+
+from mllm_crossget.api import accelerate_mllm
+from mllm_crossget.embedded import WEIGHTS_FOLDER
+from mllm_crossget.families.base import module_at
+from mllm_crossget.hooks.handle import Handle, handle_of, live_cross_tokens
+from mllm_crossget.methods.base import Method
+from mllm_crossget.training.adapters import lora_config, prepare_quantized, quantization_config
+from mllm_crossget.training.checkpoints import checkpoint_problem, last_complete_checkpoint
+from mllm_crossget.training.data import Collator, TrainingData, bad_samples, load_records
+from mllm_crossget.training.options import TrainerSettings, TrainOptions
+from mllm_crossget.training.trainer import CrossGetTrainer
+
+BAD_SAMPLES_NAME = "bad_samples.jsonl"
+
+
+def run(options: TrainOptions, method: Method, args: TrainerSettings) -> int:
+    """Train, and write the result to ``args.output_dir``; returns 0.
+
+    A run that was stopped (SIGTERM, kill, a full disk) goes on from its last complete checkpoint when it is started
+    again with the same settings.
+
+    Raises:
+        ValueError: settings, data, model or checkpoint that cannot be used, each with what to write instead.
+        OSError: a checkpoint could not be written.
+    """
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(args.output_dir) / "runs"))
+    trainer = make_trainer(options, method, args)
+    resume = resume_point(args)
+    if resume is not None:
+        _say(trainer, f"going on from {resume}")
+    trainer.train(resume_from_checkpoint=resume)
+    _report_bad_samples(trainer)
+    if trainer.state.global_step < trainer.state.max_steps:
+        _say(trainer, f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}: start again to go on")
+        return 0
+    trainer.save_model()
+    trainer.save_state()
+    trainer.create_model_card(finetuned_from=options.model, dataset=options.train_data)
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    _say(trainer, f"saved to {args.output_dir}")
+    return 0
+
+
+def make_trainer(options: TrainOptions, method: Method, args: TrainerSettings) -> CrossGetTrainer:
+    """Model, adapter, data and trainer of a run, in the only order that works."""
+    _start_deepspeed_on_cpu(args)
+    set_seed(args.seed)
+    model, processor = load_base(options, args)
+    model = accelerate_mllm(model, method)
+    model = prepare_for_tuning(model, options, args)
+    data = [
+        _data(path, processor, options, Path(args.output_dir)) if path else None
+        for path in (options.train_data, options.eval_data)
+    ]
+    return CrossGetTrainer(
+        model=model,
+        args=args,
+        train_dataset=data[0],
+        eval_dataset=data[1],
+        data_collator=Collator(model, processor.tokenizer.pad_token_id or 0),
+        processing_class=processor,
+        train_cross_tokens=options.train_cross_tokens,
+        distillation_weight=options.distillation_weight,
+        distillation_temperature=options.distillation_temperature,
+    )
+
+
+def load_base(options: TrainOptions, args: TrainerSettings) -> tuple[nn.Module, Any]:
+    """The model, quantised if asked for, and its processor."""
+    name = str(WEIGHTS_FOLDER) if options.model == "embedded" else options.model
+    settings: dict[str, Any] = {"dtype": options.dtype}
+    if options.bits != 16:
+        compute = torch.bfloat16 if options.dtype == "auto" else getattr(torch, options.dtype)
+        settings["quantization_config"] = quantization_config(options.bits, compute)
+    model = AutoModelForImageTextToText.from_pretrained(name, **settings)
+    if options.bits != 16:
+        model = prepare_quantized(model, gradient_checkpointing=args.gradient_checkpointing)
+    model.config.use_cache = False
+    return model, AutoProcessor.from_pretrained(name)
+
+
+def prepare_for_tuning(model: nn.Module, options: TrainOptions, args: TrainerSettings) -> nn.Module:
+    """Freeze what does not learn, or wrap the accelerated model with PEFT."""
+    handle = handle_of(model)
+    assert handle is not None  # accelerate_mllm put it there
+    if not args.fsdp:  # which wants one dtype in a unit
+        for module in live_cross_tokens(model).values():
+            module.float()  # small updates of a low-precision vector would be lost
+    if options.tuning == "lora":
+        projector = None if options.projector == "frozen" else options.projector
+        config = lora_config(
+            model,
+            r=options.lora_r,
+            alpha=options.lora_alpha,
+            dropout=options.lora_dropout,
+            projector=projector,
+            vision_tower=options.vision_tower,
+            cross_tokens=options.train_cross_tokens,
+        )
+        if args.gradient_checkpointing:
+            model.enable_input_require_grads()  # type: ignore[operator]
+        return get_peft_model(model, config)  # type: ignore[arg-type]
+    model.requires_grad_(options.tuning == "full")
+    _freeze_tower(model, handle, options)
+    for module in live_cross_tokens(model).values():
+        module.requires_grad_(options.train_cross_tokens)
+    return model
+
+
+def resume_point(args: TrainerSettings) -> str | None:
+    """The checkpoint to go on from. Raises ``ValueError`` for a named one that is not whole."""
+    choice = args.resume_from_checkpoint
+    if choice in (None, "", "no", "false", "False"):
+        return None
+    if choice in ("auto", "true", "True"):
+        return last_complete_checkpoint(args.output_dir)
+    problem = checkpoint_problem(choice)
+    if problem is not None:
+        previous = last_complete_checkpoint(Path(choice).parent)
+        raise ValueError(f"cannot go on from {choice}: {problem}; the last complete checkpoint is {previous}")
+    return choice
+
+
+def _freeze_tower(model: nn.Module, handle: Handle, options: TrainOptions) -> None:
+    if options.tuning == "full" and not options.vision_tower:
+        module_at(model, handle.family.tower).requires_grad_(False)
+
+
+def _data(path: str, processor: Any, options: TrainOptions, output_dir: Path) -> TrainingData:
+    return TrainingData(
+        load_records(path, options.image_folder),
+        processor,
+        max_length=options.max_length,
+        on_bad_sample=options.on_bad_sample,
+        bad_sample_file=output_dir / BAD_SAMPLES_NAME,
+        image_aspect=options.image_aspect,
+    )
+
+
+def _start_deepspeed_on_cpu(args: TrainerSettings) -> None:
+    """Without a GPU, ZeRO-3 asks for the number of processes while the model is loaded: they must have met by then."""
+    if args.deepspeed and args.use_cpu:
+        import deepspeed  # only needed here
+
+        _ = args.device  # torch.distributed first
+        deepspeed.init_distributed(dist_backend="gloo")
+
+
+def _report_bad_samples(trainer: CrossGetTrainer) -> None:
+    path = Path(trainer.args.output_dir) / BAD_SAMPLES_NAME
+    bad = bad_samples(path)
+    if bad:
+        _say(trainer, f"{len(bad)} bad samples were skipped; their ids and reasons are in {path}")
+
+
+def _say(trainer: CrossGetTrainer, text: str) -> None:
+    if trainer.is_world_process_zero():
+        print(text, flush=True)

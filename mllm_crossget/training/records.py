@@ -1,0 +1,194 @@
+"""Reading training files: LLaVA's instruction JSON, chat messages, parquet. Knows no processor.
+
+Every format becomes records with ``id``, ``messages`` (the roles and parts of a chat template) and ``images``.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+_IMAGE_TAG = "<image>"
+_ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+
+
+class BadSampleError(ValueError):
+    """A training sample that cannot be used: its id and why."""
+
+    def __init__(self, identity: str, reason: str) -> None:
+        super().__init__(f"sample {identity!r}: {reason}")
+        self.identity, self.reason = identity, reason
+
+
+@dataclass
+class Record:
+    """One sample.
+
+    Attributes:
+        identity: of the sample, in the file or its place there.
+        messages: chat messages whose content is a list of ``{"type": "image"}`` and ``{"type": "text", "text": ...}``.
+        images: paths, bytes or pictures, in the order of the image parts.
+    """
+
+    identity: str
+    messages: list[dict[str, Any]]
+    images: list[Any]
+
+
+class Records:
+    """Lazy, random access to the rows of a training file.
+
+    Args:
+        rows: a list of dictionaries, or a ``datasets.Dataset``.
+        image_folder: where relative image paths start.
+    """
+
+    def __init__(self, rows: Sequence[Any], image_folder: str | Path = ".") -> None:
+        self.rows, self.folder = rows, Path(image_folder)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def identity(self, index: int) -> str:
+        """The row's ``id``, or its place where it has none."""
+        row = self.rows[index]
+        return str(row.get("id", index)) if isinstance(row, Mapping) else str(index)
+
+    def __getitem__(self, index: int) -> Record:
+        """The record of a row. Raises ``BadSampleError`` for a malformed one."""
+        row, identity = self.rows[index], self.identity(index)
+        if not isinstance(row, Mapping):
+            raise BadSampleError(identity, f"expected an object, got {type(row).__name__}")
+        turns = row.get("messages", row.get("conversations"))
+        if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
+            raise BadSampleError(identity, "it has no 'messages' (or 'conversations')")
+        images = _images_of(row)
+        messages = [_message(turn, identity) for turn in turns]
+        tagged = sum(part["type"] == "image" for message in messages for part in message["content"])
+        if tagged == 0 and images:
+            first = next((message for message in messages if message["role"] == "user"), messages[0])
+            first["content"] = [{"type": "image"}] * len(images) + first["content"]
+        elif tagged != len(images):
+            raise BadSampleError(identity, f"{tagged} image tags for {len(images)} images")
+        if not any(message["role"] == "assistant" for message in messages):
+            raise BadSampleError(identity, "it has no answer to learn")
+        return Record(identity, messages, images)
+
+    def open(self, image: Any, identity: str) -> Image.Image:
+        """Decode one image completely, as RGB. Raises ``BadSampleError`` if that is not possible."""
+        try:
+            if isinstance(image, Mapping):
+                image = io.BytesIO(image["bytes"]) if image.get("bytes") else image["path"]
+            if isinstance(image, bytes):
+                image = io.BytesIO(image)
+            if isinstance(image, (str, Path)):
+                image = self.folder / image
+            return (image if isinstance(image, Image.Image) else Image.open(image)).convert("RGB")
+        # PIL reports broken files with any of these.
+        except (OSError, SyntaxError, ValueError, KeyError, TypeError, Image.DecompressionBombError) as error:
+            raise BadSampleError(identity, f"its image cannot be read: {error}") from error
+
+    def sketch(self) -> tuple[list[int], list[bool]]:
+        """Length in words and presence of an image of every row, without opening one; 0 for malformed rows."""
+        lengths, pictured = [], []
+        for row in self.rows:
+            row = row if isinstance(row, Mapping) else {}
+            turns = row.get("messages", row.get("conversations"))
+            lengths.append(len(json.dumps(turns, default=str).split()))
+            pictured.append(bool(_images_of(row)))
+        return lengths, pictured
+
+
+def load_records(path: str | Path, image_folder: str | Path | None = None, split: str = "train") -> Records:
+    """Open a training file.
+
+    Args:
+        path: ``.json`` or ``.jsonl`` (LLaVA's ``conversations`` or chat ``messages``), ``.parquet``, a folder written
+            by ``datasets.save_to_disk``, or the name of a dataset on the hub.
+        image_folder: where relative image paths start; by default the file's folder.
+        split: of a hub dataset.
+
+    Raises:
+        ValueError: the file does not exist, is not valid, or holds no samples.
+    """
+    file = Path(path)
+    folder = Path(image_folder) if image_folder is not None else file.parent
+    if file.suffix in (".json", ".jsonl"):
+        rows: Any = _read_json(file)
+    else:
+        rows = _read_dataset(file, str(path), split)
+    if not len(rows):
+        raise ValueError(f"{path} holds no samples")
+    return Records(rows, folder)
+
+
+def _read_json(file: Path) -> list[Any]:
+    if not file.is_file():
+        raise ValueError(f"{file} does not exist; give the path of a JSON, JSONL or parquet file")
+    try:
+        with file.open(encoding="utf-8") as lines:
+            rows = [json.loads(line) for line in lines if line.strip()] if file.suffix == ".jsonl" else json.load(lines)
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(rows, list):
+        raise ValueError(f"{file} holds a {type(rows).__name__}, expected a list of samples")
+    return rows
+
+
+def _read_dataset(file: Path, name: str, split: str) -> Any:
+    import datasets  # heavy, and not needed for JSON
+
+    if file.suffix == ".parquet":
+        if not file.is_file():
+            raise ValueError(f"{file} does not exist; give the path of a JSON, JSONL or parquet file")
+        rows = datasets.Dataset.from_parquet(str(file), keep_in_memory=False)
+    elif file.is_dir():
+        rows = datasets.load_from_disk(name)
+        rows = rows[split] if isinstance(rows, datasets.DatasetDict) else rows
+    else:
+        rows = datasets.load_dataset(name, split=split)
+    for column, feature in rows.features.items():
+        inner = getattr(feature, "feature", feature)
+        if isinstance(inner, datasets.Image):  # decoded here it could not be skipped when it is broken
+            raw = datasets.Image(decode=False)
+            rows = rows.cast_column(column, raw if inner is feature else datasets.List(raw))
+    return rows
+
+
+def _images_of(row: Mapping[str, Any]) -> list[Any]:
+    images = row.get("images", row.get("image"))
+    if images is None or (isinstance(images, str) and not images):
+        return []
+    return list(images) if isinstance(images, (list, tuple)) else [images]
+
+
+def _message(turn: Any, identity: str) -> dict[str, Any]:
+    if not isinstance(turn, Mapping):
+        raise BadSampleError(identity, f"a turn is a {type(turn).__name__}, not an object")
+    role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+    if role not in _ROLES:
+        raise BadSampleError(identity, f"unknown role {role!r}; known are {', '.join(_ROLES)}")
+    if isinstance(content, str):
+        return {"role": _ROLES[role], "content": _parts(content)}
+    if not isinstance(content, Sequence):
+        raise BadSampleError(identity, f"a turn's content is {type(content).__name__}, expected text or parts")
+    parts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind not in ("image", "text") or (kind == "text" and not isinstance(part.get("text"), str)):
+            raise BadSampleError(identity, f"a part of a turn is neither text nor an image: {str(part)[:60]}")
+        parts.append({"type": "image"} if kind == "image" else {"type": "text", "text": part["text"]})
+    return {"role": _ROLES[role], "content": parts}
+
+
+def _parts(text: str) -> list[dict[str, str]]:
+    """Text with image tags as parts, images first, as LLaVA puts them."""
+    words = text.replace(f"{_IMAGE_TAG}\n", _IMAGE_TAG).split(_IMAGE_TAG)
+    rest = " ".join(word.strip() for word in words if word.strip())
+    return [{"type": "image"}] * (len(words) - 1) + [{"type": "text", "text": rest}]

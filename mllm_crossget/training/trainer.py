@@ -1,0 +1,289 @@
+"""transformers' Trainer with the alignment loss, optional distillation, and the library's files in every checkpoint."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from peft.utils import ModulesToSaveWrapper
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+from transformers import AutoModelForImageTextToText, Trainer
+
+from mllm_crossget.benchmark.flops import model_flops
+from mllm_crossget.checkpoint import load_crossget
+from mllm_crossget.config import method_class
+from mllm_crossget.hooks.handle import Handle, base_model, handle_of, live_cross_tokens
+from mllm_crossget.hooks.persistence import write_files
+from mllm_crossget.training.checkpoints import last_complete_checkpoint
+from mllm_crossget.training.losses import alignment_term, distillation_loss, teacher_logits
+from mllm_crossget.training.sampler import ModalityLengthSampler
+
+_TERMS = ("task_loss", "alignment_loss", "distillation_loss")
+_COUNTS = ("steps", "rows", "images", "tokens")
+
+
+class CrossGetTrainer(Trainer):
+    """``transformers.Trainer`` for an accelerated model: task loss + weight · alignment loss (+ distillation).
+
+    Logs, beside Trainer's own, ``task_loss``, ``alignment_loss`` (unweighted), ``distillation_loss``,
+    ``visual_tokens`` (per image) and ``flops_saved`` (share of one forward pass). Right under gradient accumulation,
+    ``num_items_in_batch`` and data parallelism, as the terms are scaled like the task loss.
+
+    Args:
+        train_cross_tokens: whether the cross tokens learn. With False they stay as they are.
+        distillation_weight: factor of the distillation towards the unaccelerated model (0 = off; costs one more
+            forward pass without gradients).
+        distillation_temperature: softens both distributions.
+        args, kwargs: as ``transformers.Trainer``.
+
+    Raises:
+        ValueError: a model that was not accelerated, or whose cross tokens PEFT froze; label smoothing; a sharding
+            backend that was asked for but is not active.
+
+    Example:
+        >>> model = accelerate_mllm(model, keep_ratio=0.25)
+        >>> model = get_peft_model(model, lora_config(model))
+        >>> CrossGetTrainer(model=model, args=args, train_dataset=data, data_collator=collator).train()
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        train_cross_tokens: bool = True,
+        distillation_weight: float = 0.0,
+        distillation_temperature: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.distillation_weight = distillation_weight
+        self.distillation_temperature = distillation_temperature
+        self._window: dict[str, Any] = {}
+        _check_model(self.model, train_cross_tokens)
+        _check_arguments(self)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The task's loss plus the weighted terms; see the class."""
+        inputs = dict(inputs)
+        masked = bool(inputs.pop("dummy_image", False))
+        distils = self.distillation_weight > 0 and model.training
+        teacher = teacher_logits(self.accelerator.unwrap_model(model), inputs) if distils else None
+        task, output = super().compute_loss(model, inputs, True, num_items_in_batch)
+        steps = self.current_gradient_accumulation_steps if model.training else 1
+        terms = {"task_loss": task.detach()}
+        loss = task
+        weight = getattr(_handle(self.model).method, "alignment_weight", 0.0)
+        term = alignment_term(output, weight, steps, masked=masked)
+        if term is not None:
+            loss = loss + term
+            terms["alignment_loss"] = (0.0 if masked else 1.0) * output.alignment_loss.detach() / steps
+        if teacher is not None:
+            term = self._distillation(output.logits, teacher, inputs["labels"], num_items_in_batch)
+            loss = loss + self.distillation_weight * term
+            terms["distillation_loss"] = term.detach()
+        if model.training:
+            self._remember(terms, inputs, 1 / steps)
+        return (loss, output) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As Trainer, with the terms of the loss and what the reduction saves added to training logs."""
+        if "loss" in logs and self._window:
+            logs = {**logs, **self._summary()}
+            self._window = {}
+        super().log(logs, start_time)
+
+    def _distillation(self, student: Tensor, teacher: Tensor, labels: Tensor, tokens: Tensor | int | None) -> Tensor:
+        """Scaled as Trainer scales the task loss: by the tokens of all ranks, times the ranks that will be averaged."""
+        loss = distillation_loss(student, teacher, labels, temperature=self.distillation_temperature, tokens=tokens)
+        averaged = tokens is not None and self.args.average_tokens_across_devices
+        return loss * self.accelerator.num_processes if averaged else loss
+
+    def _remember(self, terms: dict[str, Tensor], inputs: dict[str, Any], share: float) -> None:
+        mask, pixels = inputs.get("attention_mask"), inputs.get("pixel_values")
+        seen = mask if mask is not None else torch.ones_like(inputs["input_ids"])
+        now = {
+            **terms,
+            "steps": share,
+            "rows": len(inputs["input_ids"]),
+            "images": 0 if pixels is None else len(pixels),
+            "tokens": seen.sum(),
+        }
+        for name, value in now.items():
+            self._window[name] = self._window.get(name, 0.0) + value
+
+    def _summary(self) -> dict[str, float]:
+        """Means since the last log, over all processes."""
+        names = (*_TERMS, *_COUNTS)
+        values = torch.stack([torch.as_tensor(self._window.get(name, 0.0)).float().cpu() for name in names])
+        values = self.accelerator.reduce(values.to(self.accelerator.device), "sum").cpu()
+        total = dict(zip(names, values.tolist(), strict=True))
+        summary = {name: total[name] / total["steps"] for name in _TERMS if name in self._window}
+        handle = _handle(self.model)
+        if total["images"]:
+            text = round((total["tokens"] - total["images"] * handle.schedule.placeholders) / total["rows"])
+            summary["visual_tokens"] = handle.schedule.features
+            summary["flops_saved"] = flops_saved(self.model, max(1, text))
+        return summary
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length" or not hasattr(dataset, "lengths"):
+            return super()._get_train_sampler(train_dataset)
+        return ModalityLengthSampler(
+            dataset.lengths,
+            dataset.has_image,
+            self.args.train_batch_size,
+            self.args.world_size * self.args.gradient_accumulation_steps,
+            self.args.data_seed if self.args.data_seed is not None else self.args.seed,
+        )
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save and self._saves_adapter:
+            state = None if state_dict is None else _cross_tokens_in(state_dict, _handle(self.model))
+            write_files(self.model, output_dir or self.args.output_dir, state)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise OSError(
+                f"the checkpoint of step {self.state.global_step} could not be written ({error}); is the disk full? "
+                f"The last complete one is {last_complete_checkpoint(self.args.output_dir)}"
+            ) from error
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        target = self.model if model is None else model
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if sharded or self._saves_adapter:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        # Trainer itself would find nothing: transformers 5 renames a LLaVA's weights on disk.
+        stock = AutoModelForImageTextToText.from_pretrained(resume_from_checkpoint, dtype=target.dtype)
+        target.load_state_dict(stock.state_dict(), strict=False)
+        load_crossget(target, resume_from_checkpoint)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """``README.md`` with the run's settings and metrics, in place of the stub that PEFT writes."""
+        if self.is_world_process_zero():
+            base = kwargs.get("finetuned_from") or base_model(self.model).config._name_or_path
+            text = model_card(self, base, kwargs.get("dataset") or "own data")
+            (Path(self.args.output_dir) / "README.md").write_text(text)
+
+    @property
+    def _saves_adapter(self) -> bool:
+        return base_model(self.model) is not self.model
+
+
+def flops_saved(model: nn.Module, text_tokens: int) -> float:
+    """Share of a forward pass's FLOPs that the reduction saves, for one image and ``text_tokens`` tokens of text."""
+    config, handle = base_model(model).config, _handle(model)
+    reduced = model_flops(config, handle.method, text_tokens=text_tokens)
+    untouched = model_flops(config, method_class(handle.method.method)(keep_ratio=1.0), text_tokens=text_tokens)  # type: ignore[arg-type]
+    return 1 - reduced.total / untouched.total
+
+
+def _handle(model: nn.Module) -> Handle:
+    handle = handle_of(model)
+    if handle is None:
+        raise ValueError(
+            "the model is not accelerated; call accelerate_mllm(model) before CrossGetTrainer(model=model)"
+        )
+    return handle
+
+
+def _check_model(model: nn.Module, train_cross_tokens: bool) -> None:
+    handle = _handle(model)
+    if not handle.schedule.cross:
+        return
+    for place, module in live_cross_tokens(model).items():
+        if not train_cross_tokens:
+            module.requires_grad_(False)
+        elif not all(parameter.requires_grad for parameter in module.parameters() if _counts(module, parameter)):
+            raise ValueError(
+                f"the {place} cross tokens are frozen: give PEFT modules_to_save=['cross_tokens'] (lora_config does), "
+                "after accelerate_mllm, or pass train_cross_tokens=False to leave them as they are"
+            )
+        elif base_model(model) is not model and not isinstance(module, ModulesToSaveWrapper):
+            raise ValueError(
+                f"the {place} cross tokens are not part of the adapter and would not be saved with it: call "
+                "accelerate_mllm before get_peft_model, with modules_to_save=['cross_tokens'] (lora_config does)"
+            )
+
+
+def _counts(module: nn.Module, parameter: nn.Parameter) -> bool:
+    """Not the copy that PEFT keeps of the state before training."""
+    original = getattr(module, "original_module", None)
+    return original is None or all(parameter is not kept for kept in original.parameters())
+
+
+def _check_arguments(trainer: Trainer) -> None:
+    args, active = trainer.args, trainer.accelerator.distributed_type
+    if args.label_smoothing_factor:
+        raise ValueError(
+            f"label_smoothing_factor={args.label_smoothing_factor}: transformers smooths the loss of this model "
+            "without shifting its labels, which is wrong; set it to 0"
+        )
+    if args.load_best_model_at_end and base_model(trainer.model) is trainer.model:
+        raise ValueError("load_best_model_at_end works with adapters only; load the best checkpoint yourself")
+    for asked, kind, name in (
+        (args.deepspeed, DistributedType.DEEPSPEED, "deepspeed"),
+        (args.fsdp, DistributedType.FSDP, "fsdp"),
+    ):
+        if asked and active != kind:
+            raise ValueError(
+                f"{name} was asked for, but training would run as {active.value}; start it with torchrun, accelerate "
+                "launch or deepspeed on a device that the backend supports"
+            )
+
+
+def _cross_tokens_in(state: dict[str, Tensor], handle: Handle) -> dict[str, Tensor]:
+    """The cross tokens of a gathered state dict under the names of a model without PEFT."""
+    found = {}
+    for path in handle.cross_paths.values():
+        pattern = re.compile(rf"(^|\.){re.escape(path)}\.(modules_to_save\.[^.]+\.)?weight$")
+        found.update({f"{path}.weight": tensor for name, tensor in state.items() if pattern.search(name)})
+    return found
+
+
+def model_card(trainer: Trainer, base: str, dataset: Any) -> str:
+    """A model card with the run's metrics, in the hub's format."""
+    handle = _handle(trainer.model)
+    final = next((entry for entry in reversed(trainer.state.log_history) if "task_loss" in entry), {})
+    rows = "\n".join(f"| {name} | {value:.6g} |" for name, value in final.items() if isinstance(value, int | float))
+    settings = "\n".join(f"    {name}: {value}" for name, value in handle.method.to_dict().items())
+    is_adapter = base_model(trainer.model) is not trainer.model
+    return f"""---
+library_name: {"peft" if is_adapter else "transformers"}
+base_model: {base}
+base_model_relation: {"adapter" if is_adapter else "finetune"}
+pipeline_tag: image-text-to-text
+tags: [llava, token-merging, crossget]
+---
+
+# {Path(trainer.args.output_dir).name}
+
+{base} with {handle.schedule.features} instead of {handle.schedule.placeholders} visual tokens per image, fine-tuned on
+{dataset} for {trainer.state.global_step} steps.
+
+    from mllm_crossget.training import load_finetuned
+    model = load_finetuned(base_model, "this folder or repository")
+
+Settings of the reduction:
+
+{settings}
+
+| last training log | |
+|---|---|
+{rows}
+"""
