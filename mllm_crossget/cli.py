@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import importlib
 import re
 import sys
 import types
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from transformers import HfArgumentParser
@@ -36,6 +38,8 @@ class Command:
         help: one line.
         takes_method: whether ``--method`` and that method's fields are options too.
         extra: the extra of the package that the command needs, as in ``pip install 'mllm-crossget[viz]'``.
+        settings: "module:dataclass" of further options, whose object is the function's last argument.
+        takes_file: whether a YAML file with values for any of the options may be the first word.
     """
 
     options: str
@@ -43,6 +47,8 @@ class Command:
     help: str
     takes_method: bool = False
     extra: str = ""
+    settings: str = ""
+    takes_file: bool = False
 
 
 COMMANDS: dict[str, Command] = {
@@ -62,6 +68,15 @@ COMMANDS: dict[str, Command] = {
         "mllm_crossget.benchmark.inspect_model:inspect_model",
         "tokens and FLOPs of a model before and after, without its weights",
         takes_method=True,
+    ),
+    "train": Command(
+        "mllm_crossget.training.options:TrainOptions",
+        "mllm_crossget.training.finetune:run",
+        "fine-tune an accelerated model: mllm-crossget train config.yaml [--any_option value]",
+        takes_method=True,
+        extra="train",
+        settings="mllm_crossget.training.options:TrainerSettings",
+        takes_file=True,
     ),
 }
 
@@ -102,9 +117,12 @@ def parse_command(name: str, command: Command, words: Sequence[str]) -> tuple[An
         ValueError, TypeError: from the dataclasses' own checks.
         SystemExit: ``--help``, or words that the parser does not know.
     """
+    words, from_file = _read_file(words) if command.takes_file else (list(words), {})
     kinds = [_imported(command.options)]
     if command.takes_method:
-        kinds.append(method_class(_method_name(words)))
+        kinds.append(method_class(_method_name(words, from_file.get("method", _DEFAULT_METHOD))))
+    if command.settings:
+        kinds.append(_imported(command.settings))
     parser = HfArgumentParser(
         [_parsable(kind) for kind in kinds],
         prog=f"{_PROGRAM} {name}",
@@ -114,6 +132,7 @@ def parse_command(name: str, command: Command, words: Sequence[str]) -> tuple[An
     )
     if command.takes_method:
         parser.add_argument("--method", default=_DEFAULT_METHOD, choices=method_names(), help="the reduction")
+    _set_defaults(parser, from_file)
     values = vars(parser.parse_args(_with_leading_option(kinds[0], words)))
     return tuple(_built(kind, values) for kind in kinds)
 
@@ -135,10 +154,34 @@ def _imported(path: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def _method_name(words: Sequence[str]) -> str:
+def _read_file(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """The words without a leading YAML file, and the file's values."""
+    if not words or Path(words[0]).suffix not in (".yaml", ".yml"):
+        return list(words), {}
+    path = Path(words[0])
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; give a YAML file with option names and values")
+    yaml = importlib.import_module("yaml")  # of the extra that the command names
+    values = yaml.safe_load(path.read_text())
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}, expected option names and values")
+    return list(words[1:]), values
+
+
+def _set_defaults(parser: argparse.ArgumentParser, values: dict[str, Any]) -> None:
+    """Values of a file take the place of the options' defaults, so that words on the command line win over them."""
+    known = {action.dest for action in parser._actions}
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            raise ValueError(f"unknown option {name!r} in the file" + (f"; did you mean {near[0]!r}?" if near else ""))
+    parser.set_defaults(**values)
+
+
+def _method_name(words: Sequence[str], default: str = _DEFAULT_METHOD) -> str:
     """The method decides which options there are, so it is looked up before they are parsed."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--method", default=_DEFAULT_METHOD)
+    parser.add_argument("--method", default=default)
     return str(parser.parse_known_args(list(words))[0].method)
 
 
