@@ -23,8 +23,10 @@ class Decision(NamedTuple):
 
 
 def cosine(a: list[float], b: list[float]) -> float:
+    """Cosine similarity; 0 for a vector of zeros."""
     dot = sum(x * y for x, y in zip(a, b, strict=True))
-    return dot / (math.sqrt(sum(x * x for x in a)) * math.sqrt(sum(y * y for y in b)))
+    norms = math.sqrt(sum(x * x for x in a)) * math.sqrt(sum(y * y for y in b))
+    return dot / norms if norms else 0.0
 
 
 def complete_graph_matching(keys_TD: Tensor, importance_T: Tensor, r: int, protected: set[int]) -> Decision:

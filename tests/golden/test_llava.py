@@ -6,8 +6,6 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from mllm_crossget import CrossGetConfig, load_official_cross_tokens, trace_merges
 from mllm_crossget.checkpoint import split_official_state_dict
-from mllm_crossget.hooks.text import text_state
-from mllm_crossget.hooks.tower import tower_state
 from mllm_crossget.ops.alignment import alignment_loss, layer_repeats
 from tests.golden.files import END_TO_END, GRADIENT, LOSS, Golden
 
@@ -97,33 +95,32 @@ def check_evaluation(golden, folder):
 
 
 def train(golden, folder):
-    """The model in training mode, one forward, and the cross tokens that both sides recorded in it."""
+    """The model in training mode, one forward, and the cross tokens as the layers' first norms see them in it."""
     model = llava(golden, folder).train()
     batch = Batch(golden, model.config.image_token_id)
-    recorded = {}
-
-    def keep(language_model, *_):
-        recorded["vision"] = tower_state(model.model.vision_tower.encoder).cross_record
-        recorded["text"] = text_state(language_model).cross_record
-
-    model.model.language_model.register_forward_hook(keep)
-    return model, batch, model(**batch.inputs, labels=batch.labels), recorded
+    vision, text = [], []
+    for layer in model.model.vision_tower.encoder.layers:  # the last token
+        layer.layer_norm1.register_forward_pre_hook(lambda _, inputs: vision.append(inputs[0][:, -1].detach()))
+    for layer in model.model.language_model.layers:  # the first token
+        layer.input_layernorm.register_forward_pre_hook(lambda _, inputs: text.append(inputs[0][:, 0].detach()))
+    output = model(**batch.inputs, labels=batch.labels)
+    return model, batch, output, (torch.stack(vision), torch.stack(text))
 
 
 def check_training_losses(golden, folder):
-    model, batch, output, recorded = train(golden, folder)
+    model, batch, output, (vision, text) = train(golden, folder)
     golden.expect("train.logits", batch.official(output.logits), END_TO_END, where=batch.real)
     golden.expect("train.loss_ce", output.loss, LOSS)
-    golden.expect("train.cross_tokens_image", recorded["vision"], END_TO_END)
-    golden.expect("train.cross_tokens_text", recorded["text"], END_TO_END)
+    golden.expect("train.cross_tokens_image", vision, END_TO_END)
+    golden.expect("train.cross_tokens_text", text, END_TO_END)
     golden.expect("train.loss_kd", output.alignment_loss, LOSS)
     golden.expect("train.loss_total", output.loss + 0.001 * output.alignment_loss, LOSS)
-    projected = model.model.multi_modal_projector(recorded["vision"])
-    loss, image_term, text_term = alignment_loss(projected, recorded["text"], torch.arange(2))
+    projected = model.model.multi_modal_projector(vision)
+    loss, image_term, text_term = alignment_loss(projected, text, torch.arange(2))
     golden.expect("train.loss_kd", loss, LOSS)
     golden.expect("train.kl_image", image_term, LOSS)
     golden.expect("train.kl_text", text_term, LOSS)
-    golden.expect("layer_repeat", torch.tensor(layer_repeats(len(projected), len(recorded["text"]))), LOSS)
+    golden.expect("layer_repeat", torch.tensor(layer_repeats(len(projected), len(text))), LOSS)
 
 
 def check_training_gradients(golden, folder):

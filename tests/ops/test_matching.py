@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mllm_crossget.ops import bipartite_soft_matching, complete_graph_soft_matching, random_matching
+from mllm_crossget.ops.matching import _similarity
 from tests import reference
 
 PROPERTY = settings(max_examples=40, deadline=None, derandomize=True)
@@ -102,14 +103,47 @@ def test_of_two_equal_tokens_the_lower_index_leaves():
     assert (match.src.item(), match.dst.item()) == (2, 5)
 
 
+def test_many_equal_tokens():
+    """Long enough that an unstable sort shuffles what is equal."""
+    keys, importance = torch.randint(0, 2, (2, 90, 4)) - 0.5, torch.randint(0, 3, (2, 90)) / 4
+    for row in range(2):
+        expected = reference.complete_graph_matching(keys[row], importance[row], 30, {0, 89})
+        assert_decision(complete_graph_soft_matching(keys, importance, 30, (0, 89)), row, expected)
+        for class_token in (True, False):
+            expected = reference.bipartite_matching(keys[row], 20, class_token)
+            assert_decision(bipartite_soft_matching(keys, 20, class_token), row, expected)
+
+
+def test_a_zero_key_is_like_nothing():
+    keys, importance = torch.randn(2, 16, 4), torch.rand(2, 16)
+    keys[0, 4], keys[1, 2], keys[1, 9] = 0.0, 0.0, 0.0
+    for row in range(2):
+        expected = reference.complete_graph_matching(keys[row], importance[row], 6, {0})
+        assert_decision(complete_graph_soft_matching(keys, importance, 6, (0,)), row, expected)
+        assert_decision(bipartite_soft_matching(keys, 6, True), row, reference.bipartite_matching(keys[row], 6, True))
+
+
+def gpu():
+    needs = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+    return pytest.param("cuda", marks=[pytest.mark.gpu, needs])
+
+
+@pytest.mark.parametrize("device", ["cpu", gpu()])
+def test_similarity_is_symmetric_to_the_bit(device):
+    """The tie rule lives on it: the two halves of a pair must see the same number."""
+    keys = torch.randn(3, 577, 64, device=device)
+    similarity = _similarity(keys, torch.zeros(3, 577, dtype=torch.bool, device=device))
+    assert torch.equal(similarity, similarity.mT)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_ranked_in_float32(dtype):
-    keys, importance = torch.randn(3, 24, 8).to(dtype), torch.rand(3, 24).to(dtype)
-    half = complete_graph_soft_matching(keys, importance, 8, (0, 23))
-    full = complete_graph_soft_matching(keys.float(), importance.float(), 8, (0, 23))
+    keys, importance = torch.randn(32, 64, 8).to(dtype), torch.rand(32, 64).to(dtype)
+    half = complete_graph_soft_matching(keys, importance, 24, (0, 63))
+    full = complete_graph_soft_matching(keys.float(), importance.float(), 24, (0, 63))
     assert all(torch.equal(a, b) for a, b in zip(half[:6], full[:6], strict=True))
     assert half.weight.dtype == torch.float32
-    half, full = bipartite_soft_matching(keys, 8, True), bipartite_soft_matching(keys.float(), 8, True)
+    half, full = bipartite_soft_matching(keys, 24, True), bipartite_soft_matching(keys.float(), 24, True)
     assert all(torch.equal(a, b) for a, b in zip(half[:4], full[:4], strict=True))
 
 

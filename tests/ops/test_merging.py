@@ -131,11 +131,12 @@ def test_pruning_leaves_no_trace_of_the_sources():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_sums_in_float32(dtype):
     x, size, match, _ = make(2, 18, 6, 8, "crossget")
-    x, size = (x * 1000).to(dtype), size * 100  # size·x is far beyond 65504
+    x, size = (x * 1000).to(dtype), (size * 100).to(dtype)  # size·x is far beyond 65504
     merged, new_size = merge(x, size, match)
-    exact, _ = merge(x.float(), size, match)
+    exact, exact_size = merge(x.float(), size.float(), match)
     assert merged.dtype == dtype
     assert new_size.dtype == torch.float32
+    assert torch.equal(new_size, exact_size)
     assert torch.equal(merged, exact.to(dtype))
 
 
