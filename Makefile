@@ -10,7 +10,7 @@ help:
 	@echo "make demo    install the package into $(VENV) and run the demo"
 	@echo "make test    install the tools as well and run the tests"
 	@echo "make style   linter, formatter and type checker, without changing a file"
-	@echo "make bench   FLOPs of the published geometries before and after"
+	@echo "make bench   FLOPs of LLaVA-1.5-7B and -13B before and after, and seconds of the vision tower here"
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/mllm-crossget demo
@@ -26,6 +26,7 @@ style: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-demo
 	$(BIN)/mllm-crossget inspect llava-1.5-7b --r 13
 	$(BIN)/mllm-crossget inspect llava-1.5-13b --r 13
+	$(BIN)/mllm-crossget bench
 
 # The stamps are as old as the last installation: nothing is installed again until pyproject.toml changes.
 $(BIN)/python:

@@ -52,6 +52,11 @@ class Command:
 
 
 COMMANDS: dict[str, Command] = {
+    "bench": Command(
+        "mllm_crossget.benchmark.overhead:BenchOptions",
+        "mllm_crossget.benchmark.overhead:run",
+        "time a vision tower with random weights: untouched, reduced, and at the schedule's counts for free",
+    ),
     "demo": Command(
         "mllm_crossget.embedded.demo:DemoOptions",
         "mllm_crossget.embedded.demo:run",
