@@ -23,7 +23,7 @@ def query_weights(tokens: int, cross_token: bool, like: Tensor) -> Tensor:
 def attention_importance(
     query_BHTD: Tensor, key_BHTD: Tensor, scaling: float, bias_BT: Tensor | None = None, cross_token: bool = True
 ) -> Tensor:
-    """Attention every token receives, averaged over heads, without the (B, H, T, T) map: one head at a time.
+    """Attention every token receives, averaged over heads, without the (B, H, T, T) map: a few heads at a time.
 
     Args:
         query_BHTD, key_BHTD: (B, H, T, D) projections, any float dtype.
@@ -34,11 +34,12 @@ def attention_importance(
     Returns:
         (B, T) float32; no gradient.
     """
-    weights = query_weights(key_BHTD.shape[2], cross_token, key_BHTD).expand(query_BHTD.shape[0], 1, -1)
-    total = torch.zeros(key_BHTD.shape[0], 1, key_BHTD.shape[2], dtype=torch.float32, device=key_BHTD.device)
-    for head in range(query_BHTD.shape[1]):
-        total = total + torch.bmm(weights, _attention(query_BHTD, key_BHTD, head, scaling, bias_BT))
-    return total[:, 0] / query_BHTD.shape[1]
+    batch, heads, tokens, _ = query_BHTD.shape
+    total = torch.zeros(batch, tokens, dtype=torch.float32, device=key_BHTD.device)
+    for part in _head_groups(batch, heads):
+        attention = _attention(query_BHTD[:, part], key_BHTD[:, part], scaling, bias_BT)
+        total = total + _received(attention, batch, cross_token)
+    return total / heads
 
 
 @torch.no_grad()
@@ -56,14 +57,14 @@ def attend_with_importance(
     float32 importance; no gradient.
     """
     batch, heads, tokens, _ = query_BHTD.shape
-    weights = query_weights(tokens, cross_token, key_BHTD).expand(batch, 1, -1)
-    total = torch.zeros(batch, 1, tokens, dtype=torch.float32, device=key_BHTD.device)
+    total = torch.zeros(batch, tokens, dtype=torch.float32, device=key_BHTD.device)
     outputs = []
-    for head in range(heads):
-        attention = _attention(query_BHTD, key_BHTD, head, scaling, bias_BT)
-        total = total + torch.bmm(weights, attention)
-        outputs.append(torch.bmm(attention.to(value_BHTD.dtype), value_BHTD[:, head]))
-    return torch.stack(outputs, dim=2), total[:, 0] / heads
+    for part in _head_groups(batch, heads):
+        attention = _attention(query_BHTD[:, part], key_BHTD[:, part], scaling, bias_BT)
+        total = total + _received(attention, batch, cross_token)
+        values = value_BHTD[:, part].flatten(0, 1)
+        outputs.append(torch.bmm(attention.to(values.dtype), values).unflatten(0, (batch, -1)))
+    return torch.cat(outputs, dim=1).transpose(1, 2), total / heads
 
 
 def importance_of_map(attention_BHTT: Tensor, cross_token: bool = True) -> Tensor:
@@ -78,14 +79,27 @@ def cosine_importance(key_BTC: Tensor, query_BC: Tensor) -> Tensor:
     return torch.cosine_similarity(key_BTC.float(), query_BC.float()[:, None], dim=-1)
 
 
-def _attention(query: Tensor, key: Tensor, head: int, scaling: float, bias: Tensor | None) -> Tensor:
-    """(B, T, T) softmax of one head in float32; products in the inputs' precision, as transformers' eager attention."""
-    queries, keys = query[:, head], key[:, head].mT
-    if bias is None:
-        logits = torch.bmm(queries * scaling, keys).float()
-    elif query.dtype == torch.float32:
-        tokens = keys.shape[2]
-        logits = torch.baddbmm(bias[:, None].expand(-1, tokens, -1), queries, keys, alpha=scaling)
-    else:
-        logits = torch.bmm(queries * scaling, keys).float() + bias[:, None]
-    return logits.softmax(dim=-1)
+def _head_groups(batch: int, heads: int) -> list[slice]:
+    """Heads to work on together: one for every thread that a batch of images leaves idle, never all of them."""
+    threads = 1 if torch.compiler.is_compiling() else torch.get_num_threads()  # a compiler fuses better without groups
+    together = max(1, min(threads // batch, heads // 4))
+    return [slice(first, first + together) for first in range(0, heads, together)]
+
+
+def _received(attention_GTT: Tensor, batch: int, cross_token: bool) -> Tensor:
+    """(B·heads, T, T) -> (B, T) weighted column sums, added over the heads."""
+    weights = query_weights(attention_GTT.shape[-1], cross_token, attention_GTT)
+    columns = torch.bmm(weights.expand(attention_GTT.shape[0], 1, -1), attention_GTT)
+    return columns.view(batch, -1, attention_GTT.shape[-1]).sum(dim=1)
+
+
+def _attention(query_BHTD: Tensor, key_BHTD: Tensor, scaling: float, bias_BT: Tensor | None) -> Tensor:
+    """(B·H, T, T) softmax in float32; products in the inputs' precision, as transformers' eager attention."""
+    batch, heads, tokens, _ = key_BHTD.shape
+    queries, keys = query_BHTD.flatten(0, 1), key_BHTD.flatten(0, 1).mT
+    if bias_BT is None:
+        return torch.bmm(queries * scaling, keys).float().softmax(dim=-1)
+    bias = bias_BT[:, None].expand(-1, heads, -1).reshape(batch * heads, 1, tokens)
+    if query_BHTD.dtype == torch.float32:
+        return torch.baddbmm(bias.expand(-1, tokens, -1), queries, keys, alpha=scaling).softmax(dim=-1)
+    return (torch.bmm(queries * scaling, keys).float() + bias).softmax(dim=-1)

@@ -174,17 +174,16 @@ def _similarity(keys: Tensor, shielded: Tensor) -> Tensor:
     keys = _normalised(keys)
     similarity = keys @ keys.mT
     # Kernels may round S_ij and S_ji differently; the tie rule needs them equal.
-    similarity = (similarity + similarity.mT) * 0.5
-    hidden = shielded[:, :, None] | shielded[:, None, :]
-    hidden = hidden | torch.eye(keys.shape[1], dtype=torch.bool, device=keys.device)
-    return similarity.masked_fill_(hidden, -torch.inf)
+    similarity = torch.maximum(similarity, similarity.mT)
+    similarity.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
+    return similarity.masked_fill_(shielded[:, :, None], -torch.inf).masked_fill_(shielded[:, None, :], -torch.inf)
 
 
 def _similarity_to_lower_ranked(similarity: Tensor) -> Tensor:
     """(B, T) best similarity of every token to the tokens that rank below it; -inf where there is none."""
     order = similarity.amax(dim=-1).argsort(dim=-1, descending=True, stable=True)
-    places = torch.arange(order.shape[1], device=order.device).expand_as(order)
-    rank = torch.empty_like(order).scatter_(1, order, places)
+    places = torch.arange(order.shape[1], dtype=torch.int32, device=order.device).expand_as(order)
+    rank = torch.empty_like(order, dtype=torch.int32).scatter_(1, order, places)
     not_below = rank[:, None, :] <= rank[:, :, None]
     return similarity.masked_fill(not_below, -torch.inf).amax(dim=-1)
 

@@ -23,13 +23,18 @@ def merge(x_BTD: Tensor, size_BT: Tensor, match: Match) -> tuple[Tensor, Tensor]
         (B, T-R, D) tokens in ``x``'s dtype and (B, T-R) sizes in float32.
     """
     size = size_BT.float()
+    kept = _rows(x_BTD, match.kept)
+    kept_size = size.gather(1, match.kept)
     if match.pruned:
-        return _kept(x_BTD, match), _kept(size[..., None], match)[..., 0]
+        return kept, kept_size
+    slot = match.slot.gather(1, match.src)
+    new_size = kept_size.scatter_add(1, slot, size.gather(1, match.src))
     factor = size if match.coefficient is None else size * match.coefficient
-    weighted = x_BTD.float() * factor[..., None]
-    new_size = _group_sum(size[..., None], match)
-    merged = _group_sum(weighted, match) / new_size
-    return merged.to(x_BTD.dtype), new_size[..., 0]
+    merged = kept.float() * (factor.gather(1, match.kept) / new_size)[..., None]
+    share = (factor.gather(1, match.src) / new_size.gather(1, slot))[..., None]
+    leaving = _rows(x_BTD, match.src).float() * share
+    merged = merged.scatter_add(1, slot[..., None].expand_as(leaving), leaving)
+    return merged.to(x_BTD.dtype), new_size
 
 
 def compose_source(source_BN: Tensor | None, match: Match) -> Tensor:
@@ -50,13 +55,8 @@ def unmerge(x_BTD: Tensor, source_BN: Tensor) -> Tensor:
     return x_BTD.gather(1, source_BN[..., None].expand(-1, -1, x_BTD.shape[-1]))
 
 
-def _group_sum(values_BTD: Tensor, match: Match) -> Tensor:
-    width = values_BTD.shape[-1]
-    kept = _kept(values_BTD, match)
-    leaving = values_BTD.gather(1, match.src[..., None].expand(-1, -1, width))
-    rows = match.slot.gather(1, match.src)[..., None].expand(-1, -1, width)
-    return torch.scatter_add(kept, 1, rows, leaving)
-
-
-def _kept(values_BTD: Tensor, match: Match) -> Tensor:
-    return values_BTD.gather(1, match.kept[..., None].expand(-1, -1, values_BTD.shape[-1]))
+def _rows(x_BTD: Tensor, index_BR: Tensor) -> Tensor:
+    """(B, R, D) tokens by index; whole rows are copied, several times faster than ``gather`` on a CPU."""
+    batch, tokens, width = x_BTD.shape
+    offset = torch.arange(0, batch * tokens, tokens, device=index_BR.device)[:, None]
+    return x_BTD.reshape(-1, width).index_select(0, (index_BR + offset).flatten()).view(batch, -1, width)
