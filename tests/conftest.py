@@ -11,6 +11,7 @@ import torch
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(1)  # the models are tiny: more threads only wait for one another
     config.addinivalue_line("filterwarnings", "error:::transformers")
 
 

@@ -188,7 +188,7 @@ def follow_layout(layout: Layout, kwargs: dict[str, Any]) -> None:
     if mask.ndim == 2:
         kwargs["attention_mask"] = layout.compact_mask(mask)
     if kwargs.get("position_ids") is not None:
-        removed = layout.removed.repeat_interleave(ids.shape[0] // layout.removed.shape[0])
+        removed = layout.for_rows(ids.shape[0]).removed
         kwargs["position_ids"] = kwargs["position_ids"] - removed[:, None].to(kwargs["position_ids"])
 
 
@@ -209,7 +209,7 @@ def shrink_for_generate(
     mask = mask_2d(kwargs, user_ids, 0)
     if mask.shape[1] < user_ids.shape[1]:
         raise ValueError(f"attention_mask has {mask.shape[1]} columns, input_ids has {user_ids.shape[1]}")
-    known = layout or empty_layout(user_ids)
+    known = (layout or empty_layout(user_ids)).for_rows(len(user_ids))
     covered = cached_columns(cache) + known.shift if cache is not None else 0
     repeats_all = user_ids.shape[1] == mask.shape[1]  # else the ids are the new columns alone
     new_ids = user_ids[:, covered:] if repeats_all else user_ids

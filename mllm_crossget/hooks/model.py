@@ -126,7 +126,7 @@ def _upload(
 
 def _forward_shrunk(model: nn.Module, forward: Any, handle: Handle, kwargs: dict[str, Any]) -> Any:
     ids, cache = kwargs["input_ids"], kwargs.get("past_key_values")
-    layout = getattr(cache, LAYOUT, None) or empty_layout(ids)
+    layout = (getattr(cache, LAYOUT, None) or empty_layout(ids)).for_rows(len(ids))
     mask = mask_2d(kwargs, ids, cached_columns(cache) + layout.shift)
     if mask.shape[1] < ids.shape[1]:
         raise ValueError(f"attention_mask has {mask.shape[1]} columns, input_ids has {ids.shape[1]}")

@@ -74,10 +74,23 @@ class Layout:
         """Columns by which the user's layout is longer."""
         return self.length - self.mask.shape[1]
 
+    def for_rows(self, rows: int) -> Layout:
+        """The layout of a cache with ``rows`` rows: several answers per row of the prompt repeat its rows."""
+        known = self.mask.shape[0]
+        if rows % known:
+            raise ValueError(
+                f"the KV cache was made for {known} rows, got {rows}: continue with the rows it was made for"
+            )
+        if rows == known:
+            return self
+        mask, ids, removed = (
+            part.repeat_interleave(rows // known, dim=0) for part in (self.mask, self.ids, self.removed)
+        )
+        return Layout(self.length, mask, ids, removed)
+
     def compact_mask(self, mask_BL: Tensor) -> Tensor:
         """The user's mask over all columns so far, in compact columns."""
-        repeats = mask_BL.shape[0] // self.mask.shape[0]
-        prefix = self.mask.repeat_interleave(repeats, dim=0).to(mask_BL)
+        prefix = self.for_rows(mask_BL.shape[0]).mask.to(mask_BL)
         return torch.cat([prefix, mask_BL[:, self.length :]], dim=1)
 
 

@@ -1,0 +1,41 @@
+"""An accelerated tiny LLaVA and the oracle for it, over all registered methods and both towers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+from torch import nn
+
+from mllm_crossget import accelerate_mllm, method_names
+from tests.generation.oracle import Oracle
+from tests.tiny import tiny_llava
+
+TOWERS = ("clip", "siglip")
+FEATURES = 8
+
+
+@dataclass
+class Case:
+    model: nn.Module
+    oracle: Oracle
+
+
+def make_case(method: str = "crossget", tower: str = "clip", text: str = "llama", **settings) -> Case:
+    model = tiny_llava(tower, text=text)
+    model.generation_config.suppress_tokens = [model.config.image_token_id]  # stock code cannot go on after it
+    oracle = Oracle(model)
+    accelerate_mllm(model, method=method, **(settings or {"visual_tokens": FEATURES}))
+    return Case(model, oracle)
+
+
+@pytest.fixture(params=[(method, tower) for method in method_names() for tower in TOWERS], ids="-".join)
+def any_case(request: pytest.FixtureRequest) -> Case:
+    """Every method on every tower."""
+    return make_case(*request.param)
+
+
+@pytest.fixture
+def case() -> Case:
+    """Where the method cannot matter."""
+    return make_case()
