@@ -1,0 +1,236 @@
+"""How much of the accuracy lost by token reduction does fine-tuning win back, and what do the cross tokens contribute?
+
+    python eval/recovery.py                     # all runs that have no result file yet, then the summary
+    python eval/recovery.py --summary_only true
+
+On the embedded model: training-free, cross tokens alone, LoRA alone (cross tokens frozen at zero) and LoRA with cross
+tokens, at the same number of steps, several seeds, scored on the held-out questions. One JSON per run in
+``eval/results/recovery``; a stopped experiment goes on with the runs that are missing. Training scenes share neither
+digits nor backgrounds with the test set; settings were chosen on training scenes (``--split train``).
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import random
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import get_peft_model
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+from transformers import AutoProcessor, HfArgumentParser, LlavaForConditionalGeneration
+
+from mllm_crossget import CrossGetConfig, accelerate_mllm
+from mllm_crossget.embedded import KINDS, WEIGHTS_FOLDER, Question, answer, held_out_questions, prompt, score
+from mllm_crossget.embedded.questions import ask
+from mllm_crossget.embedded.scenes import render, sample_layouts, to_image
+from mllm_crossget.hooks.handle import live_cross_tokens
+from mllm_crossget.training import Collator, CrossGetTrainer, lora_config
+from mllm_crossget.training.options import TrainerSettings
+
+ARMS = ("training-free", "cross", "lora", "lora+cross")
+BATCH_OF_SCENES = 32
+
+
+@dataclass
+class Options:
+    """Options of the experiment."""
+
+    arms: list[str] = field(default_factory=lambda: list(ARMS), metadata={"help": f"of {ARMS}"})
+    keep_ratios: list[float] = field(default_factory=lambda: [0.25, 0.125], metadata={"help": "visual tokens kept"})
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "of data and adapters"})
+    steps: int = field(default=600, metadata={"help": "optimiser steps of every trained run"})
+    batch: int = field(default=32, metadata={"help": "questions in a step"})
+    learning_rate: float = field(default=2e-3, metadata={"help": "peak; linear warm-up of 5 %, then cosine to 0"})
+    cross_learning_rate: float = field(default=1e-2, metadata={"help": "peak where cross tokens learn alone"})
+    lora_r: int = field(default=32, metadata={"help": "rank"})
+    lora_alpha: int = field(default=64, metadata={"help": "scale is alpha / rank"})
+    vision_tower: bool = field(default=True, metadata={"help": "LoRA in the vision tower too"})
+    alignment_weight: float = field(default=0.001, metadata={"help": "factor of the alignment loss"})
+    split: str = field(default="test", metadata={"help": "train: score on unseen training scenes, to choose settings"})
+    limit: int | None = field(default=None, metadata={"help": "questions to score; all if not given"})
+    threads: int = field(default=1, metadata={"help": "CPU threads"})
+    weights: str = field(default=str(WEIGHTS_FOLDER), metadata={"help": "the model"})
+    output: str = field(default="eval/results/recovery", metadata={"help": "folder of the results"})
+    summary_only: bool = field(default=False, metadata={"help": "run nothing, sum up what is there"})
+
+
+class SceneQuestions(Dataset[dict[str, Tensor]]):
+    """Questions about fresh training scenes, one scene each, encoded; everything follows from (seed, index)."""
+
+    def __init__(self, size: int, seed: int, processor: Any) -> None:
+        self.size, self.seed, self.processor = size, seed, processor
+        self.kept: tuple[int, list[dict[str, Tensor]]] = (-1, [])
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        chunk, place = divmod(index, BATCH_OF_SCENES)
+        if self.kept[0] != chunk:
+            self.kept = (chunk, self._chunk(chunk))
+        return self.kept[1][place]
+
+    def _chunk(self, chunk: int) -> list[dict[str, Tensor]]:
+        seed = (self.seed + 1) * 1_000_003 + chunk
+        generator, chance = torch.Generator().manual_seed(seed), random.Random(seed)
+        layout = sample_layouts(BATCH_OF_SCENES, "train", generator)
+        pixels = render(layout, jitter=generator)[0] * 2 - 1  # the processor's normalisation
+        pairs = [_pair(scene, chance) for scene in layout.scenes()]
+        return [self._encoded(*pair, image) for pair, image in zip(pairs, pixels, strict=True)]
+
+    def _encoded(self, question: str, reply: str, pixels: Tensor) -> dict[str, Tensor]:
+        tokenizer = self.processor.tokenizer
+        image_run = self.processor.image_token * 144
+        text = prompt(self.processor, question).replace(self.processor.image_token, image_run)
+        head = tokenizer(text).input_ids
+        tail = tokenizer(f"{reply}{tokenizer.eos_token}", add_special_tokens=False).input_ids
+        ids = torch.tensor(head + tail)
+        labels = ids.clone()
+        labels[: len(head)] = -100
+        return {"input_ids": ids, "labels": labels, "pixel_values": pixels[None]}
+
+
+def _pair(scene: Any, chance: random.Random) -> tuple[str, str]:
+    while True:
+        pair = ask(scene, chance.choice(KINDS), chance)
+        if pair is not None:
+            return pair
+
+
+def questions_of(options: Options) -> list[Question]:
+    """The held-out questions, or as many about training scenes that no run has trained on."""
+    if options.split == "test":
+        return held_out_questions(options.limit)
+    chance = random.Random(77)
+    layouts = sample_layouts(150, "train", torch.Generator().manual_seed(77))
+    found = []
+    for index, scene in enumerate(layouts.scenes()):
+        image = to_image(render(layouts.select(slice(index, index + 1)))[0][0])
+        pairs = [(kind, ask(scene, kind, chance)) for kind in KINDS]
+        found += [Question(kind, *pair, scene, index, image) for kind, pair in pairs if pair is not None]
+    return found[: options.limit]
+
+
+def run_once(options: Options, arm: str, keep_ratio: float, seed: int, questions: list[Question]) -> dict[str, Any]:
+    """Train one arm (unless it is training-free) and score it."""
+    torch.manual_seed(seed)
+    model: Any = LlavaForConditionalGeneration.from_pretrained(options.weights, dtype=torch.float32).eval()
+    model.set_attn_implementation("eager")  # half the time of the fused kernel on a CPU in bfloat16, with gradients
+    processor = AutoProcessor.from_pretrained(options.weights)
+    method = CrossGetConfig(keep_ratio=keep_ratio, alignment_weight=options.alignment_weight)
+    accelerate_mllm(model, method)
+    started = time.monotonic()
+    log: list[dict[str, float]] = []
+    if arm != "training-free":
+        model, log = train(options, model, processor, arm, seed)
+    seconds = time.monotonic() - started
+    answers = answer(model.eval(), processor, questions)
+    return {
+        "arm": arm,
+        "keep_ratio": keep_ratio,
+        "seed": seed,
+        "training_seconds": round(seconds, 1),
+        "score": score(questions, answers).as_dict(),
+        "right": "".join(
+            "1" if text == question.answer else "0" for text, question in zip(answers, questions, strict=True)
+        ),
+        "scenes": [question.scene_index for question in questions],
+        "log": log,
+        "options": vars(options),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                     "transformers": transformers.__version__},
+    }  # fmt: skip
+
+
+def train(options: Options, model: Any, processor: Any, arm: str, seed: int) -> tuple[Any, list[dict[str, float]]]:
+    """The library's own path: adapter, data, trainer. Returns the trained model and every 50th step's log."""
+    uses_cross = "cross" in arm
+    if arm == "cross":
+        model.requires_grad_(False)
+        for tokens in live_cross_tokens(model).values():
+            tokens.requires_grad_(True)
+    else:
+        config = lora_config(
+            model,
+            r=options.lora_r,
+            alpha=options.lora_alpha,
+            dropout=0.0,
+            projector="lora",
+            vision_tower=options.vision_tower,
+            cross_tokens=uses_cross,
+        )
+        model = get_peft_model(model, config)
+    with tempfile.TemporaryDirectory() as folder:
+        args = TrainerSettings(
+            output_dir=folder,
+            max_steps=options.steps,
+            per_device_train_batch_size=options.batch,
+            learning_rate=options.cross_learning_rate if arm == "cross" else options.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=0.05,
+            logging_steps=50,
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+            bf16=True,
+            disable_tqdm=True,
+            train_sampling_strategy="sequential",
+            seed=seed,
+            enable_jit_checkpoint=False,
+        )
+        trainer = CrossGetTrainer(
+            model=model,
+            args=args,
+            train_dataset=SceneQuestions(options.steps * options.batch, seed, processor),
+            data_collator=Collator(model, processor.tokenizer.pad_token_id),
+            train_cross_tokens=uses_cross,
+        )
+        trainer.train()
+    kept = ("step", "loss", "task_loss", "alignment_loss", "grad_norm")
+    log = [{name: entry[name] for name in kept if name in entry} for entry in trainer.state.log_history]
+    return model, [entry for entry in log if "task_loss" in entry]
+
+
+def result_path(options: Options, arm: str, keep_ratio: float, seed: int) -> Path:
+    """Where the result of a run belongs."""
+    return Path(options.output) / f"{arm.replace('+', '-')}_{keep_ratio:g}_{seed}.json"
+
+
+def wanted(options: Options) -> list[tuple[str, float, int]]:
+    """Every run: the untouched model, then per seed all arms at all ratios (training-free has no seed)."""
+    runs: list[tuple[str, float, int]] = [("training-free", 1.0, 0)]
+    for position, seed in enumerate(options.seeds):
+        for keep_ratio in options.keep_ratios:
+            runs += [
+                (arm, keep_ratio, seed) for arm in reversed(options.arms) if arm != "training-free" or not position
+            ]
+    return runs
+
+
+def main() -> None:
+    """Run what is missing, then write ``summary.json``."""
+    (options,) = HfArgumentParser(Options).parse_args_into_dataclasses()
+    torch.set_num_threads(options.threads)
+    Path(options.output).mkdir(parents=True, exist_ok=True)
+    missing = [run for run in wanted(options) if not result_path(options, *run).exists()]
+    if missing and not options.summary_only:
+        questions = questions_of(options)
+        for arm, keep_ratio, seed in tqdm(missing, desc="runs"):
+            result = run_once(options, arm, keep_ratio, seed, questions)
+            path = result_path(options, arm, keep_ratio, seed)
+            path.with_suffix(".new").write_text(json.dumps(result, indent=1) + "\n")
+            path.with_suffix(".new").replace(path)
+            print(arm, keep_ratio, seed, result["training_seconds"], result["score"]["overall"], flush=True)
+
+
+if __name__ == "__main__":
+    main()
