@@ -116,7 +116,7 @@ def prepare_for_tuning(model: nn.Module, options: TrainOptions, args: TrainerSet
         )
         if args.gradient_checkpointing:
             model.enable_input_require_grads()  # type: ignore[operator]
-        return get_peft_model(model, config)  # type: ignore[arg-type]
+        return get_peft_model(model, config)
     model.requires_grad_(options.tuning == "full")
     _freeze_tower(model, handle, options)
     for module in live_cross_tokens(model).values():

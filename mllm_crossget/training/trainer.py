@@ -189,7 +189,7 @@ def flops_saved(model: nn.Module, text_tokens: int) -> float:
     """Share of a forward pass's FLOPs that the reduction saves, for one image and ``text_tokens`` tokens of text."""
     config, handle = base_model(model).config, _handle(model)
     reduced = model_flops(config, handle.method, text_tokens=text_tokens)
-    untouched = model_flops(config, method_class(handle.method.method)(keep_ratio=1.0), text_tokens=text_tokens)  # type: ignore[arg-type]
+    untouched = model_flops(config, method_class(handle.method.method)(keep_ratio=1.0), text_tokens=text_tokens)
     return 1 - reduced.total / untouched.total
 
 
