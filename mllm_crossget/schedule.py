@@ -61,6 +61,31 @@ def removable(tokens: int, protected: int) -> int:
     return max(0, (tokens - protected) // 2)
 
 
+def ramp(layers: int, r: int | list[int], inflect: float = 0.0) -> list[int]:
+    """Removals per layer that fall or rise evenly with depth (ToMe's schedules), to be given as ``r``.
+
+    Args:
+        layers: of the vision tower.
+        r: average removal, or a list that is filled up with zeros to ``layers`` entries.
+        inflect: 0 for the same in every layer, -1 for falling from 2r to 0, 1 for rising from 0 to 2r.
+
+    Returns:
+        ``layers`` integers, cut off (not rounded) as in the reference.
+
+    Raises:
+        ValueError: a list longer than ``layers``, or ``inflect`` outside [-1, 1].
+    """
+    if not -1 <= inflect <= 1:
+        raise ValueError(f"inflect must be in [-1, 1], got {inflect!r}; 0 removes the same in every layer")
+    if isinstance(r, list):
+        if len(r) > layers:
+            raise ValueError(f"r lists {len(r)} layers, the tower has {layers}; give at most {layers} integers")
+        return r + [0] * (layers - len(r))
+    first = int(r * (1.0 - inflect))
+    step = (2 * r - first - first) / max(1, layers - 1)
+    return [int(first + step * layer) for layer in range(layers)]
+
+
 def make_schedule(config: ReductionConfig, geometry: TowerGeometry) -> Schedule:
     """Turn the dial of ``config`` into counts for a tower.
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from mllm_crossget import CrossGetConfig, RandomConfig, ToMeConfig
 from mllm_crossget.config import method_class, method_names
 from mllm_crossget.families.llava import geometry as llava_geometry
-from mllm_crossget.schedule import TowerGeometry, make_schedule, removable
+from mllm_crossget.schedule import TowerGeometry, make_schedule, ramp, removable
 from tests import reference
 from tests.tiny import tiny_llava
 
@@ -179,3 +179,23 @@ def test_placeholders_equal_what_the_untouched_model_makes(settings, features):
     size = model.config.vision_config.image_size
     made = model.get_image_features(pixel_values=torch.randn(1, 3, size, size)).pooler_output[0]
     assert geometry.placeholders == len(made) == features
+
+
+@pytest.mark.parametrize(
+    ("layers", "r", "inflect", "expected"),
+    [
+        (4, 6, 0.0, [6, 6, 6, 6]),
+        (4, 6, -1.0, [12, 8, 4, 0]),
+        (4, 6, 1.0, [0, 4, 8, 12]),
+        (4, [3, 2], 0.0, [3, 2, 0, 0]),
+    ],
+)
+def test_ramps_fall_rise_and_fill_up(layers, r, inflect, expected):
+    assert ramp(layers, r, inflect) == expected
+
+
+def test_ramps_refuse_what_they_cannot_express():
+    with pytest.raises(ValueError, match="inflect must be in"):
+        ramp(4, 6, 2.0)
+    with pytest.raises(ValueError, match="at most 4 integers"):
+        ramp(4, [1] * 5)

@@ -1,0 +1,98 @@
+"""Write the README's tables from the JSON files in eval/results.
+
+python scripts/readme_tables.py           # rewrite README.md
+python scripts/readme_tables.py --check   # exit 1 if README.md does not match the files
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import HfArgumentParser
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "eval" / "results"
+
+
+@dataclass
+class Options:
+    check: bool = field(default=False, metadata={"help": "only compare, do not write"})
+
+
+def demo_table(report: dict[str, Any]) -> str:
+    lines = [
+        "| setting | visual tokens in the LLM | accuracy (95 % interval) | without counting | GFLOPs "
+        "| time to first token, ratio (min – max) |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in report["rows"]:
+        time = row["prefill_time_ratio"]
+        lines.append(
+            f"| {row['setting']} | {row['visual_tokens']} | {share(row['score']['overall'])} | "
+            f"{share(row['without_count'])} | {row['gflops']:.2f} | "
+            f"{time['median']:.2f} ({time['min']:.2f} – {time['max']:.2f}) |"
+        )
+    return "\n".join([*lines, "", f"{report['questions']} questions, batch 32 for the time; {machine(report)}."])
+
+
+def overhead_table(report: dict[str, Any]) -> str:
+    lines = [
+        "| batch | untouched tower [s] | with CrossGET [s] | reducer overhead (min – max) | speed-up of the tower |",
+        "|---|---|---|---|---|",
+    ]
+    for result in report["results"]:
+        overhead, seconds = result["overhead"], result["seconds"]
+        lines.append(
+            f"| {result['batch']} | {seconds['untouched']['median_s']:.2f} | {seconds['reduced']['median_s']:.2f} | "
+            f"{overhead['median']:.1%} ({overhead['min']:.1%} – {overhead['max']:.1%}) | "
+            f"{result['speed_up']['median']:.2f} × |"
+        )
+    options = report["options"]
+    note = f"r = {options['r']}, {options['dtype']}, {options['rounds']} alternating rounds; {machine(report)}."
+    return "\n".join([*lines, "", note])
+
+
+def share(accuracy: dict[str, float]) -> str:
+    return f"{accuracy['accuracy']:.1%} ({accuracy['low']:.1%} – {accuracy['high']:.1%})"
+
+
+def machine(report: dict[str, Any]) -> str:
+    where = report["environment"]
+    return (
+        f"{where['device']}, {where['threads']} threads, torch {where['torch']}, transformers {where['transformers']}, "
+        f"Python {where['python']}"
+    )
+
+
+TABLES = {"demo": (demo_table, "demo/demo.json"), "overhead": (overhead_table, "overhead.json")}
+
+
+def rendered(text: str) -> str:
+    """The README with every marked table made anew; a table without its file is an error."""
+    for name, (make, file) in TABLES.items():
+        table = make(json.loads((RESULTS / file).read_text()))
+        block = f"<!-- table:{name} -->\n{table}\n<!-- /table:{name} -->"
+        pattern = rf"<!-- table:{name} -->.*?<!-- /table:{name} -->"
+        text, count = re.subn(pattern, lambda _, block=block: block, text, flags=re.S)
+        if count != 1:
+            raise ValueError(f"README.md has {count} blocks for the table {name!r}, expected one")
+    return text
+
+
+def main() -> int:
+    (options,) = HfArgumentParser(Options).parse_args_into_dataclasses()
+    path = ROOT / "README.md"
+    new = rendered(path.read_text())
+    if options.check:
+        return int(new != path.read_text())
+    path.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
