@@ -14,10 +14,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from mllm_crossget.api import accelerate_mllm, restore_mllm
 from mllm_crossget.config import ReductionConfig, find_file
-from mllm_crossget.hooks.handle import Handle, handle_of, live_cross_tokens
+from mllm_crossget.hooks.handle import Handle, base_model, handle_of, live_cross_tokens
 from mllm_crossget.hooks.persistence import WEIGHTS_NAME, write_files
 
 OFFICIAL_WEIGHTS_NAME = "cross_tokens.bin"
@@ -46,14 +47,24 @@ def save_crossget(model: nn.Module, save_directory: str | Path) -> list[Path]:
 
 
 def load_crossget(
-    model: Model, name_or_path: str | Path, *, config: ReductionConfig | None = None, **hub_kwargs: Any
+    model: Model,
+    name_or_path: str | Path,
+    *,
+    config: ReductionConfig | None = None,
+    adapter: bool = True,
+    **hub_kwargs: Any,
 ) -> Model:
     """Accelerate a model with saved settings and cross tokens, **in place**, and return it.
+
+    Where the folder holds a LoRA adapter too (``adapter_config.json``), it is put on the model with transformers' own
+    ``model.load_adapter``, so that the result computes what was fine-tuned.
 
     Args:
         model: the model that the files were made for, accelerated or not.
         name_or_path: a folder, or a repository of the hub, as ``save_crossget`` or ``save_pretrained`` wrote it.
         config: settings to use instead of the saved ones (another ``keep_ratio``, say).
+        adapter: whether to load an adapter that is there. Not done for a model that PEFT has wrapped already, or that
+            carries an adapter.
         hub_kwargs: passed to ``hf_hub_download`` (``revision``, ``token``, ...).
 
     Raises:
@@ -61,7 +72,7 @@ def load_crossget(
     """
     chosen = config if config is not None else ReductionConfig.from_pretrained(name_or_path, **hub_kwargs)
     if not chosen.uses_cross_tokens or chosen.is_identity:
-        return accelerate_mllm(model, chosen)
+        return _with_adapter(accelerate_mllm(model, chosen), name_or_path, adapter, hub_kwargs)
     path = find_file(name_or_path, WEIGHTS_NAME, **hub_kwargs)
     try:
         tensors = load_file(path)
@@ -69,7 +80,7 @@ def load_crossget(
         raise ValueError(
             f"{path} is not a readable safetensors file ({error}); save it again with save_crossget"
         ) from error
-    return _with_cross_tokens(model, chosen, tensors, path)
+    return _with_adapter(_with_cross_tokens(model, chosen, tensors, path), name_or_path, adapter, hub_kwargs)
 
 
 def load_official_cross_tokens(model: Model, path: str | Path, config: ReductionConfig | None = None) -> Model:
@@ -108,6 +119,15 @@ def split_official_state_dict(state: Mapping[str, Tensor]) -> tuple[dict[str, Te
             name = re.sub(pattern, replacement, name)
         weights[name] = tensor
     return weights, cross
+
+
+def _with_adapter(model: Model, name_or_path: str | Path, wanted: bool, hub_kwargs: dict[str, Any]) -> Model:
+    taken = base_model(model) is not model or getattr(model, "_hf_peft_config_loaded", False)
+    if not wanted or taken or not hasattr(model, "load_adapter"):
+        return model
+    if find_adapter_config_file(str(name_or_path), **hub_kwargs) is not None:
+        model.load_adapter(str(name_or_path), **hub_kwargs)
+    return model
 
 
 def _handle(model: nn.Module) -> Handle:

@@ -170,6 +170,6 @@ def load_finetuned(model: nn.Module, name_or_path: str | Path, **hub_kwargs: Any
     """
     supported_family(base_model(model))
     find_file(name_or_path, CONFIG_NAME, **hub_kwargs)
-    load_crossget(model, name_or_path, **hub_kwargs)
+    load_crossget(model, name_or_path, adapter=False, **hub_kwargs)
     check_adapter(model, name_or_path, **hub_kwargs)
     return PeftModel.from_pretrained(model, str(name_or_path))

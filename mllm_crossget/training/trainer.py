@@ -171,7 +171,7 @@ class CrossGetTrainer(Trainer):
         # Trainer itself would find nothing: transformers 5 renames a LLaVA's weights on disk.
         stock = AutoModelForImageTextToText.from_pretrained(resume_from_checkpoint, dtype=target.dtype)
         target.load_state_dict(stock.state_dict(), strict=False)
-        load_crossget(target, resume_from_checkpoint)
+        load_crossget(target, resume_from_checkpoint, adapter=False)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """``README.md`` with the run's settings and metrics, in place of the stub that PEFT writes."""

@@ -77,7 +77,8 @@ def test_text_only_batches_train_and_align_nothing(tmp_path):
     model = toy_model()
     trainer = toy_trainer(tmp_path, model, data, max_steps=2)
     batch = trainer.data_collator(data.samples[4:8])
-    assert batch["dummy_image"] and len(batch["pixel_values"]) == 1
+    assert batch["dummy_image"]
+    assert len(batch["pixel_values"]) == 1
     plain = {name: batch[name][:, :10] for name in ("input_ids", "attention_mask", "labels")}
     with torch.no_grad():
         dummy_loss = trainer.compute_loss(model.eval(), batch)

@@ -71,7 +71,11 @@ def toy_arguments(folder: Path | str, **changes: Any) -> TrainerSettings:
 
 def toy_trainer(folder: Path | str, model: Any = None, data: Any = None, **changes: Any) -> CrossGetTrainer:
     """A trainer of a tiny model; ``changes`` are those of the arguments or of the trainer."""
-    own = {name: changes.pop(name) for name in ("train_cross_tokens", "distillation_weight") if name in changes}
+    own = {
+        name: changes.pop(name)
+        for name in ("train_cross_tokens", "distillation_weight", "eval_dataset")
+        if name in changes
+    }
     model = toy_model() if model is None else model
     return CrossGetTrainer(
         model=model,
