@@ -56,7 +56,8 @@ class ReducedModel(nn.Module):
 
         Hidden states, attentions and the KV cache of the language model have the compact length.
         """
-        kwargs.update(zip(positional_names(type(self)), args, strict=False))
+        if args:
+            kwargs.update(zip(positional_names(type(self)), args, strict=False))
         handle: Handle = self.__dict__[HANDLE]
         refuse_inputs(kwargs)
         refuse_other_features(handle, self.config, kwargs)
@@ -135,8 +136,10 @@ def _forward_shrunk(model: nn.Module, forward: Any, handle: Handle, kwargs: dict
     shrunk = shrink_new_columns(model, handle, kwargs, ids, mask[:, old:], layout, 0)
     old_mask = layout.compact_mask(mask[:, :old]) if old else mask[:, :0]
     kwargs["attention_mask"] = torch.cat([old_mask, kwargs["attention_mask"]], dim=1)
-    output = _with_alignment(model, forward, handle, kwargs)
-    output.logits = _slice_logits(shrunk.compaction.expand(output.logits), keep)
+    same_columns = kwargs.get("labels") is None and shrunk.compaction.keeps_last(keep)
+    output = _with_alignment(model, forward, handle, {**kwargs, "logits_to_keep": keep if same_columns else 0})
+    if not same_columns:
+        output.logits = _slice_logits(shrunk.compaction.expand(output.logits), keep)
     if output.past_key_values is not None:
         compact_ids = torch.cat([layout.ids, ids.new_zeros(len(ids), old_mask.shape[1] - layout.ids.shape[1]),
                                  kwargs["input_ids"]], dim=1)  # fmt: skip

@@ -39,6 +39,13 @@ class Compaction:
         dropped = dropped * self._inside(positions_BL)
         return self.compact(positions_BL - dropped.cumsum(dim=1), 0)
 
+    def keeps_last(self, columns: int | Tensor) -> bool:
+        """Whether the last ``columns`` compact columns are the last ones of the user's prompt, in every row."""
+        if isinstance(columns, Tensor) or not 0 < columns <= self.index.shape[1]:
+            return False
+        last = torch.arange(self.length - columns, self.length, device=self.index.device)
+        return bool(((self.index[:, -columns:] == last) & self.real[:, -columns:]).all())
+
     def _inside(self, values_BL: Tensor) -> Tensor:
         """(B, L) 1 from a row's first kept column on: padding in front of it was no placeholder."""
         columns = torch.arange(self.length, device=values_BL.device)
