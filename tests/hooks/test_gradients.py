@@ -1,0 +1,127 @@
+"""Training: gradients reach everything that should learn, and gradient checkpointing does not change them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mllm_crossget import accelerate_mllm
+from tests.hooks.test_forward import CASES, accelerated_pair, labels_of
+from tests.tiny import prompt_batch, randomise_cross_tokens
+
+
+def checkpoint_activations(model: nn.Module, reentrant: bool) -> None:
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": reentrant})
+    if reentrant:  # it only sees inputs that want a gradient
+        model.enable_input_require_grads()
+
+
+def gradients(model: nn.Module, *batches: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of the sum of losses; all forwards run before the one backward."""
+    model.zero_grad(set_to_none=True)
+    losses = []
+    for batch in batches:
+        output = model(**batch, labels=labels_of(model, batch), use_cache=False)
+        losses.append(output.loss + getattr(output, "alignment_loss", torch.zeros(())))
+    torch.stack(losses).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert ours.keys() == expected.keys()
+    for name, gradient in expected.items():
+        difference = (ours[name] - gradient).norm()
+        assert difference <= 1e-4 * gradient.norm() + 1e-6, f"{name}: differs by {difference} of {gradient.norm()}"
+
+
+def training_pair(method: str, tower: str):
+    model, _ = accelerated_pair(method, tower)
+    randomise_cross_tokens(model)
+    model.train()
+    return model, prompt_batch(model, (2, 0, 1), padding_side="right")
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize(("method", "tower"), CASES)
+def test_gradient_checkpointing_changes_no_gradient(method, tower, reentrant) -> None:
+    model, batch = training_pair(method, tower)
+    expected = gradients(model, batch)
+    checkpoint_activations(model, reentrant)
+    assert_same_gradients(gradients(model, batch), expected)
+    crossed = [name for name in expected if "cross_tokens" in name]
+    assert len(crossed) == (2 if method == "crossget" else 0)
+    assert all(expected[name].abs().sum() > 0 for name in crossed)
+
+
+@pytest.mark.parametrize("checkpointing", [None, False, True], ids=["off", "use_reentrant=False", "use_reentrant=True"])
+@pytest.mark.parametrize(("method", "tower"), CASES)
+def test_two_forwards_before_one_backward(method, tower, checkpointing) -> None:
+    model, first = training_pair(method, tower)
+    second = prompt_batch(model, (1, 1), seed=3, padding_side="right")
+    alone = gradients(model, first), gradients(model, second)
+    if checkpointing is not None:
+        checkpoint_activations(model, checkpointing)
+    both = {name: alone[0][name] + alone[1][name] for name in alone[0]}
+    assert_same_gradients(gradients(model, first, second), both)
+
+
+@pytest.mark.parametrize(("method", "tower"), CASES)
+def test_every_used_weight_gets_a_gradient(method, tower) -> None:
+    model, batch = training_pair(method, tower)
+    found = gradients(model, batch)
+    missing = {name for name, _ in model.named_parameters()} - set(found)
+    behind_the_read_layer = ("post_layernorm", ".layers.3.") if tower == "clip" else ()
+    assert {name for name in missing if not any(part in name for part in behind_the_read_layer)} <= {
+        "model.vision_tower.post_layernorm.weight",
+        "model.vision_tower.post_layernorm.bias",
+        "model.vision_tower.vision_model.post_layernorm.weight",
+        "model.vision_tower.vision_model.post_layernorm.bias",
+    }
+    assert all(torch.isfinite(gradient).all() for gradient in found.values())
+
+
+def test_only_the_cross_tokens_of_a_frozen_model_learn_under_checkpointing() -> None:
+    model, batch = training_pair("crossget", "clip")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("cross_tokens" in name)
+    expected = gradients(model, batch)
+    checkpoint_activations(model, reentrant=False)
+    assert_same_gradients(gradients(model, batch), expected)
+    assert len(expected) == 2
+
+
+def test_a_step_on_the_cross_tokens_lowers_the_loss() -> None:
+    model, batch = training_pair("crossget", "clip")
+    labels = labels_of(model, batch)
+    learned = [p for name, p in model.named_parameters() if "cross_tokens" in name]
+    optimizer = torch.optim.SGD(learned, lr=0.02)
+    losses = []
+    for _ in range(4):
+        optimizer.zero_grad()
+        loss = model(**batch, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+def test_evaluation_between_training_steps_leaves_nothing_behind() -> None:
+    model, batch = training_pair("crossget", "clip")
+    expected = gradients(model, batch)
+    model.eval()
+    with torch.no_grad():
+        model(**prompt_batch(model, (1,), seed=4))
+        model.generate(**prompt_batch(model, (1,), seed=4), max_new_tokens=2, do_sample=False)
+    model.train()
+    assert_same_gradients(gradients(model, batch), expected)
+
+
+def test_turning_the_dial_between_steps() -> None:
+    model, batch = training_pair("crossget", "clip")
+    expected = gradients(model, batch)
+    accelerate_mllm(model, visual_tokens=4)
+    gradients(model, batch)
+    accelerate_mllm(model, visual_tokens=8)
+    assert_same_gradients(gradients(model, batch), expected)
