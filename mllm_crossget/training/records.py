@@ -87,9 +87,10 @@ class Records:
                 image = io.BytesIO(image["bytes"]) if image.get("bytes") else image["path"]
             if isinstance(image, bytes):
                 image = io.BytesIO(image)
-            if isinstance(image, (str, Path)):
-                image = self.folder / image
-            return (image if isinstance(image, Image.Image) else Image.open(image)).convert("RGB")
+            if isinstance(image, Image.Image):
+                return image.convert("RGB")
+            with Image.open(self.folder / image if isinstance(image, (str, Path)) else image) as opened:
+                return opened.convert("RGB")
         # PIL reports broken files with any of these.
         except (OSError, SyntaxError, ValueError, KeyError, TypeError, Image.DecompressionBombError) as error:
             raise BadSampleError(identity, f"its image cannot be read: {error}") from error
