@@ -40,13 +40,15 @@ class Options:
     """Options of the training run."""
 
     warm_up_steps: int = field(default=2400, metadata={"help": "steps of the tower and projector on dense labels"})
-    joint_steps: int = field(default=1700, metadata={"help": "steps of the whole model on questions"})
+    joint_steps: int = field(default=1800, metadata={"help": "steps of the whole model on questions"})
+    polish_steps: int = field(default=600, metadata={"help": "further joint steps, from a quarter of the peak"})
     warm_up_batch: int = field(default=16, metadata={"help": "scenes in a warm-up step"})
     joint_batch: int = field(default=8, metadata={"help": "scenes in a joint step, 16 questions each"})
     peak: float = field(default=2.5e-3, metadata={"help": "highest learning rate"})
     decay: float = field(default=0.03, metadata={"help": "weight decay of the matrices"})
     dense: float = field(default=0.15, metadata={"help": "weight of the dense labels in the joint phase"})
     crowd_from: int = field(default=2600, metadata={"help": "step from which crowded scenes are shown as well"})
+    crowd_until: int = field(default=3200, metadata={"help": "step from which they are not any more"})
     seed: int = field(default=1, metadata={"help": "seed of weights and data"})
     threads: int = field(default=1, metadata={"help": "CPU threads"})
     resume: bool = field(default=True, metadata={"help": "go on from the run folder's checkpoint if there is one"})
@@ -57,8 +59,8 @@ class Options:
 
     @property
     def steps(self) -> int:
-        """Steps of both phases."""
-        return self.warm_up_steps + self.joint_steps
+        """Steps of all phases."""
+        return self.warm_up_steps + self.joint_steps + self.polish_steps
 
 
 class Run:
@@ -106,14 +108,14 @@ def make_optimizer(model: torch.nn.Module, heads: torch.nn.Module, options: Opti
 
 
 def learning_rate(step: int, options: Options, ramp: int = 100) -> float:
-    """Both phases ramp up; the first falls to half of the peak, the second from 0.8 of it to nothing, on cosines."""
-    if step < options.warm_up_steps:
-        share, high, low = step / options.warm_up_steps, 1.0, 0.5
-    else:
-        step -= options.warm_up_steps
-        share, high, low = step / options.joint_steps, 0.8, 0.005
-    fall = low + (high - low) * (1 + math.cos(math.pi * share)) / 2
-    return options.peak * fall * min(1.0, (step + 1) / ramp)
+    """The rate of a step: every phase ramps up and falls on a cosine, from and to its own shares of the peak."""
+    phases = ((options.warm_up_steps, 1.0, 0.5), (options.joint_steps, 0.8, 0.005), (options.polish_steps, 0.3, 0.003))
+    for length, high, low in phases:
+        if step < length:
+            fall = low + (high - low) * (1 + math.cos(math.pi * step / length)) / 2
+            return options.peak * fall * min(1.0, (step + 1) / ramp)
+        step -= length
+    return 0.0
 
 
 def step_loss(run: Run) -> tuple[Tensor, dict[str, float]]:
@@ -126,7 +128,9 @@ def step_loss(run: Run) -> tuple[Tensor, dict[str, float]]:
         return dense_step(run, sample_layouts(options.warm_up_batch, "train", generator), generator, mask)[:2]
     layout = sample_layouts(options.joint_batch, "train", generator)
     dense, report, visual = dense_step(run, layout, generator)
-    if run.step >= options.crowd_from:  # digits are what the model is weakest at: more of them, for the tower alone
+    if (
+        options.crowd_from <= run.step < options.crowd_until
+    ):  # digits are what the model is weakest at: more of them, for the tower alone
         crowd = sample_layouts(options.joint_batch, "train", generator, crowded=True)
         more, report, _ = dense_step(run, crowd, generator)
         dense = dense + more

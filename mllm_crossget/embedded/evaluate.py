@@ -11,8 +11,8 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from .questions import Question
 
-_LONG_ANSWERS = ("caption",)
-_SHORT_TOKENS, _LONG_TOKENS = 3, 40  # most new tokens of an answer, end mark included
+_MOST_TOKENS = {"caption": 32, "sum": 8}  # most new tokens of an answer, end mark included
+_SHORT = 3  # the same for the other kinds
 _Z = 1.959964  # two-sided 95 % of the normal distribution
 
 
@@ -86,23 +86,24 @@ def answer(
         model: any LLaVA, reduced or not; it is called as a user would call it.
         processor: its processor.
         questions: what `held_out_questions` returns.
-        batch_size: questions in a batch; a batch holds either short answers or captions.
+        batch_size: questions in a batch; sums and captions, whose answers are longer, have batches of their own.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     answers = [""] * len(questions)
-    for long in (False, True):
-        group = [index for index, question in enumerate(questions) if (question.kind in _LONG_ANSWERS) == long]
+    limits = [_MOST_TOKENS.get(question.kind, _SHORT) for question in questions]
+    for limit in sorted(set(limits)):
+        group = [index for index, tokens in enumerate(limits) if tokens == limit]
         for start in range(0, len(group), batch_size):
             batch = group[start : start + batch_size]
-            texts = _answer_batch(model, processor, [questions[index] for index in batch], long)
+            texts = _answer_batch(model, processor, [questions[index] for index in batch], limit)
             for index, text in zip(batch, texts, strict=True):
                 answers[index] = text
     return answers
 
 
 def _answer_batch(
-    model: LlavaForConditionalGeneration, processor: LlavaProcessor, questions: list[Question], long: bool
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, questions: list[Question], limit: int
 ) -> list[str]:
     inputs = processor(
         images=[question.image for question in questions],
@@ -111,7 +112,6 @@ def _answer_batch(
         padding_side="left",
         return_tensors="pt",
     ).to(model.device, model.dtype)
-    limit = _LONG_TOKENS if long else _SHORT_TOKENS
     output: Any = model.generate(**inputs, max_new_tokens=limit, do_sample=False)  # type: ignore[misc]
     new = output[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]

@@ -23,17 +23,16 @@ NO_DIGIT, NO_COLOUR = 10, len(COLOURS)
 GRID = CANVAS // PATCH
 # Questions about one image in a joint step, and the weight of an answer token: long answers must not drown short ones.
 MENU: tuple[tuple[str, int, float], ...] = (
-    ("digit_by_colour", 2, 1.0),
-    ("colour_by_digit", 2, 1.0),
-    ("position", 2, 1.0),
-    ("exists", 2, 1.0),
+    ("digit_by_colour", 1, 1.0),
+    ("colour_by_digit", 1, 1.0),
+    ("position", 3, 1.0),
+    ("exists", 1, 1.5),
     ("sum", 2, 1.0),
     ("place", 1, 1.0),
     ("count", 1, 2.0),
     ("largest", 1, 2.0),
-    ("caption", 1, 0.4),
-    ("places", 1, 0.3),
-    ("inventory", 1, 0.4),
+    ("caption", 1, 2.0),
+    ("places", 1, 0.4),
 )
 
 

@@ -108,7 +108,9 @@ def _largest(scene: Scene, chance: random.Random) -> tuple[str, str]:
 
 def _sum(scene: Scene, chance: random.Random) -> tuple[str, str]:
     one, other = chance.sample(scene.items, 2)
-    return f"What is the sum of {one.colour} and {other.colour}?", str(one.digit + other.digit)
+    # The addends come first: a small model reads one digit after the other and adds what it has written.
+    answer = f"{one.digit} and {other.digit} is {one.digit + other.digit}"
+    return f"What is the sum of {one.colour} and {other.colour}?", answer
 
 
 def _listed(words: list[str]) -> str:

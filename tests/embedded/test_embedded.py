@@ -62,7 +62,9 @@ def slow_answer(kind: str, text: str, scene: Scene) -> str:
         case "largest":
             return max(str(item.digit) for item in scene.items)
         case "sum":
-            return str(sum(item.digit for item in scene.items if item.colour in (words[-3], words[-1])))
+            digit = {item.colour: item.digit for item in scene.items}
+            one, other = digit[words[-3]], digit[words[-1]]
+            return f"{one} and {other} is {one + other}"
         case "caption":
             return " , ".join(f"a {item.colour} {item.digit}" for item in scene.items) + " ."
     raise AssertionError(kind)
