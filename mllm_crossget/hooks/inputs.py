@@ -84,11 +84,16 @@ def has_images(kwargs: dict[str, Any]) -> bool:
     return kwargs.get("pixel_values") is not None or _features(kwargs) is not None
 
 
+def require_ids(kwargs: dict[str, Any]) -> None:
+    """Raise ``ValueError`` for images without a prompt."""
+    if has_images(kwargs) and not isinstance(kwargs.get("input_ids"), Tensor):
+        raise ValueError("images were given without input_ids; pass the prompt's token ids as the processor makes them")
+
+
 def is_full_prompt(model: nn.Module, handle: Handle, kwargs: dict[str, Any]) -> bool:
     """Whether the call's ids still hold the processor's placeholders. Raises ``ValueError`` where nothing fits."""
-    ids = kwargs.get("input_ids")
-    if not isinstance(ids, Tensor):
-        raise ValueError("images were given without input_ids; pass the prompt's token ids as the processor makes them")
+    require_ids(kwargs)
+    ids = kwargs["input_ids"]
     if ids.ndim != 2 or ids.is_floating_point():
         raise TypeError(f"input_ids must be integers of shape (rows, columns), got {ids.dtype} {tuple(ids.shape)}")
     images, compact = _brought(model, handle, kwargs)

@@ -25,6 +25,7 @@ from mllm_crossget.hooks.inputs import (
     mask_2d,
     refuse_inputs,
     refuse_other_features,
+    require_ids,
     shrink_for_generate,
     shrink_new_columns,
     whole_mask,
@@ -80,6 +81,7 @@ class ReducedModel(nn.Module):
         refuse_inputs(kwargs)
         if "inputs" in kwargs and "input_ids" not in kwargs:
             kwargs["input_ids"] = kwargs.pop("inputs")
+        require_ids(kwargs)
         nothing_to_do = not has_images(kwargs) and layout is None
         if option("is_assistant") or "input_ids" not in kwargs or nothing_to_do:
             return super().generate(**kwargs)
