@@ -5,6 +5,7 @@ Keys do not depend on module paths: ``vision.cross`` (layers, width) and ``text.
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -92,15 +93,27 @@ def load_official_cross_tokens(model: Model, path: str | Path, config: Reduction
         config: settings; by default ``CrossGetConfig(r=13)``, the published one.
 
     Raises:
-        ValueError: no such file, no cross tokens in it, or another geometry; the model is unchanged.
+        ValueError: no such file, a damaged one, no cross tokens in it, or another geometry; the model is unchanged.
     """
     file = Path(path)
     file = file / OFFICIAL_WEIGHTS_NAME if file.is_dir() else file
     if not file.is_file():
         raise ValueError(f"{file} does not exist; give cross_tokens.bin or the folder that holds it")
-    state = torch.load(file, map_location="cpu", weights_only=True)
+    state = _read_official(file)
     chosen = config if config is not None else ReductionConfig.from_dict({"method": "crossget", "r": 13})
     return _with_cross_tokens(model, chosen, split_official_state_dict(state)[1], file)
+
+
+def _read_official(file: Path) -> dict[str, Tensor]:
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError, OSError) as error:
+        raise ValueError(
+            f"{file} is damaged or no state dict of tensors as torch.save writes it; download it again"
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{file} holds a {type(state).__name__} of other things; expected a state dict of tensors")
+    return state
 
 
 def split_official_state_dict(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""A wrong use raises ``ValueError`` or ``TypeError`` that says what was given and what to do; the model stays usable."""
+"""Wrong uses raise ``ValueError`` or ``TypeError`` that say what was given and what to do; the model stays usable."""
 
 from __future__ import annotations
 
