@@ -23,7 +23,8 @@ from mllm_crossget.schedule import make_schedule
 from mllm_crossget.visualize import contact_sheet, draw_groups, merged_groups, plot_curves
 
 _TIMED_BATCH = 32
-_SHOWN_SCENE = 3
+_SHOWN_DIGITS = 6  # the picture shows the first scene with at least so many
+_PLAIN_WIDTH = 130
 VARIANTS: dict[str, dict[str, Any]] = {"random-drop": {"method": "random", "drop": True}}
 
 
@@ -53,6 +54,8 @@ class DemoOptions:
 def run(options: DemoOptions) -> int:
     """Answer, time, print one table, write JSON and pictures; returns 0."""
     console = Console()
+    if not console.is_terminal:  # a file or a pipe has no width of its own
+        console = Console(width=_PLAIN_WIDTH)
     settings = {"untouched": make_method("crossget", 1.0)}
     for name in options.methods:
         for keep_ratio in options.keep_ratios:
@@ -153,7 +156,7 @@ def _share(accuracy: dict[str, float]) -> str:
 
 
 def _show_examples(console: Console, questions: list[Question], answers: dict[str, list[str]], count: int) -> None:
-    shown = list(answers)[:1] + list(answers)[1:][-1 if len(answers) < 4 else 1 : 4 if len(answers) >= 4 else None]
+    shown = list(answers)[:4]  # the untouched model and the first method's budgets
     table = Table(title="A few questions")
     for column in ("question", "right answer", *shown):
         table.add_column(column)
@@ -167,8 +170,8 @@ def _show_examples(console: Console, questions: list[Question], answers: dict[st
 def _pictures(
     model: Any, processor: Any, questions: list[Question], settings: dict[str, Method], rows: list[Any], folder: Path
 ) -> None:
-    scene = min(_SHOWN_SCENE, questions[-1].scene_index)
-    image = next(question.image for question in questions if question.scene_index == scene)
+    crowded = (question for question in questions if len(question.scene.items) >= _SHOWN_DIGITS)
+    image = next(crowded, questions[0]).image
     pixels = processor.image_processor(images=[image], return_tensors="pt")["pixel_values"].to(
         model.device, model.dtype
     )
