@@ -1,7 +1,7 @@
 """How much of the accuracy lost by token reduction does fine-tuning win back, and what do the cross tokens contribute?
 
-    python eval/recovery.py                     # all runs that have no result file yet, then the summary
-    python eval/recovery.py --summary_only true
+    python eval/recovery.py             # all runs that have no result file yet
+    python eval/recovery_summary.py     # table and intervals
 
 On the embedded model: training-free, cross tokens alone, LoRA alone (cross tokens frozen at zero) and LoRA with cross
 tokens, at the same number of steps, several seeds, scored on the held-out questions. One JSON per run in
@@ -47,12 +47,12 @@ class Options:
     arms: list[str] = field(default_factory=lambda: list(ARMS), metadata={"help": f"of {ARMS}"})
     keep_ratios: list[float] = field(default_factory=lambda: [0.25, 0.125], metadata={"help": "visual tokens kept"})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "of data and adapters"})
-    steps: int = field(default=600, metadata={"help": "optimiser steps of every trained run"})
-    batch: int = field(default=32, metadata={"help": "questions in a step"})
+    steps: int = field(default=200, metadata={"help": "optimiser steps of every trained run"})
+    batch: int = field(default=16, metadata={"help": "questions in a step"})
     learning_rate: float = field(default=2e-3, metadata={"help": "peak; linear warm-up of 5 %, then cosine to 0"})
     cross_learning_rate: float = field(default=1e-2, metadata={"help": "peak where cross tokens learn alone"})
-    lora_r: int = field(default=32, metadata={"help": "rank"})
-    lora_alpha: int = field(default=64, metadata={"help": "scale is alpha / rank"})
+    lora_r: int = field(default=16, metadata={"help": "rank"})
+    lora_alpha: int = field(default=32, metadata={"help": "scale is alpha / rank"})
     vision_tower: bool = field(default=True, metadata={"help": "LoRA in the vision tower too"})
     alignment_weight: float = field(default=0.001, metadata={"help": "factor of the alignment loss"})
     split: str = field(default="test", metadata={"help": "train: score on unseen training scenes, to choose settings"})
@@ -60,7 +60,6 @@ class Options:
     threads: int = field(default=1, metadata={"help": "CPU threads"})
     weights: str = field(default=str(WEIGHTS_FOLDER), metadata={"help": "the model"})
     output: str = field(default="eval/results/recovery", metadata={"help": "folder of the results"})
-    summary_only: bool = field(default=False, metadata={"help": "run nothing, sum up what is there"})
 
 
 class SceneQuestions(Dataset[dict[str, Tensor]]):
@@ -207,7 +206,7 @@ def result_path(options: Options, arm: str, keep_ratio: float, seed: int) -> Pat
 
 def wanted(options: Options) -> list[tuple[str, float, int]]:
     """Every run: the untouched model, then per seed all arms at all ratios (training-free has no seed)."""
-    runs: list[tuple[str, float, int]] = [("training-free", 1.0, 0)]
+    runs: list[tuple[str, float, int]] = []
     for position, seed in enumerate(options.seeds):
         for keep_ratio in options.keep_ratios:
             runs += [
@@ -217,19 +216,18 @@ def wanted(options: Options) -> list[tuple[str, float, int]]:
 
 
 def main() -> None:
-    """Run what is missing, then write ``summary.json``."""
+    """Run what is missing."""
     (options,) = HfArgumentParser(Options).parse_args_into_dataclasses()
     torch.set_num_threads(options.threads)
     Path(options.output).mkdir(parents=True, exist_ok=True)
     missing = [run for run in wanted(options) if not result_path(options, *run).exists()]
-    if missing and not options.summary_only:
-        questions = questions_of(options)
-        for arm, keep_ratio, seed in tqdm(missing, desc="runs"):
-            result = run_once(options, arm, keep_ratio, seed, questions)
-            path = result_path(options, arm, keep_ratio, seed)
-            path.with_suffix(".new").write_text(json.dumps(result, indent=1) + "\n")
-            path.with_suffix(".new").replace(path)
-            print(arm, keep_ratio, seed, result["training_seconds"], result["score"]["overall"], flush=True)
+    questions = questions_of(options) if missing else []
+    for arm, keep_ratio, seed in tqdm(missing, desc="runs"):
+        result = run_once(options, arm, keep_ratio, seed, questions)
+        path = result_path(options, arm, keep_ratio, seed)
+        path.with_suffix(".new").write_text(json.dumps(result, indent=1) + "\n")
+        path.with_suffix(".new").replace(path)
+        print(arm, keep_ratio, seed, result["training_seconds"], result["score"]["overall"], flush=True)
 
 
 if __name__ == "__main__":

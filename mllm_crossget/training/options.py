@@ -86,7 +86,7 @@ class TrainerSettings(TrainingArguments):
         save_total_limit: checkpoints to keep; the one before the last survives a failing save.
     """
 
-    report_to: str | list[str] | None = field(default="default")
+    report_to: str | list[str] | None = field(default_factory=lambda: "default")
     resume_from_checkpoint: str | None = field(default="auto")
     enable_jit_checkpoint: bool = field(default=True)
     train_sampling_strategy: str = field(default="group_by_length")

@@ -135,9 +135,12 @@ def test_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, two_ch
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.warns(UserWarning, match="checkpoint-4 is not complete"):
         assert last_complete_checkpoint(folder) == str(folder / "checkpoint-2")
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match=r"cannot go on from .*; the last complete .*-2"):
+    with (
+        pytest.warns(UserWarning, match="not complete"),
+        pytest.raises(ValueError, match=r"cannot go on from .*; the last complete .*-2"),
+    ):
         resume_point(toy_arguments(folder, resume_from_checkpoint=str(folder / "checkpoint-4")))
-    with pytest.warns(UserWarning):
+    with pytest.warns(UserWarning, match="not complete"):
         point = resume_point(toy_arguments(folder))
     trainer = toy_trainer(folder)
     trainer.train(resume_from_checkpoint=point)
@@ -163,9 +166,12 @@ def test_full_disk_is_told_and_the_checkpoint_before_survives(tmp_path, monkeypa
         whole(folder)
 
     monkeypatch.setattr(trainer, "_save_optimizer_and_scheduler", fails_at_step_4)
-    with pytest.warns(UserWarning), pytest.raises(OSError, match=r"is the disk full\? .*checkpoint-2"):
+    with (
+        pytest.warns(UserWarning, match="not complete"),
+        pytest.raises(OSError, match=r"is the disk full\? .*checkpoint-2"),
+    ):
         trainer.train()
-    with pytest.warns(UserWarning):
+    with pytest.warns(UserWarning, match="not complete"):
         assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
 
 

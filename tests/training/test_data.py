@@ -100,20 +100,23 @@ def test_every_format_gives_the_same_sample(tmp_path, processor, form):
     assert sample["input_ids"][0] == processor.tokenizer.bos_token_id
     assert (sample["input_ids"] == processor.image_token_id).sum() == 144
     assert sample["pixel_values"].shape == (1, 3, 96, 96)
-    assert data.has_image == [True] * len(data) and data.lengths[0] > 0
+    assert data.has_image == [True] * len(data)
+    assert data.lengths[0] > 0
 
 
 def test_text_only_rows_have_no_image(tmp_path, processor):
     row = {"messages": [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]}
     data = TrainingData(load_records(write(tmp_path, [row])), processor)
-    assert "pixel_values" not in data[0] and data.has_image == [False]
+    assert "pixel_values" not in data[0]
+    assert data.has_image == [False]
 
 
 def test_a_template_without_marks_is_replaced(tmp_path, processor):
     other = build_processor()
     other.chat_template = "{% for message in messages %}{{ message['role'] }}{% endfor %}"
     data = TrainingData(load_records(write(tmp_path, [LLAVA_ROW])), other)
-    assert data.template == VICUNA_TEMPLATE and data.adds_bos
+    assert data.template == VICUNA_TEMPLATE
+    assert data.adds_bos
     sample = data[0]
     assert processor.decode(sample["labels"][sample["labels"] != -100]) == "5 </s> 2 </s>"
 
@@ -124,7 +127,8 @@ def test_pictures_are_padded_to_squares(tmp_path, processor):
     padded = TrainingData(load_records(path), processor)[0]["pixel_values"][0]
     kept = TrainingData(load_records(path), processor, image_aspect="keep")[0]["pixel_values"][0]
     mean = torch.tensor([122, 116, 104]) / 255 * 2 - 1
-    assert torch.allclose(padded[:, 0, 0], mean, atol=0.01) and torch.allclose(kept[:, 0, 0], torch.tensor(-1.0))
+    assert torch.allclose(padded[:, 0, 0], mean, atol=0.01)
+    assert torch.allclose(kept[:, 0, 0], torch.tensor(-1.0))
 
 
 def bad_rows(folder):
@@ -150,7 +154,8 @@ def test_bad_samples_are_skipped_counted_and_named(tmp_path, processor):
     found = bad_samples(report)
     assert set(found) == {"truncated", "missing", "two tags", "role", "empty", "unanswered", "null"}
     assert len(report.read_text().splitlines()) == 7  # each once
-    assert "cannot be read" in found["truncated"] and "2 image tags for 1" in found["two tags"]
+    assert "cannot be read" in found["truncated"]
+    assert "2 image tags for 1" in found["two tags"]
 
 
 @pytest.mark.parametrize("index", range(7))
@@ -177,7 +182,8 @@ def test_nothing_usable_raises(tmp_path, processor):
 def test_too_long_samples(tmp_path, processor):
     records = load_records(write(tmp_path, [LLAVA_ROW]))
     cut = TrainingData(records, processor, max_length=160)[0]
-    assert len(cut["input_ids"]) == 160 and (cut["labels"] != -100).sum() == 2
+    assert len(cut["input_ids"]) == 160
+    assert (cut["labels"] != -100).sum() == 2
     for length, message in ((100, "do not fit"), (150, "no answer is left")):
         with pytest.raises(BadSampleError, match=message):
             TrainingData(records, processor, max_length=length, on_bad_sample="stop")[0]
@@ -200,7 +206,9 @@ def test_batches_are_padded_on_the_right():
     model = accelerate_mllm(tiny_llava(), keep_ratio=0.5)
     samples = ToySamples(6).samples
     batch = Collator(model, pad_token_id=0, pad_to=8)(samples)
-    assert batch["input_ids"].shape[1] % 8 == 0 and len(batch["pixel_values"]) == 6 and "dummy_image" not in batch
+    assert batch["input_ids"].shape[1] % 8 == 0
+    assert len(batch["pixel_values"]) == 6
+    assert "dummy_image" not in batch
     for row, sample in enumerate(samples):
         size = len(sample["input_ids"])
         assert torch.equal(batch["input_ids"][row, :size], sample["input_ids"])

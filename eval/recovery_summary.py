@@ -1,0 +1,140 @@
+"""Sum up the recovery experiment: share of the lost accuracy won back, and the cross tokens' own contribution.
+
+    python eval/recovery_summary.py     # reads eval/results/recovery/*.json, writes summary.json, prints a table
+
+Intervals are percentile bootstraps (95 %) that resample seeds and scenes together: questions about one scene are not
+independent, and neither are the questions of one training run.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+DRAWS = 4000
+
+
+def load(folder: Path) -> dict[tuple[str, float], dict[int, dict[str, Any]]]:
+    """Result files by (arm, keep ratio) and seed."""
+    found: dict[tuple[str, float], dict[int, dict[str, Any]]] = defaultdict(dict)
+    for path in sorted(folder.glob("*_*_*.json")):
+        result = json.loads(path.read_text())
+        found[result["arm"], result["keep_ratio"]][result["seed"]] = result
+    return found
+
+
+def right(runs: dict[int, dict[str, Any]], seeds: list[int]) -> np.ndarray:
+    """(seeds, questions) 1 for a right answer; a run without training counts for every seed."""
+    rows = [runs.get(seed, runs[min(runs)])["right"] for seed in seeds]
+    return np.array([[int(mark) for mark in row] for row in rows], dtype=float)
+
+
+class Bootstrap:
+    """Draws of (seeds, scenes), the same for every quantity, so that differences are paired."""
+
+    def __init__(self, scenes: list[int], seeds: int) -> None:
+        generator = np.random.default_rng(0)
+        members = [np.flatnonzero(np.array(scenes) == scene) for scene in sorted(set(scenes))]
+        self.weights = np.zeros((DRAWS, len(scenes)))
+        self.seeds = np.stack([generator.multinomial(seeds, np.ones(seeds) / seeds) for _ in range(DRAWS)]) / seeds
+        for draw in range(DRAWS):
+            counts = generator.multinomial(len(members), np.ones(len(members)) / len(members))
+            for scene, count in enumerate(counts):
+                self.weights[draw, members[scene]] = count
+        self.weights /= self.weights.sum(axis=1, keepdims=True)
+
+    def means(self, marks: np.ndarray) -> np.ndarray:
+        """(draws,) accuracy in every draw."""
+        return np.einsum("ds,sq,dq->d", self.seeds, marks, self.weights, optimize=True)
+
+
+def described(point: float, draws: np.ndarray) -> dict[str, float]:
+    """Point estimate and its interval."""
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return {"value": round(point, 4), "low": round(float(low), 4), "high": round(float(high), 4)}
+
+
+def summary(found: dict[tuple[str, float], dict[int, dict[str, Any]]]) -> dict[str, Any]:
+    """Accuracy of every arm, share won back, and what cross tokens add."""
+    untouched = found["training-free", 1.0]
+    first = next(iter(untouched.values()))
+    report: dict[str, Any] = {"untouched": first["score"]["overall"], "keep_ratios": {}}
+    for keep_ratio in sorted({ratio for _, ratio in found if ratio < 1}, reverse=True):
+        arms = {arm: runs for (arm, ratio), runs in found.items() if ratio == keep_ratio}
+        trained = [set(runs) for arm, runs in arms.items() if arm != "training-free"]
+        seeds = sorted(set.intersection(*trained)) if trained else []
+        if "training-free" not in arms or not seeds:
+            continue
+        bootstrap = Bootstrap(first["scenes"], len(seeds))
+        top, bottom = right(untouched, seeds), right(arms["training-free"], seeds)
+        report["keep_ratios"][f"{keep_ratio:g}"] = _ratio(arms, seeds, top, bottom, bootstrap)
+    return report
+
+
+def _ratio(
+    arms: dict[str, dict[int, dict[str, Any]]],
+    seeds: list[int],
+    top: np.ndarray,
+    bottom: np.ndarray,
+    bootstrap: Bootstrap,
+) -> dict[str, Any]:
+    lost, lost_draws = top.mean() - bottom.mean(), bootstrap.means(top) - bootstrap.means(bottom)
+    part: dict[str, Any] = {"seeds": seeds, "lost": described(lost, lost_draws), "arms": {}}
+    marks = {arm: right(runs, seeds) for arm, runs in arms.items()}
+    for arm, values in marks.items():
+        gain, gains = values.mean() - bottom.mean(), bootstrap.means(values) - bootstrap.means(bottom)
+        entry: dict[str, Any] = {"accuracy": described(values.mean(), bootstrap.means(values))}
+        if arm != "training-free":
+            entry["by_seed"] = [round(float(row.mean()), 4) for row in values]
+            entry["won_back"] = described(gain / lost, gains / lost_draws)
+            seconds = [arms[arm][seed]["training_seconds"] for seed in seeds]
+            entry["training_seconds"] = seconds
+            entry["steps"] = arms[arm][seeds[0]]["options"]["steps"]
+        part["arms"][arm] = entry
+    for name, more, less in (
+        ("cross_tokens_with_lora", "lora+cross", "lora"),
+        ("cross_tokens_alone", "cross", "training-free"),
+    ):
+        if more in marks and less in marks:
+            difference = bootstrap.means(marks[more]) - bootstrap.means(marks[less])
+            part[name] = described(marks[more].mean() - marks[less].mean(), difference)
+    return part
+
+
+def table(report: dict[str, Any]) -> str:
+    """The summary as a Markdown table."""
+    lines = [
+        f"Untouched: {100 * report['untouched']['accuracy']:.1f} % of {report['untouched']['asked']} questions.",
+        "",
+        "| keep_ratio | arm | accuracy % (95 %) | lost accuracy won back % (95 %) | seeds |",
+        "|---|---|---|---|---|",
+    ]
+    for keep_ratio, part in report["keep_ratios"].items():
+        for arm, entry in sorted(part["arms"].items(), key=lambda item: item[1]["accuracy"]["value"]):
+            won = _percent(entry["won_back"]) if "won_back" in entry else "0"
+            lines.append(f"| {keep_ratio} | {arm} | {_percent(entry['accuracy'])} | {won} | {len(part['seeds'])} |")
+        if "cross_tokens_with_lora" in part:
+            added = _percent(part["cross_tokens_with_lora"])
+            lines.append(f"| {keep_ratio} | cross tokens' own part beside LoRA | {added} points | | |")
+    return "\n".join(lines)
+
+
+def _percent(entry: dict[str, float]) -> str:
+    return f"{100 * entry['value']:.1f} ({100 * entry['low']:.1f} to {100 * entry['high']:.1f})"
+
+
+def main() -> None:
+    """Write ``summary.json`` and print the table."""
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "eval/results/recovery")
+    report = summary(load(folder))
+    (folder / "summary.json").write_text(json.dumps(report, indent=2) + "\n")
+    print(table(report))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""``mllm-crossget train config.yaml --any_option value`` on the embedded architecture with random weights."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+from mllm_crossget.cli import COMMANDS, main, parse_command
+from mllm_crossget.embedded.architecture import build_model, build_processor
+from mllm_crossget.training import load_finetuned
+
+CONFIGS = Path(__file__).parents[2] / "scripts" / "configs"
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A folder with an untrained model, eight samples (one of them broken) and a YAML file."""
+    folder = tmp_path_factory.mktemp("train")
+    build_model().save_pretrained(folder / "model")
+    build_processor().save_pretrained(folder / "model")
+    rows = []
+    for index in range(8):
+        Image.new("RGB", (96, 96), (30 * index, 90, 90)).save(folder / f"{index}.png")
+        turns = [{"from": "human", "value": "<image>\nHow many digits are there?"}, {"from": "gpt", "value": "3"}]
+        rows.append({"id": str(index), "image": f"{index}.png", "conversations": turns})
+    (folder / "3.png").write_bytes(b"no picture")
+    (folder / "data.json").write_text(json.dumps(rows))
+    settings = {
+        "model": str(folder / "model"),
+        "train_data": str(folder / "data.json"),
+        "keep_ratio": 0.25,
+        "lora_r": 2,
+        "lora_alpha": 4,
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "learning_rate": "1e-3",  # what YAML 1.1 makes of 1e-3 without a dot
+        "logging_steps": 1,
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    return folder
+
+
+def parsed(work, *words):
+    return parse_command("train", COMMANDS["train"], [str(work / "config.yaml"), "--output_dir", str(work), *words])
+
+
+def test_the_file_gives_values_and_the_command_line_wins(work):
+    options, method, args = parsed(work, "--max_steps", "7", "--alignment_weight", "0.1", "--lora_r", "8")
+    assert (options.lora_r, options.lora_alpha, options.on_bad_sample) == (8, 4, "skip")
+    assert (method.keep_ratio, method.alignment_weight) == (0.25, 0.1)
+    assert (args.max_steps, args.learning_rate, args.per_device_train_batch_size) == (7, 1e-3, 2)
+    assert args.report_to == ["tensorboard"]
+    assert args.enable_jit_checkpoint
+
+
+def test_trains_reports_and_saves(work, tmp_path, capsys):
+    config = str(work / "config.yaml")
+    words = ["--output_dir", str(tmp_path), "--save_steps", "2"]
+    assert main(["train", config, *words]) == 0
+    output = capsys.readouterr().out
+    assert "1 bad samples were skipped" in output
+    assert "saved to" in output
+    assert json.loads((tmp_path / "bad_samples.jsonl").read_text())["id"] == "3"
+    assert {"adapter_model.safetensors", "crossget.safetensors", "README.md", "checkpoint-4", "runs"} <= {
+        path.name for path in tmp_path.iterdir()
+    }
+    state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
+    entry = state["log_history"][0]
+    assert entry["visual_tokens"] == 36
+    assert math.isfinite(entry["alignment_loss"])
+    load_finetuned(build_model(), tmp_path)
+    # Started again, it goes on from the last checkpoint and has nothing left to do.
+    assert main(["train", config, *words]) == 0
+    assert "going on from" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("tuning", ["full", "cross_tokens"])
+def test_other_ways_of_tuning(work, tmp_path, tuning):
+    words = ["--output_dir", str(tmp_path), "--tuning", tuning, "--max_steps", "2", "--report_to", "none"]
+    assert main(["train", str(work / "config.yaml"), *words]) == 0
+    saved, before = (load_file(folder / "model.safetensors") for folder in (tmp_path, work / "model"))
+    assert saved.keys() == before.keys()
+    changed = {name for name in saved if not torch.equal(saved[name], before[name])}
+    assert not any("vision_tower" in name for name in changed)
+    assert bool(changed) == (tuning == "full")
+    assert load_file(tmp_path / "crossget.safetensors")["vision.cross"].abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--on_bad_sample", "stop"], "sample '3': its image cannot be read"),
+        (["--on_bad_sample", "ignore"], "on_bad_sample must be one of"),
+        (["--tuning", "half"], "tuning must be one of"),
+        (["--bits", "4", "--tuning", "full"], "freezes the weights"),
+        (["--train_data", "nowhere.json"], "does not exist"),
+        (["--keep_ratio", "2"], "keep_ratio must be in"),
+        (["--resume_from_checkpoint", "nowhere"], "cannot go on from nowhere"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(work, tmp_path, capsys, words, message):
+    words = ["--output_dir", str(tmp_path), "--report_to", "none", *words]
+    assert main(["train", str(work / "config.yaml"), *words]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert message in error
+
+
+def test_mistakes_in_the_file(tmp_path, capsys):
+    for text, message in (("learn_rate: 3", "did you mean 'learning_rate'"), ("- 1", "expected option names")):
+        (tmp_path / "config.yaml").write_text(text)
+        assert main(["train", str(tmp_path / "config.yaml")]) == 2
+        assert message in capsys.readouterr().err
+    assert main(["train", str(tmp_path / "other.yaml")]) == 2
+    assert "does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.glob("*.yaml") if "accelerate" not in path.name))
+def test_shipped_files_are_valid(name, tmp_path):
+    words = ["--output_dir", str(tmp_path), "--bf16", "false", "--tf32", "false"]
+    options, method, args = parse_command("train", COMMANDS["train"], [str(CONFIGS / name), *words])
+    assert options.model
+    assert method.method == "crossget"
+    assert args.learning_rate in (2e-5, 2e-4, 2e-3)

@@ -1,0 +1,54 @@
+"""QLoRA on the CPU with a tiny model. Needs bitsandbytes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+from transformers import LlavaForConditionalGeneration
+
+from mllm_crossget import CrossGetConfig, accelerate_mllm
+from mllm_crossget.training import load_finetuned, lora_config, prepare_quantized, quantization_config
+from tests.tiny import tiny_llava
+from tests.training.toy import ToySamples, losses, toy_trainer
+
+pytest.importorskip("bitsandbytes")
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    tiny_llava(text_width=64).save_pretrained(folder)
+    return folder
+
+
+def quantized(folder, bits):
+    return LlavaForConditionalGeneration.from_pretrained(
+        folder, quantization_config=quantization_config(bits), dtype=torch.bfloat16
+    )
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_trains_after_an_evaluation_too(tmp_path, stored, bits):
+    """bitsandbytes 0.50 repacks 4-bit weights in an evaluation on some CPUs; gradients were zero from then on."""
+    model = prepare_quantized(quantized(stored, bits))
+    kinds = {name: type(module).__name__ for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    assert all(("Linear4bit" if bits == 4 else "Linear8bitLt") == kind for n, kind in kinds.items() if "layers" in n
+               and "language_model" in n)  # fmt: skip
+    assert all(kind == "Linear" for name, kind in kinds.items() if "vision_tower" in name or "projector" in name)
+    accelerate_mllm(model, CrossGetConfig(keep_ratio=0.5, alignment_weight=0.1))
+    model = get_peft_model(model, lora_config(model, r=4, alpha=8, dropout=0.0))
+    trainer = toy_trainer(
+        tmp_path, model, eval_dataset=ToySamples(4), max_steps=6, eval_strategy="steps", eval_steps=2, bf16=True
+    )
+    trainer.train()
+    assert len(losses(trainer, "eval_loss")) == 3
+    assert all(norm > 0.05 for norm in losses(trainer, "grad_norm"))
+    assert losses(trainer)[-1] < losses(trainer)[0]
+    trainer.save_model()
+    again = load_finetuned(prepare_quantized(quantized(stored, bits)), tmp_path)
+    batch = trainer.data_collator(ToySamples(2).samples)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):  # which the trainer left on its model's forward
+        wanted, found = model.eval()(**batch).logits, again.eval()(**batch).logits
+    assert torch.equal(wanted.float(), found.float())
