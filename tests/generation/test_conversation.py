@@ -86,7 +86,7 @@ def test_an_image_in_a_later_turn(any_case: Case, images, given) -> None:
 
 def test_a_turn_after_several_answers_per_row(case: Case) -> None:
     """The cache then has more rows than the first prompt had."""
-    model, batch = case.model, prompt_batch(case.model, (2, 0))
+    model, batch = case.model, prompt_batch(case.model, (1, 0))
     cache = DynamicCache(config=model.config.get_text_config())
     options = {"max_new_tokens": NEW, "num_return_sequences": 2, "do_sample": True}
     sequences = model.generate(**batch, **options, past_key_values=cache)
