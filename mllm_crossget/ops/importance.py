@@ -1,6 +1,6 @@
 """Which tokens matter: cheap column sums of the attention map, and similarity to one query.
 
-No function here holds the maps of all heads: one T x T map per thread at most. B batch, H heads, T tokens, D head width.
+No function here holds the maps of all heads: one T x T map per thread at most. B batch, H heads, T tokens, D width.
 """
 
 from __future__ import annotations
