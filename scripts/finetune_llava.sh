@@ -34,7 +34,7 @@ case $mode in
     torchrun --standalone --nproc_per_node "$processes" -m mllm_crossget train \
       "scripts/configs/llava_1.5_${size}_lora.yaml" "$@" ;;
   tiny)
-    [[ -f runs/toy_data/train.json ]] || python scripts/make_toy_data.py runs/toy_data
+    [[ -f runs/toy_data/train.json ]] || python scripts/make_toy_data.py
     python -m mllm_crossget train scripts/configs/embedded.yaml "$@" ;;
   *) echo "first word must be full, lora or tiny, got $mode" >&2; exit 2 ;;
 esac

@@ -1,6 +1,6 @@
 """Write training scenes of the embedded model as LLaVA instruction JSON with PNG pictures.
 
-python scripts/make_toy_data.py runs/toy_data --samples 2000
+python scripts/make_toy_data.py --samples 2000       # into runs/toy_data
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mllm_crossget.embedded.scenes import render, sample_layouts, to_image
 class Options:
     """What to write."""
 
-    folder: str = field(metadata={"help": "output folder; gets train.json and images/"})
+    folder: str = field(default="runs/toy_data", metadata={"help": "output folder; gets train.json and images/"})
     samples: int = field(default=2000, metadata={"help": "pictures, one question each"})
     seed: int = field(default=0, metadata={"help": "of scenes and questions"})
 
