@@ -14,6 +14,10 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 import numpy as np
 
 DRAWS = 4000
@@ -128,11 +132,31 @@ def _percent(entry: dict[str, float]) -> str:
     return f"{100 * entry['value']:.1f} ({100 * entry['low']:.1f} to {100 * entry['high']:.1f})"
 
 
+def plot(report: dict[str, Any], path: Path) -> None:
+    """Accuracy of every arm with its interval; dashed: the untouched model."""
+    figure, axes = plt.subplots(figsize=(7, 3.5))
+    for number, (keep_ratio, part) in enumerate(report["keep_ratios"].items()):
+        arms = sorted(part["arms"].items(), key=lambda item: item[1]["accuracy"]["value"])
+        places = [number * (len(arms) + 1) + place for place in range(len(arms))]
+        values = [100 * entry["accuracy"]["value"] for _, entry in arms]
+        reach = [[abs(100 * entry["accuracy"][end] - value) for (_, entry), value in zip(arms, values, strict=True)]
+                 for end in ("low", "high")]  # fmt: skip
+        axes.bar(places, values, yerr=reach, capsize=3, label=f"keep_ratio {keep_ratio}")
+        for (arm, _), place in zip(arms, places, strict=True):
+            axes.annotate(arm, (place, 51), rotation=90, ha="center", color="white")
+    axes.axhline(100 * report["untouched"]["accuracy"], linestyle="--", color="black", linewidth=1)
+    axes.set(ylim=(50, 100), ylabel="accuracy, %", xticks=[])
+    axes.legend(loc="lower right", fontsize="small")
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
 def main() -> None:
-    """Write ``summary.json`` and print the table."""
+    """Write ``summary.json`` and ``recovery.png``, and print the table."""
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "eval/results/recovery")
     report = summary(load(folder))
     (folder / "summary.json").write_text(json.dumps(report, indent=2) + "\n")
+    plot(report, folder / "recovery.png")
     print(table(report))
 
 

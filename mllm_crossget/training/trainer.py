@@ -79,7 +79,9 @@ class CrossGetTrainer(Trainer):
         distils = self.distillation_weight > 0 and model.training
         teacher = teacher_logits(self.accelerator.unwrap_model(model), inputs) if distils else None
         task, output = super().compute_loss(model, inputs, True, num_items_in_batch)
-        steps = self.current_gradient_accumulation_steps if model.training else 1
+        # Where Trainer does not scale the task loss by the tokens of the whole step, it divides the sum itself.
+        scaled = model.training and self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        steps = self.current_gradient_accumulation_steps if scaled else 1
         terms = {"task_loss": task.detach()}
         loss = task
         weight = getattr(_handle(self.model).method, "alignment_weight", 0.0)
@@ -92,7 +94,7 @@ class CrossGetTrainer(Trainer):
             loss = loss + self.distillation_weight * term
             terms["distillation_loss"] = term.detach()
         if model.training:
-            self._remember(terms, inputs, 1 / steps)
+            self._remember(terms, inputs, masked)
         return (loss, output) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -108,14 +110,14 @@ class CrossGetTrainer(Trainer):
         averaged = tokens is not None and self.args.average_tokens_across_devices
         return loss * self.accelerator.num_processes if averaged else loss
 
-    def _remember(self, terms: dict[str, Tensor], inputs: dict[str, Any], share: float) -> None:
+    def _remember(self, terms: dict[str, Tensor], inputs: dict[str, Any], masked: bool) -> None:
         mask, pixels = inputs.get("attention_mask"), inputs.get("pixel_values")
         seen = mask if mask is not None else torch.ones_like(inputs["input_ids"])
         now = {
             **terms,
-            "steps": share,
+            "steps": 1 / self.current_gradient_accumulation_steps,
             "rows": len(inputs["input_ids"]),
-            "images": 0 if pixels is None else len(pixels),
+            "images": 0 if pixels is None or masked else len(pixels),
             "tokens": seen.sum(),
         }
         for name, value in now.items():
@@ -227,7 +229,7 @@ def _counts(module: nn.Module, parameter: nn.Parameter) -> bool:
     return original is None or all(parameter is not kept for kept in original.parameters())
 
 
-def _check_arguments(trainer: Trainer) -> None:
+def _check_arguments(trainer: CrossGetTrainer) -> None:
     args, active = trainer.args, trainer.accelerator.distributed_type
     if args.label_smoothing_factor:
         raise ValueError(
@@ -236,6 +238,10 @@ def _check_arguments(trainer: Trainer) -> None:
         )
     if args.load_best_model_at_end and base_model(trainer.model) is trainer.model:
         raise ValueError("load_best_model_at_end works with adapters only; load the best checkpoint yourself")
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    sharded = active == DistributedType.FSDP or (plugin is not None and plugin.zero_stage == 3)
+    if trainer.distillation_weight and sharded:
+        raise ValueError("distillation needs whole weights in every process; use DDP, ZeRO-2 or a single process")
     for asked, kind, name in (
         (args.deepspeed, DistributedType.DEEPSPEED, "deepspeed"),
         (args.fsdp, DistributedType.FSDP, "fsdp"),

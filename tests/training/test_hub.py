@@ -20,7 +20,9 @@ def test_push_to_hub_uploads_everything_that_loading_needs(tmp_path, monkeypatch
     def upload_folder(repo_id, folder_path, ignore_patterns=None, **_):
         names = {path.name for path in Path(folder_path).iterdir()}
         uploads.append((repo_id, names, ignore_patterns))
-        return CommitInfo(commit_url=f"https://huggingface.co/{repo_id}/commit/0", commit_message="", commit_description="", oid="0")
+        return CommitInfo(
+            commit_url=f"https://huggingface.co/{repo_id}/commit/0", commit_message="", commit_description="", oid="0"
+        )
 
     api = SimpleNamespace(create_repo=create_repo, upload_folder=upload_folder)
     monkeypatch.setattr(transformers.trainer, "hf_api", lambda *_: api)
