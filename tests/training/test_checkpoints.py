@@ -140,6 +140,12 @@ def test_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, two_ch
         pytest.raises(ValueError, match=r"cannot go on from .*; the last complete .*-2"),
     ):
         resume_point(toy_arguments(folder, resume_from_checkpoint=str(folder / "checkpoint-4")))
+
+
+def test_goes_on_from_the_one_before(tmp_path, two_checkpoints):
+    folder = tmp_path / "run"
+    shutil.copytree(two_checkpoints, folder)
+    (folder / "checkpoint-4" / "trainer_state.json").unlink()
     with pytest.warns(UserWarning, match="not complete"):
         point = resume_point(toy_arguments(folder))
     trainer = toy_trainer(folder)
