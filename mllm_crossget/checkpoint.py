@@ -136,10 +136,11 @@ def split_official_state_dict(state: Mapping[str, Tensor]) -> tuple[dict[str, Te
 
 def _with_adapter(model: Model, name_or_path: str | Path, wanted: bool, hub_kwargs: dict[str, Any]) -> Model:
     taken = base_model(model) is not model or getattr(model, "_hf_peft_config_loaded", False)
-    if not wanted or taken or not hasattr(model, "load_adapter"):
+    load_adapter: Any = getattr(model, "load_adapter", None)
+    if not wanted or taken or load_adapter is None:
         return model
     if find_adapter_config_file(str(name_or_path), **hub_kwargs) is not None:
-        model.load_adapter(str(name_or_path), **hub_kwargs)
+        load_adapter(str(name_or_path), **hub_kwargs)
     return model
 
 
