@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
-from .evaluate import Accuracy, Score, answer, prompt, score
+from .evaluate import Accuracy, Score, answer, batch_inputs, prompt, score
 from .questions import KINDS, Question, held_out_questions
 
 WEIGHTS_FOLDER = Path(__file__).parent / "weights"
@@ -21,6 +21,7 @@ __all__ = [
     "Question",
     "Score",
     "answer",
+    "batch_inputs",
     "held_out_questions",
     "load_embedded",
     "prompt",

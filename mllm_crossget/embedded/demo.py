@@ -16,7 +16,7 @@ from mllm_crossget.api import accelerated
 from mllm_crossget.benchmark.flops import model_flops
 from mllm_crossget.benchmark.timing import alternate, environment, ratio
 from mllm_crossget.config import method_class
-from mllm_crossget.embedded import Question, answer, held_out_questions, load_embedded, prompt, score
+from mllm_crossget.embedded import Question, answer, batch_inputs, held_out_questions, load_embedded, score
 from mllm_crossget.families.base import families
 from mllm_crossget.methods.base import Method
 from mllm_crossget.schedule import make_schedule
@@ -92,13 +92,7 @@ def _time_prefill(
 ) -> dict[str, Any]:
     """Image encoder, projector and prefill of one batch, up to the first token; all settings in turn."""
     batch = [question for question in questions if question.kind != "caption"][:_TIMED_BATCH]
-    inputs = processor(
-        images=[question.image for question in batch],
-        text=[prompt(processor, question.text) for question in batch],
-        padding=True,
-        padding_side="left",
-        return_tensors="pt",
-    ).to(model.device, model.dtype)
+    inputs = batch_inputs(processor, batch).to(model.device, model.dtype)
 
     def timed(method: Method) -> Any:
         def first_token() -> None:

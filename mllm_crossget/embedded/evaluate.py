@@ -73,6 +73,17 @@ def prompt(processor: LlavaProcessor, text: str) -> str:
     return str(processor.apply_chat_template(chat, add_generation_prompt=True))
 
 
+def batch_inputs(processor: LlavaProcessor, questions: Sequence[Question]) -> Any:
+    """The processor's left-padded batch for ``generate``: one row and one image per question."""
+    return processor(
+        images=[question.image for question in questions],
+        text=[prompt(processor, question.text) for question in questions],
+        padding=True,
+        padding_side="left",
+        return_tensors="pt",
+    )
+
+
 @torch.inference_mode()
 def answer(
     model: LlavaForConditionalGeneration,
@@ -105,13 +116,7 @@ def answer(
 def _answer_batch(
     model: LlavaForConditionalGeneration, processor: LlavaProcessor, questions: list[Question], limit: int
 ) -> list[str]:
-    inputs = processor(
-        images=[question.image for question in questions],
-        text=[prompt(processor, question.text) for question in questions],
-        padding=True,
-        padding_side="left",
-        return_tensors="pt",
-    ).to(model.device, model.dtype)
+    inputs = batch_inputs(processor, questions).to(model.device, model.dtype)
     output: Any = model.generate(**inputs, max_new_tokens=limit, do_sample=False)  # type: ignore[misc]
     new = output[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]

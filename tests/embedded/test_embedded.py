@@ -12,9 +12,9 @@ from mllm_crossget.embedded import (
     WEIGHTS_FOLDER,
     Accuracy,
     answer,
+    batch_inputs,
     held_out_questions,
     load_embedded,
-    prompt,
     score,
 )
 from mllm_crossget.embedded.architecture import VISUAL_TOKENS, build_model, build_processor
@@ -157,13 +157,7 @@ def test_vocabulary_covers_every_question_and_answer() -> None:
 def test_processor_expands_the_image_and_pads_left(loaded) -> None:
     model, processor = loaded
     questions = [question for question in held_out_questions(limit=6) if question.kind in ("count", "sum")]
-    inputs = processor(
-        images=[question.image for question in questions],
-        text=[prompt(processor, question.text) for question in questions],
-        padding=True,
-        padding_side="left",
-        return_tensors="pt",
-    )
+    inputs = batch_inputs(processor, questions)
     ids = inputs["input_ids"]
     assert (ids == model.config.image_token_id).sum(1).tolist() == [VISUAL_TOKENS] * len(questions)
     assert (ids == processor.tokenizer.bos_token_id).sum(1).tolist() == [1] * len(questions)
