@@ -59,8 +59,9 @@ def run(backend, folder, processes, steps=50, text_only=0):
     torch.set_num_threads(1)
     folder = Path(folder)
     # Before ZeRO-3 is switched on: building a model from a configuration would wait for the other process.
-    base, data = folder / f"base{os.getpid()}", ToySamples(64, text_only)
-    tiny_llava().save_pretrained(base)
+    base, data = folder / f"base{os.environ.get('RANK', 0)}", ToySamples(64, text_only)
+    if not base.exists():
+        tiny_llava().save_pretrained(base)
     args = arguments(backend, folder, processes, steps)
     model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
     accelerate_mllm(model, CrossGetConfig(keep_ratio=0.5, alignment_weight=0.1))

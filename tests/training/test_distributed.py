@@ -18,6 +18,7 @@ import torch
 from accelerate import debug_launcher
 from safetensors.torch import load_file
 
+from tests.tiny import tiny_llava
 from tests.training.distributed import run
 
 ROOT = Path(__file__).parents[2]
@@ -47,6 +48,7 @@ def same_trajectory(folder, reference, kind):
 
 
 def test_ddp(tmp_path, one_process):
+    tiny_llava().save_pretrained(tmp_path / "base0")  # debug_launcher tells its processes no rank: they share it
     debug_launcher(run, ("ddp", str(tmp_path), 2, STEPS), num_processes=2)
     same_trajectory(tmp_path, one_process, "MULTI_CPU")
 
