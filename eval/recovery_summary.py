@@ -146,7 +146,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
             axes.annotate(arm, (place, 51), rotation=90, ha="center", color="white")
     axes.axhline(100 * report["untouched"]["accuracy"], linestyle="--", color="black", linewidth=1)
     axes.set(ylim=(50, 100), ylabel="accuracy, %", xticks=[])
-    axes.legend(loc="lower right", fontsize="small")
+    axes.legend(loc="upper center", fontsize="small", ncols=2)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
 

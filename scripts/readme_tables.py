@@ -57,6 +57,25 @@ def overhead_table(report: dict[str, Any]) -> str:
     return "\n".join([*lines, "", note])
 
 
+def recovery_table(summary: dict[str, Any]) -> str:
+    lines = [
+        "| keep ratio | what was trained | accuracy (95 % interval) | share of the loss won back | seeds |",
+        "|---|---|---|---|---|",
+    ]
+    for ratio, result in summary["keep_ratios"].items():
+        for arm, name in ARMS.items():
+            values = result["arms"][arm]
+            won = values.get("won_back")
+            back = "–" if won is None else f"{won['value']:.0%} ({won['low']:.0%} – {won['high']:.0%})"
+            lines.append(f"| {ratio} | {name} | {interval(values['accuracy'])} | {back} | {len(result['seeds'])} |")
+    untouched = summary["untouched"]
+    return "\n".join([*lines, "", f"{untouched['asked']} held-out questions; untouched model {share(untouched)}."])
+
+
+def interval(value: dict[str, float]) -> str:
+    return f"{value['value']:.1%} ({value['low']:.1%} – {value['high']:.1%})"
+
+
 def share(accuracy: dict[str, float]) -> str:
     return f"{accuracy['accuracy']:.1%} ({accuracy['low']:.1%} – {accuracy['high']:.1%})"
 
@@ -69,7 +88,17 @@ def machine(report: dict[str, Any]) -> str:
     )
 
 
-TABLES = {"demo": (demo_table, "demo/demo.json"), "overhead": (overhead_table, "overhead.json")}
+ARMS = {
+    "training-free": "nothing",
+    "cross": "cross tokens",
+    "lora": "LoRA",
+    "lora+cross": "LoRA and cross tokens",
+}
+TABLES = {
+    "demo": (demo_table, "demo/demo.json"),
+    "overhead": (overhead_table, "overhead.json"),
+    "recovery": (recovery_table, "recovery/summary.json"),
+}
 
 
 def rendered(text: str) -> str:
