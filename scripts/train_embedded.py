@@ -5,7 +5,8 @@
 
 A step's data comes from (seed, step) alone, so a resumed run sees what an uninterrupted one would have seen; the same
 options, thread count and library versions give the same weights. The shipped weights are from a run whose options were
-changed on the way (`history` in their scores.json): a fresh run follows the defaults from the first step.
+changed on the way (`history` in their scores.json): a fresh run follows the defaults from the first step, and reached
+94.1 % in 34 minutes on one core, where the shipped weights have 94.7 % (eval/results/embedded_fresh_run.json).
 """
 
 import json
