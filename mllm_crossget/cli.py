@@ -112,6 +112,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {error}; pip install 'mllm-crossget[{command.extra}]'", file=sys.stderr)
         return 2
+    except ImportError as error:
+        if error.name is not None:  # not one of ours, which say what to install
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return status or 0
 
 

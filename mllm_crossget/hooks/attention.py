@@ -61,16 +61,17 @@ def hook_attention(journal: Journal, attention: nn.Module) -> None:
         ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, reduced_attention)
     journal.set_attribute(attention, _OWN_CONFIG, attention.config)
     journal.set_attribute(attention, "config", shadow)
+    journal.set_attribute(attention, _SLOT, None)
 
 
 @contextmanager
 def open_slot(attention: nn.Module, slot: AttentionSlot) -> Iterator[AttentionSlot]:
     """Lend a slot to a hooked attention module for one call."""
-    attention.__dict__[_SLOT] = slot
+    setattr(attention, _SLOT, slot)
     try:
         yield slot
     finally:
-        del attention.__dict__[_SLOT]
+        setattr(attention, _SLOT, None)
 
 
 def attention_problem(attention: nn.Module) -> str | None:
@@ -92,7 +93,7 @@ def reduced_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' attention interface: (B, H, T, D) projections in, ((B, T, H, D), weights or None) out."""
-    slot: AttentionSlot = module.__dict__[_SLOT]
+    slot: AttentionSlot = getattr(module, _SLOT)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if slot.record_keys:
         slot.keys = key.detach().mean(dim=1)

@@ -3,6 +3,17 @@
 Needs the extra ``mllm-crossget[train]``. Nothing outside this folder imports it, but the command line when it is asked.
 """
 
+# ruff: noqa: E402 - the version is checked before anything that needs it is imported
+import transformers
+from packaging.version import Version
+
+_OLDEST = "5.23"
+if Version(transformers.__version__) < Version(_OLDEST):
+    raise ImportError(
+        f"mllm_crossget.training needs transformers {_OLDEST} or newer, where chat templates mark the answer behind an "
+        f"image's placeholders; found {transformers.__version__}: pip install -U transformers"
+    )
+
 from mllm_crossget.training.adapters import (
     check_adapter,
     load_finetuned,

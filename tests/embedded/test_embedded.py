@@ -5,6 +5,8 @@ from dataclasses import fields
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import AutoProcessor
 
 from mllm_crossget.embedded import (
@@ -165,6 +167,10 @@ def test_processor_expands_the_image_and_pads_left(loaded) -> None:
     assert inputs["pixel_values"].shape[1:] == (3, CANVAS, CANVAS)
 
 
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.23"),
+    reason="older transformers mark the answer in front of the image's expansion",
+)
 def test_chat_template_marks_answer_and_end(loaded) -> None:
     _, processor = loaded
     question = held_out_questions(limit=1)[0]
