@@ -83,3 +83,6 @@ def run(backend, folder, processes, steps=50, text_only=0):
 if __name__ == "__main__":
     chosen, output, *numbers = sys.argv[1:]
     run(chosen, output, int(os.environ.get("WORLD_SIZE", "1")), *map(int, numbers))
+    if torch.distributed.is_initialized():  # gloo may abort a process that leaves without saying goodbye
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
