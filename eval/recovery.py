@@ -12,6 +12,7 @@ digits nor backgrounds with the test set; settings were chosen on training scene
 from __future__ import annotations
 
 import json
+import os
 import platform
 import random
 import tempfile
@@ -144,7 +145,7 @@ def run_once(options: Options, arm: str, keep_ratio: float, seed: int, questions
         ),
         "scenes": [question.scene_index for question in questions],
         "log": log,
-        "options": vars(options),
+        "options": {**vars(options), "weights": os.path.relpath(options.weights)},
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
                      "transformers": transformers.__version__},
     }  # fmt: skip
