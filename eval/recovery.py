@@ -56,6 +56,9 @@ class Options:
     lora_alpha: int = field(default=32, metadata={"help": "scale is alpha / rank"})
     vision_tower: bool = field(default=True, metadata={"help": "LoRA in the vision tower too"})
     alignment_weight: float = field(default=0.001, metadata={"help": "factor of the alignment loss"})
+    distillation_weight: float = field(
+        default=0.0, metadata={"help": "of the distillation towards the unreduced model, in every trained arm"}
+    )
     split: str = field(default="test", metadata={"help": "train: score on unseen training scenes, to choose settings"})
     limit: int | None = field(default=None, metadata={"help": "questions to score; all if not given"})
     threads: int = field(default=1, metadata={"help": "CPU threads"})
@@ -193,9 +196,10 @@ def train(options: Options, model: Any, processor: Any, arm: str, seed: int) -> 
             train_dataset=SceneQuestions(options.steps * options.batch, seed, processor),
             data_collator=Collator(model, processor.tokenizer.pad_token_id),
             train_cross_tokens=uses_cross,
+            distillation_weight=options.distillation_weight,
         )
         trainer.train()
-    kept = ("step", "loss", "task_loss", "alignment_loss", "grad_norm")
+    kept = ("step", "loss", "task_loss", "alignment_loss", "distillation_loss", "grad_norm")
     log = [{name: entry[name] for name in kept if name in entry} for entry in trainer.state.log_history]
     return model, [entry for entry in log if "task_loss" in entry]
 
