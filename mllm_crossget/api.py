@@ -7,22 +7,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 
 from mllm_crossget import families as _registered_families  # noqa: F401 - registers them
 from mllm_crossget import methods as _registered_methods  # noqa: F401 - registers them
 from mllm_crossget.config import ReductionConfig, method_class
-from mllm_crossget.families.base import Family, config_at, families, module_at, tower_kind
+from mllm_crossget.families.base import Family, config_at, families, module_at, refused_families, tower_kind
+from mllm_crossget.hooks.apply import apply_method
 from mllm_crossget.hooks.attention import attention_problem
-from mllm_crossget.hooks.cross_tokens import CrossTokens
-from mllm_crossget.hooks.handle import HANDLE, Handle, base_model, handle_of, live_cross_tokens
-from mllm_crossget.hooks.journal import Journal
-from mllm_crossget.hooks.model import ReducedFeatures, ReducedModel
-from mllm_crossget.hooks.text import hook_text
-from mllm_crossget.hooks.tower import LayerTrace, hook_tower
+from mllm_crossget.hooks.handle import base_model, handle_of, live_cross_tokens
+from mllm_crossget.hooks.tower import LayerTrace
 from mllm_crossget.methods.base import Method
-from mllm_crossget.schedule import TowerGeometry, make_schedule
+from mllm_crossget.schedule import make_schedule
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -72,10 +68,10 @@ def accelerate_mllm(
     if old is not None:
         old.journal.rollback()
     try:
-        _apply(target, family, geometry, chosen, tokens)
+        apply_method(target, family, geometry, chosen, tokens)
     except BaseException:
         if old is not None:
-            _apply(target, old.family, old.geometry, old.method, tokens)
+            apply_method(target, old.family, old.geometry, old.method, tokens)
         raise
     return model
 
@@ -168,6 +164,10 @@ def supported_family(model: nn.Module) -> Family:
             f"the model is wrapped in {type(model).__name__}: call accelerate_mllm before wrapping it for distributed "
             "training, on the transformers model itself"
         )
+    if model_type in refused_families():
+        raise ValueError(
+            f"{type(model).__name__} (model type {model_type!r}) is not supported: {refused_families()[model_type]}"
+        )
     if model_type not in known:
         raise ValueError(
             f"{type(model).__name__} (model type {model_type!r}) is not supported; supported model types: "
@@ -182,6 +182,7 @@ def supported_family(model: nn.Module) -> Family:
 def _check_structure(model: nn.Module, family: Family) -> None:
     """Everything that the hooks rely on is there. Raises ``ValueError`` that names what is missing."""
     paths = [family.tower, family.language_model, family.projector, family.features_owner]
+    paths += [*family.vision_projection, *family.text_projection]
     for path in filter(None, paths):
         try:
             module_at(model, path)
@@ -233,60 +234,3 @@ def _warn_if_adapter_came_first(model: nn.Module) -> None:
             "call accelerate_mllm before get_peft_model, with modules_to_save=['cross_tokens']",
             stacklevel=3,
         )
-
-
-def _apply(
-    model: nn.Module, family: Family, geometry: TowerGeometry, method: Method, tokens: dict[str, nn.Module]
-) -> None:
-    """Change the model; on any error it is put back as it was."""
-    journal = Journal()
-    handle = Handle(method, family, geometry, make_schedule(method, geometry), journal, tokens)
-    try:
-        journal.set_attribute(model, HANDLE, handle)
-        if not method.is_identity:
-            _apply_hooks(model, handle)
-    except BaseException:
-        journal.rollback()
-        raise
-
-
-def _apply_hooks(model: Any, handle: Handle) -> None:
-    family, journal = handle.family, handle.journal
-    tower = module_at(model, family.tower)
-    kind = tower_kind(config_at(model.config, family.vision_config).model_type, family.towers, type(model).__name__)
-    encoder = module_at(tower, kind.encoder)
-    handle.encoder_path = ".".join(filter(None, (family.tower, kind.encoder)))
-    layers = getattr(encoder, kind.names.layers)
-    if handle.schedule.cross:
-        _make_cross_tokens(model, handle, layers)
-        handle.cross_paths["vision"] = f"{handle.encoder_path}.cross_tokens"
-    vision = handle.cross_tokens.get("vision") if handle.schedule.cross else None
-    handle.tower = hook_tower(journal, encoder, layers, kind.names, handle.method, handle.geometry, vision)
-    if handle.schedule.cross and family.language_model is not None:
-        language_model: Any = module_at(model, family.language_model)
-        handle.cross_paths["text"] = f"{family.language_model}.cross_tokens"
-        hook_text(journal, language_model, language_model.layers, handle.cross_tokens["text"])
-    if handle.schedule.drop_cross and family.features_owner is not None:
-        journal.swap_class(module_at(model, family.features_owner), ReducedFeatures)
-    if family.image_token is not None:
-        journal.swap_class(model, ReducedModel)
-
-
-def _make_cross_tokens(model: Any, handle: Handle, layers: nn.ModuleList) -> None:
-    if "vision" not in handle.cross_tokens:
-        config = config_at(model.config, handle.family.vision_config)
-        handle.cross_tokens["vision"] = _cross_tokens_like(layers[0], len(layers), config.hidden_size)
-    if handle.family.language_model is not None and "text" not in handle.cross_tokens:
-        language_model: Any = module_at(model, handle.family.language_model)
-        text_layers = language_model.layers
-        width = model.config.get_text_config().hidden_size
-        handle.cross_tokens["text"] = _cross_tokens_like(text_layers[0], len(text_layers), width)
-
-
-def _cross_tokens_like(layer: Any, layers: int, width: int) -> CrossTokens:
-    """Zero cross tokens in a layer's floating dtype, on the device where the layer computes."""
-    parameter = next(p for p in layer.parameters() if p.is_floating_point())
-    device = parameter.device
-    if device.type == "meta" and hasattr(layer, "_hf_hook"):  # offloaded by accelerate
-        device = torch.device(layer._hf_hook.execution_device)
-    return CrossTokens(layers, width, dtype=parameter.dtype, device=device)

@@ -17,16 +17,17 @@ MOST_LINES_OF_A_FILE = 400
 MOST_LINES_OF_A_FUNCTION = 60
 
 _BASE = {"config", "schedule", "ops"}
-_HOOKS = {*_BASE, "families", "methods", "hooks"}
+_HOOKS = {*_BASE, "costs", "families", "methods", "hooks"}
 _API = {*_HOOKS, "api", "checkpoint"}
 _USES = {*_API, "training", "benchmark", "integrations", "embedded", "visualize"}
 # What each part may import from the package. A part that is not listed may not exist.
 ARROWS: dict[str, set[str]] = {
     "config": set(),
     "schedule": {"config"},
+    "costs": set(),
     "ops": {"ops"},
     "methods": {*_BASE, "methods"},
-    "families": {*_BASE, "families"},
+    "families": {*_BASE, "costs", "families"},
     "hooks": _HOOKS,
     "api": _API,
     "checkpoint": _API,
@@ -39,6 +40,7 @@ ARROWS: dict[str, set[str]] = {
 PACKAGES: dict[str, set[str]] = {
     "ops": {"torch"},
     "schedule": set(),
+    "costs": set(),
     "methods": {"torch"},
     "families": {"torch"},
     "config": {"huggingface_hub"},

@@ -8,13 +8,13 @@ positions, the ranking and the merging of tokens, all of them linear in the toke
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from mllm_crossget.costs import attention_flops, linear_flops
 from mllm_crossget.families.base import Family, config_at, families
 from mllm_crossget.methods.base import Method, Signals
 from mllm_crossget.schedule import Schedule, make_schedule
@@ -79,12 +79,13 @@ def model_flops(
     family = _family(config)
     schedule = make_schedule(method, family.geometry(config))
     vision = config_at(config, family.vision_config)
-    prefill, lm_head, decode = _language_flops(config, family, schedule.features + text_tokens, new_tokens)
+    visual = schedule.features if family.llm_tokens is None else family.llm_tokens(config, schedule.features)
+    prefill, lm_head, decode = _language_flops(config, family, visual + text_tokens, new_tokens)
     return Flops(
         patch_embedding=_patch_embedding(vision, family),
         encoder=_encoder(vision, schedule),
         reducer=_reducer(vision, schedule, method, one_softmax),
-        projector=_projector(config, family, schedule),
+        projector=_connector(config, family, schedule),
         prefill=prefill,
         lm_head=lm_head,
         decode=decode,
@@ -118,18 +119,9 @@ def _family(config: Any) -> Family:
     return known[model_type]
 
 
-def _linear(tokens: int, inputs: int, outputs: int) -> int:
-    return 2 * tokens * inputs * outputs
-
-
-def _attention(queries: int, keys: int, width: int) -> int:
-    """QKᵀ and the weighted sum of the values; ``width`` is all heads together."""
-    return 2 * 2 * queries * keys * width
-
-
 def _patch_embedding(vision: Any, family: Family) -> int:
     patches = (vision.image_size // vision.patch_size) ** 2
-    return _linear(patches, vision.num_channels * vision.patch_size**2, vision.hidden_size)
+    return linear_flops(patches, vision.num_channels * vision.patch_size**2, vision.hidden_size)
 
 
 def _encoder(vision: Any, schedule: Schedule) -> int:
@@ -137,15 +129,19 @@ def _encoder(vision: Any, schedule: Schedule) -> int:
     width, inner = vision.hidden_size, vision.intermediate_size
     total = 0
     for tokens, left in zip(schedule.tokens[:-1], schedule.tokens[1:], strict=True):
-        total += 4 * _linear(tokens, width, width) + _attention(tokens, tokens, width) + 2 * _linear(left, width, inner)
+        total += (
+            4 * linear_flops(tokens, width, width)
+            + attention_flops(tokens, tokens, width)
+            + 2 * linear_flops(left, width, inner)
+        )
     return total + (_pooling_head(vision, schedule.tokens[-1]) if getattr(vision, "vision_use_head", False) else 0)
 
 
 def _pooling_head(vision: Any, tokens: int) -> int:
     """SigLIP's attention pooling: one query attends to all tokens, then an MLP on its one output."""
     width = vision.hidden_size
-    projections = 2 * _linear(1, width, width) + 2 * _linear(tokens, width, width)
-    return projections + _attention(1, tokens, width) + 2 * _linear(1, width, vision.intermediate_size)
+    projections = 2 * linear_flops(1, width, width) + 2 * linear_flops(tokens, width, width)
+    return projections + attention_flops(1, tokens, width) + 2 * linear_flops(1, width, vision.intermediate_size)
 
 
 def _reducer(vision: Any, schedule: Schedule, method: Method, one_softmax: bool) -> int:
@@ -163,26 +159,11 @@ def _reducer(vision: Any, schedule: Schedule, method: Method, one_softmax: bool)
     return total
 
 
-def _two_layer_projector(config: Any, features: int) -> int:
-    """LLaVA's projector: vision width to text width, then text width to text width."""
-    inputs, outputs = config.vision_config.hidden_size, config.text_config.hidden_size
-    return _linear(features, inputs, outputs) + _linear(features, outputs, outputs)
-
-
-# (configuration, features) -> FLOPs, by model type of the family; a family without a projector needs no entry.
-_PROJECTORS: dict[str, Callable[[Any, int], int]] = {"llava": _two_layer_projector}
-
-
-def _projector(config: Any, family: Family, schedule: Schedule) -> int:
-    if family.projector is None:
+def _connector(config: Any, family: Family, schedule: Schedule) -> int:
+    """What lies between tower and language model; a cross token that would not fit is cut off behind it."""
+    if family.connector_flops is None:
         return 0
-    if family.model_type not in _PROJECTORS:
-        raise ValueError(
-            f"no FLOPs formula for the projector of {family.model_type!r}; there are formulas for "
-            f"{', '.join(sorted(_PROJECTORS))}"
-        )
-    # A cross token that would not fit is cut off behind the projector.
-    return _PROJECTORS[family.model_type](config, schedule.features + schedule.drop_cross)
+    return family.connector_flops(config, schedule.features + schedule.drop_cross)
 
 
 def _language_flops(config: Any, family: Family, prompt: int, new_tokens: int) -> tuple[int, int, int]:
@@ -195,7 +176,7 @@ def _language_flops(config: Any, family: Family, prompt: int, new_tokens: int) -
             f"no FLOPs formula for a {text.model_type!r} language model; there are formulas for "
             f"{', '.join(TEXT_MODELS)}"
         )
-    head = _linear(1, text.hidden_size, text.vocab_size)
+    head = linear_flops(1, text.hidden_size, text.vocab_size)
     decode = sum(_text_layers(text, 1, prompt + step) + head for step in range(1, new_tokens))
     return _text_layers(text, prompt, prompt), head, decode
 
@@ -205,6 +186,6 @@ def _text_layers(text: Any, queries: int, keys: int) -> int:
     width, heads = text.hidden_size, text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or width // heads
     kv_width = head_dim * (getattr(text, "num_key_value_heads", None) or heads)
-    projections = 2 * _linear(queries, width, heads * head_dim) + 2 * _linear(queries, width, kv_width)
-    mlp = 3 * _linear(queries, width, text.intermediate_size)
-    return int(text.num_hidden_layers * (projections + _attention(queries, keys, heads * head_dim) + mlp))
+    projections = 2 * linear_flops(queries, width, heads * head_dim) + 2 * linear_flops(queries, width, kv_width)
+    mlp = 3 * linear_flops(queries, width, text.intermediate_size)
+    return int(text.num_hidden_layers * (projections + attention_flops(queries, keys, heads * head_dim) + mlp))

@@ -48,6 +48,33 @@ TOWERS = {kind.model_type: kind for kind in (CLIP_TOWER, SIGLIP_TOWER)}
 
 
 @dataclass(frozen=True)
+class Modality:
+    """One kind of visual input with placeholders of its own in the prompt.
+
+    Args:
+        name: its key in transformers' ``mm_encoder_outputs`` ("image", "video").
+        pixels: the keyword argument with the pixels.
+        token: name of the configuration's field with the placeholder's token id.
+        encode: method of the features' owner that encodes it.
+        ndim: dimensions that the pixels may have.
+        arguments: further keyword arguments of the call that ``encode`` reads.
+        counts: (model, keyword arguments) -> placeholders of every image that the untouched model needs, where they
+            differ from image to image; the features are then counted by encoding first. None: every image has the
+            schedule's count.
+        parts: (model, keyword arguments) -> tower images (tiles, frames) of every image; None: one each.
+    """
+
+    name: str = "image"
+    pixels: str = "pixel_values"
+    token: str = "image_token_id"
+    encode: str = "get_image_features"
+    ndim: tuple[int, ...] = (4,)
+    arguments: tuple[str, ...] = ()
+    counts: Callable[[Any, dict[str, Any]], list[int]] | None = None
+    parts: Callable[[Any, dict[str, Any]], list[int]] | None = None
+
+
+@dataclass(frozen=True)
 class Family:
     """A model family.
 
@@ -56,27 +83,42 @@ class Family:
         tower: path to the vision tower; "" if the model is the tower.
         vision_config: path from the configuration to the vision configuration.
         geometry: configuration -> the tower's geometry. Raises ``ValueError`` where the configuration cannot be served.
-        language_model: path to the decoder that takes text cross tokens, or None.
-        projector: path to the module that maps vision features to the text width, or None.
-        features_owner: path to the module whose ``get_image_features`` the top model calls, or None.
-        image_token: name of the configuration's field with the placeholder's token id, or None without placeholders.
         towers: the tower kinds that are served.
         note: one line for the table of families: where tokens are reduced.
+        exact: one line for the table: what equals the untouched model or a reference exactly, what is left out.
+        language_model: path to the decoder that takes text cross tokens, or None.
+        projector: path to the module that maps vision features to the text width, or None.
+        vision_projection: paths of the modules that map a vision cross token, one after the other, to where it is
+            compared with the text cross token; empty where there is no such map (then there is no alignment loss).
+        text_projection: likewise for a text cross token; empty leaves it as it is.
+        features_owner: path to the module whose ``get_image_features`` the top model calls, or None.
+        features: how features reach the prompt, a name known to ``hooks.features``.
+        modalities: visual inputs with placeholders in the prompt; empty where the language side gets as many tokens as
+            without reduction, or has no prompt.
+        llm_tokens: (configuration, tower features) -> visual tokens that the language model gets; None: all features.
+        connector_flops: (configuration, tower features) -> FLOPs between tower and language model.
     """
 
     model_type: str
     tower: str
     vision_config: str
     geometry: Callable[[Any], TowerGeometry]
-    language_model: str | None
-    projector: str | None
-    features_owner: str | None
-    image_token: str | None
     towers: tuple[str, ...]
     note: str
+    exact: str = ""
+    language_model: str | None = None
+    projector: str | None = None
+    vision_projection: tuple[str, ...] = ()
+    text_projection: tuple[str, ...] = ()
+    features_owner: str | None = None
+    features: str = "plain"
+    modalities: tuple[Modality, ...] = ()
+    llm_tokens: Callable[[Any, int], int] | None = None
+    connector_flops: Callable[[Any, int], int] | None = None
 
 
 _FAMILIES: dict[str, Family] = {}
+_REFUSED: dict[str, str] = {}
 
 
 def register_family(family: Family) -> Family:
@@ -88,6 +130,16 @@ def register_family(family: Family) -> Family:
 def families() -> dict[str, Family]:
     """The registered families by model type."""
     return dict(_FAMILIES)
+
+
+def refuse_family(model_type: str, reason: str) -> None:
+    """Name a model type that cannot be served, with the reason, for messages and for the table of families."""
+    _REFUSED[model_type] = reason
+
+
+def refused_families() -> dict[str, str]:
+    """Reasons by model type."""
+    return dict(_REFUSED)
 
 
 def module_at(root: nn.Module, path: str) -> nn.Module:

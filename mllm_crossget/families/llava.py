@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from mllm_crossget.families.base import Family, patches_per_image, register_family, tower_kind
+from mllm_crossget.costs import linear_flops
+from mllm_crossget.families.base import Family, Modality, patches_per_image, register_family, tower_kind
 from mllm_crossget.schedule import TowerGeometry
 
 _TOWERS = ("clip_vision_model", "siglip_vision_model")
@@ -52,17 +53,26 @@ def geometry(config: Any) -> TowerGeometry:
     )
 
 
+def two_layer_projector_flops(config: Any, features: int) -> int:
+    """LLaVA's projector: vision width to text width, then text width to text width."""
+    inputs, outputs = config.vision_config.hidden_size, config.text_config.hidden_size
+    return linear_flops(features, inputs, outputs) + linear_flops(features, outputs, outputs)
+
+
 LLAVA = register_family(
     Family(
         model_type="llava",
         tower="model.vision_tower",
         vision_config="vision_config",
         geometry=geometry,
-        language_model="model.language_model",
-        projector="model.multi_modal_projector",
-        features_owner="model",
-        image_token="image_token_id",
         towers=_TOWERS,
         note="inside the vision tower; the language model gets the merged tokens",
+        exact="reference vectors of LLaVA-1.5 (vision tower, language model, end to end, losses)",
+        language_model="model.language_model",
+        projector="model.multi_modal_projector",
+        vision_projection=("model.multi_modal_projector",),
+        features_owner="model",
+        modalities=(Modality(),),
+        connector_flops=two_layer_projector_flops,
     )
 )

@@ -20,17 +20,15 @@ def _family(kind: TowerKind) -> Family:
         layers = config.num_hidden_layers
         return TowerGeometry(patches_per_image(config), kind.prefix, layers, read=layers)
 
+    stays = "the class token stays first, " if kind.prefix else ""
     return Family(
         model_type=kind.model_type,
         tower="",
         vision_config="",
         geometry=geometry,
-        language_model=None,
-        projector=None,
-        features_owner=None,
-        image_token=None,
         towers=(kind.model_type,),
-        note="inside the tower; class token and, as the last one, the cross token stay",
+        note=f"inside the tower; {stays}the cross token is the last one",
+        exact="reference vectors of the vision tower" if kind.prefix else "",
     )
 
 

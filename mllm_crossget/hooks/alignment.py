@@ -16,7 +16,7 @@ def add_alignment_loss(
     output: Any,
     vision_cross: Tensor | None,
     text_cross: Tensor | None,
-    projector: nn.Module,
+    towards: list[list[nn.Module]],
     images_per_row: Tensor,
     kl: str,
 ) -> Any:
@@ -26,7 +26,8 @@ def add_alignment_loss(
         output: the model's output dataclass.
         vision_cross: (vision layers, images, D) cross tokens of this forward, None without images.
         text_cross: (text layers, B, D) cross tokens of this forward.
-        projector: maps vision cross tokens to the text width; its weights get no gradient from the loss.
+        towards: modules that map vision and text cross tokens, one after the other, to where they are compared; their
+            weights get no gradient from the loss.
         images_per_row: (B,) images in every row of the batch.
         kl: form of the divergence.
     """
@@ -36,7 +37,8 @@ def add_alignment_loss(
         row_of_image = torch.arange(len(images_per_row), device=text_cross.device).repeat_interleave(
             images_per_row.to(text_cross.device)
         )
-        loss = alignment_loss(_project(projector, vision_cross), text_cross, row_of_image, kl)[0]
+        vision, text = _project(towards[0], vision_cross), _project(towards[1], text_cross)
+        loss = alignment_loss(vision, text, row_of_image, kl)[0]
     return aligned_output(type(output))(**dict(output.items()), alignment_loss=loss)
 
 
@@ -49,17 +51,19 @@ def aligned_output(output_class: type) -> type:
     return made
 
 
-def _project(projector: nn.Module, tokens: Tensor) -> Tensor:
-    """The projector, called as it is, but without gradients for its weights.
+def _project(modules: list[nn.Module], tokens: Tensor) -> Tensor:
+    """The modules' maps one after the other, without gradients for their weights.
 
     Called and not rebuilt from detached weights: quantised weights cannot be swapped, and under ZeRO-3 a weight exists
     only inside its module's call.
     """
-    trained = [parameter for parameter in projector.parameters() if parameter.requires_grad]
+    trained = [weight for module in modules for weight in module.parameters() if weight.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)
     try:
-        return projector(tokens)
+        for module in modules:
+            tokens = module(tokens)
+        return tokens
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)

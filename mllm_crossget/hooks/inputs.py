@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mllm_crossget.families.base import module_at
+from mllm_crossget.families.base import Modality, module_at
+from mllm_crossget.hooks.features import encode_ahead
 from mllm_crossget.hooks.generation import prompt_mask
 from mllm_crossget.hooks.handle import Handle
 from mllm_crossget.hooks.prompt import Compaction, Layout, check_counts, outer_padding, plan_compaction
 
 _TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
+_DIMENSIONS = {4: "images, ", 5: "images, tiles or frames, "}
 _PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
 
 
@@ -53,59 +55,106 @@ def refuse_other_features(handle: Handle, config: Any, kwargs: dict[str, Any]) -
             )
 
 
-def _features(kwargs: dict[str, Any]) -> Any:
-    """Precomputed image features of a call, (images, ·, ·) or a list, or None."""
+def _features(modality: Modality, kwargs: dict[str, Any]) -> Any:
+    """Precomputed features of a modality in a call, (images, ·, ·) or a list, or None."""
     outputs = kwargs.get("mm_encoder_outputs") or {}
-    return None if outputs.get("image") is None else outputs["image"].pooler_output
+    return None if outputs.get(modality.name) is None else outputs[modality.name].pooler_output
 
 
-def _brought(model: nn.Module, handle: Handle, kwargs: dict[str, Any]) -> tuple[int, int]:
-    """Images of a call and the features they bring."""
-    features = _features(kwargs)
-    if features is not None:
-        return len(features), sum(len(image) for image in features)
-    pixels = kwargs["pixel_values"]
-    if not isinstance(pixels, Tensor) or pixels.ndim != 4 or not pixels.is_floating_point():
+def present(handle: Handle, kwargs: dict[str, Any]) -> list[Modality]:
+    """The modalities that a call brings, as pixels or as precomputed features."""
+    return [
+        modality
+        for modality in handle.family.modalities
+        if kwargs.get(modality.pixels) is not None or _features(modality, kwargs) is not None
+    ]
+
+
+def _check_pixels(model: nn.Module, handle: Handle, modality: Modality, pixels: Any) -> None:
+    if not isinstance(pixels, Tensor) or pixels.ndim not in modality.ndim or not pixels.is_floating_point():
         kind = f"{tuple(pixels.shape)} {pixels.dtype}" if isinstance(pixels, Tensor) else type(pixels).__name__
         raise TypeError(
-            f"pixel_values must be a float tensor (images, channels, height, width), got {kind}; "
-            "use the model's processor"
+            f"{modality.pixels} must be a float tensor ({_DIMENSIONS[modality.ndim[0]]}channels, height, width), got "
+            f"{kind}; use the model's processor"
         )
     device = next(module_at(model, handle.family.tower).parameters()).device
     if pixels.device != device and device.type != "meta" and not hasattr(model, "_hf_hook"):
         raise ValueError(
-            f"pixel_values are on {pixels.device}, the vision tower on {device}; move one of them with .to"
+            f"{modality.pixels} are on {pixels.device}, the vision tower on {device}; move one of them with .to"
         )
-    return pixels.shape[0], pixels.shape[0] * handle.schedule.features
 
 
-def has_images(kwargs: dict[str, Any]) -> bool:
-    """Whether a call brings images, as pixels or as precomputed features."""
-    return kwargs.get("pixel_values") is not None or _features(kwargs) is not None
-
-
-def require_ids(kwargs: dict[str, Any]) -> None:
+def require_ids(handle: Handle, kwargs: dict[str, Any]) -> None:
     """Raise ``ValueError`` for images without a prompt."""
-    if has_images(kwargs) and not isinstance(kwargs.get("input_ids"), Tensor):
+    if present(handle, kwargs) and not isinstance(kwargs.get("input_ids"), Tensor):
         raise ValueError("images were given without input_ids; pass the prompt's token ids as the processor makes them")
 
 
 def is_full_prompt(model: nn.Module, handle: Handle, kwargs: dict[str, Any]) -> bool:
     """Whether the call's ids still hold the processor's placeholders. Raises ``ValueError`` where nothing fits."""
-    require_ids(kwargs)
+    require_ids(handle, kwargs)
     ids = kwargs["input_ids"]
     if ids.ndim != 2 or ids.is_floating_point():
         raise TypeError(f"input_ids must be integers of shape (rows, columns), got {ids.dtype} {tuple(ids.shape)}")
-    images, compact = _brought(model, handle, kwargs)
-    total = int((ids == getattr(model.config, handle.family.image_token)).sum())
-    return images > 0 and check_counts(total, images * handle.schedule.placeholders, compact, images)
+    full = [_is_full(model, handle, modality, kwargs) for modality in present(handle, kwargs)]  # every one is checked
+    return any(full)
 
 
-def image_counts(handle: Handle, kwargs: dict[str, Any]) -> list[tuple[int, int]]:
-    """(placeholders of the user's prompt, features) of every image of a call."""
-    features = _features(kwargs)
-    kept = [handle.schedule.features] * len(kwargs["pixel_values"]) if features is None else [len(f) for f in features]
-    return [(handle.schedule.placeholders, k) for k in kept]
+def _is_full(model: nn.Module, handle: Handle, modality: Modality, kwargs: dict[str, Any]) -> bool:
+    if _features(modality, kwargs) is None:
+        _check_pixels(model, handle, modality, kwargs[modality.pixels])
+    total = int((kwargs["input_ids"] == token_of(model, modality)).sum())
+    features = _known_features(handle, modality, kwargs)
+    compact = None if features is None else sum(features)
+    if total == compact or features == []:
+        return False
+    needed = _placeholders(model, handle, modality, kwargs)
+    return check_counts(total, sum(needed), compact, len(needed))
+
+
+def token_of(model: nn.Module, modality: Modality) -> int:
+    """Token id of a modality's placeholder."""
+    return int(getattr(model.config, modality.token))
+
+
+def _placeholders(model: nn.Module, handle: Handle, modality: Modality, kwargs: dict[str, Any]) -> list[int]:
+    """Placeholders of every image that the untouched model needs."""
+    if modality.counts is not None:
+        return modality.counts(model, kwargs)
+    features = _features(modality, kwargs)
+    return [handle.schedule.placeholders] * len(kwargs[modality.pixels] if features is None else features)
+
+
+def _known_features(handle: Handle, modality: Modality, kwargs: dict[str, Any]) -> list[int] | None:
+    """Features of every image as far as they are known without encoding it."""
+    features = _features(modality, kwargs)
+    if features is not None:
+        return [len(image) for image in features]
+    return None if modality.counts is not None else [handle.schedule.features] * len(kwargs[modality.pixels])
+
+
+def image_counts(model: nn.Module, handle: Handle, modality: Modality, kwargs: dict[str, Any]) -> list[tuple[int, int]]:
+    """(placeholders of the user's prompt, features) of every image of a call; encodes the images where only that can
+    tell."""
+    known = _known_features(handle, modality, kwargs)
+    features = encode_ahead(model, handle.family, modality, kwargs) if known is None else known
+    return list(zip(_placeholders(model, handle, modality, kwargs), features, strict=True))
+
+
+def images_per_row(model: nn.Module, handle: Handle, kwargs: dict[str, Any]) -> Tensor:
+    """(B,) tower images (a tile or a frame counts as one) in every row of a compact prompt.
+
+    Only the first modality of the family that is there counts: one forward records the cross tokens of one encoding.
+    """
+    modality = present(handle, kwargs)[0]
+    features = _known_features(handle, modality, kwargs)
+    if features is None:
+        features = encode_ahead(model, handle.family, modality, kwargs)
+    parts = [1] * len(features) if modality.parts is None else modality.parts(model, kwargs)
+    ends = torch.tensor(features).cumsum(0)
+    rows = (kwargs["input_ids"] == token_of(model, modality)).sum(dim=1).cumsum(0).cpu()
+    row_of_image = torch.searchsorted(rows, ends)  # the first row that ends at or behind the image's last placeholder
+    return torch.zeros(len(rows), dtype=torch.int64).index_add(0, row_of_image, torch.tensor(parts))
 
 
 def _pad_id(model: nn.Module) -> int:
@@ -135,9 +184,10 @@ def shrink_new_columns(
         old: cached columns of the compact prompt; companions get zeros there, which stock code slices off.
     """
     left = bool((mask[:, -1] != 0).all())
-    compaction = plan_compaction(
-        ids, mask, getattr(model.config, handle.family.image_token), image_counts(handle, kwargs), left
-    )
+    images = {
+        token_of(model, modality): image_counts(model, handle, modality, kwargs) for modality in present(handle, kwargs)
+    }
+    compaction = plan_compaction(ids, mask, images, left)
     removed = layout.removed + ids.shape[1] - outer_padding(mask).sum(dim=1) - compaction.real.sum(dim=1)
     kwargs["input_ids"] = compaction.compact(ids, _pad_id(model))
     kwargs["attention_mask"] = compaction.compact(mask, 0)
@@ -221,7 +271,7 @@ def shrink_for_generate(
     new_mask = mask[:, mask.shape[1] - new_ids.shape[1] :]
     shrunk = Shrunk(None, known)
     cached_ids, cached_mask = _columns_in_cache(known, user_ids if repeats_all else None, mask, covered)
-    if has_images(kwargs):
+    if present(handle, kwargs):
         if not is_full_prompt(model, handle, {**kwargs, "input_ids": new_ids}):
             return None
         shrunk = shrink_new_columns(

@@ -4,25 +4,25 @@ back. The language model never sees, computes or caches a removed token.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
 from torch import Tensor, nn
 
 from mllm_crossget.families.base import module_at
 from mllm_crossget.hooks.alignment import add_alignment_loss
 from mllm_crossget.hooks.cross_tokens import recorded_cross_tokens
+from mllm_crossget.hooks.features import forget_ahead
 from mllm_crossget.hooks.generation import PromptView, option_reader, shift_lengths, with_user_view
 from mllm_crossget.hooks.handle import HANDLE, Handle
 from mllm_crossget.hooks.inputs import (
     cached_columns,
     empty_layout,
     follow_layout,
-    has_images,
+    images_per_row,
     is_full_prompt,
     mask_2d,
+    present,
     refuse_inputs,
     refuse_other_features,
     require_ids,
@@ -30,26 +30,12 @@ from mllm_crossget.hooks.inputs import (
     shrink_new_columns,
     whole_mask,
 )
-from mllm_crossget.hooks.persistence import without_cross_tokens, write_files
 from mllm_crossget.hooks.prompt import LAYOUT, Layout
+from mllm_crossget.hooks.saving import SavedModel
 from mllm_crossget.hooks.text import positional_names
 
 
-class ReducedFeatures(nn.Module):
-    """Mixin for the owner of ``get_image_features``: cuts the cross token off where it would not fit."""
-
-    def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
-        """As the original, one feature fewer per image."""
-        output = super().get_image_features(*args, **kwargs)
-        features = output.pooler_output if hasattr(output, "pooler_output") else output[1]
-        cut = [image[:-1] for image in features]
-        if hasattr(output, "pooler_output"):
-            output.pooler_output = cut
-            return output
-        return (output[0], cut, *output[2:])
-
-
-class ReducedModel(nn.Module):
+class ReducedModel(SavedModel):
     """Mixin for a top-level model with image placeholders in its prompt."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -64,8 +50,9 @@ class ReducedModel(nn.Module):
         refuse_other_features(handle, self.config, kwargs)
         cache = kwargs.get("past_key_values")
         layout = getattr(cache, LAYOUT, None)
-        if has_images(kwargs) and is_full_prompt(self, handle, kwargs):
-            return _forward_shrunk(self, super().forward, handle, kwargs)
+        if present(handle, kwargs) and is_full_prompt(self, handle, kwargs):
+            with forget_ahead(self, handle.family):
+                return _forward_shrunk(self, super().forward, handle, kwargs)
         if layout is not None:
             follow_layout(layout, kwargs)
         return _with_alignment(self, super().forward, handle, kwargs)
@@ -81,50 +68,22 @@ class ReducedModel(nn.Module):
         refuse_inputs(kwargs)
         if "inputs" in kwargs and "input_ids" not in kwargs:
             kwargs["input_ids"] = kwargs.pop("inputs")
-        require_ids(kwargs)
-        nothing_to_do = not has_images(kwargs) and layout is None
+        require_ids(handle, kwargs)
+        nothing_to_do = not present(handle, kwargs) and layout is None
         if option("is_assistant") or "input_ids" not in kwargs or nothing_to_do:
             return super().generate(**kwargs)
         user_ids = kwargs["input_ids"]
         kwargs.setdefault("attention_mask", whole_mask(user_ids, layout, cache, option))
-        shrunk = shrink_for_generate(self, handle, kwargs, layout)
-        if shrunk is None:
-            return super().generate(**kwargs)
-        view = PromptView(user_ids, kwargs["input_ids"].shape[1])
-        shift_lengths(kwargs, option, user_ids.shape[1] - view.compact_length)
-        with_user_view(kwargs, view, option)
-        output = _without_layout(cache, super().generate, kwargs)
+        with forget_ahead(self, handle.family):
+            with torch.no_grad():
+                shrunk = shrink_for_generate(self, handle, kwargs, layout)
+            if shrunk is None:
+                return super().generate(**kwargs)
+            view = PromptView(user_ids, kwargs["input_ids"].shape[1])
+            shift_lengths(kwargs, option, user_ids.shape[1] - view.compact_length)
+            with_user_view(kwargs, view, option)
+            output = _without_layout(cache, super().generate, kwargs)
         return _user_output(output, view, shrunk.layout, cache)
-
-    def save_pretrained(
-        self,
-        save_directory: str | Path,
-        is_main_process: bool = True,
-        state_dict: dict[str, Tensor] | None = None,
-        push_to_hub: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        """As the original - the checkpoint holds the stock weights alone - plus ``crossget_config.json`` and
-        ``crossget.safetensors`` beside it. ``push_to_hub`` uploads the whole folder."""
-        upload = {name: kwargs.pop(name) for name in ("repo_id", "commit_message", "private") if name in kwargs}
-        state = self.state_dict() if state_dict is None else state_dict
-        super().save_pretrained(save_directory, is_main_process, without_cross_tokens(state), **kwargs)
-        if is_main_process:
-            write_files(self, save_directory, state)
-        if push_to_hub:
-            _upload(Path(save_directory), token=kwargs.get("token"), **upload)
-
-
-def _upload(
-    folder: Path,
-    repo_id: str | None = None,
-    commit_message: str = "Upload model",
-    private: bool | None = None,
-    token: str | bool | None = None,
-) -> None:
-    api = HfApi(token=token)
-    repo = api.create_repo(repo_id or folder.name, private=private, exist_ok=True)
-    api.upload_folder(folder_path=folder, repo_id=repo.repo_id, commit_message=commit_message)
 
 
 def _forward_shrunk(model: nn.Module, forward: Any, handle: Handle, kwargs: dict[str, Any]) -> Any:
@@ -183,19 +142,20 @@ def _user_output(output: Any, view: PromptView, layout: Layout, cache: Any) -> A
 
 def _with_alignment(model: nn.Module, forward: Any, handle: Handle, kwargs: dict[str, Any]) -> Any:
     """Run the stock forward; in training, add the alignment loss of the cross tokens (not to tuples)."""
-    if not (model.training and handle.schedule.cross):
+    if not (model.training and handle.schedule.cross and handle.family.vision_projection):
         return forward(**kwargs)
     family = handle.family
     encoder, language_model = module_at(model, handle.encoder_path), module_at(model, family.language_model)
+    rows = images_per_row(model, handle, kwargs) if present(handle, kwargs) else None
     with recorded_cross_tokens(encoder, language_model) as (vision, text):
         output = forward(**kwargs)
     if isinstance(output, tuple):
         return output
-    images = torch.zeros(len(kwargs["input_ids"]), dtype=torch.int64)
-    if vision:
-        is_image = kwargs["input_ids"] == getattr(model.config, family.image_token)
-        images = is_image.sum(dim=1) // handle.schedule.features
-    projector = module_at(model, family.projector)
+    if rows is None or not vision:
+        rows = torch.zeros(len(kwargs["input_ids"]), dtype=torch.int64)
+    towards = [
+        [module_at(model, path) for path in paths] for paths in (family.vision_projection, family.text_projection)
+    ]
     return add_alignment_loss(
-        output, vision[0] if vision else None, text[0] if text else None, projector, images, handle.method.kl
+        output, vision[0] if vision else None, text[0] if text else None, towards, rows, handle.method.kl
     )

@@ -102,7 +102,7 @@ class Layout:
 
 
 def plan_compaction(
-    ids_BL: Tensor, mask_BL: Tensor | None, image_token: int, counts: list[tuple[int, int]], left: bool
+    ids_BL: Tensor, mask_BL: Tensor | None, images: dict[int, list[tuple[int, int]]], left: bool
 ) -> Compaction:
     """Choose the columns that stay: of every image's ``n`` placeholders the last ``k``, of the padding none but what
     rows of different length need.
@@ -112,18 +112,17 @@ def plan_compaction(
     Args:
         ids_BL: (B, L) token ids.
         mask_BL: (B, L) attention mask, or None for all ones.
-        image_token: id of the placeholder.
-        counts: (n, k) of every image, in the order of the flattened batch.
+        images: by the placeholder's token id, (n, k) of every image in the order of the flattened batch.
         left: pad shorter rows on the left.
 
     Raises:
         ValueError: placeholders do not add up to the images, or an image's placeholders cross rows.
     """
-    is_image = ids_BL == image_token
-    _check_rows(is_image, [n for n, _ in counts])
-    keep = torch.cat([torch.arange(n) >= n - k for n, k in counts]).to(ids_BL.device)
-    stays = torch.ones_like(is_image)
-    stays[is_image] = keep
+    stays = torch.ones_like(ids_BL, dtype=torch.bool)
+    for token, counts in images.items():
+        is_image = ids_BL == token
+        _check_rows(is_image, [n for n, _ in counts])
+        stays[is_image] = torch.cat([torch.arange(n) >= n - k for n, k in counts]).to(ids_BL.device)
     if mask_BL is not None:
         stays &= ~outer_padding(mask_BL)
     columns = max(1, int(stays.sum(dim=1).max()))
@@ -135,16 +134,27 @@ def plan_compaction(
     return Compaction(order.masked_fill(~real, 0), real, ids_BL.shape[1])
 
 
-def check_counts(total: int, full: int, compact: int, images: int) -> bool:
+def check_counts(total: int, full: int, compact: int | None, images: int) -> bool:
     """Whether a prompt is still in the processor's layout (True) or compact already (False).
+
+    Args:
+        total: placeholders in the prompt.
+        full, compact: placeholders in the two layouts; None where the compact count is not known in advance (the stock
+            model then compares placeholders with features itself).
+        images: number of images.
 
     Raises:
         ValueError: the number of placeholders fits neither.
     """
-    if total == compact:
+    if total == compact or (compact is None and total < full):
         return False
     if total == full:
         return True
+    if compact is None:
+        raise ValueError(
+            f"the prompt holds {total} image placeholders for {images} image(s) that need {full} together; was it made "
+            "by this model's processor, for these images?"
+        )
     per_image = f"{full // images} (as the processor makes them) or {compact // images} (already reduced)"
     raise ValueError(
         f"the prompt holds {total} image placeholders for {images} image(s); expected {per_image} each, that is {full} "

@@ -166,7 +166,7 @@ class Collator:
             raise ValueError("the model is not accelerated; call accelerate_mllm(model) before Collator(model, ...)")
         config = base_model(model).config
         self.placeholders, self.pad, self.pad_to = handle.schedule.placeholders, pad_token_id, pad_to
-        self.image_token = getattr(config, handle.family.image_token or "")
+        self.image_token = getattr(config, handle.family.modalities[0].token)
         self.side = config_at(config, handle.family.vision_config).image_size
 
     def __call__(self, samples: list[dict[str, Tensor]]) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mllm_crossget import accelerate_mllm, api, method_names, restore_mllm
+from mllm_crossget import accelerate_mllm, method_names, restore_mllm
+from mllm_crossget.hooks import apply
 from mllm_crossget.hooks.journal import Journal
 from tests.api.test_reversible import assert_identical, fingerprint
 from tests.tiny import randomise_cross_tokens, tiny_llava
@@ -76,7 +77,7 @@ def test_an_error_while_changing_the_dial_keeps_the_old_setting(kind) -> None:
     assert_identical(fingerprint(restore_mllm(model)), fingerprint(tiny_llava(layers=3, text_layers=2)))
 
 
-@pytest.mark.parametrize("stage", ["make_schedule", "hook_tower", "hook_text", "_make_cross_tokens"])
+@pytest.mark.parametrize("stage", ["make_schedule", "hook_tower", "hook_text", "_cross_tokens"])
 @pytest.mark.parametrize("error", [Broken, KeyboardInterrupt])
 def test_an_error_in_a_stage(stage, error, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_llava()
@@ -86,7 +87,7 @@ def test_an_error_in_a_stage(stage, error, monkeypatch: pytest.MonkeyPatch) -> N
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(api, stage, broken)
+        patch.setattr(apply, stage, broken)
         with pytest.raises(error):
             accelerate_mllm(model)
     assert_identical(fingerprint(model), expected)

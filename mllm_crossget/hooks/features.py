@@ -1,0 +1,92 @@
+"""From the tower's tokens to the features that take the placeholders' places.
+
+A family names its mixin (``Family.features``); it is put in front of the class that owns ``get_image_features``.
+Features that had to be computed before the prompt could be shrunk (their number depends on the image) are kept for the
+stock code's own call, so that nothing is encoded twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mllm_crossget.families.base import Family, Modality, module_at
+
+_AHEAD = "_mllm_crossget_ahead"
+
+
+class ReducedFeatures(nn.Module):
+    """Mixin for the owner of ``get_image_features``: hands out what was encoded ahead."""
+
+    def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
+        """As the original."""
+        return encoded_ahead(self, "get_image_features", args, kwargs) or super().get_image_features(*args, **kwargs)
+
+
+class CutFeatures(ReducedFeatures):
+    """Cuts the cross token off where it would not fit."""
+
+    def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
+        """As the original, one feature fewer per image."""
+        return with_features(super().get_image_features(*args, **kwargs), _without_last)
+
+
+FEATURES: dict[str, type] = {"plain": ReducedFeatures}
+
+
+def features_of(output: Any) -> Any:
+    """The projected features in what ``get_image_features`` returns: a list of (k, D) or a tensor (images, k, D)."""
+    return output.pooler_output if hasattr(output, "pooler_output") else output[1]
+
+
+def with_features(output: Any, change: Any) -> Any:
+    """The same output with its features changed by a function of them."""
+    if hasattr(output, "pooler_output"):
+        output.pooler_output = change(output.pooler_output)
+        return output
+    return (output[0], change(output[1]), *output[2:])
+
+
+def _without_last(features: Any) -> Any:
+    if isinstance(features, Tensor):
+        return features[:, :-1]
+    return [image[:-1] for image in features]
+
+
+def encode_ahead(model: nn.Module, family: Family, modality: Modality, kwargs: dict[str, Any]) -> list[int]:
+    """Encode the images of a call now and return the number of features of each."""
+    owner = module_at(model, family.features_owner or "")
+    names = (modality.pixels, *modality.arguments)
+    arguments = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+    owner.__dict__.setdefault(_AHEAD, {}).pop(modality.encode, None)
+    output = getattr(owner, modality.encode)(**arguments, return_dict=True)
+    owner.__dict__[_AHEAD][modality.encode] = (_identity(kwargs[modality.pixels]), output)
+    return [len(image) for image in features_of(output)]
+
+
+def encoded_ahead(owner: nn.Module, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What ``encode_ahead`` has kept for this call, or None. It is handed out for the very same pixels only: beams and
+    samples repeat the images in transformers before 5.23, which are then encoded as usual."""
+    kept = owner.__dict__.get(_AHEAD, {}).get(method)
+    if kept is None:
+        return None
+    pixels = args[0] if args else next((v for k, v in kwargs.items() if k.startswith("pixel_values")), None)
+    return kept[1] if isinstance(pixels, Tensor) and _identity(pixels) == kept[0] else None
+
+
+@contextmanager
+def forget_ahead(model: nn.Module, family: Family) -> Iterator[None]:
+    """Drop what was encoded ahead when the ``with`` block ends."""
+    try:
+        yield
+    finally:
+        if family.features_owner is not None:
+            module_at(model, family.features_owner).__dict__.pop(_AHEAD, None)
+
+
+def _identity(pixels: Tensor) -> tuple[int, torch.Size, torch.dtype]:
+    return pixels.data_ptr(), pixels.shape, pixels.dtype

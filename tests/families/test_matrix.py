@@ -1,0 +1,150 @@
+"""The laws that hold for every method on every family, with both attention implementations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from mllm_crossget import accelerate_mllm, method_names, restore_mllm, trace_merges
+from mllm_crossget.families.base import families
+from mllm_crossget.hooks.handle import handle_of
+from tests.families.cases import Case, all_cases
+from tests.hooks.test_gradients import checkpoint_activations
+from tests.tiny import randomise_cross_tokens
+
+CASES = all_cases()
+GREEDY = {"max_new_tokens": 5, "do_sample": False}
+BEAMS = {"max_new_tokens": 5, "do_sample": False, "num_beams": 3}
+
+
+def matrix(*needs: str) -> pytest.MarkDecorator:
+    """Every method x every case that has what the test needs."""
+    wanted = [case for case in CASES if all(getattr(case, need) for need in needs)]
+    pairs = [(method, case) for case in wanted for method in method_names() if method not in case.skip_methods]
+    return pytest.mark.parametrize(
+        ("method", "case"), [pytest.param(*pair, id=f"{pair[1].name}-{pair[0]}") for pair in pairs]
+    )
+
+
+attention_kinds = pytest.mark.parametrize("attention", ["sdpa", "eager"])
+
+
+def learned(case: Case, method: str, attention: str = "sdpa") -> nn.Module:
+    model = accelerate_mllm(case.build(attention), method=method, **case.dial)
+    randomise_cross_tokens(model)
+    return model
+
+
+def test_every_family_has_a_case() -> None:
+    assert {case.model_type for case in CASES} == set(families())
+
+
+@attention_kinds
+@matrix()
+@torch.no_grad()
+def test_a_row_in_a_batch_equals_the_row_alone(method, case, attention) -> None:
+    model = learned(case, method, attention)
+    batch = case.batch(model)
+    together = case.answers(model, batch)
+    for index, row in enumerate(together):
+        (alone,) = case.answers(model, case.row(batch, index))
+        torch.testing.assert_close(row, alone, atol=1e-4, rtol=1e-4)
+
+
+@attention_kinds
+@matrix()
+@torch.no_grad()
+def test_restored_bit_for_bit_and_identity_at_one(method, case, attention) -> None:
+    model = case.build(attention)
+    batch = case.batch(model)
+    before = case.answers(model, batch)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    accelerate_mllm(model, method=method, keep_ratio=1)
+    assert all(torch.equal(a, b) for a, b in zip(case.answers(model, batch), before, strict=True))
+    accelerate_mllm(model, method=method, **case.dial)
+    changed = case.answers(model, batch)
+    assert any(a.shape != b.shape or not torch.equal(a, b) for a, b in zip(changed, before, strict=True))
+    restore_mllm(model)
+    assert all(torch.equal(a, b) for a, b in zip(case.answers(model, batch), before, strict=True))
+    now = model.state_dict()
+    assert now.keys() == state.keys()
+    assert all(torch.equal(now[name], value) for name, value in state.items())
+    assert not [name for name in vars(model) if "crossget" in name]
+
+
+@matrix()
+@torch.no_grad()
+def test_the_tower_has_the_schedules_tokens(method, case) -> None:
+    model = learned(case, method)
+    with trace_merges(model) as trace:
+        case.answers(model, case.batch(model))
+    schedule = handle_of(model).schedule
+    assert sum(schedule.removals) > 0
+    layers = len(schedule.removals)
+    assert [entry.size.shape[1] for entry in trace[:layers]] == list(schedule.tokens[1:])
+    for entry in trace:
+        assert torch.equal(entry.size.sum(dim=1), torch.full_like(entry.size[:, 0], schedule.tokens[0]))
+
+
+@matrix("loss")
+def test_gradient_checkpointing_changes_no_gradient(method, case) -> None:
+    model = learned(case, method)
+    batch = case.batch(model)
+    model.train()
+
+    def gradients() -> dict[str, torch.Tensor]:
+        model.zero_grad(set_to_none=True)
+        torch.manual_seed(0)
+        case.loss(model, batch).backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    expected = gradients()
+    checkpoint_activations(model, reentrant=False)
+    found = gradients()
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+    if method == "crossget":
+        crossed = [name for name in expected if "cross_tokens" in name]
+        assert crossed
+        assert all(expected[name].abs().sum() > 0 for name in crossed)
+
+
+def new_tokens(model: nn.Module, batch: dict, options: dict) -> list[list[int]]:
+    """Generated tokens of every row, without the prompt and without padding at the end."""
+    sequences = model.generate(**batch, **options)
+    prompt = batch["input_ids"].shape[1] if "input_ids" in batch and not model.config.is_encoder_decoder else 0
+    return [strip(row, model.generation_config.pad_token_id) for row in sequences[:, prompt:].tolist()]
+
+
+def strip(row: list[int], pad: int) -> list[int]:
+    while row and row[-1] == pad:
+        row = row[:-1]
+    return row
+
+
+@pytest.mark.parametrize("options", [GREEDY, BEAMS], ids=["greedy", "beams"])
+@matrix("generates")
+@torch.no_grad()
+def test_generate_says_the_same_in_a_batch_and_alone(method, case, options) -> None:
+    model = learned(case, method)
+    batch = case.batch(model)
+    together = new_tokens(model, batch, options)
+    assert any(together)
+    alone = [new_tokens(model, case.row(batch, row), options)[0] for row in range(len(together))]
+    assert together == alone
+
+
+@pytest.mark.parametrize("options", [GREEDY, BEAMS], ids=["greedy", "beams"])
+@matrix("expected")
+@torch.no_grad()
+def test_generate_equals_prompts_compacted_by_hand(method, case, options) -> None:
+    model = learned(case, method)
+    batch = case.batch(model)
+    expected = [
+        strip(row, model.generation_config.pad_token_id)
+        for row in case.expected(case.build("sdpa"), model, batch, **options)
+    ]
+    assert any(expected)
+    assert new_tokens(model, batch, options) == expected
