@@ -32,8 +32,9 @@ class Case:
         dial: a setting that removes a good part of the visual tokens.
         loss: (model, batch) -> a scalar with gradients, or None for models that are not trained.
         generates: whether the model has ``generate``.
-        expected: (stock model with the same weights, model, batch, options of generate) -> new tokens of every row worked out a second way, from
-            hand-compacted prompts and a stock language model; None where the prompt is not changed.
+        expected: (stock model with the same weights, model, batch, options of generate) -> new tokens of every row
+            worked out a second way, from hand-compacted prompts and a stock language model; None where the prompt is
+            not changed.
         skip_methods: methods that the family refuses, with the reason.
     """
 
