@@ -48,7 +48,7 @@ class Options:
     arms: list[str] = field(default_factory=lambda: list(ARMS), metadata={"help": f"of {ARMS}"})
     keep_ratios: list[float] = field(default_factory=lambda: [0.25, 0.125], metadata={"help": "visual tokens kept"})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "of data and adapters"})
-    steps: int = field(default=200, metadata={"help": "optimiser steps of every trained run"})
+    steps: int = field(default=1500, metadata={"help": "optimiser steps of every trained run"})
     batch: int = field(default=16, metadata={"help": "questions in a step"})
     learning_rate: float = field(default=2e-3, metadata={"help": "peak; linear warm-up of 5 %, then cosine to 0"})
     cross_learning_rate: float = field(default=1e-2, metadata={"help": "peak where cross tokens learn alone"})

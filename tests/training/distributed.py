@@ -3,7 +3,7 @@
     torchrun --standalone --nproc_per_node 2 -m tests.training.distributed zero3 OUTPUT_FOLDER [steps] [text_only]
 
 The ways around on a CPU (gloo, no compiled operations, FSDP2 which the Trainer would silently replace by DDP) belong to
-the tests alone.
+the tests alone; "fsdp2-as-users-do" leaves the last one out.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def arguments(backend, folder, processes, steps):
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # plain gloo, nothing to compile
         changes["deepspeed"] = str(CONFIGS / f"{backend}.json")
-    if backend == "fsdp2":
+    if backend.startswith("fsdp2"):
         changes |= {"fsdp": True, "fsdp_config": str(CONFIGS / "fsdp2.json")}
     args = toy_arguments(
         folder,

@@ -50,14 +50,54 @@ def test_ddp(tmp_path, one_process):
     same_trajectory(tmp_path, one_process, "MULTI_CPU")
 
 
+def test_a_backend_that_is_not_active_is_an_error(tmp_path):
+    """On CPUs the Trainer would quietly replace FSDP by DDP."""
+    result = torchrun_result("fsdp2-as-users-do", tmp_path, 2)
+    assert result.returncode != 0
+    assert "fsdp was asked for, but training would run as MULTI_CPU" in result.stderr
+    assert not (tmp_path / "losses.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["accelerate.commands.launch", "--cpu", "--num_processes", "1", "-m", "mllm_crossget"],
+        ["deepspeed.launcher.runner", "--no_local_rank", "--num_gpus", "2", "--module", "mllm_crossget"],
+    ],
+    ids=["accelerate", "deepspeed"],
+)
+def test_the_launchers_of_the_ecosystem_start_the_command(tmp_path, launcher):
+    pytest.importorskip(launcher[0].partition(".")[0])
+    data = tmp_path / "data"
+    subprocess.run(
+        [sys.executable, "scripts/make_toy_data.py", "--folder", data, "--samples", "32"], cwd=ROOT, check=True
+    )
+    command = [sys.executable, "-m", *launcher, "train", "scripts/configs/embedded.yaml"]
+    options = {"train_data": data / "train.json", "output_dir": tmp_path / "out", "max_steps": 2}
+    options |= {"per_device_train_batch_size": 2, "logging_steps": 1}
+    options |= {"deepspeed": "scripts/configs/zero3.json"} if "deepspeed" in launcher[0] else {}
+    command += [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    assert state["global_step"] == 2
+    saved = {file.name for file in (tmp_path / "out").iterdir()}
+    assert {"crossget.safetensors", "adapter_model.safetensors"} <= saved
+
+
 def torchrun(*words):
+    result = torchrun_result(*words)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def torchrun_result(*words):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += ["-m", "tests.training.distributed", *map(str, words)]
-    result = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False)
 
 
 @pytest.mark.slow
