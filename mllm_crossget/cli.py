@@ -64,9 +64,9 @@ COMMANDS: dict[str, Command] = {
         extra="viz",
     ),
     "families": Command(
-        "mllm_crossget.benchmark.inspect_model:FamiliesOptions",
-        "mllm_crossget.benchmark.inspect_model:list_families",
-        "list the supported model families",
+        "mllm_crossget.benchmark.family_table:FamiliesOptions",
+        "mllm_crossget.benchmark.family_table:list_families",
+        "list the supported model families, and those that are refused and why",
     ),
     "inspect": Command(
         "mllm_crossget.benchmark.inspect_model:InspectOptions",

@@ -1,4 +1,4 @@
-"""Write the README's tables from the JSON files in eval/results.
+"""Write the README's tables from the JSON files in eval/results, and the table of families from the registry.
 
 python scripts/readme_tables.py           # rewrite README.md
 python scripts/readme_tables.py --check   # exit 1 if README.md does not match the files
@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from transformers import HfArgumentParser
+
+from mllm_crossget.benchmark.family_table import markdown_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "eval" / "results"
@@ -103,8 +105,8 @@ TABLES = {
 
 def rendered(text: str) -> str:
     """The README with every marked table made anew; a table without its file is an error."""
-    for name, (make, file) in TABLES.items():
-        table = make(json.loads((RESULTS / file).read_text()))
+    tables = {name: make(json.loads((RESULTS / file).read_text())) for name, (make, file) in TABLES.items()}
+    for name, table in {**tables, "families": markdown_tables()}.items():
         block = f"<!-- table:{name} -->\n{table}\n<!-- /table:{name} -->"
         pattern = rf"<!-- table:{name} -->.*?<!-- /table:{name} -->"
         text, count = re.subn(pattern, lambda _, block=block: block, text, flags=re.S)

@@ -84,7 +84,11 @@ def test_inspect_a_local_folder(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 def test_families(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["families", "--json"]) == 0
-    known = {row["model_type"]: row for row in json.loads(capsys.readouterr().out)}
+    printed = json.loads(capsys.readouterr().out)
+    known = {row["model_type"]: row for row in printed["supported"]}
+    assert not known.keys() & {row["model_type"] for row in printed["refused"]}
+    assert all(row["reduces"] for row in known.values())
+    assert all(row["reason"] for row in printed["refused"])
     assert "siglip_vision_model" in known["llava"]["towers"]
     assert cli.main(["families"]) == 0
     assert "llava" in capsys.readouterr().out

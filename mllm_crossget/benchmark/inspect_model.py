@@ -1,4 +1,4 @@
-"""``mllm-crossget inspect`` and ``families``: what a reduction does to a model, told without its weights."""
+"""``mllm-crossget inspect``: what a reduction does to a model, told without its weights."""
 
 from __future__ import annotations
 
@@ -34,17 +34,6 @@ class InspectOptions:
     name_or_path: str
     text_tokens: int = 60
     new_tokens: int = 0
-    json: bool = False
-
-
-@dataclass
-class FamiliesOptions:
-    """How to print the families.
-
-    Args:
-        json: print JSON instead of a table.
-    """
-
     json: bool = False
 
 
@@ -94,19 +83,6 @@ def inspection(config: Any, method: Method, text_tokens: int = 60, new_tokens: i
         "new_tokens": new_tokens,
         "flops": {"before": costs[0].to_dict(), "after": costs[1].to_dict(), "ratio": costs[1].total / costs[0].total},
     }
-
-
-def list_families(options: FamiliesOptions) -> None:
-    """Print the registered model families."""
-    known = families().values()
-    if options.json:
-        rows = [{"model_type": kind.model_type, "towers": kind.towers, "reduces": kind.note} for kind in known]
-        print(json.dumps(rows, indent=2))
-        return
-    table = Table("model type", "vision towers", "where tokens are reduced", title="Supported model families")
-    for kind in known:
-        table.add_row(kind.model_type, "\n".join(kind.towers), kind.note)
-    Console().print(table)
 
 
 def _without_weights(config: Any) -> nn.Module:

@@ -1,0 +1,67 @@
+"""``mllm-crossget families``: what is served and where its tokens are reduced; what is refused, and why."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from mllm_crossget import families as _registered_families  # noqa: F401 - registers them
+from mllm_crossget.families.base import families, refused_families
+
+SERVED = ("model type", "vision towers", "where tokens are reduced", "what is exact")
+REFUSED = ("model type", "why it is refused")
+
+
+@dataclass
+class FamiliesOptions:
+    """How to print the families.
+
+    Args:
+        json: print JSON instead of tables.
+    """
+
+    json: bool = False
+
+
+def served_rows() -> list[tuple[str, str, str, str]]:
+    """Model type, towers, where tokens are reduced and what is exact, of every registered family."""
+    return [(kind.model_type, ", ".join(kind.towers), kind.note, kind.exact) for kind in families().values()]
+
+
+def refused_rows() -> list[tuple[str, str]]:
+    """Model type and reason of everything that is refused by name."""
+    return sorted(refused_families().items())
+
+
+def list_families(options: FamiliesOptions) -> None:
+    """Print the registered model families, and those that are refused by name."""
+    if options.json:
+        served = [dict(zip(("model_type", "towers", "reduces", "exact"), row, strict=True)) for row in served_rows()]
+        refused = [{"model_type": model_type, "reason": reason} for model_type, reason in refused_rows()]
+        print(json.dumps({"supported": served, "refused": refused}, indent=2))
+        return
+    console = Console()
+    for title, heads, rows in (
+        ("Supported model families", SERVED, served_rows()),
+        ("Refused by name", REFUSED, refused_rows()),
+    ):
+        table = Table(*heads, title=title, show_lines=True)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+
+
+def markdown_tables() -> str:
+    """The same tables in Markdown, for the README."""
+    parts = []
+    for heads, rows in ((SERVED, served_rows()), (REFUSED, refused_rows())):
+        lines = [_markdown_row(heads), "|" + "---|" * len(heads), *map(_markdown_row, rows)]
+        parts.append("\n".join(lines) if rows else "")
+    return "\n\n".join(filter(None, parts))
+
+
+def _markdown_row(cells: tuple[str, ...]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
