@@ -63,6 +63,13 @@ COMMANDS: dict[str, Command] = {
         "accelerate the small model that ships with the package and show what it costs",
         extra="viz",
     ),
+    "eval": Command(
+        "mllm_crossget.integrations.lmms_eval.experiment:EvalOptions",
+        "mllm_crossget.integrations.lmms_eval.experiment:run",
+        "run a suite of lmms-eval tasks over methods and keep ratios: mllm-crossget eval experiment.yaml",
+        extra="eval",
+        takes_file=True,
+    ),
     "families": Command(
         "mllm_crossget.benchmark.family_table:FamiliesOptions",
         "mllm_crossget.benchmark.family_table:list_families",

@@ -25,7 +25,7 @@ TEXT_MODELS = ("gemma", "llama", "mistral", "qwen2", "qwen3")
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs of one image and one prompt, by part.
+    """FLOPs of one prompt and its images, by part.
 
     Attributes:
         patch_embedding: the convolution that makes patches into tokens.
@@ -57,15 +57,23 @@ class Flops:
 
 
 def model_flops(
-    config: Any, method: Method, *, text_tokens: int = 60, new_tokens: int = 0, one_softmax: bool = False
+    config: Any,
+    method: Method,
+    *,
+    text_tokens: int = 60,
+    new_tokens: int = 0,
+    images: int = 1,
+    one_softmax: bool = False,
 ) -> Flops:
-    """FLOPs of a model for one image and one prompt under a reduction; ``keep_ratio=1`` gives the untouched model.
+    """FLOPs of a model for one prompt, with one image by default, under a reduction; ``keep_ratio=1`` gives the
+    untouched model.
 
     Args:
         config: a transformers configuration of a registered family, such as a ``LlavaConfig``.
         method: the reduction, such as ``CrossGetConfig(r=13)``.
         text_tokens: tokens of the prompt that are no image placeholders.
         new_tokens: tokens to generate. The first one comes from the prompt's logits, so 0 and 1 decode nothing.
+        images: images in the prompt, 0 or more.
         one_softmax: how the importance is computed. False: from a second QKᵀ beside a fused attention kernel (GPU, or
             with gradients). True: attention and importance share one map (CPU without gradients).
 
@@ -75,17 +83,17 @@ def model_flops(
     Raises:
         ValueError: a model type without a formula, a negative count, or a dial that the tower cannot meet.
     """
-    _check_counts(text_tokens, new_tokens)
+    _check_counts(text_tokens=text_tokens, new_tokens=new_tokens, images=images)
     family = _family(config)
     schedule = make_schedule(method, family.geometry(config))
     vision = config_at(config, family.vision_config)
     visual = schedule.features if family.llm_tokens is None else family.llm_tokens(config, schedule.features)
-    prefill, lm_head, decode = _language_flops(config, family, visual + text_tokens, new_tokens)
+    prefill, lm_head, decode = _language_flops(config, family, images * visual + text_tokens, new_tokens)
     return Flops(
-        patch_embedding=_patch_embedding(vision, family),
-        encoder=_encoder(vision, schedule),
-        reducer=_reducer(vision, schedule, method, one_softmax),
-        projector=_connector(config, family, schedule),
+        patch_embedding=images * _patch_embedding(vision, family),
+        encoder=images * _encoder(vision, schedule),
+        reducer=images * _reducer(vision, schedule, method, one_softmax),
+        projector=images * _connector(config, family, schedule),
         prefill=prefill,
         lm_head=lm_head,
         decode=decode,
@@ -105,8 +113,8 @@ def matching_flops(method: Method, tokens: int, width: int, removed: int) -> int
     return int(counter.get_total_flops())
 
 
-def _check_counts(text_tokens: int, new_tokens: int) -> None:
-    for name, value in (("text_tokens", text_tokens), ("new_tokens", new_tokens)):
+def _check_counts(**counts: int) -> None:
+    for name, value in counts.items():
         if value < 0:
             raise ValueError(f"{name} must be at least 0, got {value}")
 

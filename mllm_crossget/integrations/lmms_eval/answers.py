@@ -1,0 +1,94 @@
+"""The answer log: every batch is on disk before the next one starts, so that a killed run goes on where it was.
+
+One JSON line per batch in ``answers.rank<r>.jsonl``, after a line that says which run it is. A run reads the files of
+all ranks, so that it may go on with another number of processes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, TextIO
+
+from mllm_crossget.integrations.lmms_eval.requests import Request
+
+
+class AnswerLog:
+    """Answers of a run by request, in memory and, if there is a folder, on disk.
+
+    Args:
+        folder: where the files are; None keeps the answers in memory only.
+        settings: what the answers depend on, as JSON types.
+        rank: of this process.
+
+    Raises:
+        ValueError: the folder holds the answers of a run with other settings, or a damaged file.
+    """
+
+    def __init__(self, folder: Path | None, settings: dict[str, Any], rank: int) -> None:
+        self.batches: list[dict[str, Any]] = []
+        self._texts: dict[tuple[str, ...], dict[str, Any]] = {}
+        self._file: TextIO | None = None
+        if folder is None:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        own = folder / f"answers.rank{rank}.jsonl"
+        for path in sorted(folder.glob("answers.rank*.jsonl")):
+            for record in _records(path, settings, repair=path == own):
+                self._remember(record, mine=path == own)
+        self._file = own.open("a", encoding="utf-8")
+        if own.stat().st_size == 0:
+            self._write({"run": settings})
+
+    def get(self, request: Request) -> dict[str, Any] | None:
+        """The logged answer to a request, or None."""
+        return self._texts.get(request.key)
+
+    def add(self, batch: dict[str, Any]) -> None:
+        """Log a batch: ``answers`` (each with key, text and counts), ``seconds`` and ``peak_memory``."""
+        self._remember(batch, mine=True)
+        if self._file is not None:
+            self._write(batch)
+
+    def _remember(self, batch: dict[str, Any], mine: bool) -> None:
+        if mine:
+            self.batches.append(batch)
+        self._texts |= {tuple(answer["key"]): answer for answer in batch["answers"]}
+
+    def _write(self, record: dict[str, Any]) -> None:
+        assert self._file is not None  # callers have looked
+        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+def read_batches(folder: Path) -> list[dict[str, Any]]:
+    """All ranks' batches from a folder of finished answer logs; empty if there are none."""
+    texts = [_whole_lines(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("answers.rank*.jsonl"))]
+    records = [json.loads(line) for text in texts for line in text.splitlines()]
+    return [record for record in records if "answers" in record]
+
+
+def _whole_lines(text: str) -> str:
+    return text[: text.rfind("\n") + 1]
+
+
+def _records(path: Path, settings: dict[str, Any], repair: bool) -> list[dict[str, Any]]:
+    """The batches of one file. What a kill left of a last line is dropped, and cut off in the process's own file."""
+    text = path.read_text(encoding="utf-8")
+    whole = _whole_lines(text)
+    if repair and whole != text:
+        path.write_text(whole, encoding="utf-8")
+    try:
+        records = [json.loads(line) for line in whole.splitlines()]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it to start anew") from error
+    found = records[0].get("run", {}) if records else settings
+    if found != settings:
+        differing = sorted(name for name in {*settings, *found} if settings.get(name) != found.get(name))
+        raise ValueError(
+            f"{path} holds the answers of a run with other settings ({', '.join(differing)}): delete it, or give "
+            "another folder"
+        )
+    return records[1:]
