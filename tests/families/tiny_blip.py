@@ -9,6 +9,11 @@ from torch import Tensor, nn
 from transformers import (
     Blip2Config,
     Blip2ForConditionalGeneration,
+    BlipConfig,
+    BlipForConditionalGeneration,
+    BlipForImageTextRetrieval,
+    BlipForQuestionAnswering,
+    BlipModel,
     InstructBlipConfig,
     InstructBlipForConditionalGeneration,
     InstructBlipVideoConfig,
@@ -47,6 +52,14 @@ _CLASSES = {
     "blip-2": (Blip2Config, Blip2ForConditionalGeneration),
     "instructblip": (InstructBlipConfig, InstructBlipForConditionalGeneration),
     "instructblipvideo": (InstructBlipVideoConfig, InstructBlipVideoForConditionalGeneration),
+}
+
+
+BLIP_TASKS = {
+    "captioning": BlipForConditionalGeneration,
+    "questions": BlipForQuestionAnswering,
+    "retrieval": BlipForImageTextRetrieval,
+    "both towers": BlipModel,
 }
 
 
@@ -93,6 +106,39 @@ def tiny_blip2(model_type: str = "blip-2", text: str = "opt", *, attention: str 
             if name.endswith("Attention.q.weight"):  # T5 does not scale its logits: trained queries are small
                 parameter.mul_(0.1)
     return model.eval()
+
+
+def tiny_blip(task: str = "captioning", *, seed: int = 0) -> Any:
+    """A BLIP for "captioning", "questions", "retrieval" or "both towers" (``BlipModel``)."""
+    text = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 64,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "label_smoothing": 0.0,
+        "pad_token_id": PAD,
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+        "sep_token_id": EOS,
+    }
+    model = BLIP_TASKS[task](BlipConfig(text_config=text, vision_config=dict(_VISION), projection_dim=16))
+    if hasattr(model, "text_decoder"):
+        model.generation_config.pad_token_id = PAD
+        model.text_decoder.generation_config.suppress_tokens = [PAD, BOS, EOS]
+    _randomise(model, seed)
+    return model.eval()
+
+
+def blip_batch(model: nn.Module, seed: int = 0, rows: int = 3) -> dict[str, Tensor]:
+    """Texts with BOS in front, padded on the right, and an image each; for question answering texts of one length, as
+    the stock decoder looks at a question's padding too."""
+    length = min(LENGTHS) if isinstance(model, BlipForQuestionAnswering) else None
+    ids, mask = padded([[BOS, *row[:length]] for row in words(rows, seed)])
+    return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels(model, rows, seed)}
 
 
 def words(rows: int, seed: int = 0) -> list[list[int]]:
