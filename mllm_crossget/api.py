@@ -12,7 +12,15 @@ from torch import nn
 from mllm_crossget import families as _registered_families  # noqa: F401 - registers them
 from mllm_crossget import methods as _registered_methods  # noqa: F401 - registers them
 from mllm_crossget.config import ReductionConfig, method_class
-from mllm_crossget.families.base import Family, config_at, families, module_at, refused_families, tower_kind
+from mllm_crossget.families.base import (
+    Family,
+    config_at,
+    families,
+    module_at,
+    refused_families,
+    text_side_of,
+    tower_kind,
+)
 from mllm_crossget.hooks.apply import apply_method
 from mllm_crossget.hooks.attention import attention_problem
 from mllm_crossget.hooks.handle import base_model, handle_of, live_cross_tokens
@@ -174,6 +182,8 @@ def supported_family(model: nn.Module) -> Family:
             f"{', '.join(sorted(known))}"
         )
     family = known[model_type]
+    if family.for_model is not None:
+        family = family.for_model(model)
     family.geometry(model.config)
     _check_structure(model, family)
     return family
@@ -183,6 +193,8 @@ def _check_structure(model: nn.Module, family: Family) -> None:
     """Everything that the hooks rely on is there. Raises ``ValueError`` that names what is missing."""
     paths = [family.tower, family.language_model, family.projector, family.features_owner]
     paths += [*family.vision_projection, *family.text_projection]
+    side = text_side_of(family, model.config)
+    paths += [side.model, f"{side.model}.{side.layers}"] if side is not None else []
     for path in filter(None, paths):
         try:
             module_at(model, path)

@@ -177,9 +177,9 @@ def _randomise(model: nn.Module, seed: int) -> None:
     for name, parameter in sorted(model.named_parameters()):
         values = torch.randn(parameter.shape, generator=generator)
         with torch.no_grad():
-            if parameter.ndim == 1 and "norm" in name and name.endswith("weight"):
+            if parameter.ndim == 1 and "norm" in name.lower() and name.endswith("weight"):
                 parameter.copy_(1.0 + 0.1 * values)
-            elif parameter.ndim == 1:
+            elif parameter.ndim <= 1:
                 parameter.copy_(0.1 * values)
             elif "embed" in name and parameter.ndim == 2:
                 parameter.copy_(0.5 * values)

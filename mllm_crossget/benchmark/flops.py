@@ -14,13 +14,11 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from mllm_crossget.benchmark.language import language_costs
 from mllm_crossget.costs import attention_flops, linear_flops
-from mllm_crossget.families.base import Family, config_at, families
+from mllm_crossget.families.base import TOWERS, Family, config_at, families
 from mllm_crossget.methods.base import Method, Signals
 from mllm_crossget.schedule import Schedule, make_schedule
-
-# Decoders whose layers are q, k, v, o and a gated MLP of three matrices; another one may have another formula.
-TEXT_MODELS = ("gemma", "llama", "mistral", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True)
@@ -32,8 +30,9 @@ class Flops:
         encoder: every layer of the vision tower that the model runs (also those behind the one that is read), and
             SigLIP's pooling head where the tower has one.
         reducer: what the reduction itself adds: similarities of the matching and importance of the tokens.
-        projector: vision features to the width of the language model.
-        prefill: the layers of the language model on visual and text tokens.
+        projector: vision features to the width of the language model, with a Q-Former where there is one.
+        prefill: the layers of the language model on visual and text tokens; of an encoder-decoder the encoder, and the
+            decoder on its first token.
         lm_head: logits of the prompt's last token.
         decode: the steps for the second and later new tokens, with a KV cache, logits included.
     """
@@ -88,12 +87,12 @@ def model_flops(
     schedule = make_schedule(method, family.geometry(config))
     vision = config_at(config, family.vision_config)
     visual = schedule.features if family.llm_tokens is None else family.llm_tokens(config, schedule.features)
-    prefill, lm_head, decode = _language_flops(config, family, images * visual + text_tokens, new_tokens)
+    prefill, lm_head, decode = _language_flops(config, family, images * visual, text_tokens, new_tokens)
     return Flops(
         patch_embedding=images * _patch_embedding(vision, family),
         encoder=images * _encoder(vision, schedule),
         reducer=images * _reducer(vision, schedule, method, one_softmax),
-        projector=images * _connector(config, family, schedule),
+        projector=images * _connector(config, family, schedule, text_tokens),
         prefill=prefill,
         lm_head=lm_head,
         decode=decode,
@@ -129,7 +128,8 @@ def _family(config: Any) -> Family:
 
 def _patch_embedding(vision: Any, family: Family) -> int:
     patches = (vision.image_size // vision.patch_size) ** 2
-    return linear_flops(patches, vision.num_channels * vision.patch_size**2, vision.hidden_size)
+    channels = getattr(vision, "num_channels", 3)  # the BLIP towers' configurations do not say
+    return linear_flops(patches, channels * vision.patch_size**2, vision.hidden_size)
 
 
 def _encoder(vision: Any, schedule: Schedule) -> int:
@@ -156,44 +156,33 @@ def _reducer(vision: Any, schedule: Schedule, method: Method, one_softmax: bool)
     """Per reducing layer: the matching on head-averaged keys and, where asked for, the importance: a product of the
     query weights with every head's map, and QKᵀ once more unless attention shares its map."""
     heads, width = vision.num_attention_heads, vision.hidden_size
+    has_map = TOWERS[vision.model_type].names.fused  # the attention keeps its map, and its mean over heads is enough
     total = 0
     for tokens, removed in zip(schedule.tokens, schedule.removals, strict=False):
         if not removed:
             continue
         total += matching_flops(method, tokens, width // heads, removed)
         if method.needs_importance:
-            total += 2 * tokens * tokens * heads
-            total += 0 if one_softmax else 2 * tokens * tokens * width
+            total += 2 * tokens * tokens * (1 if has_map else heads)
+            total += 0 if one_softmax or has_map else 2 * tokens * tokens * width
     return total
 
 
-def _connector(config: Any, family: Family, schedule: Schedule) -> int:
+def _connector(config: Any, family: Family, schedule: Schedule, text_tokens: int) -> int:
     """What lies between tower and language model; a cross token that would not fit is cut off behind it."""
     if family.connector_flops is None:
         return 0
-    return family.connector_flops(config, schedule.features + schedule.drop_cross)
+    text = 0 if family.connector_text_flops is None else family.connector_text_flops(config, text_tokens)
+    return text + family.connector_flops(config, schedule.features + schedule.drop_cross)
 
 
-def _language_flops(config: Any, family: Family, prompt: int, new_tokens: int) -> tuple[int, int, int]:
+def _language_flops(
+    config: Any, family: Family, visual: int, text_tokens: int, new_tokens: int
+) -> tuple[int, int, int]:
     """Prefill, logits of the last token, and decoding."""
+    if family.language_flops is not None:
+        return family.language_flops(config, visual, text_tokens, new_tokens)
     if family.language_model is None:
         return 0, 0, 0
-    text = config.get_text_config()
-    if text.model_type not in TEXT_MODELS:
-        raise ValueError(
-            f"no FLOPs formula for a {text.model_type!r} language model; there are formulas for "
-            f"{', '.join(TEXT_MODELS)}"
-        )
-    head = linear_flops(1, text.hidden_size, text.vocab_size)
-    decode = sum(_text_layers(text, 1, prompt + step) + head for step in range(1, new_tokens))
-    return _text_layers(text, prompt, prompt), head, decode
-
-
-def _text_layers(text: Any, queries: int, keys: int) -> int:
-    """Per layer: q and o, k and v (fewer heads under GQA), attention, and a gated MLP of three matrices."""
-    width, heads = text.hidden_size, text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or width // heads
-    kv_width = head_dim * (getattr(text, "num_key_value_heads", None) or heads)
-    projections = 2 * linear_flops(queries, width, heads * head_dim) + 2 * linear_flops(queries, width, kv_width)
-    mlp = 3 * linear_flops(queries, width, text.intermediate_size)
-    return int(text.num_hidden_layers * (projections + attention_flops(queries, keys, heads * head_dim) + mlp))
+    costs = language_costs(getattr(config, "text_config", config), visual + text_tokens, new_tokens)
+    return costs.prefill, costs.lm_head, costs.decode

@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, LlavaConfig
 
+from mllm_crossget.benchmark.blip_geometries import BLIP_GEOMETRIES, BlipGeometry, QFormerGeometry
+
 
 @dataclass(frozen=True)
 class Stack:
@@ -49,7 +51,8 @@ class LlavaGeometry:
 
 _CLIP_LARGE = Stack(width=1024, layers=24, heads=16, mlp=4096)
 
-GEOMETRIES: dict[str, LlavaGeometry] = {
+GEOMETRIES: dict[str, LlavaGeometry | QFormerGeometry | BlipGeometry] = {
+    **BLIP_GEOMETRIES,
     "llava-1.5-7b": LlavaGeometry(
         vision=_CLIP_LARGE,
         text=Stack(width=4096, layers=32, heads=32, mlp=11008),

@@ -9,20 +9,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from mllm_crossget.schedule import TowerGeometry
 
 
 @dataclass(frozen=True)
 class LayerNames:
-    """Attribute names inside an encoder (``layers``) and inside its pre-norm layers."""
+    """Attribute names inside an encoder (``layers``) and inside its pre-norm layers.
+
+    ``fused`` tells that the attention multiplies ``qkv`` itself and does not use transformers' attention interface.
+    """
 
     layers: str = "layers"
     norm1: str = "layer_norm1"
     attention: str = "self_attn"
     norm2: str = "layer_norm2"
     mlp: str = "mlp"
+    fused: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,31 @@ class TowerKind:
 
 CLIP_TOWER = TowerKind("clip_vision_model", prefix=1)
 SIGLIP_TOWER = TowerKind("siglip_vision_model", prefix=0)
-TOWERS = {kind.model_type: kind for kind in (CLIP_TOWER, SIGLIP_TOWER)}
+BLIP_TOWER = TowerKind("blip_vision_model", prefix=1, names=LayerNames(fused=True))
+BLIP2_TOWER = TowerKind("blip_2_vision_model", prefix=1)
+INSTRUCTBLIP_TOWER = TowerKind("instructblip_vision_model", prefix=1)
+INSTRUCTBLIPVIDEO_TOWER = TowerKind("instructblipvideo_vision_model", prefix=1)
+TOWERS = {
+    kind.model_type: kind
+    for kind in (CLIP_TOWER, SIGLIP_TOWER, BLIP_TOWER, BLIP2_TOWER, INSTRUCTBLIP_TOWER, INSTRUCTBLIPVIDEO_TOWER)
+}
+
+
+@dataclass(frozen=True)
+class TextSide:
+    """Where text cross tokens are written: into the first real token of every row's text, in front of every layer.
+
+    Args:
+        model: path to the module that is called with the text and its mask (a decoder, an encoder, a Q-Former).
+        layers: path from there to the list of layers.
+        config: path from the configuration to the part that holds ``hidden_size``.
+        skip: real tokens in front of the text that are no text (query tokens, image features).
+    """
+
+    model: str
+    layers: str = "layers"
+    config: str = "text_config"
+    skip: int = 0
 
 
 @dataclass(frozen=True)
@@ -86,17 +114,26 @@ class Family:
         towers: the tower kinds that are served.
         note: one line for the table of families: where tokens are reduced.
         exact: one line for the table: what equals the untouched model or a reference exactly, what is left out.
-        language_model: path to the decoder that takes text cross tokens, or None.
+        language_model: path to the language model (its decoder, or the model with its head), or None.
+        text_side: configuration -> where text cross tokens are written; None: in the ``layers`` of ``language_model``.
+        language_layers: configuration -> paths of the language model's lists of layers, which LoRA adapts; None:
+            ``layers`` of ``language_model``.
         projector: path to the module that maps vision features to the text width, or None.
         vision_projection: paths of the modules that map a vision cross token, one after the other, to where it is
             compared with the text cross token; empty where there is no such map (then there is no alignment loss).
         text_projection: likewise for a text cross token; empty leaves it as it is.
+        images_per_row: (configuration, keyword arguments of the call) -> (B,) images in every row of the text; None:
+            the same number for every row. Only asked where ``modalities`` is empty.
         features_owner: path to the module whose ``get_image_features`` the top model calls, or None.
         features: how features reach the prompt, a name known to ``hooks.features``.
         modalities: visual inputs with placeholders in the prompt; empty where the language side gets as many tokens as
             without reduction, or has no prompt.
         llm_tokens: (configuration, tower features) -> visual tokens that the language model gets; None: all features.
         connector_flops: (configuration, tower features) -> FLOPs between tower and language model.
+        connector_text_flops: (configuration, text tokens) -> FLOPs that the text adds there.
+        language_flops: (configuration, visual tokens, text tokens, new tokens) -> FLOPs of prefill, logits of the last
+            token, decoding; None: a language model that reads visual and text tokens as one prompt.
+        for_model: model -> the family as it is for this class of model, where several classes share a model type.
     """
 
     model_type: str
@@ -107,14 +144,20 @@ class Family:
     note: str
     exact: str = ""
     language_model: str | None = None
+    text_side: Callable[[Any], TextSide | None] | None = None
+    language_layers: Callable[[Any], tuple[str, ...]] | None = None
     projector: str | None = None
     vision_projection: tuple[str, ...] = ()
     text_projection: tuple[str, ...] = ()
+    images_per_row: Callable[[Any, dict[str, Any]], Tensor] | None = None
     features_owner: str | None = None
     features: str = "plain"
     modalities: tuple[Modality, ...] = ()
     llm_tokens: Callable[[Any, int], int] | None = None
     connector_flops: Callable[[Any, int], int] | None = None
+    connector_text_flops: Callable[[Any, int], int] | None = None
+    language_flops: Callable[[Any, int, int, int], tuple[int, int, int]] | None = None
+    for_model: Callable[[Any], Family] | None = None
 
 
 _FAMILIES: dict[str, Family] = {}
@@ -140,6 +183,20 @@ def refuse_family(model_type: str, reason: str) -> None:
 def refused_families() -> dict[str, str]:
     """Reasons by model type."""
     return dict(_REFUSED)
+
+
+def text_side_of(family: Family, config: Any) -> TextSide | None:
+    """Where the text cross tokens of a model with this configuration are written, or None."""
+    if family.text_side is not None:
+        return family.text_side(config)
+    return None if family.language_model is None else TextSide(family.language_model)
+
+
+def language_layers_of(family: Family, config: Any) -> tuple[str, ...]:
+    """Paths of the language model's lists of layers; empty for a family without a language model."""
+    if family.language_layers is not None:
+        return family.language_layers(config)
+    return () if family.language_model is None else (f"{family.language_model}.layers",)
 
 
 def module_at(root: nn.Module, path: str) -> nn.Module:

@@ -32,7 +32,8 @@ def add_alignment_loss(
         kl: form of the divergence.
     """
     if text_cross is None or vision_cross is None:
-        loss = output.logits.new_zeros((), dtype=torch.float32)
+        known = next((value for value in output.values() if isinstance(value, Tensor)), torch.zeros(()))
+        loss = torch.zeros((), dtype=torch.float32, device=known.device)
     else:
         row_of_image = torch.arange(len(images_per_row), device=text_cross.device).repeat_interleave(
             images_per_row.to(text_cross.device)
@@ -62,7 +63,8 @@ def _project(modules: list[nn.Module], tokens: Tensor) -> Tensor:
         parameter.requires_grad_(False)
     try:
         for module in modules:
-            tokens = module(tokens)
+            dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), tokens.dtype)
+            tokens = module(tokens.to(dtype))  # a Q-Former stays in float32 in a half precision model
         return tokens
     finally:
         for parameter in trained:

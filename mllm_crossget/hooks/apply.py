@@ -7,13 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from mllm_crossget.families.base import Family, config_at, module_at, tower_kind
+from mllm_crossget.families.base import Family, config_at, module_at, text_side_of, tower_kind
 from mllm_crossget.hooks.cross_tokens import CrossTokens
 from mllm_crossget.hooks.features import FEATURES, CutFeatures
 from mllm_crossget.hooks.handle import HANDLE, Handle
 from mllm_crossget.hooks.journal import Journal
-from mllm_crossget.hooks.model import ReducedModel
-from mllm_crossget.hooks.saving import SavedModel
+from mllm_crossget.hooks.model import AlignedModel, ReducedModel
 from mllm_crossget.hooks.text import hook_text
 from mllm_crossget.hooks.tower import hook_tower
 from mllm_crossget.methods.base import Method
@@ -60,14 +59,15 @@ def _hook_vision(model: Any, handle: Handle) -> None:
 
 
 def _hook_language(model: Any, handle: Handle) -> None:
-    path = handle.family.language_model
-    if path is None or not handle.schedule.cross:
+    side = text_side_of(handle.family, model.config)
+    if side is None or not handle.schedule.cross:
         return
-    language_model: Any = module_at(model, path)
-    layers = language_model.layers
-    tokens = _cross_tokens(handle, "text", layers, model.config.get_text_config().hidden_size)
-    handle.cross_paths["text"] = f"{path}.cross_tokens"
-    hook_text(handle.journal, language_model, layers, tokens)
+    language_model = module_at(model, side.model)
+    layers: Any = module_at(language_model, side.layers)
+    tokens = _cross_tokens(handle, "text", layers, config_at(model.config, side.config).hidden_size)
+    handle.text_path = side.model
+    handle.cross_paths["text"] = f"{side.model}.cross_tokens"
+    hook_text(handle.journal, language_model, layers, tokens, side.skip)
 
 
 def _hook_top(model: Any, handle: Handle) -> None:
@@ -79,7 +79,7 @@ def _hook_top(model: Any, handle: Handle) -> None:
             journal.swap_class(owner, FEATURES[family.features])
         elif handle.schedule.drop_cross or counted:
             journal.swap_class(owner, CutFeatures if handle.schedule.drop_cross else FEATURES["plain"])
-    journal.swap_class(model, ReducedModel if family.modalities else SavedModel)
+    journal.swap_class(model, ReducedModel if family.modalities else AlignedModel)
 
 
 def _cross_tokens(handle: Handle, place: str, layers: nn.ModuleList, width: int) -> nn.Module:

@@ -53,8 +53,14 @@ class AttentionSlot:
         return self.keys, self.importance
 
 
-def hook_attention(journal: Journal, attention: nn.Module) -> None:
-    """Route one attention module through ``reduced_attention``."""
+def hook_attention(journal: Journal, attention: nn.Module, fused: bool = False) -> None:
+    """Route one attention module through ``reduced_attention``.
+
+    Args:
+        journal: where the changes are written.
+        attention: one layer's attention.
+        fused: whether it multiplies ``qkv`` itself instead of calling transformers' attention interface.
+    """
     shadow = copy.copy(attention.config)
     shadow.__dict__[_IMPLEMENTATION_FIELD] = IMPLEMENTATION
     if IMPLEMENTATION not in ALL_ATTENTION_FUNCTIONS.valid_keys():
@@ -62,6 +68,21 @@ def hook_attention(journal: Journal, attention: nn.Module) -> None:
     journal.set_attribute(attention, _OWN_CONFIG, attention.config)
     journal.set_attribute(attention, "config", shadow)
     journal.set_attribute(attention, _SLOT, None)
+    if fused:
+        journal.swap_class(attention, FusedAttention)
+
+
+class FusedAttention(nn.Module):
+    """Mixin for an attention with one ``qkv`` projection that computes its own map (BLIP): through the interface."""
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """(B, T, D) tokens in, (B, T, D) and the (B, H, T, T) map out."""
+        batch, tokens, width = hidden_states.shape
+        projected = self.qkv(hidden_states).reshape(batch, tokens, 3, self.num_heads, self.head_dim)
+        query, key, value = projected.permute(2, 0, 3, 1, 4)
+        dropout = self.dropout.p if self.training else 0.0
+        output, weights = reduced_attention(self, query, key, value, None, scaling=self.scale, dropout=dropout)
+        return self.projection(output.reshape(batch, tokens, width)), weights
 
 
 @contextmanager
@@ -129,7 +150,7 @@ def _delegate(
     dropout: float,
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
-    eager = vars(sys.modules[type(module).__module__])["eager_attention_forward"]
+    eager = vars(sys.modules[type(module).__module__]).get("eager_attention_forward", _plain_attention)
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
     if key_bias is None:
         return attend(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
@@ -140,6 +161,23 @@ def _delegate(
     bias = key_bias[:, None, None, :].to(query.dtype)
     mask = bias if mask is None else mask + bias
     return attend(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
+
+
+def _plain_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention with its whole map, for models whose file in transformers has no such function."""
+    logits = query @ key.transpose(-1, -2) * scaling
+    weights = (logits if attention_mask is None else logits + attention_mask).softmax(dim=-1)
+    mixed = nn.functional.dropout(weights, dropout, module.training) @ value
+    return mixed.transpose(1, 2).contiguous(), weights
 
 
 def _with_bias_column(

@@ -25,6 +25,7 @@ class Handle:
         cross_tokens: the learned modules by place ("vision", "text"), also while ``keep_ratio=1`` parks them.
         cross_paths: where they are registered in the model, by place.
         encoder_path: path to the module that holds the vision layers.
+        text_path: path to the module that writes text cross tokens, "" where there is none.
         tower: state of the hooked vision tower, None while ``keep_ratio=1``.
     """
 
@@ -36,6 +37,7 @@ class Handle:
     cross_tokens: dict[str, nn.Module]
     cross_paths: dict[str, str] = field(default_factory=dict)
     encoder_path: str = ""
+    text_path: str = ""
     tower: TowerState | None = None
 
 

@@ -35,6 +35,19 @@ from mllm_crossget.hooks.saving import SavedModel
 from mllm_crossget.hooks.text import positional_names
 
 
+class AlignedModel(SavedModel):
+    """Mixin for a top-level model whose prompt is not changed: adds the alignment loss in training."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the original; in training, with a field ``alignment_loss`` where the family has such a loss."""
+        handle: Handle = self.__dict__[HANDLE]
+        if not _aligns(self, handle):
+            return super().forward(*args, **kwargs)
+        if args:
+            kwargs.update(zip(positional_names(type(self)), args, strict=False))
+        return _with_alignment(self, super().forward, handle, kwargs)
+
+
 class ReducedModel(SavedModel):
     """Mixin for a top-level model with image placeholders in its prompt."""
 
@@ -140,19 +153,39 @@ def _user_output(output: Any, view: PromptView, layout: Layout, cache: Any) -> A
     return output
 
 
+def _images_of_rows(
+    model: Any, handle: Handle, kwargs: dict[str, Any], vision: list[Tensor], text: list[Tensor]
+) -> Tensor:
+    """(B,) images in every row of the text side, for families whose prompts are not shrunk."""
+    rows = text[0].shape[1] if text else 0
+    images = vision[0].shape[1] if vision else 0
+    if not images or not rows:
+        return torch.zeros(rows, dtype=torch.int64)
+    if handle.family.images_per_row is not None:
+        return handle.family.images_per_row(model.config, kwargs)
+    if images % rows:
+        raise ValueError(f"{images} images for {rows} rows of text: the alignment loss needs as many for every row")
+    return torch.full((rows,), images // rows)
+
+
+def _aligns(model: nn.Module, handle: Handle) -> bool:
+    """Whether this forward has an alignment loss."""
+    return model.training and handle.text_path != "" and bool(handle.family.vision_projection)
+
+
 def _with_alignment(model: nn.Module, forward: Any, handle: Handle, kwargs: dict[str, Any]) -> Any:
     """Run the stock forward; in training, add the alignment loss of the cross tokens (not to tuples)."""
-    if not (model.training and handle.schedule.cross and handle.family.vision_projection):
+    if not _aligns(model, handle):
         return forward(**kwargs)
     family = handle.family
-    encoder, language_model = module_at(model, handle.encoder_path), module_at(model, family.language_model)
+    encoder, text_side = module_at(model, handle.encoder_path), module_at(model, handle.text_path)
     rows = images_per_row(model, handle, kwargs) if present(handle, kwargs) else None
-    with recorded_cross_tokens(encoder, language_model) as (vision, text):
+    with recorded_cross_tokens(encoder, text_side) as (vision, text):
         output = forward(**kwargs)
     if isinstance(output, tuple):
         return output
-    if rows is None or not vision:
-        rows = torch.zeros(len(kwargs["input_ids"]), dtype=torch.int64)
+    if rows is None or not vision or not text:
+        rows = _images_of_rows(model, handle, kwargs, vision, text)
     towards = [
         [module_at(model, path) for path in paths] for paths in (family.vision_projection, family.text_projection)
     ]

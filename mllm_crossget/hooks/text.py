@@ -1,4 +1,8 @@
-"""The language side of CrossGET: a learned vector shifts the first real token of each row, in every layer."""
+"""The language side of CrossGET: a learned vector shifts the first real token of each row's text, in every layer.
+
+The side may be a decoder, an encoder, or the text half of a Q-Former; what is written travels to the layers as an
+argument, so gradient checkpointing can replay a layer and two forwards may precede one backward.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,7 @@ from mllm_crossget.hooks.cross_tokens import RECORD, write_token
 from mllm_crossget.hooks.journal import Journal
 
 _STATE = "_mllm_crossget_text"
+_SKIP = "_mllm_crossget_skip"
 _KEYWORD = "crossget_text"
 
 
@@ -28,9 +33,20 @@ class FirstTokens:
     found: dict[int, Tensor]
 
 
-def hook_text(journal: Journal, language_model: nn.Module, layers: nn.ModuleList, cross_tokens: nn.Module) -> None:
-    """Make a decoder write its cross tokens; every change is written into ``journal``."""
+def hook_text(
+    journal: Journal, language_model: nn.Module, layers: nn.ModuleList, cross_tokens: nn.Module, skip: int = 0
+) -> None:
+    """Make the text side write its cross tokens; every change is written into ``journal``.
+
+    Args:
+        journal: where the changes are written.
+        language_model: the module that is called with the text and its mask.
+        layers: its layers.
+        cross_tokens: one vector per layer.
+        skip: real tokens in front of the text that are no text.
+    """
     journal.add_module(language_model, "cross_tokens", cross_tokens)
+    journal.set_attribute(language_model, _SKIP, skip)
     for index, layer in enumerate(layers):
         journal.set_attribute(layer, _STATE, index)
         journal.swap_class(layer, GuidedLayer)
@@ -38,7 +54,7 @@ def hook_text(journal: Journal, language_model: nn.Module, layers: nn.ModuleList
 
 
 class GuidedModel(nn.Module):
-    """Mixin for a decoder: finds the first real token of every row and hands it to the layers."""
+    """Mixin for a text side: finds the first real token of every row's text and hands it to the layers."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the original; cached decode steps are not touched."""
@@ -54,7 +70,7 @@ class GuidedModel(nn.Module):
 
 
 class GuidedLayer(nn.Module):
-    """Mixin for a decoder layer: writes its cross token in front of its input norm."""
+    """Mixin for a layer of the text side: writes its cross token in front of everything else."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """As the original, with one token per row replaced (``hooks.cross_tokens.write_token``)."""
@@ -82,22 +98,28 @@ def _first_tokens(model: nn.Module, kwargs: dict[str, Any]) -> FirstTokens | Non
     if tokens is None:
         return None
     batch, length = tokens.shape[:2]
+    queries = kwargs.get("query_embeds")
+    if queries is not None and tokens is ids:  # a Q-Former puts them in front of the text itself
+        length += queries.shape[1]
     past = 0 if cache is None else cache.get_seq_length()
     is_empty = isinstance(past, int) and past == 0
     if length == 1 and not is_empty:  # a decode step: the first token is in the cache
         return None
-    column = _first_real_column(kwargs.get("attention_mask"), batch, tokens.device)
+    skip = model.__dict__[_SKIP]
+    column, found = _text_column(kwargs.get("attention_mask"), skip, batch, tokens.device)
     index = column - past
-    valid = (index >= 0) & (index < length)
+    valid = found & (index >= 0) & (index < length)
     return FirstTokens(index, valid, model.cross_tokens(), {})
 
 
-def _first_real_column(mask: Any, batch: int, device: torch.device) -> Tensor:
-    """(B,) column of the first token that is no padding, from whatever form of mask transformers hands over."""
+def _text_column(mask: Any, skip: int, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(B,) column of the first real token behind ``skip`` real ones, and whether there is one, from whatever form of
+    mask transformers hands over."""
     if isinstance(mask, dict):  # one mask per kind of layer; all hide the same padding
         mask = next((part for part in mask.values() if part is not None), None)
     if mask is None:
-        return torch.zeros(batch, dtype=torch.int64, device=device)
+        column = torch.full((batch,), skip, dtype=torch.int64, device=device)
+        return column, torch.ones_like(column, dtype=torch.bool)
     if not isinstance(mask, Tensor):
         raise ValueError(
             f"attention_mask is a {type(mask).__name__}, from which padding cannot be read; pass (rows, columns), "
@@ -106,11 +128,15 @@ def _first_real_column(mask: Any, batch: int, device: torch.device) -> Tensor:
     if mask.ndim == 4:  # (B, 1, queries, keys), bool or additive: the last query sees everything that is real
         row = mask[:, 0, -1]
         seen = row if row.dtype == torch.bool else row > torch.finfo(row.dtype).min / 2
-        return seen.to(torch.uint8).argmax(dim=-1).expand(batch)
-    return (mask != 0).to(torch.uint8).argmax(dim=-1)
+        seen = seen.expand(batch, -1)
+    else:
+        seen = mask != 0
+    wanted = seen & (seen.cumsum(dim=-1) == skip + 1)
+    return wanted.to(torch.uint8).argmax(dim=-1), wanted.any(dim=-1)
 
 
 def _cross_tokens_of(first: FirstTokens) -> Tensor:
     """(layers, B, D) found state + learned vector, in the graph of the vectors (also under gradient checkpointing)."""
-    found = torch.stack([first.found[layer].to(first.vectors.device) for layer in sorted(first.found)])
-    return found + first.vectors[:, None].to(found.dtype)
+    layers = sorted(first.found)  # not all of them where a decoder drops layers in training
+    found = torch.stack([first.found[layer].to(first.vectors.device) for layer in layers])
+    return found + first.vectors[layers, None].to(found.dtype)

@@ -81,7 +81,7 @@ def hook_tower(
         journal.add_module(encoder, "cross_tokens", cross_tokens)
     for layer in layers:
         journal.set_attribute(layer, _STATE, state)
-        hook_attention(journal, getattr(layer, names.attention))
+        hook_attention(journal, getattr(layer, names.attention), names.fused)
         journal.swap_class(layer, ReducedLayer)
     journal.swap_class(encoder, ReducedEncoder)
     return state
@@ -159,8 +159,9 @@ class ReducedLayer(nn.Module):
             record_importance=removed > 0 and method.needs_importance,
             cross_token=cross is not None,
         )
+        masked = {} if attention_mask is None else {"attention_mask": attention_mask}  # not every attention takes one
         with open_slot(attention, slot):
-            attended = attention(getattr(self, names.norm1)(hidden_states), attention_mask=attention_mask)[0]
+            attended = attention(getattr(self, names.norm1)(hidden_states), **masked)[0]
         hidden_states = hidden_states + attended
         match = None
         if removed:

@@ -11,8 +11,17 @@ from transformers import AutoModelForImageTextToText
 from mllm_crossget.benchmark.geometries import geometry_names, resolve
 from tests.tiny import tiny_llava
 
+PUBLISHED = [
+    ("llava-1.5-7b", 7.06),
+    ("llava-1.5-13b", 13.35),
+    ("blip2-opt-2.7b", 3.74),
+    ("blip2-flan-t5-xl", 3.88),
+    ("instructblip-vicuna-7b", 7.91),
+    ("blip-base", 0.22),
+]
 
-@pytest.mark.parametrize(("name", "billions"), [("llava-1.5-7b", 7.06), ("llava-1.5-13b", 13.35)])
+
+@pytest.mark.parametrize(("name", "billions"), PUBLISHED)
 def test_named_geometry_has_the_published_size(name: str, billions: float) -> None:
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(resolve(name))
@@ -20,7 +29,7 @@ def test_named_geometry_has_the_published_size(name: str, billions: float) -> No
 
 
 def test_names_ignore_case() -> None:
-    assert geometry_names() == ["llava-1.5-13b", "llava-1.5-7b"]
+    assert geometry_names() == sorted(name for name, _ in PUBLISHED)
     assert resolve("LLaVA-1.5-7B").text_config.hidden_size == 4096
 
 

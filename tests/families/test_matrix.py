@@ -114,7 +114,8 @@ def test_gradient_checkpointing_changes_no_gradient(method, case) -> None:
 def new_tokens(model: nn.Module, batch: dict, options: dict) -> list[list[int]]:
     """Generated tokens of every row, without the prompt and without padding at the end."""
     sequences = model.generate(**batch, **options)
-    prompt = batch["input_ids"].shape[1] if "input_ids" in batch and not model.config.is_encoder_decoder else 0
+    encodes = getattr(model.config, "text_config", model.config).is_encoder_decoder
+    prompt = batch["input_ids"].shape[1] if "input_ids" in batch and not encodes else 0
     return [strip(row, model.generation_config.pad_token_id) for row in sequences[:, prompt:].tolist()]
 
 

@@ -1,0 +1,150 @@
+"""BLIP-2: ViT, Q-Former with query tokens, language model (OPT or T5).
+
+Tokens merge inside the ViT. The Q-Former cross-attends to what is left, class token and cross token included, and the
+language model gets its ``num_query_tokens`` (32) features as ever: prompts do not change. Text cross tokens live in the
+language model (OPT's decoder, T5's encoder), in the first token behind the 32 image features that the processor writes
+in front of every prompt.
+
+``Blip2ForImageTextRetrieval`` and ``Blip2VisionModelWithProjection`` have no language model; their tower merges with
+vision cross tokens alone, without an alignment loss.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from mllm_crossget.costs import attention_flops, linear_flops
+from mllm_crossget.families.base import Family, TextSide, patches_per_image, register_family, tower_kind
+from mllm_crossget.schedule import TowerGeometry
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """Where a transformers language model with its head keeps its layers.
+
+    Args:
+        prompt: path to the stack that reads the prompt, and its list of layers.
+        others: paths to further lists of layers (T5's decoder).
+    """
+
+    prompt: tuple[str, str] = ("model", "layers")
+    others: tuple[str, ...] = ()
+
+
+LANGUAGE_MODELS = {
+    "gemma": LanguageModel(),
+    "llama": LanguageModel(),
+    "mistral": LanguageModel(),
+    "opt": LanguageModel(("model.decoder", "layers")),
+    "qwen2": LanguageModel(),
+    "qwen3": LanguageModel(),
+    "t5": LanguageModel(("encoder", "block"), ("decoder.block",)),
+}
+Q_FORMER_INPUT = ("vision_model.post_layernorm", "qformer.encoder.layer.0.crossattention.attention.value")
+
+
+def language_model(config: Any) -> LanguageModel:
+    """Where the language model of a configuration keeps its layers. Raises ``ValueError`` that names the known ones."""
+    kind = config.text_config.model_type
+    if kind not in LANGUAGE_MODELS:
+        raise ValueError(
+            f"{type(config).__name__} with a {kind!r} language model is not supported: its layers are not known to "
+            f"mllm_crossget; known: {', '.join(LANGUAGE_MODELS)}"
+        )
+    return LANGUAGE_MODELS[kind]
+
+
+def vit_geometry(config: Any) -> TowerGeometry:
+    """Geometry of a BLIP tower, whose every token is read, behind the last layer and its norm.
+
+    Raises:
+        ValueError: another vision tower.
+    """
+    vision = config.vision_config
+    kind = tower_kind(vision.model_type, (vision_type(config.model_type),), type(config).__name__)
+    layers = vision.num_hidden_layers
+    return TowerGeometry(patches_per_image(vision), kind.prefix, layers, read=layers, drops_prefix=False)
+
+
+def vision_type(model_type: str) -> str:
+    """Model type of the vision configuration that belongs to a model type."""
+    return f"{model_type.replace('-', '_')}_vision_model"
+
+
+def text_side(config: Any) -> TextSide:
+    """The stack of the language model that reads the prompt."""
+    model, layers = language_model(config).prompt
+    return TextSide(f"language_model.{model}", layers, skip=config.num_query_tokens)
+
+
+def language_layers(config: Any) -> tuple[str, ...]:
+    """All lists of layers of the language model."""
+    kind = language_model(config)
+    return tuple(f"language_model.{path}" for path in (".".join(kind.prompt), *kind.others))
+
+
+def images_per_row(config: Any, kwargs: dict[str, Any]) -> Tensor:
+    """(B,) images in every row, by its placeholders."""
+    return (kwargs["input_ids"] == config.image_token_id).sum(dim=1) // config.num_query_tokens
+
+
+def connector_flops(config: Any, features: int) -> int:
+    """The Q-Former on its query tokens, and the projection to the language model's width.
+
+    Per layer: self-attention and an MLP on the queries; in every ``cross_attention_frequency``-th layer the queries
+    also attend to the tower's ``features``.
+    """
+    former, queries = config.qformer_config, config.num_query_tokens
+    width = former.hidden_size
+    total = former.num_hidden_layers * self_attention_block_flops(former, queries)
+    crossing = -(-former.num_hidden_layers // former.cross_attention_frequency)
+    total += crossing * (
+        2 * linear_flops(queries, width, width)
+        + 2 * linear_flops(features, former.encoder_hidden_size, width)
+        + attention_flops(queries, features, width)
+    )
+    return total + linear_flops(queries, width, config.text_config.hidden_size)
+
+
+def self_attention_block_flops(former: Any, tokens: int) -> int:
+    """One layer of a BERT-like stack without its cross-attention: q, k, v, o, attention, two MLP matrices."""
+    width = former.hidden_size
+    return (
+        4 * linear_flops(tokens, width, width)
+        + attention_flops(tokens, tokens, width)
+        + 2 * linear_flops(tokens, width, former.intermediate_size)
+    )
+
+
+def _for_model(model: Any) -> Family:
+    """Without the language side for the classes that have none."""
+    if hasattr(model, "language_model") or not hasattr(model, "vision_model"):
+        return BLIP2
+    return dataclasses.replace(
+        BLIP2, language_model=None, projector=None, vision_projection=(), text_side=lambda config: None
+    )
+
+
+BLIP2 = register_family(
+    Family(
+        model_type="blip-2",
+        tower="vision_model",
+        vision_config="vision_config",
+        geometry=vit_geometry,
+        towers=(vision_type("blip-2"),),
+        note="inside the vision tower; the Q-Former attends to the merged tokens, the language model still gets 32",
+        language_model="language_model",
+        text_side=text_side,
+        language_layers=language_layers,
+        projector="language_projection",
+        vision_projection=(*Q_FORMER_INPUT, "language_projection"),
+        images_per_row=images_per_row,
+        llm_tokens=lambda config, features: int(config.num_query_tokens),
+        connector_flops=connector_flops,
+        for_model=_for_model,
+    )
+)

@@ -1,0 +1,57 @@
+"""InstructBLIP and InstructBlipVideo: BLIP-2 with the instruction in the Q-Former as well.
+
+Tokens merge inside the ViT, for videos in every frame on its own; the language model gets 32 features per image or
+frame as ever. Text cross tokens live in the Q-Former's text side, in the first token behind its query tokens, and meet
+the vision cross tokens in the Q-Former's width. The language model is not touched.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mllm_crossget.costs import attention_flops
+from mllm_crossget.families.base import Family, TextSide, register_family
+from mllm_crossget.families.blip2 import (
+    Q_FORMER_INPUT,
+    connector_flops,
+    language_layers,
+    self_attention_block_flops,
+    vision_type,
+    vit_geometry,
+)
+
+
+def text_side(config: Any) -> TextSide:
+    """The Q-Former, whose text stands behind its query tokens."""
+    return TextSide("qformer", "encoder.layer", config="qformer_config", skip=config.num_query_tokens)
+
+
+def connector_text_flops(config: Any, text_tokens: int) -> int:
+    """What the instruction adds to the Q-Former: its own rows, and what queries and text see of each other."""
+    former, queries = config.qformer_config, config.num_query_tokens
+    seen_by_each_other = 2 * attention_flops(queries, text_tokens, former.hidden_size)
+    return former.num_hidden_layers * (self_attention_block_flops(former, text_tokens) + seen_by_each_other)
+
+
+def _family(model_type: str, unit: str) -> Family:
+    return Family(
+        model_type=model_type,
+        tower="vision_model",
+        vision_config="vision_config",
+        geometry=vit_geometry,
+        towers=(vision_type(model_type),),
+        note="inside the vision tower; the Q-Former attends to the merged tokens, the language model still gets 32 "
+        f"per {unit}",
+        language_model="language_model",
+        text_side=text_side,
+        language_layers=language_layers,
+        projector="language_projection",
+        vision_projection=Q_FORMER_INPUT,
+        llm_tokens=lambda config, features: int(config.num_query_tokens),
+        connector_flops=connector_flops,
+        connector_text_flops=connector_text_flops,
+    )
+
+
+INSTRUCTBLIP = register_family(_family("instructblip", "image"))
+INSTRUCTBLIPVIDEO = register_family(_family("instructblipvideo", "frame"))

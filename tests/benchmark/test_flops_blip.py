@@ -1,0 +1,99 @@
+"""The FLOPs formulas of the BLIP families against torch's counter, on tiny models and at BLIP-2's geometry."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Blip2VisionModel, OPTConfig
+
+from mllm_crossget import CrossGetConfig, RandomConfig, accelerate_mllm
+from mllm_crossget.benchmark.flops import model_flops
+from mllm_crossget.benchmark.geometries import GEOMETRIES, resolve
+from mllm_crossget.benchmark.inspect_model import inspection
+from mllm_crossget.benchmark.language import language_costs
+from mllm_crossget.config import method_class, method_names
+from mllm_crossget.families.base import BLIP2_TOWER
+from mllm_crossget.families.blip2 import vit_geometry
+from mllm_crossget.hooks.cross_tokens import CrossTokens
+from mllm_crossget.hooks.journal import Journal
+from mllm_crossget.hooks.tower import hook_tower
+from tests.benchmark.test_flops import counted, nearly
+from tests.families.tiny_blip import QUERIES, blip2_batch, blip_batch, row_of, tiny_blip, tiny_blip2
+
+KINDS = [("blip-2", "opt"), ("blip-2", "t5"), ("blip-2", "t5-gated"), ("instructblip", "llama"), ("instructblip", "t5")]
+
+
+def one_row(model, seed: int = 0) -> dict[str, torch.Tensor]:
+    """A prompt whose Q-Former text is as long as the language model's."""
+    batch = row_of(blip2_batch(model, seed, rows=1), 0)
+    if "qformer_input_ids" in batch:
+        text = batch["input_ids"][:, QUERIES:]
+        batch |= {"qformer_input_ids": text, "qformer_attention_mask": torch.ones_like(text)}
+    return batch
+
+
+@pytest.mark.parametrize("method", method_names())
+@pytest.mark.parametrize(("model_type", "text"), KINDS)
+@pytest.mark.parametrize("new_tokens", [1, 4])
+def test_tiny_models_with_a_q_former(model_type: str, text: str, method: str, new_tokens: int) -> None:
+    model = tiny_blip2(model_type, text).requires_grad_(False)  # the counter looks for gradients of the query tokens
+    batch = one_row(model)
+    config = method_class(method)(r=2)
+    accelerate_mllm(model, config)
+    expected = model_flops(
+        model.config,
+        config,
+        text_tokens=batch["input_ids"].shape[1] - QUERIES,
+        new_tokens=new_tokens,
+        one_softmax=True,
+    )
+    options = {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens, "do_sample": False}
+    assert counted(lambda: model.generate(**batch, **options)) == nearly(expected.total)
+
+
+@pytest.mark.parametrize("new_tokens", [1, 4])
+def test_captioning_of_blip(new_tokens: int) -> None:
+    model = tiny_blip()
+    config = CrossGetConfig(r=2)
+    accelerate_mllm(model, config)
+    pixels = blip_batch(model, rows=1)["pixel_values"]
+    expected = model_flops(model.config, config, text_tokens=1, new_tokens=new_tokens)
+    options = {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens, "do_sample": False}
+    assert counted(lambda: model.generate(pixel_values=pixels, **options)) == nearly(expected.total)
+
+
+def test_opt_with_a_narrow_embedding() -> None:
+    text = OPTConfig(hidden_size=32, word_embed_proj_dim=16, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4,
+                     vocab_size=100, max_position_embeddings=64)  # fmt: skip
+    model = AutoModelForCausalLM.from_config(text).eval()
+    costs = language_costs(text, 13, 1)
+    assert counted(lambda: model(torch.ones(1, 13).long(), logits_to_keep=1)) == nearly(costs.prefill + costs.lm_head)
+
+
+def test_vision_tower_of_blip2_on_the_meta_device() -> None:
+    config = GEOMETRIES["blip2-opt-2.7b"].config()
+    method = CrossGetConfig(r=6)
+    flops = model_flops(config, method)
+    with torch.device("meta"):
+        tower = Blip2VisionModel(config.vision_config).eval()
+        tokens = CrossTokens(39, 1408)
+        image = torch.empty(1, 3, 224, 224)
+    encoder = tower.encoder
+    hook_tower(Journal(), encoder, encoder.layers, BLIP2_TOWER.names, method, vit_geometry(config), tokens)
+    assert counted(lambda: tower(image)) == nearly(flops.patch_embedding + flops.encoder + flops.reducer)
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after", "gigaflops"),
+    [
+        ("blip2-opt-2.7b", 257, 128, 735.7),
+        ("blip2-flan-t5-xl", 257, 128, 645.5),
+        ("instructblip-vicuna-7b", 257, 128, 1054.2),
+        ("blip-base", 577, 288, 129.1),
+    ],
+)
+def test_inspect_without_weights(name: str, before: int, after: int, gigaflops: float) -> None:
+    report = inspection(resolve(name), RandomConfig(keep_ratio=0.5), text_tokens=8)
+    assert report["visual_tokens"] == {"before": before, "after": after}
+    assert report["flops"]["before"]["total"] / 1e9 == pytest.approx(gigaflops, rel=0.01)
+    assert report["flops"]["ratio"] < 1

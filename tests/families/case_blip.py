@@ -1,0 +1,65 @@
+"""BLIP for captioning, question answering and retrieval, and ``BlipModel``. Its attention has no other implementation
+than transformers' eager one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from tests.families.cases import Batch, Case, add_case
+from tests.families.tiny_blip import answer_ids, blip_batch, row_of, tiny_blip
+
+
+def captions(model: nn.Module, batch: Batch) -> list[Tensor]:
+    real = batch["attention_mask"] != 0
+    return [row[seen] for row, seen in zip(model(**batch).logits, real, strict=True)]
+
+
+def question_answers(model: nn.Module, batch: Batch) -> list[Tensor]:
+    """Logits of the answer's decoder, which the model's output leaves out."""
+    seen: list[Tensor] = []
+    hook = model.text_decoder.register_forward_hook(lambda *call: seen.append(call[2].logits))
+    try:
+        model(**batch, decoder_input_ids=answer_ids(1).expand(len(batch["input_ids"]), -1))
+    finally:
+        hook.remove()
+    return list(seen[0])
+
+
+def embeddings(model: nn.Module, batch: Batch) -> list[Tensor]:
+    output = model(**batch)
+    return list(torch.cat([output.image_embeds, output.text_embeds], dim=-1))
+
+
+def loss(model: nn.Module, batch: Batch) -> Tensor:
+    task = type(model).__name__
+    if task == "BlipForConditionalGeneration":
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        output = model(**batch, labels=labels)
+    elif task == "BlipForQuestionAnswering":
+        output = model(**batch, labels=answer_ids(len(batch["input_ids"])))
+    elif task == "BlipModel":
+        output = model(**batch, return_loss=True)
+    else:
+        output = model(**batch)
+        return output.itm_score.square().mean() + getattr(output, "alignment_loss", torch.zeros(()))
+    return output.loss + getattr(output, "alignment_loss", torch.zeros(()))
+
+
+for task, answers in (
+    ("captioning", captions),
+    ("questions", question_answers),
+    ("retrieval", lambda model, batch: list(model(**batch).itm_score)),
+    ("both towers", embeddings),
+):
+    add_case(
+        Case(
+            name=f"blip-{task.replace(' ', '-')}",
+            model_type="blip",
+            build=lambda attention, task=task: tiny_blip(task),
+            batch=blip_batch,
+            row=row_of,
+            answers=answers,
+            loss=loss,
+        )
+    )

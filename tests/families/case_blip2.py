@@ -1,0 +1,48 @@
+"""BLIP-2 with OPT and T5, InstructBLIP with Llama and T5, InstructBlipVideo with Llama."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from tests.families.cases import Batch, Case, add_case
+from tests.families.tiny_blip import IMAGE, answer_ids, blip2_batch, row_of, tiny_blip2
+
+
+def answers(model: nn.Module, batch: Batch) -> list[Tensor]:
+    rows = len(batch["input_ids"])
+    if model.config.text_config.is_encoder_decoder:
+        return list(model(**batch, decoder_input_ids=answer_ids(1).expand(rows, -1)).logits)
+    real = (batch["attention_mask"] != 0) & (batch["input_ids"] != IMAGE)
+    return [row[seen] for row, seen in zip(model(**batch).logits, real, strict=True)]
+
+
+def loss(model: nn.Module, batch: Batch) -> Tensor:
+    rows = len(batch["input_ids"])
+    if model.config.text_config.is_encoder_decoder:
+        output = model(**batch, labels=answer_ids(rows), use_cache=False)
+    else:
+        hidden = (batch["attention_mask"] == 0) | (batch["input_ids"] == IMAGE)
+        output = model(**batch, labels=batch["input_ids"].masked_fill(hidden, -100), use_cache=False)
+    return output.loss + getattr(output, "alignment_loss", torch.zeros(()))
+
+
+for model_type, text in (
+    ("blip-2", "opt"),
+    ("blip-2", "t5"),
+    ("instructblip", "llama"),
+    ("instructblip", "t5"),
+    ("instructblipvideo", "llama"),
+):
+    add_case(
+        Case(
+            name=f"{model_type}-{text}",
+            model_type=model_type,
+            build=lambda attention, kind=model_type, text=text: tiny_blip2(kind, text, attention=attention),
+            batch=blip2_batch,
+            row=row_of,
+            answers=answers,
+            loss=loss,
+            generates=True,
+        )
+    )
