@@ -4,6 +4,7 @@ from mllm_crossget.api import accelerate_mllm, accelerated, restore_mllm, trace_
 from mllm_crossget.checkpoint import load_crossget, load_official_cross_tokens, save_crossget
 from mllm_crossget.config import ReductionConfig, method_names
 from mllm_crossget.methods import CrossGetConfig, RandomConfig, ToMeConfig
+from mllm_crossget.retrieval import retrieval_ranks, retrieval_recall
 from mllm_crossget.schedule import ramp
 
 __version__ = "0.1.0"
@@ -20,6 +21,8 @@ __all__ = [
     "method_names",
     "ramp",
     "restore_mllm",
+    "retrieval_ranks",
+    "retrieval_recall",
     "save_crossget",
     "trace_merges",
     "unsupported_reason",

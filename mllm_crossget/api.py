@@ -14,8 +14,10 @@ from mllm_crossget import methods as _registered_methods  # noqa: F401 - registe
 from mllm_crossget.config import ReductionConfig, method_class
 from mllm_crossget.families.base import (
     Family,
+    LayerNames,
     config_at,
     families,
+    family_of,
     module_at,
     refused_families,
     text_side_of,
@@ -26,7 +28,7 @@ from mllm_crossget.hooks.attention import attention_problem
 from mllm_crossget.hooks.handle import base_model, handle_of, live_cross_tokens
 from mllm_crossget.hooks.tower import LayerTrace
 from mllm_crossget.methods.base import Method
-from mllm_crossget.schedule import make_schedule
+from mllm_crossget.schedule import make_schedule, make_text_schedule
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -51,8 +53,10 @@ def accelerate_mllm(
         model: a loaded transformers model of a supported family (``unsupported_reason(model)`` is None).
         config: a method's dataclass, such as ``CrossGetConfig(keep_ratio=0.25)``; instead of the keywords.
         method: "crossget" (default), "tome", "random".
-        keep_ratio, visual_tokens, r: the dial, see ``ReductionConfig``; give at most one.
-        options: further fields of the method's dataclass.
+        keep_ratio, visual_tokens, r: the dial, see ``ReductionConfig``; give at most one. In a dual encoder (CLIP,
+            SigLIP) they reduce the vision tower alone.
+        options: further fields of the method's dataclass; ``text_r`` or ``text_keep_ratio`` reduce the text tower of a
+            dual encoder.
 
     Raises:
         ValueError: an unsupported model, two dials, a dial the tower cannot meet; the model is unchanged.
@@ -66,7 +70,7 @@ def accelerate_mllm(
     target = base_model(model)
     family = supported_family(target)
     geometry = family.geometry(target.config)
-    make_schedule(chosen, geometry)
+    _check_dials(chosen, family, target)
     old = handle_of(target)
     if old is not None and old.method == chosen:
         return model
@@ -132,24 +136,32 @@ def unreduced(model: Model) -> Iterator[Model]:
 
 
 @contextmanager
-def trace_merges(model: nn.Module) -> Iterator[list[LayerTrace]]:
-    """Record what every vision layer merges during a ``with`` block.
+def trace_merges(model: nn.Module, *, tower: str = "vision") -> Iterator[list[LayerTrace]]:
+    """Record what every layer of a tower merges during a ``with`` block.
 
-    Yields a list to which each forward of the vision tower appends one ``LayerTrace`` per layer.
+    Args:
+        model: the accelerated model.
+        tower: "vision", or "text" for the text tower of a dual encoder.
+
+    Yields a list to which each forward of the tower appends one ``LayerTrace`` per layer.
 
     Raises:
-        ValueError: the model is not accelerated, or runs at ``keep_ratio=1`` where nothing is merged.
+        ValueError: the model is not accelerated, or runs at ``keep_ratio=1`` where nothing is merged; another tower.
     """
+    if tower not in ("vision", "text"):
+        raise ValueError(f"tower must be 'vision' or 'text', got {tower!r}")
     handle = handle_of(model)
-    if handle is None or handle.tower is None:
-        state = "not accelerated" if handle is None else "accelerated with keep_ratio=1, which merges nothing"
-        raise ValueError(f"the model is {state}; call accelerate_mllm(model, keep_ratio=0.5) first")
+    state = None if handle is None else handle.tower if tower == "vision" else handle.text_tower
+    if state is None:
+        dial = "keep_ratio" if tower == "vision" else "text_keep_ratio"
+        found = "not accelerated" if handle is None else f"accelerated with {dial}=1, which merges nothing"
+        raise ValueError(f"the model is {found}; call accelerate_mllm(model, {dial}=0.5) first")
     trace: list[LayerTrace] = []
-    handle.tower.trace = trace
+    state.trace = trace
     try:
         yield trace
     finally:
-        handle.tower.trace = None
+        state.trace = None
 
 
 def unsupported_reason(model: nn.Module) -> str | None:
@@ -176,12 +188,12 @@ def supported_family(model: nn.Module) -> Family:
         raise ValueError(
             f"{type(model).__name__} (model type {model_type!r}) is not supported: {refused_families()[model_type]}"
         )
-    if model_type not in known:
+    family = family_of(getattr(model, "config", None), [kind.__name__ for kind in type(model).__mro__])
+    if family is None:
         raise ValueError(
             f"{type(model).__name__} (model type {model_type!r}) is not supported; supported model types: "
             f"{', '.join(sorted(known))}"
         )
-    family = known[model_type]
     if family.for_model is not None:
         family = family.for_model(model)
     family.geometry(model.config)
@@ -202,17 +214,47 @@ def _check_structure(model: nn.Module, family: Family) -> None:
             raise ValueError(
                 f"{type(model).__name__} has no {path!r}; pass the full model, as from_pretrained makes it"
             ) from error
-    kind = tower_kind(config_at(model.config, family.vision_config).model_type, family.towers, type(model).__name__)
-    encoder = module_at(module_at(model, family.tower), kind.encoder)
-    for layer in getattr(encoder, kind.names.layers):
-        for name in (kind.names.norm1, kind.names.attention, kind.names.norm2, kind.names.mlp):
-            if not hasattr(layer, name):
-                raise ValueError(f"a vision layer of {type(model).__name__} has no {name!r}: unknown structure")
-        problem = attention_problem(getattr(layer, kind.names.attention))
-        if problem is not None:
-            raise ValueError(problem)
+    if family.tower is not None:
+        vision_type = config_at(model.config, family.vision_config).model_type
+        kind = tower_kind(vision_type, family.towers, type(model).__name__)
+        _check_layers(model, "vision", module_at(module_at(model, family.tower), kind.encoder), kind.names)
+    if family.text_tower is not None:
+        text = family.text_tower
+        _check_layers(model, "text", module_at(module_at(model, text.path), text.encoder), text.names)
     if any(type(parameter).__name__ == "DTensor" for parameter in model.parameters()):
         raise ValueError("the model is sharded already (fully_shard): call accelerate_mllm before sharding it")
+
+
+def _check_layers(model: nn.Module, tower: str, encoder: nn.Module, names: LayerNames) -> None:
+    for layer in getattr(encoder, names.layers):
+        for name in (names.norm1, names.attention, names.norm2, names.mlp):
+            if not hasattr(layer, name):
+                raise ValueError(f"a {tower} layer of {type(model).__name__} has no {name!r}: unknown structure")
+        problem = attention_problem(getattr(layer, names.attention))
+        if problem is not None:
+            raise ValueError(problem)
+
+
+def _check_dials(method: Method, family: Family, model: Any) -> None:
+    """The dials fit the model's towers and its geometry. Raises ``ValueError``."""
+    text = family.text_tower
+    if text is None:
+        given = [name for name in ("vision_r", "text_r", "text_keep_ratio") if getattr(method, name) is not None]
+        if given:
+            raise ValueError(
+                f"{type(model).__name__} has no text tower of its own to reduce, so {given} cannot be used; use "
+                "keep_ratio, visual_tokens or r"
+            )
+    elif method.reduces_text:
+        geometry = text.geometry(model.config)
+        make_text_schedule(method, geometry, geometry.context)
+    if family.tower is not None:
+        make_schedule(method, family.geometry(model.config))
+    elif method.reduces_vision:
+        raise ValueError(
+            f"{type(model).__name__} has no vision tower: give text_keep_ratio or text_r instead of keep_ratio, "
+            "visual_tokens or r"
+        )
 
 
 def _settings(

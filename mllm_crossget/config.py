@@ -17,7 +17,8 @@ from huggingface_hub import HfApi, hf_hub_download
 
 CONFIG_NAME = "crossget_config.json"
 FORMAT_VERSION = 1
-_DIALS = ("keep_ratio", "visual_tokens", "r")
+_DIALS = ("keep_ratio", "visual_tokens", "r", "vision_r")
+_TEXT_DIALS = ("text_keep_ratio", "text_r")
 _METHODS: dict[str, type[ReductionConfig]] = {}
 
 Config = TypeVar("Config", bound="ReductionConfig")
@@ -27,42 +28,75 @@ Config = TypeVar("Config", bound="ReductionConfig")
 class ReductionConfig:
     """How many visual tokens to keep. Give exactly one dial; with none, ``keep_ratio=0.5``.
 
+    Dual encoders (CLIP, SigLIP) have a second dial for the text tower. A dial reduces its own tower alone: the text
+    tower is left untouched without a text dial, the vision tower if there is a text dial only.
+
     Args:
         keep_ratio: share of the visual tokens that reaches the language side, in (0, 1]. 1 changes nothing at all.
         visual_tokens: the same as a number of tokens per image.
         r: tokens removed in each layer of the vision tower (one integer for all layers, or a list with one per layer);
             a layer never removes more than half of what it may remove.
+        vision_r: another name of ``r`` for dual encoders; 0 merges nothing, but the cross token travels along.
+        text_keep_ratio: share of a text's tokens that the last layer of a dual encoder's text tower is left with.
+        text_r: tokens removed in each layer of a dual encoder's text tower, as ``r``.
 
     Raises:
-        ValueError: two dials at once, or a value outside its range.
+        ValueError: two dials of one tower at once, or a value outside its range.
         TypeError: a value of the wrong type.
     """
 
     keep_ratio: float | None = None
     visual_tokens: int | None = None
     r: int | list[int] | None = None
+    vision_r: int | list[int] | None = None
+    text_keep_ratio: float | None = None
+    text_r: int | list[int] | None = None
 
     method: ClassVar[str] = ""
     uses_cross_tokens: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        given = [name for name in _DIALS if getattr(self, name) is not None]
-        if len(given) > 1:
-            settings = ", ".join(f"{name}={getattr(self, name)!r}" for name in given)
-            raise ValueError(f"got {settings}: these are spellings of the same dial, give exactly one of {_DIALS}")
-        if not given:
+        given = self._given(_DIALS)
+        if len(given) + len(self._given(_TEXT_DIALS)) == 0:
             self.keep_ratio = 0.5
-        if self.keep_ratio is not None:
-            self.keep_ratio = _checked_ratio(self.keep_ratio)
+        elif not given:
+            self.keep_ratio = 1.0
+        for name in ("keep_ratio", "text_keep_ratio"):
+            if getattr(self, name) is not None:
+                setattr(self, name, _checked_ratio(name, getattr(self, name)))
         if self.visual_tokens is not None:
             self.visual_tokens = _checked_count("visual_tokens", self.visual_tokens, least=1)
-        if self.r is not None:
-            self.r = _checked_removals(self.r)
+        for name in ("r", "vision_r", "text_r"):
+            if getattr(self, name) is not None:
+                setattr(self, name, _checked_removals(name, getattr(self, name)))
+
+    def _given(self, dials: tuple[str, ...]) -> list[str]:
+        """The dials of one tower that are set. Raises ``ValueError`` for more than one."""
+        given = [name for name in dials if getattr(self, name) is not None]
+        if len(given) > 1:
+            settings = ", ".join(f"{name}={getattr(self, name)!r}" for name in given)
+            raise ValueError(f"got {settings}: these are spellings of the same dial, give exactly one of {dials}")
+        return given
 
     @property
     def is_identity(self) -> bool:
         """Whether this setting leaves the model untouched."""
-        return self.keep_ratio == 1.0
+        return not self.reduces_vision and not self.reduces_text
+
+    @property
+    def reduces_vision(self) -> bool:
+        """Whether the vision tower is changed."""
+        return self.keep_ratio != 1.0
+
+    @property
+    def reduces_text(self) -> bool:
+        """Whether the text tower of a dual encoder is changed."""
+        return self.text_r is not None or self.text_keep_ratio not in (None, 1.0)
+
+    @property
+    def vision_removals(self) -> int | list[int] | None:
+        """``r`` or ``vision_r``, whichever was given."""
+        return self.r if self.vision_r is None else self.vision_r
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON types, with the method's name and the version of the format."""
@@ -157,11 +191,11 @@ def find_file(name_or_path: str | Path, filename: str, **hub_kwargs: Any) -> Pat
     return Path(hf_hub_download(str(name_or_path), filename, **hub_kwargs))
 
 
-def _checked_ratio(value: Any) -> float:
+def _checked_ratio(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"keep_ratio must be a number in (0, 1], got {value!r}")
+        raise TypeError(f"{name} must be a number in (0, 1], got {value!r}")
     if not math.isfinite(value) or not 0 < value <= 1:
-        raise ValueError(f"keep_ratio must be in (0, 1], got {value!r}; 1 keeps every visual token, 0.5 half of them")
+        raise ValueError(f"{name} must be in (0, 1], got {value!r}; 1 keeps every token, 0.5 half of them")
     return float(value)
 
 
@@ -173,12 +207,12 @@ def _checked_count(name: str, value: Any, least: int) -> int:
     return value
 
 
-def _checked_removals(value: Any) -> int | list[int]:
+def _checked_removals(name: str, value: Any) -> int | list[int]:
     if isinstance(value, Sequence) and not isinstance(value, str):
         if not value:
-            raise ValueError("r is an empty list; give one integer per layer of the vision tower, or one integer")
-        return [_checked_count(f"r[{i}]", item, least=0) for i, item in enumerate(value)]
-    return _checked_count("r", value, least=0)
+            raise ValueError(f"{name} is an empty list; give one integer per layer of the tower, or one integer")
+        return [_checked_count(f"{name}[{i}]", item, least=0) for i, item in enumerate(value)]
+    return _checked_count(name, value, least=0)
 
 
 __all__ = [

@@ -35,6 +35,21 @@ class TowerGeometry:
 
 
 @dataclass(frozen=True)
+class TextGeometry:
+    """What a schedule needs to know of a dual encoder's text tower.
+
+    Args:
+        layers: of the tower.
+        context: most tokens of a text (77 for CLIP); texts padded to it run as in the reference.
+        protected: tokens of a text that must survive: start and end mark for CLIP, the last token for SigLIP.
+    """
+
+    layers: int
+    context: int
+    protected: int
+
+
+@dataclass(frozen=True)
 class Schedule:
     """Token counts of one image on its way through the tower.
 
@@ -96,17 +111,54 @@ def make_schedule(config: ReductionConfig, geometry: TowerGeometry) -> Schedule:
         ValueError: more tokens asked for than there are, fewer than the tower can get down to, or a list of removals of
             the wrong length.
     """
-    cross = config.uses_cross_tokens and not config.is_identity
+    cross = config.uses_cross_tokens and config.reduces_vision
     start = geometry.patches + geometry.prefix + cross
     protected = geometry.prefix + cross
-    if config.r is not None:
-        wanted = _removals_per_layer(config.r, geometry)
+    if config.vision_removals is not None:
+        wanted = _removals_per_layer(config.vision_removals, geometry)
     else:
         wanted = _removals_for(_target(config, geometry), geometry, start, protected)
     removals, tokens = _run(wanted, start, protected)
     features = tokens[geometry.read] - (geometry.prefix if geometry.drops_prefix else 0)
     drop_cross = cross and features > geometry.placeholders
     return Schedule(removals, tokens, geometry.placeholders, features - drop_cross, cross, drop_cross)
+
+
+def make_text_schedule(config: ReductionConfig, geometry: TextGeometry, tokens: int) -> Schedule:
+    """Counts for a text of ``tokens`` tokens (without the cross token) in a dual encoder's text tower.
+
+    A text that is too short for what the dial asks is reduced as far as it goes, and not refused: texts of all lengths
+    come in one batch.
+
+    Raises:
+        ValueError: a list of removals of the wrong length, or a removal larger than the longest text.
+    """
+    if not config.reduces_text:
+        return Schedule((0,) * geometry.layers, (tokens,) * (geometry.layers + 1), tokens, tokens, False, False)
+    cross = config.uses_cross_tokens
+    start = tokens + cross
+    # Without a cross token pairs may be made of even and odd places only: a protected token blocks two of them.
+    protected = geometry.protected + 1 if cross else 2 * geometry.protected
+    if config.text_r is not None:
+        wanted = _text_removals_per_layer(config.text_r, geometry)
+    else:
+        target = max(1, round((config.text_keep_ratio or 1.0) * tokens))
+        floor = _run([start] * geometry.layers, start, protected)[1][-1]
+        whole = TowerGeometry(start, 0, geometry.layers, geometry.layers)
+        wanted = _removals_for(max(target, floor), whole, start, protected)
+    removals, counts = _run(wanted, start, protected)
+    return Schedule(removals, counts, tokens, counts[-1], cross, False)
+
+
+def _text_removals_per_layer(r: int | list[int], geometry: TextGeometry) -> list[int]:
+    wanted = [r] * geometry.layers if isinstance(r, int) else list(r)
+    if len(wanted) != geometry.layers:
+        raise ValueError(
+            f"text_r lists {len(wanted)} layers, the text tower has {geometry.layers}: give one integer per layer"
+        )
+    if max(wanted) > geometry.context:
+        raise ValueError(f"text_r={max(wanted)} is more than the {geometry.context} tokens of the longest text")
+    return wanted
 
 
 def _removals_per_layer(r: int | list[int], geometry: TowerGeometry) -> list[int]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from transformers import (
+    CLIPConfig,
+    CLIPModel,
     CLIPVisionConfig,
     CLIPVisionModel,
     LlamaConfig,
@@ -15,6 +17,8 @@ from transformers import (
     LlavaForConditionalGeneration,
     MistralConfig,
     Qwen2Config,
+    SiglipConfig,
+    SiglipModel,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
@@ -96,6 +100,61 @@ def tiny_tower(
     model = (CLIPVisionModel if kind == "clip" else SiglipVisionModel)(config)
     _randomise(model, seed)
     return model.eval()
+
+
+def tiny_dual(
+    kind: str = "clip",
+    layers: int = 4,
+    image_size: int = 56,
+    patch_size: int = 14,
+    *,
+    width: int = 32,
+    context: int = 16,
+    vocab: int = 60,
+    attention: str = "sdpa",
+    seed: int = 0,
+) -> CLIPModel | SiglipModel:
+    """A dual encoder, "clip" or "siglip"; for CLIP the start and the end mark are the two last ids."""
+    vision = _tower_config(kind, layers, image_size, patch_size, width).to_dict()
+    text = {
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "vocab_size": vocab,
+        "max_position_embeddings": context,
+        "pad_token_id": PAD,
+        "bos_token_id": vocab - 2,
+        "eos_token_id": vocab - 1,
+    }
+    if kind == "clip":
+        config = CLIPConfig(text_config={**text, "projection_dim": 16}, vision_config=vision, projection_dim=16)
+    else:
+        config = SiglipConfig(text_config=text, vision_config={**vision, "vision_use_head": True})
+    config._attn_implementation = attention
+    model = (CLIPModel if kind == "clip" else SiglipModel)(config)
+    _randomise(model, seed)
+    return model.eval()
+
+
+def text_batch(
+    model: nn.Module, lengths: tuple[int, ...] = (9, 6, 12), seed: int = 0, full: bool = False
+) -> dict[str, Tensor]:
+    """Captions with start and end mark, padded on the right to the longest, or with ``full`` to the context length.
+
+    Returns ``input_ids`` and, unless ``full``, ``attention_mask``.
+    """
+    config = getattr(model.config, "text_config", model.config)
+    generator = torch.Generator().manual_seed(seed)
+    width = config.max_position_embeddings if full else max(lengths)
+    ids = torch.full((len(lengths), width), PAD)
+    for row, length in enumerate(lengths):
+        words = torch.randint(3, config.vocab_size - 2, (length - 2,), generator=generator)
+        ids[row, :length] = torch.tensor([config.bos_token_id, *words.tolist(), config.eos_token_id])
+    if full:
+        return {"input_ids": ids}
+    mask = torch.arange(width) < torch.tensor(lengths)[:, None]
+    return {"input_ids": ids, "attention_mask": mask.long()}
 
 
 def pixels(model: nn.Module, images: int, seed: int = 0) -> Tensor:

@@ -123,10 +123,10 @@ def build_model(seed: int = 0) -> LlavaForConditionalGeneration:
         # Patch and position have to weigh about the same, and three colour channels of 8 x 8 pixels are many inputs.
         vision.embeddings.patch_embedding.weight.normal_(std=0.06)
         for layer in vision.encoder.layers:
-            _look_at_alike(layer.self_attn.q_proj.weight, layer.self_attn.k_proj.weight)
+            look_at_alike(layer.self_attn.q_proj.weight, layer.self_attn.k_proj.weight)
         model.model.language_model.embed_tokens.weight.normal_(std=0.5 * TEXT_WIDTH**-0.5 * 2)
         for layer in model.model.language_model.layers:
-            _look_at_alike(layer.self_attn.q_proj.weight, layer.self_attn.k_proj.weight)
+            look_at_alike(layer.self_attn.q_proj.weight, layer.self_attn.k_proj.weight)
             _nearly_copy(layer.self_attn.v_proj.weight, 0.7)
             _nearly_copy(layer.self_attn.o_proj.weight, 0.7)
     return model
@@ -140,7 +140,7 @@ def grid_positions(side: int, width: int) -> Tensor:
     return torch.cat([waves[:, None].expand(-1, side, -1), waves[None].expand(side, -1, -1)], -1).flatten(0, 1) * 0.5
 
 
-def _look_at_alike(query: nn.Parameter, key: nn.Parameter, alike: float = 0.7) -> None:
+def look_at_alike(query: nn.Parameter, key: nn.Parameter, alike: float = 0.7) -> None:
     """Start a query and a key projection nearly equal, so that tokens first attend to what resembles them.
 
     Trockman and Kolter, "Mimetic Initialization of Self-Attention Layers", 2023.

@@ -127,8 +127,8 @@ def dense_loss(
     patches = hidden[:, 1:]
     digit_logits = heads.digit(patches).float()
     parts = {
-        "digit": _patch_loss(digit_logits, labels.digit, NO_DIGIT),
-        "colour": _patch_loss(heads.colour(patches).float(), labels.colour, NO_COLOUR),
+        "digit": patch_loss(digit_logits, labels.digit, NO_DIGIT),
+        "colour": patch_loss(heads.colour(patches).float(), labels.colour, NO_COLOUR),
         "shown": F.binary_cross_entropy_with_logits(heads.shown(hidden[:, 0]).float(), labels.shown),
         "heart": F.binary_cross_entropy_with_logits(
             heads.heart(visual)[..., 0].float(), labels.heart, pos_weight=torch.tensor(5.0)
@@ -141,7 +141,7 @@ def dense_loss(
     return torch.stack(list(parts.values())).sum(), report
 
 
-def _patch_loss(logits: Tensor, target: Tensor, nothing: int, background: float = 0.3) -> Tensor:
+def patch_loss(logits: Tensor, target: Tensor, nothing: int, background: float = 0.3) -> Tensor:
     """Cross-entropy over patches [B, P, classes]; bare patches, the majority, count less."""
     weight = torch.ones(logits.shape[-1])
     weight[nothing] = background
@@ -159,8 +159,8 @@ def _word_loss(embedding: Tensor, visual: Tensor, labels: PatchLabels, sharpness
         rows = torch.tensor([VOCABULARY.index(word) for word in words])
         return sharpness * visual @ embedding[rows].T
 
-    digit = _patch_loss(score((*map(str, range(10)), "no")), labels.digit, NO_DIGIT)
-    colour = _patch_loss(score((*COLOURS, "no")), labels.colour, NO_COLOUR)
+    digit = patch_loss(score((*map(str, range(10)), "no")), labels.digit, NO_DIGIT)
+    colour = patch_loss(score((*COLOURS, "no")), labels.colour, NO_COLOUR)
     row = F.cross_entropy(score(ROWS).flatten(0, 1), labels.row.flatten())
     column = F.cross_entropy(score(COLUMNS).flatten(0, 1), labels.column.flatten())
     return digit + colour + 0.5 * (row + column)

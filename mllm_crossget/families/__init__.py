@@ -1,6 +1,6 @@
 """Model families: one file each. Importing this package registers them."""
 
-from mllm_crossget.families import blip, blip2, instructblip, llava, vision_tower
+from mllm_crossget.families import blip, blip2, clip, instructblip, llava, siglip, vision_tower
 from mllm_crossget.families.base import Family, families
 
-__all__ = ["Family", "blip", "blip2", "families", "instructblip", "llava", "vision_tower"]
+__all__ = ["Family", "blip", "blip2", "clip", "families", "instructblip", "llava", "siglip", "vision_tower"]

@@ -5,13 +5,13 @@ Knows no method. A new family is one new file that builds a ``Family`` and calls
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from mllm_crossget.schedule import TowerGeometry
+from mllm_crossget.schedule import TextGeometry, TowerGeometry
 
 
 @dataclass(frozen=True)
@@ -103,12 +103,44 @@ class Modality:
 
 
 @dataclass(frozen=True)
+class TextTower:
+    """The text tower of a dual encoder.
+
+    Args:
+        path: to the module whose ``forward`` takes ``input_ids``.
+        config: path from the configuration to the text configuration; "" if it is the text configuration.
+        end: (text configuration, (B, T) input ids) -> (B,) place of the token that the text's embedding is read from,
+            as the model itself finds it. It guides the matching and survives to the last layer.
+        causal: whether a token sees only those in front of it.
+        first: whether the first token is protected as well (CLIP's start mark).
+        takes_mask: whether padding that an attention mask names can be taken out; False where the model reads the last
+            column whatever it is (SigLIP).
+        encoder: path from the module to the one that holds the layers.
+        names: attribute names inside it.
+    """
+
+    path: str
+    config: str
+    end: Callable[[Any, Tensor], Tensor]
+    causal: bool = True
+    first: bool = True
+    takes_mask: bool = True
+    encoder: str = "encoder"
+    names: LayerNames = LayerNames()
+
+    def geometry(self, config: Any) -> TextGeometry:
+        """What a schedule needs to know, from the model's configuration."""
+        text = config_at(config, self.config)
+        return TextGeometry(text.num_hidden_layers, text.max_position_embeddings, 1 + self.first)
+
+
+@dataclass(frozen=True)
 class Family:
     """A model family.
 
     Args:
         model_type: of the top configuration (``model.config.model_type``).
-        tower: path to the vision tower; "" if the model is the tower.
+        tower: path to the vision tower; "" if the model is the tower, None if it has none.
         vision_config: path from the configuration to the vision configuration.
         geometry: configuration -> the tower's geometry. Raises ``ValueError`` where the configuration cannot be served.
         towers: the tower kinds that are served.
@@ -134,10 +166,17 @@ class Family:
         language_flops: (configuration, visual tokens, text tokens, new tokens) -> FLOPs of prefill, logits of the last
             token, decoding; None: a language model that reads visual and text tokens as one prompt.
         for_model: model -> the family as it is for this class of model, where several classes share a model type.
+        classes: names of the model classes that are served, where the model type has others of another structure;
+            empty: all of them.
+        variant: tells families of one model type apart; "" for the one that a bare configuration means.
+        cosine: CrossGET's CLIP flavour, for methods with cross tokens: importance is the cosine of a token's key with
+            the cross token's query, the metric the keys of all heads. Otherwise, as for LLaVA, attention received and
+            keys averaged over heads.
+        text_tower: of a dual encoder, else None.
     """
 
     model_type: str
-    tower: str
+    tower: str | None
     vision_config: str
     geometry: Callable[[Any], TowerGeometry]
     towers: tuple[str, ...]
@@ -158,6 +197,19 @@ class Family:
     connector_text_flops: Callable[[Any, int], int] | None = None
     language_flops: Callable[[Any, int, int, int], tuple[int, int, int]] | None = None
     for_model: Callable[[Any], Family] | None = None
+    classes: tuple[str, ...] = ()
+    variant: str = ""
+    cosine: bool = False
+    text_tower: TextTower | None = None
+
+    @property
+    def key(self) -> str:
+        """Its name in ``families()``: the model type, and the variant where there is one."""
+        return f"{self.model_type}:{self.variant}" if self.variant else self.model_type
+
+    def serves(self, class_names: Iterable[str]) -> bool:
+        """Whether a model with one of these class names has this family's structure."""
+        return not self.classes or not set(self.classes).isdisjoint(class_names)
 
 
 _FAMILIES: dict[str, Family] = {}
@@ -166,13 +218,29 @@ _REFUSED: dict[str, str] = {}
 
 def register_family(family: Family) -> Family:
     """Make a family known to ``accelerate_mllm``, the command line and the tests."""
-    _FAMILIES[family.model_type] = family
+    _FAMILIES[family.key] = family
     return family
 
 
 def families() -> dict[str, Family]:
-    """The registered families by model type."""
+    """The registered families by their keys: the model type, with ``:variant`` where a type has several."""
     return dict(_FAMILIES)
+
+
+def family_of(config: Any, class_names: Iterable[str] = ()) -> Family | None:
+    """The family of a configuration, or of a model whose class and base classes have these names; None if unknown.
+
+    Without class names those in the configuration's ``architectures`` count. Classes that a family names are looked for
+    first, then the family of the model type that takes any class; a bare configuration means the one without variant.
+    """
+    model_type = getattr(config, "model_type", None)
+    of_type = [family for family in _FAMILIES.values() if family.model_type == model_type]
+    names = tuple(class_names) or tuple(getattr(config, "architectures", None) or ())
+    if not names:
+        return next((family for family in of_type if not family.variant), None)
+    return next(
+        (family for family in sorted(of_type, key=lambda one: not one.classes) if family.serves(names)), None
+    )  # fmt: skip
 
 
 def refuse_family(model_type: str, reason: str) -> None:

@@ -9,11 +9,14 @@ from torch import nn
 
 from mllm_crossget.families.base import Family, config_at, module_at, text_side_of, tower_kind
 from mllm_crossget.hooks.cross_tokens import CrossTokens
+from mllm_crossget.hooks.dual import DualModel
 from mllm_crossget.hooks.features import FEATURES, CutFeatures
 from mllm_crossget.hooks.handle import HANDLE, Handle
 from mllm_crossget.hooks.journal import Journal
 from mllm_crossget.hooks.model import AlignedModel, ReducedModel
+from mllm_crossget.hooks.pooling import hook_pooling
 from mllm_crossget.hooks.text import hook_text
+from mllm_crossget.hooks.text_tower import hook_text_tower
 from mllm_crossget.hooks.tower import hook_tower
 from mllm_crossget.methods.base import Method
 from mllm_crossget.schedule import TowerGeometry, make_schedule
@@ -35,8 +38,11 @@ def apply_method(
     try:
         journal.set_attribute(model, HANDLE, handle)
         if not method.is_identity:
-            _hook_vision(model, handle)
-            _hook_language(model, handle)
+            if method.reduces_vision and family.tower is not None:
+                _hook_vision(model, handle)
+                _hook_language(model, handle)
+            if method.reduces_text:
+                _hook_text_tower(model, handle)
             _hook_top(model, handle)
     except BaseException:
         journal.rollback()
@@ -46,7 +52,7 @@ def apply_method(
 def _hook_vision(model: Any, handle: Handle) -> None:
     family = handle.family
     vision_config = config_at(model.config, family.vision_config)
-    tower = module_at(model, family.tower)
+    tower: Any = module_at(model, family.tower or "")
     kind = tower_kind(vision_config.model_type, family.towers, type(model).__name__)
     encoder = module_at(tower, kind.encoder)
     handle.encoder_path = ".".join(filter(None, (family.tower, kind.encoder)))
@@ -55,7 +61,27 @@ def _hook_vision(model: Any, handle: Handle) -> None:
     if handle.schedule.cross:
         vision = _cross_tokens(handle, "vision", layers, vision_config.hidden_size)
         handle.cross_paths["vision"] = f"{handle.encoder_path}.cross_tokens"
-    handle.tower = hook_tower(handle.journal, encoder, layers, kind.names, handle.method, handle.geometry, vision)
+    handle.tower = hook_tower(
+        handle.journal, encoder, layers, kind.names, handle.method, handle.geometry, vision, family.cosine
+    )
+    if family.text_tower is not None and hasattr(tower, "head"):
+        hook_pooling(handle.journal, tower.head, handle.tower)
+
+
+def _hook_text_tower(model: Any, handle: Handle) -> None:
+    tower = handle.family.text_tower
+    if tower is None:  # refused before
+        raise RuntimeError(f"family {handle.family.key!r} has no text tower")
+    text_model: Any = module_at(model, tower.path)
+    path = ".".join((tower.path, tower.encoder))
+    handle.text_encoder_path = path
+    tokens = None
+    if handle.method.uses_cross_tokens:
+        layers = getattr(module_at(model, path), tower.names.layers)
+        tokens = _cross_tokens(handle, "text", layers, text_model.config.hidden_size)
+        handle.cross_paths["text"] = f"{path}.cross_tokens"
+    geometry = tower.geometry(model.config)
+    handle.text_tower = hook_text_tower(handle.journal, text_model, tower, handle.method, geometry, tokens)
 
 
 def _hook_language(model: Any, handle: Handle) -> None:
@@ -79,7 +105,10 @@ def _hook_top(model: Any, handle: Handle) -> None:
             journal.swap_class(owner, FEATURES[family.features])
         elif handle.schedule.drop_cross or counted:
             journal.swap_class(owner, CutFeatures if handle.schedule.drop_cross else FEATURES["plain"])
-    journal.swap_class(model, ReducedModel if family.modalities else AlignedModel)
+    if family.text_tower is not None and family.tower is not None:
+        journal.swap_class(model, DualModel)
+    else:
+        journal.swap_class(model, ReducedModel if family.modalities else AlignedModel)
 
 
 def _cross_tokens(handle: Handle, place: str, layers: nn.ModuleList, width: int) -> nn.Module:

@@ -16,7 +16,12 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mllm_crossget.hooks.journal import Journal
-from mllm_crossget.ops.importance import attend_with_importance, attention_importance, importance_of_map
+from mllm_crossget.ops.importance import (
+    attend_with_importance,
+    attention_importance,
+    cosine_importance,
+    importance_of_map,
+)
 
 IMPLEMENTATION = "mllm_crossget"
 # Everything private that we rely on, in one place; checked when a model is accelerated.
@@ -33,6 +38,9 @@ class AttentionSlot:
         key_bias: (B, T) log token size to add to the logits, or None.
         record: whether keys are wanted, and ``importance`` too.
         cross_token: whether the last token is a cross token (see ``ops.importance.query_weights``).
+        guide: token whose query the importance is the cosine with (CrossGET's CLIP flavour): (B,) positions, or one
+            position for all rows; keys are then those of all heads side by side. None: attention received, and keys
+            averaged over heads (LLaVA flavour).
         keys, importance: what was recorded.
     """
 
@@ -40,6 +48,7 @@ class AttentionSlot:
     record_keys: bool = False
     record_importance: bool = False
     cross_token: bool = False
+    guide: Tensor | int | None = None
     keys: Tensor | None = None
     importance: Tensor | None = None
 
@@ -117,19 +126,33 @@ def reduced_attention(
     slot: AttentionSlot = getattr(module, _SLOT)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if slot.record_keys:
-        slot.keys = key.detach().mean(dim=1)
+        _record_keys(slot, query, key)
     # The tower's own configuration: a later set_attn_implementation is honoured.
     implementation = module.__dict__[_OWN_CONFIG]._attn_implementation
-    if slot.record_importance and attention_mask is None and _one_softmax_is_best(implementation, query, dropout):
+    attended = slot.record_importance and slot.importance is None  # the importance comes from the attention map
+    if attended and attention_mask is None and _one_softmax_is_best(implementation, query, dropout):
         output, slot.importance = attend_with_importance(query, key, value, scaling, slot.key_bias, slot.cross_token)
         return output, None
     output, weights = _delegate(module, implementation, query, key, value, attention_mask, slot.key_bias, scaling,
                                 dropout, kwargs)  # fmt: skip
-    if slot.record_importance and weights is not None and not dropout:
+    if attended and weights is not None and not dropout:
         slot.importance = importance_of_map(weights, slot.cross_token)
-    elif slot.record_importance:
+    elif attended:
         slot.importance = attention_importance(query, key, scaling, slot.key_bias, slot.cross_token)
     return output, weights
+
+
+def _record_keys(slot: AttentionSlot, query: Tensor, key: Tensor) -> None:
+    if slot.guide is None:
+        slot.keys = key.detach().mean(dim=1)
+        return
+    slot.keys = key.detach().transpose(1, 2).flatten(2)
+    queries = query.detach().transpose(1, 2).flatten(2)
+    if isinstance(slot.guide, Tensor):
+        guide = queries.gather(1, slot.guide[:, None, None].expand(-1, 1, queries.shape[-1]))[:, 0]
+    else:
+        guide = queries[:, slot.guide]
+    slot.importance = cosine_importance(slot.keys, guide)
 
 
 def _one_softmax_is_best(implementation: str, query: Tensor, dropout: float) -> bool:

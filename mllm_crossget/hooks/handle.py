@@ -8,6 +8,7 @@ from torch import nn
 
 from mllm_crossget.families.base import Family, module_at
 from mllm_crossget.hooks.journal import Journal
+from mllm_crossget.hooks.text_tower import TextTowerState
 from mllm_crossget.hooks.tower import TowerState
 from mllm_crossget.methods.base import Method
 from mllm_crossget.schedule import Schedule, TowerGeometry
@@ -27,6 +28,7 @@ class Handle:
         encoder_path: path to the module that holds the vision layers.
         text_path: path to the module that writes text cross tokens, "" where there is none.
         tower: state of the hooked vision tower, None while ``keep_ratio=1``.
+        text_encoder_path, text_tower: the same for the text tower of a dual encoder.
     """
 
     method: Method
@@ -39,6 +41,8 @@ class Handle:
     encoder_path: str = ""
     text_path: str = ""
     tower: TowerState | None = None
+    text_encoder_path: str = ""
+    text_tower: TextTowerState | None = None
 
 
 def base_model(model: nn.Module) -> nn.Module:

@@ -47,13 +47,19 @@ class TowerState:
     Attributes:
         method, geometry: what to do, for which tower.
         names: where a layer keeps its norms, attention and MLP.
+        cosine: whether the importance is the cosine with the cross token's query (CrossGET's CLIP flavour).
         trace: a list to append one ``LayerTrace`` per layer to, or None (the default: nothing is kept).
+        keeps_sizes: whether a pooling head behind the encoder wants the token sizes.
+        sizes: (B, T) of the last forward, taken away by the pooling head.
     """
 
     method: Method
     geometry: TowerGeometry
     names: LayerNames
+    cosine: bool = False
     trace: list[LayerTrace] | None = None
+    keeps_sizes: bool = False
+    sizes: Tensor | None = None
     schedules: dict[int, Schedule] = field(default_factory=dict)
 
     def schedule(self, tokens: int) -> Schedule:
@@ -72,9 +78,10 @@ def hook_tower(
     method: Method,
     geometry: TowerGeometry,
     cross_tokens: nn.Module | None,
+    cosine: bool = False,
 ) -> TowerState:
     """Make an encoder and its layers reduce tokens; every change is written into ``journal``."""
-    state = TowerState(method, geometry, names)
+    state = TowerState(method, geometry, names, cosine)
     state.schedule(geometry.patches + geometry.prefix)
     journal.set_attribute(encoder, _STATE, state)
     if cross_tokens is not None:
@@ -122,6 +129,8 @@ class ReducedEncoder(nn.Module):
                 state.trace.append(_trace(match, size, source, hidden, schedule.tokens[0]))
         if written and RECORD in self.__dict__:
             self.__dict__[RECORD].append(torch.stack(written))
+        if state.keeps_sizes:
+            state.sizes = size
         return BaseModelOutput(last_hidden_state=hidden)
 
 
@@ -158,6 +167,7 @@ class ReducedLayer(nn.Module):
             record_keys=removed > 0,
             record_importance=removed > 0 and method.needs_importance,
             cross_token=cross is not None,
+            guide=-1 if state.cosine and cross is not None and method.needs_importance else None,
         )
         masked = {} if attention_mask is None else {"attention_mask": attention_mask}  # not every attention takes one
         with open_slot(attention, slot):

@@ -19,14 +19,18 @@ class Signals:
     """What one attention call tells a method. B batch, T tokens, D head width.
 
     Attributes:
-        keys: (B, T, D) keys averaged over heads.
-        importance: (B, T) float32 attention received (``ops.attention_importance``), or None if not asked for.
-        protected: indices of tokens that must neither leave nor receive (class token, cross token).
+        keys: (B, T, D) keys averaged over heads; of all heads side by side where the family's importance is a cosine.
+        importance: (B, T) float32 attention received (``ops.attention_importance``), or the cosine of every key with
+            one token's query (``ops.cosine_importance``); None if not asked for.
+        protected: tokens that must neither leave nor receive (class token, cross token, end mark): indices, or a
+            (B, T) bool mask where they lie elsewhere in every row.
+        in_order: survivors must stay in their original order (texts under a causal mask).
     """
 
     keys: Tensor
     importance: Tensor | None
-    protected: tuple[int, ...]
+    protected: tuple[int, ...] | Tensor
+    in_order: bool = False
 
 
 @dataclass

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
+
 from mllm_crossget.config import register_method
 from mllm_crossget.methods.base import Method, Signals
 from mllm_crossget.ops.matching import Match, bipartite_soft_matching
@@ -35,6 +37,7 @@ class ToMeConfig(Method):
 
     def match(self, signals: Signals, r: int) -> Match:
         """The ``r`` most similar even-odd pairs merge (section 3.2)."""
-        return bipartite_soft_matching(
-            signals.keys, r, class_token=0 in signals.protected, keep_order=self.order == "position"
-        )
+        keep_order = self.order == "position" or signals.in_order
+        if isinstance(signals.protected, Tensor):
+            return bipartite_soft_matching(signals.keys, r, keep_order=keep_order, protected_BT=signals.protected)
+        return bipartite_soft_matching(signals.keys, r, class_token=0 in signals.protected, keep_order=keep_order)

@@ -77,7 +77,12 @@ def complete_graph_soft_matching(
 
 @torch.no_grad()
 def bipartite_soft_matching(
-    metric_BTD: Tensor, r: int, class_token: bool = False, distill_token: bool = False, keep_order: bool = False
+    metric_BTD: Tensor,
+    r: int,
+    class_token: bool = False,
+    distill_token: bool = False,
+    keep_order: bool = False,
+    protected_BT: Tensor | None = None,
 ) -> Match:
     """Bipartite soft matching (ToMe, ICLR 2023, section 3.2).
 
@@ -90,6 +95,8 @@ def bipartite_soft_matching(
         distill_token: protect the second token.
         keep_order: True keeps survivors in their original order; False gives the reference's order (unmerged even
             tokens, then all odd tokens).
+        protected_BT: (B, T) bool, further tokens that neither leave nor receive. The caller sees to it that ``r`` fits
+            every row: two tokens fewer can leave for every protected one.
 
     Raises:
         ValueError: ``r`` is negative or more than half of the unprotected tokens.
@@ -104,6 +111,8 @@ def bipartite_soft_matching(
         scores[:, 0, :] = -torch.inf
     if distill_token:
         scores[:, :, 0] = -torch.inf
+    if protected_BT is not None:
+        scores = scores.masked_fill(protected_BT[:, even, None] | protected_BT[:, None, odd], -torch.inf)
     best, partner = scores.max(dim=-1)
     order = best.argsort(dim=-1, descending=True, stable=True)
     chosen, by_token = order[:, :r].sort(dim=-1).values, order[:, r:]
@@ -122,21 +131,27 @@ def bipartite_soft_matching(
 
 @torch.no_grad()
 def random_matching(
-    batch: int, tokens: int, r: int, protected: Sequence[int] = (), seed: int = 0, device: torch.device | None = None
+    batch: int,
+    tokens: int,
+    r: int,
+    protected: Sequence[int] | Tensor = (),
+    seed: int = 0,
+    device: torch.device | None = None,
 ) -> Match:
     """Random sources into random survivors: the baseline that every method has to beat.
 
     The draw depends on ``seed``, ``tokens`` and ``r`` alone (integer arithmetic, the same on every device), so that an
-    image gets the same result alone and in a batch.
+    image gets the same result alone and in a batch. ``protected`` are token indices, or a (B, T) bool mask.
 
     Raises:
         ValueError: ``r`` is negative or more than half of the unprotected tokens.
     """
-    _check_r(r, tokens, len(set(protected)))
+    count = int(protected.sum(dim=1).max()) if isinstance(protected, Tensor) else len(set(protected))
+    _check_r(r, tokens, count)
     shielded = _protected_mask(protected, 1, tokens, device)
     draw = _hashed(tokens, seed * 2654435761 + tokens * 40503 + r, device)[None]
     order = draw.masked_fill(shielded, torch.iinfo(torch.int64).max).argsort(dim=-1, stable=True)
-    free = tokens - len(set(protected))
+    free = tokens - count
     src, survivors = order[:, :r], order[:, r:free]
     pick = _hashed(r, seed * 97 + tokens, device) % max(1, free - r)
     src, by_source = src.sort(dim=-1)

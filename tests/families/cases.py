@@ -23,7 +23,7 @@ class Case:
 
     Args:
         name: for test ids; unique.
-        model_type: of the family it covers.
+        model_type: of the family it covers, with its variant: its key in ``families()``.
         build: attention implementation -> model in eval mode, the same weights at every call.
         batch: model -> a batch of three rows of different length, padded as the processor does for generation.
         row: (batch, index) -> that row alone, without padding.
@@ -36,6 +36,7 @@ class Case:
             worked out a second way, from hand-compacted prompts and a stock language model; None where the prompt is
             not changed.
         skip_methods: methods that the family refuses, with the reason.
+        has_vision: whether there is a vision tower whose merges can be traced.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Case:
     generates: bool = False
     expected: Callable[..., list[list[int]]] | None = None
     skip_methods: dict[str, str] = field(default_factory=dict)
+    has_vision: bool = True
 
 
 _CASES: dict[str, Case] = {}

@@ -73,7 +73,7 @@ def test_restored_bit_for_bit_and_identity_at_one(method, case, attention) -> No
     assert not [name for name in vars(model) if "crossget" in name]
 
 
-@matrix()
+@matrix("has_vision")
 @torch.no_grad()
 def test_the_tower_has_the_schedules_tokens(method, case) -> None:
     model = learned(case, method)

@@ -1,0 +1,67 @@
+"""SigLIP's dual encoder (``SiglipModel``).
+
+As CLIP, but: the vision tower has no class token, its cross token starts as the mean of the patches, and the pooling
+head counts a merged token as often as it has patches. The text tower is bidirectional and reads the last column, which
+is padding more often than not: that token is protected, guides the matching and is what the cross token starts from.
+SigLIP is trained on texts padded to the full length without a mask; attention masks with zeros are refused.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mllm_crossget.costs import linear_flops
+from mllm_crossget.families.base import SIGLIP_TOWER, Family, TextTower, patches_per_image, register_family
+from mllm_crossget.schedule import TowerGeometry
+
+
+def last_token(text_config: Any, input_ids: Tensor) -> Tensor:
+    """(B, T) ids -> (B,) the last column."""
+    del text_config
+    return torch.full((len(input_ids),), input_ids.shape[1] - 1, device=input_ids.device)
+
+
+def geometry(config: Any) -> TowerGeometry:
+    """Geometry of the vision tower of a ``SiglipConfig``.
+
+    Raises:
+        ValueError: a tower without pooling head, which gives no image embedding.
+    """
+    vision = config.vision_config
+    if not getattr(vision, "vision_use_head", True):
+        raise ValueError(
+            "vision_use_head=False: the vision tower has no pooling head and gives no image embedding; load the tower "
+            "alone (SiglipVisionModel)"
+        )
+    return TowerGeometry(
+        patches_per_image(vision), SIGLIP_TOWER.prefix, vision.num_hidden_layers, vision.num_hidden_layers
+    )
+
+
+def head_flops(config: Any, features: int) -> int:
+    """The text head on one token; the vision tower's pooling head is counted with its encoder."""
+    del features
+    text = config.text_config
+    return linear_flops(1, text.hidden_size, text.projection_size)
+
+
+SIGLIP = register_family(
+    Family(
+        model_type="siglip",
+        tower="vision_model",
+        vision_config="vision_config",
+        geometry=geometry,
+        towers=(SIGLIP_TOWER.model_type,),
+        note="inside the vision tower, and inside the text tower with text_r or text_keep_ratio",
+        exact="no published reference: CLIP's rules, the pooling head weighs merged tokens by their patches",
+        vision_projection=("vision_model.post_layernorm", "vision_model.head"),
+        text_projection=("text_model.final_layer_norm", "text_model.head"),
+        connector_flops=head_flops,
+        classes=("SiglipModel",),
+        cosine=True,
+        text_tower=TextTower("text_model", "text_config", last_token, causal=False, first=False, takes_mask=False),
+    )
+)
