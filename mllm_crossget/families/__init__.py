@@ -1,6 +1,28 @@
 """Model families: one file each. Importing this package registers them."""
 
-from mllm_crossget.families import blip, blip2, clip, instructblip, llava, siglip, vision_tower
+from mllm_crossget.families import (
+    blip,
+    blip2,
+    clip,
+    instructblip,
+    llava,
+    llava_next,
+    paligemma,
+    siglip,
+    vision_tower,
+)
 from mllm_crossget.families.base import Family, families
 
-__all__ = ["Family", "blip", "blip2", "clip", "families", "instructblip", "llava", "siglip", "vision_tower"]
+__all__ = [
+    "Family",
+    "families",
+    "blip",
+    "blip2",
+    "clip",
+    "instructblip",
+    "llava",
+    "llava_next",
+    "paligemma",
+    "siglip",
+    "vision_tower",
+]

@@ -89,6 +89,7 @@ class Modality:
         counts: (model, keyword arguments) -> placeholders of every image that the untouched model needs, where they
             differ from image to image; the features are then counted by encoding first. None: every image has the
             schedule's count.
+        keeps_count: the language side gets as many features as without reduction.
         parts: (model, keyword arguments) -> tower images (tiles, frames) of every image; None: one each.
     """
 
@@ -99,6 +100,7 @@ class Modality:
     ndim: tuple[int, ...] = (4,)
     arguments: tuple[str, ...] = ()
     counts: Callable[[Any, dict[str, Any]], list[int]] | None = None
+    keeps_count: bool = False
     parts: Callable[[Any, dict[str, Any]], list[int]] | None = None
 
 
@@ -135,6 +137,19 @@ class TextTower:
 
 
 @dataclass(frozen=True)
+class Tiles:
+    """How often the tower runs for one image, for costs. The cross token of the first tile alone is read.
+
+    Args:
+        count: tiles or frames.
+        newlines: vectors that the model adds to their features.
+    """
+
+    count: int = 1
+    newlines: int = 0
+
+
+@dataclass(frozen=True)
 class Family:
     """A model family.
 
@@ -160,6 +175,7 @@ class Family:
         features: how features reach the prompt, a name known to ``hooks.features``.
         modalities: visual inputs with placeholders in the prompt; empty where the language side gets as many tokens as
             without reduction, or has no prompt.
+        tiles: configuration -> how often the tower runs for a typical image, for costs without an image; None: once.
         llm_tokens: (configuration, tower features) -> visual tokens that the language model gets; None: all features.
         connector_flops: (configuration, tower features) -> FLOPs between tower and language model.
         connector_text_flops: (configuration, text tokens) -> FLOPs that the text adds there.
@@ -192,6 +208,7 @@ class Family:
     features_owner: str | None = None
     features: str = "plain"
     modalities: tuple[Modality, ...] = ()
+    tiles: Callable[[Any], Tiles] | None = None
     llm_tokens: Callable[[Any, int], int] | None = None
     connector_flops: Callable[[Any, int], int] | None = None
     connector_text_flops: Callable[[Any, int], int] | None = None

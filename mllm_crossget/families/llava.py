@@ -13,7 +13,7 @@ from mllm_crossget.costs import linear_flops
 from mllm_crossget.families.base import Family, Modality, patches_per_image, register_family, tower_kind
 from mllm_crossget.schedule import TowerGeometry
 
-_TOWERS = ("clip_vision_model", "siglip_vision_model")
+TOWERS = ("clip_vision_model", "siglip_vision_model")
 _STRATEGIES = ("default", "full")
 
 
@@ -23,7 +23,7 @@ def geometry(config: Any) -> TowerGeometry:
     Raises:
         ValueError: a tower, a feature layer or a selection strategy that cannot be served.
     """
-    kind = tower_kind(config.vision_config.model_type, _TOWERS, "LLaVA")
+    kind = tower_kind(config.vision_config.model_type, TOWERS, "LLaVA")
     layers = config.vision_config.num_hidden_layers
     layer, strategy = config.vision_feature_layer, config.vision_feature_select_strategy
     if not isinstance(layer, int):
@@ -65,7 +65,7 @@ LLAVA = register_family(
         tower="model.vision_tower",
         vision_config="vision_config",
         geometry=geometry,
-        towers=_TOWERS,
+        towers=TOWERS,
         note="inside the vision tower; the language model gets the merged tokens",
         exact="reference vectors of LLaVA-1.5 (vision tower, language model, end to end, losses)",
         language_model="model.language_model",

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from mllm_crossget.families.base import Family, config_at, module_at, text_side_of, tower_kind
+from mllm_crossget.hooks import grid as _registers_grid_features  # noqa: F401
 from mllm_crossget.hooks.cross_tokens import CrossTokens
 from mllm_crossget.hooks.dual import DualModel
 from mllm_crossget.hooks.features import FEATURES, CutFeatures
@@ -102,7 +103,7 @@ def _hook_top(model: Any, handle: Handle) -> None:
         owner = module_at(model, family.features_owner)
         counted = any(modality.counts is not None for modality in family.modalities)
         if family.features != "plain":
-            journal.swap_class(owner, FEATURES[family.features])
+            FEATURES[family.features].install(journal, owner, handle)
         elif handle.schedule.drop_cross or counted:
             journal.swap_class(owner, CutFeatures if handle.schedule.drop_cross else FEATURES["plain"])
     if family.text_tower is not None and family.tower is not None:

@@ -15,12 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from mllm_crossget.families.base import Family, Modality, module_at
+from mllm_crossget.hooks.handle import Handle
+from mllm_crossget.hooks.journal import Journal
 
 _AHEAD = "_mllm_crossget_ahead"
 
 
 class ReducedFeatures(nn.Module):
     """Mixin for the owner of ``get_image_features``: hands out what was encoded ahead."""
+
+    @classmethod
+    def install(cls, journal: Journal, owner: nn.Module, handle: Handle) -> None:
+        """Put the mixin into ``owner``, and change what else it needs; all of it through the journal."""
+        journal.swap_class(owner, cls)
 
     def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
         """As the original."""
@@ -35,7 +42,7 @@ class CutFeatures(ReducedFeatures):
         return with_features(super().get_image_features(*args, **kwargs), _without_last)
 
 
-FEATURES: dict[str, type] = {"plain": ReducedFeatures}
+FEATURES: dict[str, type[ReducedFeatures]] = {"plain": ReducedFeatures}
 
 
 def features_of(output: Any) -> Any:
@@ -58,13 +65,14 @@ def _without_last(features: Any) -> Any:
 
 
 def encode_ahead(model: nn.Module, family: Family, modality: Modality, kwargs: dict[str, Any]) -> list[int]:
-    """Encode the images of a call now and return the number of features of each."""
+    """Encode the images of a call now, unless that was done already, and return the number of features of each."""
     owner = module_at(model, family.features_owner or "")
-    names = (modality.pixels, *modality.arguments)
-    arguments = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
-    owner.__dict__.setdefault(_AHEAD, {}).pop(modality.encode, None)
-    output = getattr(owner, modality.encode)(**arguments, return_dict=True)
-    owner.__dict__[_AHEAD][modality.encode] = (_identity(kwargs[modality.pixels]), output)
+    arguments = {name: kwargs[name] for name in modality.arguments if kwargs.get(name) is not None}
+    pixels = kwargs[modality.pixels]
+    output = encoded_ahead(owner, modality.encode, (pixels,), {})
+    if output is None:
+        output = getattr(owner, modality.encode)(pixels, **arguments, return_dict=True)
+        owner.__dict__.setdefault(_AHEAD, {})[modality.encode] = (_identity(pixels), output)
     return [len(image) for image in features_of(output)]
 
 

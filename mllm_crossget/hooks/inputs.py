@@ -17,6 +17,13 @@ from mllm_crossget.hooks.generation import prompt_mask
 from mllm_crossget.hooks.handle import Handle
 from mllm_crossget.hooks.prompt import Compaction, Layout, check_counts, outer_padding, plan_compaction
 
+# Arguments of a call that choose which features are read.
+_READ = (
+    "vision_feature_layer",
+    "vision_feature_layers",
+    "vision_feature_select_strategy",
+    "vision_aspect_ratio",
+)
 _TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 _DIMENSIONS = {4: "images, ", 5: "images, tiles or frames, "}
 _PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
@@ -46,11 +53,11 @@ def refuse_inputs(kwargs: dict[str, Any]) -> None:
 
 def refuse_other_features(handle: Handle, config: Any, kwargs: dict[str, Any]) -> None:
     """Raise ``ValueError`` for features of another layer than the schedule was made for."""
-    for name in ("vision_feature_layer", "vision_feature_select_strategy"):
-        value = kwargs.get(name)
-        if value is not None and value != getattr(config, name):
+    for name in _READ:
+        value, accelerated = kwargs.get(name), getattr(config, name, None)
+        if value is not None and value != accelerated:
             raise ValueError(
-                f"{name}={value!r} at call time, but the model was accelerated for {getattr(config, name)!r}; set "
+                f"{name}={value!r} at call time, but the model was accelerated for {accelerated!r}; set "
                 f"model.config.{name} and call accelerate_mllm again"
             )
 
@@ -104,7 +111,7 @@ def _is_full(model: nn.Module, handle: Handle, modality: Modality, kwargs: dict[
     if _features(modality, kwargs) is None:
         _check_pixels(model, handle, modality, kwargs[modality.pixels])
     total = int((kwargs["input_ids"] == token_of(model, modality)).sum())
-    features = _known_features(handle, modality, kwargs)
+    features = _known_features(model, handle, modality, kwargs)
     compact = None if features is None else sum(features)
     if total == compact or features == []:
         return False
@@ -125,18 +132,20 @@ def _placeholders(model: nn.Module, handle: Handle, modality: Modality, kwargs: 
     return [handle.schedule.placeholders] * len(kwargs[modality.pixels] if features is None else features)
 
 
-def _known_features(handle: Handle, modality: Modality, kwargs: dict[str, Any]) -> list[int] | None:
+def _known_features(model: nn.Module, handle: Handle, modality: Modality, kwargs: dict[str, Any]) -> list[int] | None:
     """Features of every image as far as they are known without encoding it."""
     features = _features(modality, kwargs)
     if features is not None:
         return [len(image) for image in features]
+    if modality.keeps_count and modality.counts is not None:
+        return modality.counts(model, kwargs)
     return None if modality.counts is not None else [handle.schedule.features] * len(kwargs[modality.pixels])
 
 
 def image_counts(model: nn.Module, handle: Handle, modality: Modality, kwargs: dict[str, Any]) -> list[tuple[int, int]]:
     """(placeholders of the user's prompt, features) of every image of a call; encodes the images where only that can
     tell."""
-    known = _known_features(handle, modality, kwargs)
+    known = _known_features(model, handle, modality, kwargs)
     features = encode_ahead(model, handle.family, modality, kwargs) if known is None else known
     return list(zip(_placeholders(model, handle, modality, kwargs), features, strict=True))
 
@@ -147,7 +156,7 @@ def images_per_row(model: nn.Module, handle: Handle, kwargs: dict[str, Any]) -> 
     Only the first modality of the family that is there counts: one forward records the cross tokens of one encoding.
     """
     modality = present(handle, kwargs)[0]
-    features = _known_features(handle, modality, kwargs)
+    features = _known_features(model, handle, modality, kwargs)
     if features is None:
         features = encode_ahead(model, handle.family, modality, kwargs)
     parts = [1] * len(features) if modality.parts is None else modality.parts(model, kwargs)

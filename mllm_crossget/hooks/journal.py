@@ -102,9 +102,10 @@ def mixed_class(original: type, mixin: type) -> type:
     ``forward`` and ``generate``: names and signatures stay those of the original.
     """
     namespace: dict[str, Any] = {"__module__": original.__module__, "__doc__": original.__doc__}
-    for name in ("forward", "generate", "get_image_features"):
-        if name in vars(mixin):
-            namespace[name] = _with_signature_of(getattr(original, name), vars(mixin)[name])
+    for name in ("forward", "generate", "get_image_features", "get_video_features"):
+        own = next((vars(kind)[name] for kind in mixin.__mro__ if kind is not nn.Module and name in vars(kind)), None)
+        if own is not None:
+            namespace[name] = _with_signature_of(getattr(original, name), own)
     mixed = type(original.__name__, (mixin, original), namespace)
     mixed.__qualname__ = original.__qualname__
     return mixed

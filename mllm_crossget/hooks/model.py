@@ -4,6 +4,7 @@ back. The language model never sees, computes or caches a removed token.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ class ReducedModel(SavedModel):
         cache = kwargs.get("past_key_values")
         layout = getattr(cache, LAYOUT, None)
         if present(handle, kwargs) and is_full_prompt(self, handle, kwargs):
-            with forget_ahead(self, handle.family):
+            with forget_ahead(self, handle.family), _recording(self, handle):
                 return _forward_shrunk(self, super().forward, handle, kwargs)
         if layout is not None:
             follow_layout(layout, kwargs)
@@ -173,14 +174,20 @@ def _aligns(model: nn.Module, handle: Handle) -> bool:
     return model.training and handle.text_path != "" and bool(handle.family.vision_projection)
 
 
+def _recording(model: nn.Module, handle: Handle) -> AbstractContextManager[Any]:
+    """Both sides' lists of cross tokens, or two empty ones where no alignment loss is wanted."""
+    if not _aligns(model, handle):
+        return nullcontext(([], []))
+    return recorded_cross_tokens(module_at(model, handle.encoder_path), module_at(model, handle.text_path))
+
+
 def _with_alignment(model: nn.Module, forward: Any, handle: Handle, kwargs: dict[str, Any]) -> Any:
     """Run the stock forward; in training, add the alignment loss of the cross tokens (not to tuples)."""
     if not _aligns(model, handle):
         return forward(**kwargs)
     family = handle.family
-    encoder, text_side = module_at(model, handle.encoder_path), module_at(model, handle.text_path)
-    rows = images_per_row(model, handle, kwargs) if present(handle, kwargs) else None
-    with recorded_cross_tokens(encoder, text_side) as (vision, text):
+    with forget_ahead(model, family), _recording(model, handle) as (vision, text):
+        rows = images_per_row(model, handle, kwargs) if present(handle, kwargs) else None
         output = forward(**kwargs)
     if isinstance(output, tuple):
         return output

@@ -23,6 +23,7 @@ from mllm_crossget.ops.merging import compose_source, merge
 from mllm_crossget.schedule import Schedule, TowerGeometry, make_schedule
 
 _STATE = "_mllm_crossget_tower"
+SOURCES = "_mllm_crossget_sources"
 
 
 @dataclass
@@ -125,6 +126,8 @@ class ReducedEncoder(nn.Module):
                 written.append(cross)
             hidden, size, match = layer(hidden, None, size, cross, schedule.removals[index])
             source = source if match is None else compose_source(source, match)
+            if SOURCES in self.__dict__ and index + 1 == state.geometry.read:
+                self.__dict__[SOURCES].append(_all_sources(source, hidden, schedule.tokens[0]))
             if state.trace is not None:
                 state.trace.append(_trace(match, size, source, hidden, schedule.tokens[0]))
         if written and RECORD in self.__dict__:
@@ -194,6 +197,9 @@ def _trace(match: Match | None, size: Tensor | None, source: Tensor | None, hidd
     batch, tokens = hidden.shape[:2]
     if size is None:
         size = torch.ones(batch, tokens, device=hidden.device)
-    if source is None:
-        source = torch.arange(start, device=hidden.device).expand(batch, -1)
-    return LayerTrace(match, size, source)
+    return LayerTrace(match, size, _all_sources(source, hidden, start))
+
+
+def _all_sources(source: Tensor | None, hidden: Tensor, start: int) -> Tensor:
+    """(B, start) the source map, also where nothing was merged yet."""
+    return torch.arange(start, device=hidden.device).expand(len(hidden), -1) if source is None else source

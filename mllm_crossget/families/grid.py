@@ -1,0 +1,84 @@
+"""Images cut into tiles: what the stock packing of a LLaVA-NeXT-like model does with every patch.
+
+Nothing of the packing (grid of tiles, unpadding, newlines) is written again here. The model's own
+``pack_image_features`` runs on *index features*, one channel that holds the number of the patch, with a marker for the
+newline; what comes out is the order in which the stock model hands patches and newlines to the language model.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NEWLINE = -1
+
+
+def tile_counts(owner: Any, image_sizes: Tensor, batch_num_images: Any = None) -> list[int]:
+    """Tiles of every image, the base image counted, as the stock model infers them.
+
+    Args:
+        owner: the module that has ``pack_image_features``.
+        image_sizes: (images, 2) height and width in pixels.
+        batch_num_images: images in every row where the model takes that (LLaVA-OneVision: a row with several images has
+            one tile each), else None.
+    """
+    config = owner.config
+    stock = vars(sys.modules[type(owner).__module__])["image_size_to_num_patches"]
+    cut = [True] * len(image_sizes)
+    if batch_num_images is not None:
+        cut = [int(count) == 1 for count in batch_num_images for _ in range(int(count))]
+    return [
+        stock(size, config.image_grid_pinpoints, config.vision_config.image_size) if tiles else 1
+        for size, tiles in zip(image_sizes, cut, strict=True)
+    ]
+
+
+def layouts(pack: Callable[..., Any], tiles: list[int], patches: int, image_sizes: Tensor, *args: Any, **kwargs: Any):
+    """What the stock packing makes of images of these tiles.
+
+    Args:
+        pack: the stock ``pack_image_features``.
+        tiles: tiles of every image.
+        patches: patches of one tile.
+        image_sizes: (images, 2) height and width in pixels.
+        args, kwargs: further arguments of ``pack``.
+
+    Returns:
+        Per image, (L,) int64: for every feature the number of its patch (tile · patches + patch of the tile), or
+        ``NEWLINE``. Where the packing resizes the grid the numbers mean nothing, only the length does.
+    """
+    index = [torch.arange(count * patches, dtype=torch.float64).view(count, patches, 1) for count in tiles]
+    newline = torch.full((1,), NEWLINE, dtype=torch.float64)
+    packed, _ = pack(index, image_sizes, *args, image_newline=newline, **kwargs)
+    return [image[:, 0].round().long() for image in packed]
+
+
+def reduced_layout(layout: Tensor, token: Tensor, tiles: int) -> Tensor:
+    """The layout after merging: every token once, where its first patch stood; newlines of rows that are left.
+
+    A token all of whose patches lie in the padding does not appear. A newline stays if its row of the grid still holds
+    a token.
+
+    Args:
+        layout: (L,) of one image, see ``layouts``.
+        token: (tiles · patches,) token that every patch has become, counted over all tiles.
+        tiles: tiles of the image; the first one is the base image, which stands in front of the grid.
+
+    Returns:
+        (K,) tokens and ``NEWLINE``.
+    """
+    is_newline = layout == NEWLINE
+    tokens = token[layout.clamp(min=0)]
+    place = torch.arange(len(layout), device=layout.device)
+    first = torch.full((int(token.max()) + 1,), len(layout), device=layout.device)
+    first.scatter_reduce_(0, tokens[~is_newline], place[~is_newline], "amin")
+    stays = ~is_newline & (first[tokens] == place)
+    in_grid = stays if tiles == 1 else stays & (layout >= len(token) // tiles)
+    row = is_newline.long().cumsum(0) - is_newline.long()  # a newline belongs to the row that it ends
+    held = torch.zeros(int(row.max()) + 1, dtype=torch.int64, device=layout.device).index_add_(0, row, in_grid.long())
+    stays |= is_newline & (held[row] > 0)
+    return torch.where(is_newline, NEWLINE, tokens)[stays]

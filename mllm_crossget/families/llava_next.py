@@ -1,0 +1,99 @@
+"""LLaVA-NeXT (LLaVA-1.6): an image is a base image and a grid of tiles, each of them encoded by the tower on its own.
+
+Tokens merge inside the tower, tile by tile. What the stock model does behind it - grid, unpadding, a newline vector
+behind every row of patches - is kept: a merged token stands once, where its first patch that is not padding stood. So
+
+* a token all of whose patches lie in the padding that the stock model cuts off does not reach the language model;
+* a newline stays if its row of patches still holds a token, and goes with the row otherwise;
+* CrossGET's cross token of the base image stands behind the base image's tokens; the tiles' are left out.
+
+How many features an image has depends on what is in it, so images are encoded before the prompt is shrunk, once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from mllm_crossget.families.base import Family, Modality, Tiles, register_family
+from mllm_crossget.families.grid import layouts, tile_counts
+from mllm_crossget.families.llava import TOWERS, geometry, two_layer_projector_flops
+from mllm_crossget.schedule import TowerGeometry
+
+EXACT = "order, unpadding and newlines are the stock packing's; every patch that is not padding is in exactly one token"
+
+
+def grid_geometry(config: Any) -> TowerGeometry:
+    """Geometry of one tile.
+
+    Raises:
+        ValueError: as for LLaVA, and where the class token is read as if it were a patch, which no grid can hold.
+    """
+    made = geometry(config)
+    if made.placeholders != made.patches:
+        raise ValueError(
+            f"vision_feature_select_strategy={config.vision_feature_select_strategy!r} reads the class token as a "
+            "patch, which does not fit into the grid of patches; use 'default'"
+        )
+    return made
+
+
+def require_sizes(kwargs: dict[str, Any]) -> Tensor:
+    """The images' sizes in pixels, (images, 2) height and width. Raises ``ValueError`` if they are missing."""
+    sizes = kwargs.get("image_sizes")
+    if not isinstance(sizes, Tensor) or sizes.ndim != 2 or sizes.shape[1] != 2:
+        raise ValueError(
+            f"image_sizes must be a tensor (images, 2) of heights and widths, got {sizes!r}; pass what the processor "
+            "returns, together with pixel_values"
+        )
+    return sizes
+
+
+def parts(model: Any, kwargs: dict[str, Any]) -> list[int]:
+    """Tiles of every image of a call."""
+    return tile_counts(model.model, require_sizes(kwargs), kwargs.get("batch_num_images"))
+
+
+def counts(model: Any, kwargs: dict[str, Any]) -> list[int]:
+    """Features of every image of a call that the untouched model makes."""
+    owner, config = model.model, model.config
+    made = layouts(
+        owner.pack_image_features,
+        parts(model, kwargs),
+        grid_geometry(config).patches,
+        require_sizes(kwargs),
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+    )
+    return [len(layout) for layout in made]
+
+
+def square_tiles(config: Any) -> Tiles:
+    """A square image: the base image and the largest square grid that the model knows, a newline behind every row."""
+    size = config.vision_config.image_size
+    sides = [height // size for height, width in config.image_grid_pinpoints if height == width]
+    side = max(sides, default=1)
+    return Tiles(1 + side * side, side * (size // config.vision_config.patch_size))
+
+
+IMAGE = Modality(ndim=(5, 4), arguments=("image_sizes",), counts=counts, parts=parts)
+
+LLAVA_NEXT = register_family(
+    Family(
+        model_type="llava_next",
+        tower="model.vision_tower",
+        vision_config="vision_config",
+        geometry=grid_geometry,
+        towers=TOWERS,
+        note="inside the vision tower, tile by tile; each token stands where its first patch stood",
+        exact=EXACT,
+        language_model="model.language_model",
+        projector="model.multi_modal_projector",
+        vision_projection=("model.multi_modal_projector",),
+        features_owner="model",
+        features="grid",
+        modalities=(IMAGE,),
+        tiles=square_tiles,
+        connector_flops=two_layer_projector_flops,
+    )
+)

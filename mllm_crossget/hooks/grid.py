@@ -1,0 +1,163 @@
+"""Features of images cut into tiles: merged tokens take the places that the stock packing gives to their patches.
+
+In the mixins below the tower's source map of the running call says which token every patch has become; it lives on the
+modules for the length of that call, so that replicas of a model do not see each other's and none is ever stale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mllm_crossget.families.base import module_at
+from mllm_crossget.families.grid import layouts, reduced_layout
+from mllm_crossget.hooks.features import FEATURES, ReducedFeatures
+from mllm_crossget.hooks.journal import Journal
+from mllm_crossget.hooks.tower import SOURCES
+from mllm_crossget.ops.merging import unmerge
+
+_PLACES = "_mllm_crossget_grid"
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Path from the features' owner to the encoder; patches of a tile, tokens in front of them in the tower
+    (``start``), and how many of those are dropped behind it; whether a cross token is read behind the patches."""
+
+    encoder: str
+    patches: int
+    start: int
+    dropped: int
+    keeps_cross: bool
+
+
+class GridFeatures(ReducedFeatures):
+    """Mixin for models that pack tiles (LLaVA-NeXT): each token once, where its first unpadded patch stands.
+
+    Newlines stay while their row holds a token. The cross token of the base image stands behind the base image's
+    tokens, those of the other tiles are left out. Where the stock model resizes the grid, and for videos, whose frames
+    are pooled, every merged token is first copied back to its patches: geometry and count are the stock model's.
+    """
+
+    unlimited: dict[str, Any] = {}  # arguments of the packing under which it resizes nothing
+
+    @classmethod
+    def install(cls, journal: Journal, owner: nn.Module, handle: Any) -> None:
+        """See ``ReducedFeatures.install``."""
+        geometry, schedule = handle.geometry, handle.schedule
+        path = handle.encoder_path.removeprefix(f"{handle.family.features_owner}.")
+        dropped = geometry.prefix if geometry.drops_prefix else 0
+        keeps_cross = schedule.cross and not schedule.drop_cross
+        places = _Places(path, geometry.patches, geometry.prefix, dropped, keeps_cross)
+        journal.set_attribute(owner, _PLACES, places)
+        journal.swap_class(owner, cls)
+
+    def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
+        """As the original, with fewer features per image."""
+        with _kept_sources(self):
+            return super().get_image_features(*args, **kwargs)
+
+    def pack_image_features(self, image_features: Any, image_sizes: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the original on features of a reduced tower: a list of (tiles, tokens, D)."""
+        stock = super().pack_image_features  # type: ignore[misc]
+        if not self.__dict__.get(SOURCES):
+            return stock(image_features, image_sizes, *args, **kwargs)
+        places, newline = self.__dict__[_PLACES], kwargs.pop("image_newline", None)
+        tiles = [len(image) for image in image_features]
+        common = (stock, tiles, places.patches, image_sizes, *args)
+        lengths = [len(layout) for layout in layouts(*common, **kwargs)]
+        whole = layouts(*common, **{**kwargs, **self.unlimited})
+        packed = []
+        for index, source in enumerate(_sources(self).split(tiles)):
+            tokens = image_features[index]
+            if lengths[index] != len(whole[index]):  # the stock model resizes this one
+                patches = unmerge(tokens, source)
+                packed += stock([patches], image_sizes[index : index + 1], *args, image_newline=newline, **kwargs)[0]
+            else:
+                packed.append(_place(tokens, source, whole[index], newline, places))
+        return packed, torch.tensor([len(image) for image in packed], device=image_features[0].device)
+
+
+class VideoGridFeatures(GridFeatures):
+    """The same for models that take videos too (LLaVA-NeXT-Video): as many features per video as without reduction."""
+
+    @classmethod
+    def install(cls, journal: Journal, owner: nn.Module, handle: Any) -> None:
+        """See ``ReducedFeatures.install``."""
+        super().install(journal, owner, handle)
+        resampler = getattr(owner, "vision_resampler", None)  # LLaVA-NeXT-Video's pooling of frames
+        if resampler is not None:
+            journal.set_attribute(resampler, _PLACES, owner.__dict__[_PLACES])
+            journal.swap_class(resampler, UnmergedInput)
+
+    def get_video_features(self, *args: Any, **kwargs: Any) -> Any:
+        """As the original, with as many features per video."""
+        with _kept_sources(self):
+            return super().get_video_features(*args, **kwargs)  # type: ignore[misc]
+
+
+class LimitedGridFeatures(VideoGridFeatures):
+    """For LLaVA-OneVision, which resizes grids of too many patches and pools frames in a method."""
+
+    unlimited = {"vision_aspect_ratio": "anyres_max_1000000"}
+
+    def apply_pooling(self, image_features: Tensor) -> Tensor:
+        """As the original (LLaVA-OneVision's pooling of frames), on the frames' patches."""
+        if self.__dict__.get(SOURCES):
+            image_features = unmerge(image_features, _sources(self))
+        return super().apply_pooling(image_features)  # type: ignore[misc]
+
+
+class UnmergedInput(nn.Module):
+    """Mixin for a module that wants the patch grid (LLaVA-NeXT-Video's pooling): tokens go back to their patches."""
+
+    def forward(self, image_features: Tensor) -> Any:
+        """As the original."""
+        if self.__dict__.get(SOURCES):
+            image_features = unmerge(image_features, _sources(self))
+        return super().forward(image_features)
+
+
+FEATURES["grid"] = GridFeatures
+FEATURES["video_grid"] = VideoGridFeatures
+FEATURES["limited_grid"] = LimitedGridFeatures
+
+
+@contextmanager
+def _kept_sources(owner: nn.Module) -> Iterator[None]:
+    """Let the encoder hand its source map to the owner for the length of one encoding."""
+    encoder = module_at(owner, owner.__dict__[_PLACES].encoder)
+    modules = [module for module in (owner, encoder, getattr(owner, "vision_resampler", None)) if module is not None]
+    kept: list[Tensor] = []
+    for module in modules:
+        module.__dict__[SOURCES] = kept
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.__dict__.pop(SOURCES, None)
+
+
+def _sources(module: nn.Module) -> Tensor:
+    """(tiles, patches) place of every patch's token among the features of its tile."""
+    places, (source,) = module.__dict__[_PLACES], module.__dict__[SOURCES]
+    return source[:, places.start : places.start + places.patches] - places.dropped
+
+
+def _place(tokens: Tensor, source: Tensor, layout: Tensor, newline: Tensor | None, places: _Places) -> Tensor:
+    """(features, D) of one image from its (tiles, tokens, D)."""
+    tiles, per_tile, width = tokens.shape
+    if newline is None:  # pragma: no cover - no stock caller
+        raise ValueError("image_newline is missing; the stock get_image_features hands it over")
+    token = source + per_tile * torch.arange(tiles, device=source.device)[:, None]
+    order = reduced_layout(layout.to(source.device), token.flatten(), tiles)
+    if places.keeps_cross:
+        base = int(((order >= 0) & (order < per_tile)).sum())
+        order = torch.cat([order[:base], order.new_full((1,), per_tile - 1), order[base:]])
+    rows = torch.cat([tokens.reshape(-1, width), newline[None].to(tokens)])
+    return rows[order]  # NEWLINE is the last row
