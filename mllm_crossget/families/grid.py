@@ -37,7 +37,9 @@ def tile_counts(owner: Any, image_sizes: Tensor, batch_num_images: Any = None) -
     ]
 
 
-def layouts(pack: Callable[..., Any], tiles: list[int], patches: int, image_sizes: Tensor, *args: Any, **kwargs: Any):
+def layouts(
+    pack: Callable[..., Any], tiles: list[int], patches: int, image_sizes: Tensor, *args: Any, **kwargs: Any
+) -> list[Tensor]:
     """What the stock packing makes of images of these tiles.
 
     Args:
@@ -60,8 +62,8 @@ def layouts(pack: Callable[..., Any], tiles: list[int], patches: int, image_size
 def reduced_layout(layout: Tensor, token: Tensor, tiles: int) -> Tensor:
     """The layout after merging: every token once, where its first patch stood; newlines of rows that are left.
 
-    A token all of whose patches lie in the padding does not appear. A newline stays if its row of the grid still holds
-    a token.
+    A token all of whose patches lie in the padding does not appear. A newline goes if its row of the grid had patches
+    and no token stands in it any more. (Very narrow images are unpadded to rows without a patch: those stay.)
 
     Args:
         layout: (L,) of one image, see ``layouts``.
@@ -77,8 +79,8 @@ def reduced_layout(layout: Tensor, token: Tensor, tiles: int) -> Tensor:
     first = torch.full((int(token.max()) + 1,), len(layout), device=layout.device)
     first.scatter_reduce_(0, tokens[~is_newline], place[~is_newline], "amin")
     stays = ~is_newline & (first[tokens] == place)
-    in_grid = stays if tiles == 1 else stays & (layout >= len(token) // tiles)
+    in_grid = ~is_newline if tiles == 1 else layout >= len(token) // tiles
     row = is_newline.long().cumsum(0) - is_newline.long()  # a newline belongs to the row that it ends
-    held = torch.zeros(int(row.max()) + 1, dtype=torch.int64, device=layout.device).index_add_(0, row, in_grid.long())
-    stays |= is_newline & (held[row] > 0)
+    had, holds = (torch.zeros_like(layout).index_add_(0, row, flags.long()) for flags in (in_grid, in_grid & stays))
+    stays |= is_newline & ((holds > 0) | (had == 0))[row]
     return torch.where(is_newline, NEWLINE, tokens)[stays]

@@ -68,11 +68,16 @@ def counts(model: Any, kwargs: dict[str, Any]) -> list[int]:
     return [len(layout) for layout in made]
 
 
-def square_tiles(config: Any) -> Tiles:
-    """A square image: the base image and the largest square grid that the model knows, a newline behind every row."""
+def square_tiles(config: Any, most: float = float("inf")) -> Tiles:
+    """A square image: the base image and the largest square grid that the model knows, a newline behind every row.
+
+    Args:
+        config: of the model.
+        most: tiles that the grid may have.
+    """
     size = config.vision_config.image_size
     sides = [height // size for height, width in config.image_grid_pinpoints if height == width]
-    side = max(sides, default=1)
+    side = max((side for side in sides if side * side <= most), default=1)
     return Tiles(1 + side * side, side * (size // config.vision_config.patch_size))
 
 

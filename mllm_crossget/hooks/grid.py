@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ class GridFeatures(ReducedFeatures):
     are pooled, every merged token is first copied back to its patches: geometry and count are the stock model's.
     """
 
-    unlimited: dict[str, Any] = {}  # arguments of the packing under which it resizes nothing
+    unlimited: ClassVar[dict[str, Any]] = {}  # arguments of the packing under which it resizes nothing
 
     @classmethod
     def install(cls, journal: Journal, owner: nn.Module, handle: Any) -> None:
@@ -64,7 +64,7 @@ class GridFeatures(ReducedFeatures):
 
     def pack_image_features(self, image_features: Any, image_sizes: Any, *args: Any, **kwargs: Any) -> Any:
         """As the original on features of a reduced tower: a list of (tiles, tokens, D)."""
-        stock = super().pack_image_features  # type: ignore[misc]
+        stock = super().pack_image_features
         if not self.__dict__.get(SOURCES):
             return stock(image_features, image_sizes, *args, **kwargs)
         places, newline = self.__dict__[_PLACES], kwargs.pop("image_newline", None)
@@ -98,19 +98,19 @@ class VideoGridFeatures(GridFeatures):
     def get_video_features(self, *args: Any, **kwargs: Any) -> Any:
         """As the original, with as many features per video."""
         with _kept_sources(self):
-            return super().get_video_features(*args, **kwargs)  # type: ignore[misc]
+            return super().get_video_features(*args, **kwargs)
 
 
 class LimitedGridFeatures(VideoGridFeatures):
     """For LLaVA-OneVision, which resizes grids of too many patches and pools frames in a method."""
 
-    unlimited = {"vision_aspect_ratio": "anyres_max_1000000"}
+    unlimited: ClassVar[dict[str, Any]] = {"vision_aspect_ratio": "anyres_max_1000000"}
 
     def apply_pooling(self, image_features: Tensor) -> Tensor:
         """As the original (LLaVA-OneVision's pooling of frames), on the frames' patches."""
         if self.__dict__.get(SOURCES):
             image_features = unmerge(image_features, _sources(self))
-        return super().apply_pooling(image_features)  # type: ignore[misc]
+        return super().apply_pooling(image_features)
 
 
 class UnmergedInput(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 
 from mllm_crossget.families.llava_next import counts
@@ -16,7 +16,7 @@ from tests.families.prompts import hand_compacted, loss_with_alignment, one_row,
 PINPOINTS = [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]]
 SIZES = [[50, 100], [150, 40], [90, 100]]  # 1x2, 3x1 and 2x2 tiles, the second one padded left and right
 IMAGES = (2, 0, 1)
-OWNERS = dict.fromkeys(("pixel_values", "image_sizes"), [0, 0, 2])
+OWNERS = {"pixel_values": [0, 0, 2], "image_sizes": [0, 0, 2]}
 
 
 def tiny_llava_next(tower: str = "clip", attention: str = "sdpa") -> nn.Module:
@@ -43,10 +43,6 @@ def expected(stock: nn.Module, model: nn.Module, batch: Batch, **options: Any) -
     return hand_compacted(stock, model, rows, ("pixel_values", "image_sizes"), **options)
 
 
-def loss(model: nn.Module, batch: Batch) -> Tensor:
-    return loss_with_alignment(model, batch)
-
-
 for tower in ("clip", "siglip"):
     add_case(
         Case(
@@ -56,7 +52,7 @@ for tower in ("clip", "siglip"):
             batch=batch_of,
             row=lambda batch, row: one_row(batch, row, OWNERS),
             answers=row_logits,
-            loss=loss,
+            loss=loss_with_alignment,
             generates=True,
             expected=expected,
         )

@@ -46,6 +46,18 @@ def write_prompts(
     return batch
 
 
+def add_videos(batch: Batch, token: int, placeholders: Sequence[int], pixels: Tensor) -> Batch:
+    """Put a video in front of the words of every row that has placeholders for one; pads on the left again."""
+    rows = []
+    for ids, real, count in zip(batch["input_ids"], batch["attention_mask"], placeholders, strict=True):
+        row = ids[real != 0].tolist()
+        rows.append(row[:1] + [token] * count + row[1:])
+    longest = max(len(row) for row in rows)
+    ids = torch.tensor([[PAD] * (longest - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    return {**batch, "input_ids": ids, "attention_mask": mask, "pixel_values_videos": pixels}
+
+
 def one_row(batch: Batch, row: int, owners: dict[str, Sequence[int]]) -> Batch:
     """A row without its padding.
 

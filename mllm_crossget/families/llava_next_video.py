@@ -1,0 +1,43 @@
+"""LLaVA-NeXT-Video: images as in ``llava_next``, and videos.
+
+A frame is pooled on its grid of patches, so a video keeps its number of features: every merged token is copied back to
+its patches in front of the pooling. For videos the tower is cheaper, the language model is not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from mllm_crossget.families.base import Modality, register_family
+from mllm_crossget.families.llava_next import EXACT, IMAGE, LLAVA_NEXT
+from mllm_crossget.families.llava_onevision import frame_counts
+
+
+def video_counts(model: Any, kwargs: dict[str, Any]) -> list[int]:
+    """Features of every video: the frames' patches, pooled in squares of ``spatial_pool_stride``."""
+    config = model.config
+    side = config.vision_config.image_size // config.vision_config.patch_size // config.spatial_pool_stride
+    return [frames * side * side for frames in frame_counts(model, kwargs)]
+
+
+VIDEO = Modality(
+    name="video",
+    pixels="pixel_values_videos",
+    token="video_token_id",
+    encode="get_video_features",
+    ndim=(5,),
+    counts=video_counts,
+    keeps_count=True,
+    parts=frame_counts,
+)
+
+LLAVA_NEXT_VIDEO = register_family(
+    dataclasses.replace(
+        LLAVA_NEXT,
+        model_type="llava_next_video",
+        exact=f"{EXACT}; videos keep their number of features",
+        features="video_grid",
+        modalities=(IMAGE, VIDEO),
+    )
+)

@@ -1,0 +1,85 @@
+"""LLaVA-OneVision: single images cut into tiles, several images of one tile each, and videos.
+
+Single images are packed as in ``llava_next``: a merged token stands once, where its first patch that is not padding
+stood; newlines stay with rows that hold a token; the base image's cross token stands behind its tokens. A row with
+several images (``batch_num_images``) has one tile and one newline for each.
+
+Two inputs keep their number of features, because the stock model computes new vectors from the grid of patches: images
+of so many tiles that the grid is resized (``vision_aspect_ratio="anyres_max_9"`` with more than nine tiles), and
+videos, whose frames are pooled. There every token is copied back to its patches in front of that step; the tower is
+cheaper, the language model is not.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from mllm_crossget.families.base import Family, Modality, Tiles, register_family
+from mllm_crossget.families.grid import layouts
+from mllm_crossget.families.llava import TOWERS, two_layer_projector_flops
+from mllm_crossget.families.llava_next import EXACT, grid_geometry, parts, require_sizes, square_tiles
+
+
+def counts(model: Any, kwargs: dict[str, Any]) -> list[int]:
+    """Features of every image of a call that the untouched model makes."""
+    owner, config = model.model, model.config
+    made = layouts(
+        owner.pack_image_features,
+        parts(model, kwargs),
+        grid_geometry(config).patches,
+        require_sizes(kwargs),
+        vision_aspect_ratio=config.vision_aspect_ratio,
+    )
+    return [len(layout) for layout in made]
+
+
+def video_counts(model: Any, kwargs: dict[str, Any]) -> list[int]:
+    """Features of every video: frames of half the height and width, and one newline."""
+    vision = model.config.vision_config
+    side = math.ceil(vision.image_size // vision.patch_size / 2)
+    return [frames * side * side + 1 for frames in frame_counts(model, kwargs)]
+
+
+def frame_counts(model: Any, kwargs: dict[str, Any]) -> list[int]:
+    """Frames of every video of a call."""
+    videos = kwargs["pixel_values_videos"]
+    return [videos.shape[1]] * videos.shape[0]
+
+
+def largest_whole_grid(config: Any) -> Tiles:
+    """A square image of as many tiles as the model takes without resizing the grid."""
+    return square_tiles(config, most=int(config.vision_aspect_ratio.removeprefix("anyres_max_")))
+
+
+IMAGE = Modality(ndim=(5, 4), arguments=("image_sizes", "batch_num_images"), counts=counts, parts=parts)
+VIDEO = Modality(
+    name="video",
+    pixels="pixel_values_videos",
+    token="video_token_id",
+    encode="get_video_features",
+    ndim=(5,),
+    counts=video_counts,
+    keeps_count=True,
+    parts=frame_counts,
+)
+
+LLAVA_ONEVISION = register_family(
+    Family(
+        model_type="llava_onevision",
+        tower="model.vision_tower",
+        vision_config="vision_config",
+        geometry=grid_geometry,
+        towers=TOWERS,
+        note="inside the vision tower, tile by tile; each token stands where its first patch stood",
+        exact=f"{EXACT}; resized grids and videos keep their number of features",
+        language_model="model.language_model",
+        projector="model.multi_modal_projector",
+        vision_projection=("model.multi_modal_projector",),
+        features_owner="model",
+        features="limited_grid",
+        modalities=(IMAGE, VIDEO),
+        tiles=largest_whole_grid,
+        connector_flops=two_layer_projector_flops,
+    )
+)

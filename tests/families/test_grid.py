@@ -1,0 +1,278 @@
+"""Tiles: every patch that the stock model does not cut off reaches the language model once, in the stock order."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mllm_crossget import CrossGetConfig, accelerate_mllm, method_names, trace_merges
+from mllm_crossget.families import llava_next, llava_next_video, llava_onevision
+from mllm_crossget.families.grid import NEWLINE, reduced_layout
+from mllm_crossget.hooks.handle import handle_of
+from mllm_crossget.hooks.inputs import image_counts
+from mllm_crossget.hooks.tower import SOURCES
+from tests.families.case_llava_next import batch_of, tiny_llava_next
+from tests.families.case_llava_next_video import tiny_next_video
+from tests.families.case_llava_onevision import tiny_onevision
+from tests.families.models import IMAGE, image_pixels
+from tests.families.prompts import loss_with_alignment, write_prompts
+from tests.tiny import randomise_cross_tokens
+
+PATCHES = 16
+CASES = 500
+BUILD = {"llava_next": tiny_llava_next, "llava_next_video": tiny_next_video, "llava_onevision": tiny_onevision}
+COUNTS = {
+    "llava_next": llava_next.counts,
+    "llava_next_video": llava_next.counts,
+    "llava_onevision": llava_onevision.counts,
+}
+grids = pytest.mark.parametrize("family", sorted(BUILD))
+
+
+def random_sizes(draw: random.Random, images: int) -> Tensor:
+    """Heights and widths from 10 to 400 pixels: every aspect ratio up to 1:40."""
+    return torch.tensor([[draw.randint(10, 400), draw.randint(10, 400)] for _ in range(images)])
+
+
+def random_merges(draw: random.Random, kept: int) -> list[int]:
+    """Token of every patch of a tile: ``kept`` tokens in the order of the patches that stayed."""
+    stay = sorted(draw.sample(range(PATCHES), kept))
+    return [stay.index(patch) if patch in stay else draw.randrange(kept) for patch in range(PATCHES)]
+
+
+def by_hand(layout: list[int], token: list[int], tiles: int) -> list[int]:
+    """``reduced_layout`` as a loop over rows."""
+    rows: list[list[int]] = [[]]
+    seen, found = set(), []
+    for patch in layout:
+        rows[-1].append(patch)
+        if patch == NEWLINE:
+            rows.append([])
+    for row in rows:
+        holds = not any(tiles == 1 or patch >= PATCHES for patch in row if patch != NEWLINE)
+        for patch in row:
+            if patch == NEWLINE:
+                found += [NEWLINE] * holds
+            elif token[patch] not in seen:
+                seen.add(token[patch])
+                found.append(token[patch])
+                holds = holds or tiles == 1 or patch >= PATCHES
+    return found
+
+
+@grids
+def test_every_patch_once_on_random_images(family: str) -> None:
+    """Features are made so that one can read from them which patches they hold; the stock packing says which patches
+    are not padding."""
+    model = accelerate_mllm(BUILD[family](), method="tome", visual_tokens=8)
+    draw = random.Random(family)
+    options = {} if family == "llava_onevision" else {"vision_feature_select_strategy": "default"}
+    seen = Counter()
+    for _ in range(CASES):
+        owner = model.model
+        sizes = random_sizes(draw, draw.randint(1, 3))
+        images = {"image_sizes": sizes}
+        if family == "llava_onevision":
+            config = owner.config
+            config.vision_aspect_ratio = options["vision_aspect_ratio"] = f"anyres_max_{draw.choice((1, 2, 9))}"
+            if draw.random() < 0.3:
+                images["batch_num_images"] = torch.tensor([len(sizes)])
+        tiles = llava_next.parts(model, images)
+        kept = draw.randint(1, PATCHES)
+        merges = [[random_merges(draw, kept) for _ in range(count)] for count in tiles]
+        features, newline = readable(merges), torch.full((max(tiles) * PATCHES,), -1.0)
+        plain = model.model.pack_image_features(unmerged(tiles), sizes, image_newline=newline, **options)[0]
+        owner.__dict__[SOURCES] = [source_map(model, merges)]
+        try:
+            packed, lengths = owner.pack_image_features(features, sizes, image_newline=newline, **options)
+        finally:
+            del owner.__dict__[SOURCES]
+        assert COUNTS[family](model, images) == [len(image) for image in plain]
+        assert lengths.tolist() == [len(image) for image in packed]
+        for image, stock in zip(packed, plain, strict=True):
+            resized = not torch.equal(stock, stock.round())
+            seen["resized" if resized else "whole"] += 1
+            if resized:
+                assert len(image) == len(stock)
+                continue
+            real, tokens = stock[stock[:, 0] >= 0], image[image[:, 0] >= 0]
+            unpadded = real.sum(dim=0) > 0
+            assert torch.equal(tokens.sum(dim=0)[unpadded], torch.ones(int(unpadded.sum())))
+            assert (tokens[:, unpadded].sum(dim=1) > 0).all(), "a token that is padding alone"
+            assert len(image) <= len(stock)
+            if kept == PATCHES:
+                assert torch.equal(image, stock)
+    assert seen["whole"] > CASES / 2
+    assert (seen["resized"] > 20) == (family == "llava_onevision")
+
+
+def source_map(model: nn.Module, merges: list[list[list[int]]]) -> Tensor:
+    """(tiles, tokens in front of the first layer) as the tower hands it over."""
+    source = torch.tensor([tile for image in merges for tile in image]) + offset(model)
+    return nn.functional.pad(source, (offset(model), 0))
+
+
+def offset(model: nn.Module) -> int:
+    """Tokens in front of the patches in the tower; the source map counts them."""
+    return handle_of(model).geometry.prefix
+
+
+def readable(merges: list[list[list[int]]]) -> list[Tensor]:
+    """Per image (tiles, tokens, channels): channel p is 1 in the token that holds patch p of the image."""
+    widest = max(len(image) for image in merges) * PATCHES
+    made = []
+    for image in merges:
+        features = torch.zeros(len(image), max(image[0]) + 1, widest)
+        tile = torch.arange(len(image))[:, None]
+        features[tile, torch.tensor(image), tile * PATCHES + torch.arange(PATCHES)] = 1.0
+        made.append(features)
+    return made
+
+
+def unmerged(tiles: list[int]) -> list[Tensor]:
+    return readable([[list(range(PATCHES))] * count for count in tiles])
+
+
+def test_the_order_is_that_of_a_loop_over_rows() -> None:
+    model = tiny_llava_next()
+    draw = random.Random(0)
+    for _ in range(CASES):
+        sizes = random_sizes(draw, 1)
+        (tiles,) = llava_next.parts(model, {"image_sizes": sizes})
+        kept = draw.randint(1, PATCHES)
+        token = [tile * kept + token for tile in range(tiles) for token in random_merges(draw, kept)]
+        index = [torch.arange(tiles * PATCHES, dtype=torch.float64).view(tiles, PATCHES, 1)]
+        marker = torch.full((1,), -1.0, dtype=torch.float64)
+        layout = model.model.pack_image_features(index, sizes, "default", image_newline=marker)[0][0][:, 0].long()
+        found = reduced_layout(layout, torch.tensor(token), tiles).tolist()
+        assert found == by_hand(layout.tolist(), token, tiles)
+
+
+@pytest.mark.parametrize("method", method_names())
+@grids
+@torch.no_grad()
+def test_features_are_the_towers_tokens_in_that_order(family: str, method: str) -> None:
+    model = BUILD[family]()
+    stock = BUILD[family]().model
+    accelerate_mllm(model, method=method, keep_ratio=0.4)
+    randomise_cross_tokens(model)
+    draw = random.Random(1)
+    handle = handle_of(model)
+    for case in range(8):
+        sizes = random_sizes(draw, 2)
+        tiles = llava_next.parts(model, {"image_sizes": sizes})
+        inputs = {"pixel_values": image_pixels(2, max(tiles), seed=case), "image_sizes": sizes}
+        with trace_merges(model) as trace:
+            found = model.model.get_image_features(**inputs, return_dict=True)
+        source = trace[handle.geometry.read - 1].source[:, offset(model) : offset(model) + PATCHES] - offset(model)
+        states = found.hidden_states[model.config.vision_feature_layer][:, offset(model) :]
+        tokens = model.model.multi_modal_projector(states)
+        layouts = llava_next.layouts(stock.pack_image_features, tiles, PATCHES, sizes, **options_of(model, family))
+        assert list(zip(COUNTS[family](model, inputs), map(len, found.pooler_output), strict=True)) == image_counts(
+            model, handle, handle.family.modalities[0], inputs
+        )
+        start = 0
+        for image, layout, count in zip(found.pooler_output, layouts, tiles, strict=True):
+            mine, per_tile = tokens[start : start + count], tokens.shape[1]
+            token = [t + tile * per_tile for tile in range(count) for t in source[start + tile].tolist()]
+            order = by_hand(layout.tolist(), token, count)
+            base = sum(0 <= place < per_tile for place in order)
+            if handle.schedule.cross:
+                order.insert(base, per_tile - 1)
+            rows = [model.model.image_newline if t == NEWLINE else mine.flatten(0, 1)[t] for t in order]
+            torch.testing.assert_close(image, torch.stack(rows))
+            start += count
+
+
+def options_of(model: nn.Module, family: str) -> dict:
+    if family == "llava_onevision":
+        return {"vision_aspect_ratio": model.config.vision_aspect_ratio}
+    return {"vision_feature_select_strategy": "default"}
+
+
+@grids
+@torch.no_grad()
+def test_nothing_merged_is_the_stock_model(family: str) -> None:
+    """``r=0`` goes through every hook and must change nothing; the cross token does not fit and is left out."""
+    sizes = torch.tensor([[50, 100], [150, 40], [300, 300]])
+    inputs = {"pixel_values": image_pixels(3, 5), "image_sizes": sizes}
+    stock = BUILD[family]().model.get_image_features(**inputs, return_dict=True).pooler_output
+    for method in ("tome", "crossget"):
+        model = accelerate_mllm(BUILD[family](), method=method, r=0)
+        ours = model.model.get_image_features(**inputs, return_dict=True).pooler_output
+        assert [len(image) for image in ours] == [len(image) for image in stock]
+        if method == "tome":
+            for image, expected in zip(ours, stock, strict=True):
+                torch.testing.assert_close(image, expected)
+
+
+def test_videos_keep_their_features_and_geometry() -> None:
+    """Pooling sees every merged token at all of its patches."""
+    for build in (tiny_onevision, tiny_next_video):
+        video = image_pixels(2, 3)
+        stock = build().model.get_video_features(video, return_dict=True).pooler_output
+        model = accelerate_mllm(build(), method="tome", r=0)
+        ours = model.model.get_video_features(video, return_dict=True).pooler_output
+        torch.testing.assert_close(ours, stock)
+        accelerate_mllm(model, keep_ratio=0.5)
+        reduced = model.model.get_video_features(video, return_dict=True).pooler_output
+        assert reduced.shape == stock.shape
+        assert not torch.allclose(reduced, stock, atol=1e-2)
+    assert llava_onevision.video_counts(tiny_onevision(), {"pixel_values_videos": video}) == [13, 13]
+    assert llava_next_video.video_counts(tiny_next_video(), {"pixel_values_videos": video}) == [12, 12]
+
+
+def test_images_are_encoded_once() -> None:
+    model = accelerate_mllm(tiny_llava_next(), keep_ratio=0.5)
+    calls = []
+    model.model.vision_tower.register_forward_hook(lambda *_: calls.append(1))
+    batch = batch_of(model)
+    model(**batch)
+    model.generate(**batch, max_new_tokens=3)
+    model.train()
+    loss_with_alignment(model, batch).backward()
+    assert len(calls) == 3
+    assert not [name for name in vars(model.model) if name.endswith(("_ahead", "_sources"))]
+
+
+def test_alignment_loss_goes_from_every_tile_to_the_text_of_its_row() -> None:
+    """Rows with two images, none and one: the loss of the batch is that of its tiles, row by row."""
+    model = accelerate_mllm(tiny_llava_next(), CrossGetConfig(keep_ratio=0.5))
+    randomise_cross_tokens(model)
+    model.train()
+    batch = batch_of(model)
+    together = model(**batch).alignment_loss
+    assert together > 0
+    together.backward()
+    assert model.model.vision_tower.encoder.cross_tokens.weight.grad.abs().sum(dim=1).gt(0).sum() >= 3
+    text_only = {name: batch[name][1:2] for name in ("input_ids", "attention_mask")}
+    assert model(**text_only).alignment_loss == 0
+    tiles = llava_next.parts(model, batch)
+    alone = []
+    for row, images in ((0, slice(0, 2)), (2, slice(2, 3))):
+        inputs = {name: batch[name][images] for name in ("pixel_values", "image_sizes")}
+        ids = batch["input_ids"][row : row + 1, batch["attention_mask"][row] != 0]
+        alone.append((model(input_ids=ids, **inputs).alignment_loss, sum(tiles[images])))
+    mean = sum(loss * count for loss, count in alone) / sum(count for _, count in alone)
+    torch.testing.assert_close(together, mean, atol=1e-5, rtol=1e-4)
+
+
+def test_errors_say_what_to_do() -> None:
+    model = accelerate_mllm(tiny_llava_next(), keep_ratio=0.5)
+    batch = batch_of(model)
+    with pytest.raises(ValueError, match=r"image_sizes must be a tensor .* pass what the processor returns"):
+        model(**{name: value for name, value in batch.items() if name != "image_sizes"})
+    with pytest.raises(ValueError, match="the prompt holds 200 image placeholders for 1 image"):
+        model(
+            **write_prompts(IMAGE, [[200]]),
+            pixel_values=batch["pixel_values"][:1],
+            image_sizes=batch["image_sizes"][:1],
+        )
+    config = tiny_llava_next().config
+    config.vision_feature_select_strategy = "full"
+    with pytest.raises(ValueError, match="reads the class token as a patch"):
+        llava_next.grid_geometry(config)
