@@ -11,6 +11,7 @@ from mllm_crossget.families import (
     llava_onevision,
     paligemma,
     siglip,
+    vipllava,
     vision_tower,
 )
 from mllm_crossget.families.base import Family, families
@@ -28,5 +29,6 @@ __all__ = [
     "llava_onevision",
     "paligemma",
     "siglip",
+    "vipllava",
     "vision_tower",
 ]

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from mllm_crossget.families.base import Family, config_at, module_at, text_side_of, tower_kind
+from mllm_crossget.hooks import concatenated as _registers_concatenated_features  # noqa: F401
 from mllm_crossget.hooks import grid as _registers_grid_features  # noqa: F401
 from mllm_crossget.hooks.cross_tokens import CrossTokens
 from mllm_crossget.hooks.dual import DualModel

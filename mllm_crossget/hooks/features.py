@@ -39,7 +39,7 @@ class CutFeatures(ReducedFeatures):
 
     def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
         """As the original, one feature fewer per image."""
-        return with_features(super().get_image_features(*args, **kwargs), _without_last)
+        return with_features(super().get_image_features(*args, **kwargs), without_last)
 
 
 FEATURES: dict[str, type[ReducedFeatures]] = {"plain": ReducedFeatures}
@@ -58,7 +58,8 @@ def with_features(output: Any, change: Any) -> Any:
     return (output[0], change(output[1]), *output[2:])
 
 
-def _without_last(features: Any) -> Any:
+def without_last(features: Any) -> Any:
+    """Features of every image but the last one, which is the cross token."""
     if isinstance(features, Tensor):
         return features[:, :-1]
     return [image[:-1] for image in features]

@@ -1,13 +1,11 @@
 """Features of images cut into tiles: merged tokens take the places that the stock packing gives to their patches.
 
-In the mixins below the tower's source map of the running call says which token every patch has become; it lives on the
-modules for the length of that call, so that replicas of a model do not see each other's and none is ever stale.
+The tower's source map of the running call (``tower.kept_trace``) says which token every patch has become.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,7 +16,7 @@ from mllm_crossget.families.base import module_at
 from mllm_crossget.families.grid import layouts, reduced_layout
 from mllm_crossget.hooks.features import FEATURES, ReducedFeatures
 from mllm_crossget.hooks.journal import Journal
-from mllm_crossget.hooks.tower import SOURCES
+from mllm_crossget.hooks.tower import kept_trace, trace_of
 from mllm_crossget.ops.merging import unmerge
 
 _PLACES = "_mllm_crossget_grid"
@@ -26,10 +24,12 @@ _PLACES = "_mllm_crossget_grid"
 
 @dataclass(frozen=True)
 class _Places:
-    """Path from the features' owner to the encoder; patches of a tile, tokens in front of them in the tower
-    (``start``), and how many of those are dropped behind it; whether a cross token is read behind the patches."""
+    """Path from the features' owner to the encoder; layers that have run when it is read; patches of a tile, tokens in
+    front of them in the tower (``start``), and how many of those are dropped behind it; whether a cross token is read
+    behind the patches."""
 
     encoder: str
+    read: int
     patches: int
     start: int
     dropped: int
@@ -53,19 +53,19 @@ class GridFeatures(ReducedFeatures):
         path = handle.encoder_path.removeprefix(f"{handle.family.features_owner}.")
         dropped = geometry.prefix if geometry.drops_prefix else 0
         keeps_cross = schedule.cross and not schedule.drop_cross
-        places = _Places(path, geometry.patches, geometry.prefix, dropped, keeps_cross)
+        places = _Places(path, geometry.read, geometry.patches, geometry.prefix, dropped, keeps_cross)
         journal.set_attribute(owner, _PLACES, places)
         journal.swap_class(owner, cls)
 
     def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
         """As the original, with fewer features per image."""
-        with _kept_sources(self):
+        with _reading(self):
             return super().get_image_features(*args, **kwargs)
 
     def pack_image_features(self, image_features: Any, image_sizes: Any, *args: Any, **kwargs: Any) -> Any:
         """As the original on features of a reduced tower: a list of (tiles, tokens, D)."""
         stock = super().pack_image_features
-        if not self.__dict__.get(SOURCES):
+        if not trace_of(self):
             return stock(image_features, image_sizes, *args, **kwargs)
         places, newline = self.__dict__[_PLACES], kwargs.pop("image_newline", None)
         tiles = [len(image) for image in image_features]
@@ -97,7 +97,7 @@ class VideoGridFeatures(GridFeatures):
 
     def get_video_features(self, *args: Any, **kwargs: Any) -> Any:
         """As the original, with as many features per video."""
-        with _kept_sources(self):
+        with _reading(self):
             return super().get_video_features(*args, **kwargs)
 
 
@@ -108,7 +108,7 @@ class LimitedGridFeatures(VideoGridFeatures):
 
     def apply_pooling(self, image_features: Tensor) -> Tensor:
         """As the original (LLaVA-OneVision's pooling of frames), on the frames' patches."""
-        if self.__dict__.get(SOURCES):
+        if trace_of(self):
             image_features = unmerge(image_features, _sources(self))
         return super().apply_pooling(image_features)
 
@@ -118,7 +118,7 @@ class UnmergedInput(nn.Module):
 
     def forward(self, image_features: Tensor) -> Any:
         """As the original."""
-        if self.__dict__.get(SOURCES):
+        if trace_of(self):
             image_features = unmerge(image_features, _sources(self))
         return super().forward(image_features)
 
@@ -128,24 +128,17 @@ FEATURES["video_grid"] = VideoGridFeatures
 FEATURES["limited_grid"] = LimitedGridFeatures
 
 
-@contextmanager
-def _kept_sources(owner: nn.Module) -> Iterator[None]:
-    """Let the encoder hand its source map to the owner for the length of one encoding."""
-    encoder = module_at(owner, owner.__dict__[_PLACES].encoder)
-    modules = [module for module in (owner, encoder, getattr(owner, "vision_resampler", None)) if module is not None]
-    kept: list[Tensor] = []
-    for module in modules:
-        module.__dict__[SOURCES] = kept
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.__dict__.pop(SOURCES, None)
+def _reading(owner: nn.Module) -> AbstractContextManager[None]:
+    """The owner and its pooling see what the tower merges."""
+    resampler = getattr(owner, "vision_resampler", None)
+    readers = (owner,) if resampler is None else (owner, resampler)
+    return kept_trace(module_at(owner, owner.__dict__[_PLACES].encoder), *readers)
 
 
 def _sources(module: nn.Module) -> Tensor:
     """(tiles, patches) place of every patch's token among the features of its tile."""
-    places, (source,) = module.__dict__[_PLACES], module.__dict__[SOURCES]
+    places = module.__dict__[_PLACES]
+    source = trace_of(module)[places.read - 1].source
     return source[:, places.start : places.start + places.patches] - places.dropped
 
 

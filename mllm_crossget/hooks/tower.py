@@ -6,6 +6,8 @@ back, so gradient checkpointing can replay a layer and two forwards may precede 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,7 +25,7 @@ from mllm_crossget.ops.merging import compose_source, merge
 from mllm_crossget.schedule import Schedule, TowerGeometry, make_schedule
 
 _STATE = "_mllm_crossget_tower"
-SOURCES = "_mllm_crossget_sources"
+FORWARD = "_mllm_crossget_forward"
 
 
 @dataclass
@@ -116,6 +118,7 @@ class ReducedEncoder(nn.Module):
         if schedule.cross:
             hidden = torch.cat([hidden, _first_cross_token(hidden, state.geometry.prefix)], dim=1)
             vectors = self.cross_tokens()
+        traces = [trace for trace in (state.trace, self.__dict__.get(FORWARD)) if trace is not None]
         written: list[Tensor] = []
         size = source = None
         for index, layer in enumerate(getattr(self, state.names.layers)):
@@ -126,10 +129,8 @@ class ReducedEncoder(nn.Module):
                 written.append(cross)
             hidden, size, match = layer(hidden, None, size, cross, schedule.removals[index])
             source = source if match is None else compose_source(source, match)
-            if SOURCES in self.__dict__ and index + 1 == state.geometry.read:
-                self.__dict__[SOURCES].append(_all_sources(source, hidden, schedule.tokens[0]))
-            if state.trace is not None:
-                state.trace.append(_trace(match, size, source, hidden, schedule.tokens[0]))
+            for trace in traces:
+                trace.append(_trace(match, size, source, hidden, schedule.tokens[0]))
         if written and RECORD in self.__dict__:
             self.__dict__[RECORD].append(torch.stack(written))
         if state.keeps_sizes:
@@ -197,9 +198,27 @@ def _trace(match: Match | None, size: Tensor | None, source: Tensor | None, hidd
     batch, tokens = hidden.shape[:2]
     if size is None:
         size = torch.ones(batch, tokens, device=hidden.device)
-    return LayerTrace(match, size, _all_sources(source, hidden, start))
+    if source is None:
+        source = torch.arange(start, device=hidden.device).expand(batch, -1)
+    return LayerTrace(match, size, source)
 
 
-def _all_sources(source: Tensor | None, hidden: Tensor, start: int) -> Tensor:
-    """(B, start) the source map, also where nothing was merged yet."""
-    return torch.arange(start, device=hidden.device).expand(len(hidden), -1) if source is None else source
+@contextmanager
+def kept_trace(encoder: nn.Module, *readers: nn.Module) -> Iterator[None]:
+    """Let ``readers`` see what the encoder merges, for the length of one encoding (see ``trace_of``).
+
+    It lives on the modules for that long, so that replicas of a model do not see each other's and none is ever stale.
+    """
+    trace: list[LayerTrace] = []
+    for module in (encoder, *readers):
+        module.__dict__[FORWARD] = trace
+    try:
+        yield
+    finally:
+        for module in (encoder, *readers):
+            module.__dict__.pop(FORWARD, None)
+
+
+def trace_of(module: nn.Module) -> list[LayerTrace]:
+    """One entry per layer of the encoding that is under way; empty in front of it, and outside of ``kept_trace``."""
+    return module.__dict__.get(FORWARD, [])

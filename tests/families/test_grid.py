@@ -14,7 +14,7 @@ from mllm_crossget.families import llava_next, llava_next_video, llava_onevision
 from mllm_crossget.families.grid import NEWLINE, reduced_layout
 from mllm_crossget.hooks.handle import handle_of
 from mllm_crossget.hooks.inputs import image_counts
-from mllm_crossget.hooks.tower import SOURCES
+from mllm_crossget.hooks.tower import LayerTrace, kept_trace, trace_of
 from tests.families.case_llava_next import batch_of, tiny_llava_next
 from tests.families.case_llava_next_video import tiny_next_video
 from tests.families.case_llava_onevision import tiny_onevision
@@ -86,11 +86,9 @@ def test_every_patch_once_on_random_images(family: str) -> None:
         merges = [[random_merges(draw, kept) for _ in range(count)] for count in tiles]
         features, newline = readable(merges), torch.full((max(tiles) * PATCHES,), -1.0)
         plain = model.model.pack_image_features(unmerged(tiles), sizes, image_newline=newline, **options)[0]
-        owner.__dict__[SOURCES] = [source_map(model, merges)]
-        try:
+        with kept_trace(model.model.vision_tower.encoder, owner):
+            trace_of(owner).extend([LayerTrace(None, None, source_map(model, merges))] * 4)
             packed, lengths = owner.pack_image_features(features, sizes, image_newline=newline, **options)
-        finally:
-            del owner.__dict__[SOURCES]
         assert COUNTS[family](model, images) == [len(image) for image in plain]
         assert lengths.tolist() == [len(image) for image in packed]
         for image, stock in zip(packed, plain, strict=True):
@@ -236,7 +234,7 @@ def test_images_are_encoded_once() -> None:
     model.train()
     loss_with_alignment(model, batch).backward()
     assert len(calls) == 3
-    assert not [name for name in vars(model.model) if name.endswith(("_ahead", "_sources"))]
+    assert not [name for name in vars(model.model) if name.endswith(("_ahead", "_forward"))]
 
 
 def test_alignment_loss_goes_from_every_tile_to_the_text_of_its_row() -> None:

@@ -1,0 +1,66 @@
+"""VipLlava: LLaVA whose projector reads five layers of the CLIP tower side by side.
+
+Tokens merge in every layer up to the last one that is read. Tokens of the earlier layers are averaged, weighted by
+their size, into the groups of the last one, so that a row of the concatenation is one group of patches in all layers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mllm_crossget.costs import linear_flops
+from mllm_crossget.families.base import Family, Modality, patches_per_image, register_family, tower_kind
+from mllm_crossget.schedule import TowerGeometry
+
+_TOWERS = ("clip_vision_model",)
+
+
+def feature_layers(config: Any) -> list[int]:
+    """Layers that have run when each part of the features is read, counted from 1.
+
+    Raises:
+        ValueError: a layer that the tower has not, or the embeddings in front of the first one.
+    """
+    given = getattr(config, "vision_feature_layers", None)  # transformers before 5.23
+    given = config.vision_feature_layer if given is None else given
+    layers = config.vision_config.num_hidden_layers
+    read = [layer if layer >= 0 else layers + 1 + layer for layer in ([given] if isinstance(given, int) else given)]
+    if not read or not all(1 <= layer <= layers for layer in read):
+        raise ValueError(
+            f"vision_feature_layer={given!r}: the vision tower has {layers} layers, of which each part of the features "
+            f"must be one; use 1 to {layers}, or -{layers} to -1"
+        )
+    return read
+
+
+def geometry(config: Any) -> TowerGeometry:
+    """Geometry of a ``VipLlavaConfig``. Raises ``ValueError`` for another tower than CLIP, or a layer it has not."""
+    vision = config.vision_config
+    kind = tower_kind(vision.model_type, _TOWERS, "VipLlava")
+    layers = vision.num_hidden_layers
+    return TowerGeometry(patches_per_image(vision), kind.prefix, layers, read=max(feature_layers(config)))
+
+
+def projector_flops(config: Any, features: int) -> int:
+    """All layers side by side to the text width, then text width to text width."""
+    inputs, outputs = config.vision_config.hidden_size * len(feature_layers(config)), config.text_config.hidden_size
+    return linear_flops(features, inputs, outputs) + linear_flops(features, outputs, outputs)
+
+
+VIPLLAVA = register_family(
+    Family(  # no vision_projection: the projector wants five layers side by side, a cross token is of one layer
+        model_type="vipllava",
+        tower="model.vision_tower",
+        vision_config="vision_config",
+        geometry=geometry,
+        towers=_TOWERS,
+        note="inside the vision tower; earlier layers are averaged into the groups of the last one that is read",
+        exact="every row of the concatenation is one group of patches in all layers; no alignment loss in training",
+        language_model="model.language_model",
+        projector="model.multi_modal_projector",
+        features_owner="model",
+        features="concatenated",
+        modalities=(Modality(),),
+        connector_flops=projector_flops,
+    )
+)
