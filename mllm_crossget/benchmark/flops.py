@@ -134,7 +134,8 @@ def _patch_embedding(vision: Any, family: Family) -> int:
 
 def _encoder(vision: Any, schedule: Schedule) -> int:
     """Per layer: q, k, v, o and attention on the tokens that enter, two MLP matrices on those that are left."""
-    width, inner = vision.hidden_size, vision.intermediate_size
+    width = vision.hidden_size
+    inner = getattr(vision, "intermediate_size", None) or int(width * vision.mlp_ratio)
     total = 0
     for tokens, left in zip(schedule.tokens[:-1], schedule.tokens[1:], strict=True):
         total += (

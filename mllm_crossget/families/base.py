@@ -75,6 +75,12 @@ class TextSide:
     skip: int = 0
 
 
+def register_tower(kind: TowerKind) -> TowerKind:
+    """Make a kind of tower known, from the file of the family that has it."""
+    TOWERS[kind.model_type] = kind
+    return kind
+
+
 @dataclass(frozen=True)
 class Modality:
     """One kind of visual input with placeholders of its own in the prompt.

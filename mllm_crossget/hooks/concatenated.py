@@ -1,4 +1,4 @@
-"""Features that are several layers of the tower side by side (VipLlava); merged layers differ in their number of tokens.
+"""Features that are several layers of the tower side by side (VipLlava), which differ in their number of tokens.
 
 Tokens of the earlier layers go through the merges that the later ones have done, as plain averages weighted by size,
 so that every row of the concatenation is the same group of patches in all layers.

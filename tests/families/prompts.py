@@ -8,6 +8,7 @@ the stock ``generate`` run.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -175,3 +176,8 @@ def _first_token_shift(vector: Tensor) -> Any:
         return (hidden, *args[1:]), kwargs
 
     return shift
+
+
+def parameters_of(model_class: type) -> tuple[str, ...]:
+    """Names of the arguments of a model's ``forward``."""
+    return tuple(inspect.signature(model_class.forward).parameters)
