@@ -1,9 +1,11 @@
 """Model families: one file each. Importing this package registers them."""
 
 from mllm_crossget.families import (
+    aria,
     blip,
     blip2,
     clip,
+    idefics2,
     instructblip,
     janus,
     llava,
@@ -21,9 +23,11 @@ from mllm_crossget.families.base import Family, families
 __all__ = [
     "Family",
     "families",
+    "aria",
     "blip",
     "blip2",
     "clip",
+    "idefics2",
     "instructblip",
     "janus",
     "llava",

@@ -35,6 +35,7 @@ class Case:
         expected: (stock model with the same weights, model, batch, options of generate) -> new tokens of every row
             worked out a second way, from hand-compacted prompts and a stock language model; None where the prompt is
             not changed.
+        sizes_differ: images of the batch run through the tower in several sizes, the schedule's first.
         skip_methods: methods that the family refuses, with the reason.
         has_vision: whether there is a vision tower whose merges can be traced.
     """
@@ -49,6 +50,7 @@ class Case:
     loss: Callable[[nn.Module, Batch], Tensor] | None = None
     generates: bool = False
     expected: Callable[..., list[list[int]]] | None = None
+    sizes_differ: bool = False
     skip_methods: dict[str, str] = field(default_factory=dict)
     has_vision: bool = True
 

@@ -83,7 +83,7 @@ def test_the_tower_has_the_schedules_tokens(method, case) -> None:
     assert sum(schedule.removals) > 0
     layers = len(schedule.removals)
     assert [entry.size.shape[1] for entry in trace[:layers]] == list(schedule.tokens[1:])
-    for entry in trace:
+    for entry in trace[:layers] if case.sizes_differ else trace:
         assert torch.equal(entry.size.sum(dim=1), torch.full_like(entry.size[:, 0], schedule.tokens[0]))
 
 

@@ -1,0 +1,73 @@
+"""Aria: Idefics3's tower, and a projector whose queries attend to the patches.
+
+Tokens merge inside the tower, and the projector's queries read those that are left, CrossGET's cross token among them.
+How many queries there are depends on the size of the image as before, so prompts do not change. Images are padded to a
+square by their processor; they run without that padding: how far an image is reduced depends on its own size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mllm_crossget.costs import attention_flops, linear_flops
+from mllm_crossget.families.base import (
+    Family,
+    TowerKind,
+    patches_per_image,
+    register_family,
+    register_tower,
+    tower_kind,
+)
+from mllm_crossget.schedule import TowerGeometry
+
+IDEFICS3_TOWER = register_tower(TowerKind("idefics3_vision", prefix=0))
+_TOWERS = (IDEFICS3_TOWER.model_type,)
+
+
+def geometry(config: Any) -> TowerGeometry:
+    """Geometry of an ``AriaConfig`` for the largest image.
+
+    Raises:
+        ValueError: another tower than Idefics3's, or a feature layer that the tower has not.
+    """
+    vision, layer = config.vision_config, config.vision_feature_layer
+    kind = tower_kind(vision.model_type, _TOWERS, "Aria")
+    layers = vision.num_hidden_layers
+    read = layers + 1 + layer if isinstance(layer, int) and layer < 0 else layer
+    if not isinstance(read, int) or not 1 <= read <= layers:
+        raise ValueError(f"vision_feature_layer={layer!r}: use one of the {layers} layers of the tower, such as -1")
+    return TowerGeometry(patches_per_image(vision), kind.prefix, layers, read)
+
+
+def queries(config: Any, features: int) -> int:
+    """Vectors that the language model gets for the largest image."""
+    known = {int(patches): count for patches, count in config.projector_patch_to_query_dict.items()}
+    return int(known.get(patches_per_image(config.vision_config), max(known.values())))
+
+
+def projector_flops(config: Any, features: int) -> int:
+    """Maps of queries and tokens, the attention with its own three maps and its output map, and two more behind it."""
+    width, text = config.vision_config.hidden_size, config.text_config.hidden_size
+    count = queries(config, features)
+    total = 4 * linear_flops(count, width, width) + 4 * linear_flops(features, width, width)
+    total += attention_flops(count, features, width)
+    return total + linear_flops(count, width, text) + linear_flops(count, text, text)
+
+
+ARIA = register_family(
+    Family(
+        model_type="aria",
+        tower="model.vision_tower",
+        vision_config="vision_config",
+        geometry=geometry,
+        towers=_TOWERS,
+        note="inside the vision tower; the queries read what is left, the language model gets as many as before",
+        exact="padded images run without padding; no alignment loss in training",
+        language_model="model.language_model",
+        projector="model.multi_modal_projector",
+        features_owner="model",
+        features="resampled",
+        llm_tokens=queries,
+        connector_flops=projector_flops,
+    )
+)

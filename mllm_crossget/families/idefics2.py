@@ -1,0 +1,69 @@
+"""Idefics2: a SigLIP-like tower for images of any size, and a resampler with a fixed number of latents.
+
+Tokens merge inside the tower, and the resampler reads those that are left, CrossGET's cross token among them. The
+language model gets as many vectors per image as before, so prompts do not change. Images that are padded to the size of
+a larger one run without their padding: how far an image is reduced depends on its own size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mllm_crossget.costs import attention_flops, linear_flops
+from mllm_crossget.families.base import (
+    Family,
+    TowerKind,
+    patches_per_image,
+    register_family,
+    register_tower,
+    tower_kind,
+)
+from mllm_crossget.schedule import TowerGeometry
+
+IDEFICS2_TOWER = register_tower(TowerKind("idefics2_vision", prefix=0))
+_TOWERS = (IDEFICS2_TOWER.model_type,)
+
+
+def geometry(config: Any) -> TowerGeometry:
+    """Geometry of an ``Idefics2Config`` for the largest image. Raises ``ValueError`` for another tower than its own."""
+    vision = config.vision_config
+    kind = tower_kind(vision.model_type, _TOWERS, "Idefics2")
+    layers = vision.num_hidden_layers
+    return TowerGeometry(patches_per_image(vision), kind.prefix, layers, read=layers)
+
+
+def latents(config: Any, features: int) -> int:
+    """Vectors that the language model gets per image."""
+    return int(config.perceiver_config.resampler_n_latents)
+
+
+def connector_flops(config: Any, features: int) -> int:
+    """A gated MLP on every token, then the resampler's layers: its latents attend to tokens and latents."""
+    text, perceiver = config.text_config, config.perceiver_config
+    inner, width = text.intermediate_size, text.hidden_size
+    total = 2 * linear_flops(features, config.vision_config.hidden_size, inner) + linear_flops(features, inner, width)
+    queries, keys = latents(config, features), features + latents(config, features)
+    heads = perceiver.resampler_n_heads * perceiver.resampler_head_dim
+    kv_width = perceiver.num_key_value_heads * perceiver.resampler_head_dim
+    layer = 2 * linear_flops(queries, width, heads) + 2 * linear_flops(keys, width, kv_width)
+    layer += attention_flops(queries, keys, heads) + 3 * linear_flops(queries, width, 4 * width)
+    return int(total + perceiver.resampler_depth * layer)
+
+
+IDEFICS2 = register_family(
+    Family(
+        model_type="idefics2",
+        tower="model.vision_model",
+        vision_config="vision_config",
+        geometry=geometry,
+        towers=_TOWERS,
+        note="inside the vision tower; the resampler reads what is left, the language model gets as many as before",
+        exact="images of different sizes run without padding; no alignment loss in training",
+        language_model="model.text_model",
+        projector="model.connector",
+        features_owner="model",
+        features="resampled",
+        llm_tokens=latents,
+        connector_flops=connector_flops,
+    )
+)
