@@ -75,6 +75,7 @@ BLIP = register_family(
         geometry=vit_geometry,
         towers=(vision_type("blip"),),
         note="inside the vision tower; the text encoder or decoder cross-attends to the merged tokens",
+        exact="rows alone or together; text is not merged; no reference vectors exist",
         language_model="text_decoder.bert",
         language_layers=lambda config: ("text_decoder.bert.encoder.layer",),
         language_flops=language_flops,

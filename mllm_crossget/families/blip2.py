@@ -137,6 +137,7 @@ BLIP2 = register_family(
         geometry=vit_geometry,
         towers=(vision_type("blip-2"),),
         note="inside the vision tower; the Q-Former attends to the merged tokens, the language model still gets 32",
+        exact="rows of ragged batches alone or together; OPT and T5, greedy and beams; no reference vectors exist",
         language_model="language_model",
         text_side=text_side,
         language_layers=language_layers,

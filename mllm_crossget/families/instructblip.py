@@ -42,6 +42,7 @@ def _family(model_type: str, unit: str) -> Family:
         towers=(vision_type(model_type),),
         note="inside the vision tower; the Q-Former attends to the merged tokens, the language model still gets 32 "
         f"per {unit}",
+        exact="rows of ragged batches alone or together; Llama and T5, greedy and beams; no reference vectors exist",
         language_model="language_model",
         text_side=text_side,
         language_layers=language_layers,

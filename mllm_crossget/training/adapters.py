@@ -19,7 +19,7 @@ from transformers import BitsAndBytesConfig
 from mllm_crossget.api import supported_family
 from mllm_crossget.checkpoint import load_crossget
 from mllm_crossget.config import CONFIG_NAME, find_file
-from mllm_crossget.families.base import module_at
+from mllm_crossget.families.base import language_layers_of, module_at
 from mllm_crossget.hooks.handle import base_model, handle_of
 
 _ADAPTER_NAME = "adapter_model.safetensors"
@@ -56,17 +56,19 @@ def lora_config(
     handle = handle_of(model)
     if handle is None:
         raise ValueError("the model is not accelerated; call accelerate_mllm(model) first, then lora_config(model)")
-    if handle.family.language_model is None or handle.family.projector is None:
-        raise ValueError(f"a {handle.family.model_type!r} has no language model to adapt")
+    if handle.family.language_model is None:
+        raise ValueError(f"{type(base_model(model)).__name__} has no language model to adapt")
     if projector is not None and projector not in _PROJECTOR_MODES:
         raise ValueError(f"projector must be None or one of {_PROJECTOR_MODES}, got {projector!r}")
+    if projector is not None and handle.family.projector is None:
+        raise ValueError(f"a {handle.family.model_type!r} has no projector; leave projector at None")
     target = base_model(model)
-    places = [f"{handle.family.language_model}.layers"]
+    places = [*language_layers_of(handle.family, target.config)]
     places += [handle.encoder_path] if vision_tower else []
-    places += [handle.family.projector] if projector == "lora" else []
+    places += [handle.family.projector or ""] if projector == "lora" else []
     pattern = "|".join(_linear_layers(target, place) for place in places)
     saved = ["cross_tokens"] if cross_tokens and handle.schedule.cross else []
-    saved += [handle.family.projector.rpartition(".")[2]] if projector == "full" else []
+    saved += [(handle.family.projector or "").rpartition(".")[2]] if projector == "full" else []
     return LoraConfig(
         r=r,
         lora_alpha=alpha,
@@ -100,6 +102,7 @@ def quantization_config(bits: int, dtype: torch.dtype = torch.bfloat16) -> BitsA
         raise ValueError(f"bits must be 4 or 8, got {bits}; leave quantisation out to train without it")
     # The names are matched from the start of the full path, not anywhere in it (transformers 5.23).
     skipped = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
+    skipped += ["vision_model", "qformer", "language_projection", "language_model.lm_head"]  # BLIP-2
     if bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
     return BitsAndBytesConfig(

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from mllm_crossget.families.base import config_at
 from mllm_crossget.hooks.handle import base_model, handle_of
 from mllm_crossget.training.losses import IGNORE
+from mllm_crossget.training.pairs import answers_apart, encode_pair, prompt_tokens_per_image, writes_pairs
 from mllm_crossget.training.records import BadSampleError, Record, Records, load_records
 
 # LLaVA-1.5's conversation ("vicuna_v1"), with the marks that tell which tokens are the assistant's.
@@ -48,9 +49,11 @@ class TrainingData(Dataset[dict[str, Tensor]]):
             ``bad_sample_file``; "stop" raises.
         bad_sample_file: JSON lines, one per bad sample.
         image_aspect: "pad" makes pictures square first, as LLaVA-1.5 was trained; "keep" leaves that to the processor.
+        prompt_template: for models that know no chat, such as BLIP-2: what stands around the question's ``{}``.
+        model: for those models: the model, whose language model says where the answer goes and how it ends.
 
     Raises:
-        ValueError: an unknown setting.
+        ValueError: an unknown setting, or no model where one is needed.
         BadSampleError: from ``data[i]`` with ``on_bad_sample="stop"``.
     """
 
@@ -63,7 +66,13 @@ class TrainingData(Dataset[dict[str, Tensor]]):
         on_bad_sample: str = "skip",
         bad_sample_file: str | Path | None = None,
         image_aspect: str = "pad",
+        prompt_template: str = "{}",
+        model: nn.Module | None = None,
     ) -> None:
+        if writes_pairs(processor) and model is None:
+            raise ValueError(f"{type(processor).__name__} knows no chat: give TrainingData(..., model=model) too")
+        if "{}" not in prompt_template:
+            raise ValueError(f"prompt_template={prompt_template!r} has no {{}}, where the question goes")
         for name, value, known in (
             ("on_bad_sample", on_bad_sample, _ON_BAD_SAMPLE),
             ("image_aspect", image_aspect, _ASPECTS),
@@ -75,6 +84,8 @@ class TrainingData(Dataset[dict[str, Tensor]]):
         self.bad_sample_file = Path(bad_sample_file) if bad_sample_file is not None else None
         self.bad: dict[str, str] = {}
         self.lengths, self.has_image = records.sketch()
+        self.prompt_template = prompt_template
+        self.text_config = base_model(model).config.text_config if model is not None else None
         marked = "{% generation" in (processor.chat_template or "")
         self.template = processor.chat_template if marked else VICUNA_TEMPLATE
         bos = processor.tokenizer.bos_token
@@ -84,7 +95,10 @@ class TrainingData(Dataset[dict[str, Tensor]]):
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """``input_ids``, ``labels`` (both (L,)) and, with an image, ``pixel_values`` (images, 3, height, width)."""
+        """``input_ids``, ``labels`` (both (L,)) and, with an image, ``pixel_values`` (images, 3, height, width).
+
+        For an encoder-decoder the labels are the answer alone, of their own length.
+        """
         for candidate in self._candidates(index):
             try:
                 return self.encode(self.records[candidate])
@@ -100,6 +114,8 @@ class TrainingData(Dataset[dict[str, Tensor]]):
     def encode(self, record: Record) -> dict[str, Tensor]:
         """One record as tensors. Raises ``BadSampleError``."""
         images = [self._square(self.records.open(image, record.identity)) for image in record.images]
+        if writes_pairs(self.processor):
+            return encode_pair(self.processor, record, images, self.prompt_template, self.text_config, self.max_length)
         try:
             encoded = self.processor.apply_chat_template(
                 _with_images(record.messages, images),
@@ -165,12 +181,18 @@ class Collator:
         if handle is None:
             raise ValueError("the model is not accelerated; call accelerate_mllm(model) before Collator(model, ...)")
         config = base_model(model).config
-        self.placeholders, self.pad, self.pad_to = handle.schedule.placeholders, pad_token_id, pad_to
-        self.image_token = getattr(config, handle.family.modalities[0].token)
+        self.placeholders, self.pad, self.pad_to = prompt_tokens_per_image(model), pad_token_id, pad_to
+        self.image_token = getattr(
+            config, handle.family.modalities[0].token if handle.family.modalities else "image_token_id"
+        )
+        self.answers_apart = answers_apart(config)
         self.side = config_at(config, handle.family.vision_config).image_size
 
     def __call__(self, samples: list[dict[str, Tensor]]) -> dict[str, Any]:
-        """``input_ids``, ``attention_mask``, ``labels`` (all (B, L)), ``pixel_values`` and, if so, ``dummy_image``."""
+        """``input_ids``, ``attention_mask``, ``labels`` (all (B, L)), ``pixel_values`` and, if so, ``dummy_image``.
+
+        An encoder-decoder's labels have a length of their own; a Q-Former's text comes with its mask.
+        """
         rows = [(sample["input_ids"], sample["labels"]) for sample in samples]
         masks = [torch.ones_like(ids) for ids, _ in rows]
         pixels = [sample["pixel_values"] for sample in samples if "pixel_values" in sample]
@@ -178,14 +200,23 @@ class Collator:
         if not pixels:
             rows[0], masks[0] = self._with_dummy(*rows[0])
             pixels, batch["dummy_image"] = [torch.zeros(1, 3, self.side, self.side)], True
-        length = -(-max(len(ids) for ids, _ in rows) // self.pad_to) * self.pad_to
+        if "qformer_input_ids" in samples[0]:
+            texts = [sample["qformer_input_ids"] for sample in samples]
+            longest = max(map(len, texts))
+            batch["qformer_input_ids"] = _padded(texts, longest, 0)
+            batch["qformer_attention_mask"] = _padded([torch.ones_like(text) for text in texts], longest, 0)
+        length = self._rounded(max(len(ids) for ids, _ in rows))
+        answer = self._rounded(max(len(labels) for _, labels in rows)) if self.answers_apart else length
         return {
             "input_ids": _padded([ids for ids, _ in rows], length, self.pad),
             "attention_mask": _padded(masks, length, 0),
-            "labels": _padded([labels for _, labels in rows], length, IGNORE),
+            "labels": _padded([labels for _, labels in rows], answer, IGNORE),
             "pixel_values": torch.cat(pixels),
             **batch,
         }
+
+    def _rounded(self, length: int) -> int:
+        return -(-length // self.pad_to) * self.pad_to
 
     def _with_dummy(self, ids: Tensor, labels: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """A masked block of placeholders behind the row, then one visible token that nothing learns from: without it
@@ -193,7 +224,8 @@ class Collator:
         block = torch.full((self.placeholders,), self.image_token)
         tail = torch.cat([block, torch.tensor([self.pad])]).to(ids)
         mask = torch.cat([torch.ones_like(ids), torch.zeros_like(block).to(ids), torch.ones_like(ids[:1])])
-        return (torch.cat([ids, tail]), torch.cat([labels, torch.full_like(tail, IGNORE)])), mask
+        labels = labels if self.answers_apart else torch.cat([labels, torch.full_like(tail, IGNORE)])
+        return (torch.cat([ids, tail]), labels), mask
 
 
 def bad_samples(path: str | Path) -> dict[str, str]:

@@ -66,7 +66,7 @@ def make_trainer(options: TrainOptions, method: Method, args: TrainerSettings) -
     model = accelerate_mllm(model, method)
     model = prepare_for_tuning(model, options, args)
     data = [
-        _data(path, processor, options, Path(args.output_dir)) if path else None
+        _data(path, processor, options, Path(args.output_dir), model) if path else None
         for path in (options.train_data, options.eval_data)
     ]
     return CrossGetTrainer(
@@ -117,8 +117,8 @@ def prepare_for_tuning(model: nn.Module, options: TrainOptions, args: TrainerSet
         if args.gradient_checkpointing:
             model.enable_input_require_grads()  # type: ignore[operator]
         return get_peft_model(model, config)
-    model.requires_grad_(options.tuning == "full")
-    _freeze_tower(model, handle, options)
+    model.requires_grad_(options.tuning in ("full", "bridge"))
+    _freeze_parts(model, handle, options)
     for module in live_cross_tokens(model).values():
         module.requires_grad_(options.train_cross_tokens)
     return model
@@ -138,12 +138,14 @@ def resume_point(args: TrainerSettings) -> str | None:
     return choice
 
 
-def _freeze_tower(model: nn.Module, handle: Handle, options: TrainOptions) -> None:
-    if options.tuning == "full" and not options.vision_tower:
+def _freeze_parts(model: nn.Module, handle: Handle, options: TrainOptions) -> None:
+    if options.tuning in ("full", "bridge") and not options.vision_tower:
         module_at(model, handle.family.tower).requires_grad_(False)
+    if options.tuning == "bridge" and handle.family.language_model is not None:
+        module_at(model, handle.family.language_model).requires_grad_(False)
 
 
-def _data(path: str, processor: Any, options: TrainOptions, output_dir: Path) -> TrainingData:
+def _data(path: str, processor: Any, options: TrainOptions, output_dir: Path, model: nn.Module) -> TrainingData:
     return TrainingData(
         load_records(path, options.image_folder),
         processor,
@@ -151,6 +153,8 @@ def _data(path: str, processor: Any, options: TrainOptions, output_dir: Path) ->
         on_bad_sample=options.on_bad_sample,
         bad_sample_file=output_dir / BAD_SAMPLES_NAME,
         image_aspect=options.image_aspect,
+        prompt_template=options.prompt_template,
+        model=model,
     )
 
 

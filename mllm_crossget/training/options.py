@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 from transformers import TrainingArguments
 
-_TUNING = ("lora", "full", "cross_tokens")
+_TUNING = ("lora", "full", "bridge", "cross_tokens")
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -21,17 +21,20 @@ class TrainOptions:
         eval_data: likewise, for ``eval_strategy``.
         image_folder: where relative image paths start; by default the data file's folder.
         tuning: "lora" (language model and cross tokens), "full" (everything but the vision tower, and the cross
-            tokens), or "cross_tokens" alone.
+            tokens), "bridge" (what lies between tower and language model, and the cross tokens), or "cross_tokens"
+            alone.
         train_cross_tokens: whether cross tokens learn.
         lora_r: rank.
         lora_alpha: scale of the adapter is lora_alpha / lora_r.
         lora_dropout: dropout in front of the adapter, 0 to 1.
         projector: with LoRA: "frozen", "lora", or "full".
-        vision_tower: with LoRA: adapt the vision tower too; with full tuning: train it too.
+        vision_tower: with LoRA: adapt the vision tower too; with full or bridge tuning: train it too.
         bits: 4 or 8 for QLoRA, 16 for no quantisation.
         dtype: of the frozen weights: auto (as stored), float32, bfloat16, float16.
         max_length: most tokens of a sample, image placeholders included.
         image_aspect: "pad" pictures to squares as LLaVA-1.5, or "keep" them as they are.
+        prompt_template: what stands around the question for models that know no chat (BLIP-2), such as
+            "Question: {} Answer:".
         on_bad_sample: "skip" (counted, ids in bad_samples.jsonl) or "stop".
         distillation_weight: factor of the distillation towards the unaccelerated model, 0 is off.
         distillation_temperature: softens its distributions.
@@ -52,6 +55,7 @@ class TrainOptions:
     dtype: str = "auto"
     max_length: int = 2048
     image_aspect: str = "pad"
+    prompt_template: str = "{}"
     on_bad_sample: str = "skip"
     distillation_weight: float = 0.0
     distillation_temperature: float = 1.0

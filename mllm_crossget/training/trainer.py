@@ -21,6 +21,7 @@ from mllm_crossget.hooks.handle import Handle, base_model, handle_of, live_cross
 from mllm_crossget.hooks.persistence import write_files
 from mllm_crossget.training.checkpoints import last_complete_checkpoint
 from mllm_crossget.training.losses import alignment_term, distillation_loss, teacher_logits
+from mllm_crossget.training.pairs import answers_apart, prompt_tokens_per_image
 from mllm_crossget.training.sampler import ModalityLengthSampler
 
 _TERMS = ("task_loss", "alignment_loss", "distillation_loss")
@@ -63,6 +64,8 @@ class CrossGetTrainer(Trainer):
         self.distillation_weight = distillation_weight
         self.distillation_temperature = distillation_temperature
         self._window: dict[str, Any] = {}
+        if answers_apart(base_model(self.model).config):
+            self.model_accepts_loss_kwargs = False  # T5 averages its loss over the micro-batch whatever it is told
         _check_model(self.model, train_cross_tokens)
         _check_arguments(self)
 
@@ -81,14 +84,15 @@ class CrossGetTrainer(Trainer):
         task, output = super().compute_loss(model, inputs, True, num_items_in_batch)
         # Where Trainer does not scale the task loss by the tokens of the whole step, it divides the sum itself.
         scaled = model.training and self.model_accepts_loss_kwargs and num_items_in_batch is not None
-        steps = self.current_gradient_accumulation_steps if scaled else 1
-        terms = {"task_loss": task.detach()}
+        parts = self.current_gradient_accumulation_steps if model.training else 1
+        steps = parts if scaled else 1
+        terms = {"task_loss": task.detach() * steps / parts}
         loss = task
         weight = getattr(_handle(self.model).method, "alignment_weight", 0.0)
         term = alignment_term(output, weight, steps, masked=masked)
         if term is not None:
             loss = loss + term
-            terms["alignment_loss"] = (0.0 if masked else 1.0) * output.alignment_loss.detach() / steps
+            terms["alignment_loss"] = (0.0 if masked else 1.0) * output.alignment_loss.detach() / parts
         if teacher is not None:
             term = self._distillation(output.logits, teacher, inputs["labels"], num_items_in_batch)
             loss = loss + self.distillation_weight * term
@@ -132,7 +136,7 @@ class CrossGetTrainer(Trainer):
         summary = {name: total[name] / total["steps"] for name in _TERMS if name in self._window}
         handle = _handle(self.model)
         if total["images"]:
-            text = round((total["tokens"] - total["images"] * handle.schedule.placeholders) / total["rows"])
+            text = round((total["tokens"] - total["images"] * prompt_tokens_per_image(self.model)) / total["rows"])
             summary["visual_tokens"] = handle.schedule.features
             summary["flops_saved"] = flops_saved(self.model, max(1, text))
         return summary
@@ -238,6 +242,8 @@ def _check_arguments(trainer: CrossGetTrainer) -> None:
         )
     if args.load_best_model_at_end and base_model(trainer.model) is trainer.model:
         raise ValueError("load_best_model_at_end works with adapters only; load the best checkpoint yourself")
+    if trainer.distillation_weight and answers_apart(base_model(trainer.model).config):
+        raise ValueError("distillation compares next-token logits of a decoder; this language model has an encoder too")
     plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
     sharded = active == DistributedType.FSDP or (plugin is not None and plugin.zero_stage == 3)
     if trainer.distillation_weight and sharded:
