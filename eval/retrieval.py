@@ -32,7 +32,7 @@ from mllm_crossget.benchmark.flops import model_flops
 from mllm_crossget.config import method_class
 from mllm_crossget.embedded.retrieval import LAYERS, RetrievalSet, build_tokenizer, caption, held_out_set, tokenize
 from mllm_crossget.embedded.scenes import render, sample_layouts
-from mllm_crossget.training.losses import contrastive_loss
+from mllm_crossget.ops.contrastive import contrastive_loss
 
 DIRECTIONS = ("image_to_text", "text_to_image")
 TEXT_TOKENS = 26  # of a caption, for the FLOPs: six digits, the longest kind
