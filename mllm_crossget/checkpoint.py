@@ -155,12 +155,18 @@ def _with_cross_tokens(model: Model, config: ReductionConfig, tensors: Mapping[s
     previous = handle_of(model)
     before = previous.method if previous is not None else None
     accelerate_mllm(model, config)
+    handle = _handle(model)
+    modules: Mapping[str, Any] = {
+        place: module for place, module in live_cross_tokens(model).items() if place in handle.cross_paths
+    }
+    if handle.family.text_tower is not None:  # a setting may leave one of the towers alone: its tokens are not needed
+        parked = {f"{place}.cross" for place in ("vision", "text")} - {f"{place}.cross" for place in modules}
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in parked}
     try:
-        _check_tensors(live_cross_tokens(model), tensors, path)
+        _check_tensors(modules, tensors, path)
     except ValueError:
         _take_back(model, before)
         raise
-    modules: Mapping[str, Any] = live_cross_tokens(model)
     for place, module in modules.items():
         with torch.no_grad():
             module.weight.copy_(tensors[f"{place}.cross"])

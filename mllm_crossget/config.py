@@ -19,6 +19,7 @@ CONFIG_NAME = "crossget_config.json"
 FORMAT_VERSION = 1
 _DIALS = ("keep_ratio", "visual_tokens", "r", "vision_r")
 _TEXT_DIALS = ("text_keep_ratio", "text_r")
+DIALS = (*_DIALS, *_TEXT_DIALS)
 _METHODS: dict[str, type[ReductionConfig]] = {}
 
 Config = TypeVar("Config", bound="ReductionConfig")
@@ -217,6 +218,7 @@ def _checked_removals(name: str, value: Any) -> int | list[int]:
 
 __all__ = [
     "CONFIG_NAME",
+    "DIALS",
     "ReductionConfig",
     "find_file",
     "method_class",

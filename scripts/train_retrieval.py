@@ -33,8 +33,8 @@ from mllm_crossget.embedded.retrieval import (
     tokenize,
 )
 from mllm_crossget.embedded.scenes import Layout, render, sample_layouts
+from mllm_crossget.ops.contrastive import contrastive_loss
 from mllm_crossget.retrieval import retrieval_recall
-from mllm_crossget.training.losses import contrastive_loss
 
 
 @dataclass

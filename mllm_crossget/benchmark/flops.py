@@ -16,9 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mllm_crossget.benchmark.language import language_costs
 from mllm_crossget.costs import attention_flops, linear_flops
-from mllm_crossget.families.base import TOWERS, Family, config_at, families
+from mllm_crossget.families.base import TOWERS, Family, config_at, families, family_of
 from mllm_crossget.methods.base import Method, Signals
-from mllm_crossget.schedule import Schedule, make_schedule
+from mllm_crossget.schedule import Schedule, make_schedule, make_text_schedule
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,10 @@ class Flops:
         encoder: every layer of the vision tower that the model runs (also those behind the one that is read), and
             SigLIP's pooling head where the tower has one.
         reducer: what the reduction itself adds: similarities of the matching and importance of the tokens.
-        projector: vision features to the width of the language model, with a Q-Former where there is one.
+        projector: vision features to the width of the language model, with a Q-Former where there is one; image and
+            text to the shared space of a dual encoder.
         prefill: the layers of the language model on visual and text tokens; of an encoder-decoder the encoder, and the
-            decoder on its first token.
+            decoder on its first token; the text tower of a dual encoder on the text tokens, with its reduction.
         lm_head: logits of the prompt's last token.
         decode: the steps for the second and later new tokens, with a KV cache, logits included.
     """
@@ -70,7 +71,7 @@ def model_flops(
     Args:
         config: a transformers configuration of a registered family, such as a ``LlavaConfig``.
         method: the reduction, such as ``CrossGetConfig(r=13)``.
-        text_tokens: tokens of the prompt that are no image placeholders.
+        text_tokens: tokens of the prompt that are no image placeholders; of one text, for a dual encoder.
         new_tokens: tokens to generate. The first one comes from the prompt's logits, so 0 and 1 decode nothing.
         images: images in the prompt, 0 or more.
         one_softmax: how the importance is computed. False: from a second QKᵀ beside a fused attention kernel (GPU, or
@@ -84,14 +85,19 @@ def model_flops(
     """
     _check_counts(text_tokens=text_tokens, new_tokens=new_tokens, images=images)
     family = _family(config)
+    if family.tower is None:
+        return Flops(0, 0, 0, _projection(config, family), text_tower_flops(config, method, text_tokens), 0, 0)
     schedule = make_schedule(method, family.geometry(config))
     vision = config_at(config, family.vision_config)
     visual = schedule.features if family.llm_tokens is None else family.llm_tokens(config, schedule.features)
     prefill, lm_head, decode = _language_flops(config, family, images * visual, text_tokens, new_tokens)
+    if family.text_tower is not None:
+        prefill = text_tower_flops(config, method, text_tokens)
+    cosine = family.cosine and schedule.cross
     return Flops(
         patch_embedding=images * _patch_embedding(vision, family),
         encoder=images * _encoder(vision, schedule),
-        reducer=images * _reducer(vision, schedule, method, one_softmax),
+        reducer=images * _reducer(vision, schedule, method, one_softmax, cosine),
         projector=images * _connector(config, family, schedule, text_tokens),
         prefill=prefill,
         lm_head=lm_head,
@@ -119,11 +125,11 @@ def _check_counts(**counts: int) -> None:
 
 
 def _family(config: Any) -> Family:
-    known = families()
-    model_type = getattr(config, "model_type", None)
-    if model_type not in known:
-        raise ValueError(f"model type {model_type!r} is not supported; supported: {', '.join(sorted(known))}")
-    return known[model_type]
+    family = family_of(config)
+    if family is None:
+        model_type = getattr(config, "model_type", None)
+        raise ValueError(f"model type {model_type!r} is not supported; supported: {', '.join(sorted(families()))}")
+    return family
 
 
 def _patch_embedding(vision: Any, family: Family) -> int:
@@ -153,20 +159,28 @@ def _pooling_head(vision: Any, tokens: int) -> int:
     return projections + attention_flops(1, tokens, width) + 2 * linear_flops(1, width, vision.intermediate_size)
 
 
-def _reducer(vision: Any, schedule: Schedule, method: Method, one_softmax: bool) -> int:
+def _reducer(vision: Any, schedule: Schedule, method: Method, one_softmax: bool, cosine: bool = False) -> int:
     """Per reducing layer: the matching on head-averaged keys and, where asked for, the importance: a product of the
-    query weights with every head's map, and QKᵀ once more unless attention shares its map."""
+    query weights with every head's map, and QKᵀ once more unless attention shares its map. Where the importance is a
+    cosine, the matching is on the keys of all heads, and the cosines with one query are not counted (a product per
+    channel, no matrix product)."""
     heads, width = vision.num_attention_heads, vision.hidden_size
-    has_map = TOWERS[vision.model_type].names.fused  # the attention keeps its map, and its mean over heads is enough
+    has_map = (
+        vision.model_type in TOWERS and TOWERS[vision.model_type].names.fused
+    )  # the attention keeps its map, and its mean over heads is enough
     total = 0
     for tokens, removed in zip(schedule.tokens, schedule.removals, strict=False):
         if not removed:
             continue
-        total += matching_flops(method, tokens, width // heads, removed)
-        if method.needs_importance:
+        total += matching_flops(method, tokens, width if cosine else width // heads, removed)
+        if method.needs_importance and not cosine:
             total += 2 * tokens * tokens * (1 if has_map else heads)
             total += 0 if one_softmax or has_map else 2 * tokens * tokens * width
     return total
+
+
+def _projection(config: Any, family: Family) -> int:
+    return 0 if family.connector_flops is None else family.connector_flops(config, 1)
 
 
 def _connector(config: Any, family: Family, schedule: Schedule, text_tokens: int) -> int:
@@ -175,6 +189,23 @@ def _connector(config: Any, family: Family, schedule: Schedule, text_tokens: int
         return 0
     text = 0 if family.connector_text_flops is None else family.connector_text_flops(config, text_tokens)
     return text + family.connector_flops(config, schedule.features + schedule.drop_cross)
+
+
+def text_tower_flops(config: Any, method: Method, tokens: int) -> int:
+    """A dual encoder's text tower on one text of ``tokens`` tokens, with what its reduction adds.
+
+    Raises:
+        ValueError: the model has no text tower, or the text is longer than its context.
+    """
+    family = _family(config)
+    if family.text_tower is None:
+        raise ValueError(f"model type {config.model_type!r} has no text tower of its own")
+    geometry = family.text_tower.geometry(config)
+    if not 1 <= tokens <= geometry.context:
+        raise ValueError(f"text_tokens={tokens}: the text tower takes 1 to {geometry.context} tokens")
+    text = config_at(config, family.text_tower.config)
+    schedule = make_text_schedule(method, geometry, tokens)
+    return _encoder(text, schedule) + _reducer(text, schedule, method, False, method.needs_importance)
 
 
 def _language_flops(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, LlavaConfig
+from transformers import AutoConfig, CLIPConfig, CLIPVisionConfig, LlamaConfig, LlavaConfig, SiglipConfig
 
 from mllm_crossget.benchmark.blip_geometries import BLIP_GEOMETRIES, BlipGeometry, QFormerGeometry
 
@@ -49,10 +49,76 @@ class LlavaGeometry:
         )
 
 
+@dataclass(frozen=True)
+class DualGeometry:
+    """A dual encoder, "clip" or "siglip"; image and patch size in pixels, context in tokens.
+
+    ``embedding`` is the width of the shared space.
+    """
+
+    kind: str
+    vision: Stack
+    text: Stack
+    image_size: int
+    patch_size: int
+    context: int
+    vocabulary: int
+    embedding: int
+
+    def config(self) -> CLIPConfig | SiglipConfig:
+        """The transformers configuration."""
+        vision = {**_sizes(self.vision), "image_size": self.image_size, "patch_size": self.patch_size}
+        text = {
+            **_sizes(self.text),
+            "vocab_size": self.vocabulary,
+            "max_position_embeddings": self.context,
+        }
+        if self.kind == "siglip":
+            return SiglipConfig(text_config={**text, "projection_size": self.embedding}, vision_config=vision)
+        marks = {"bos_token_id": self.vocabulary - 2, "eos_token_id": self.vocabulary - 1, "pad_token_id": 0}
+        shared = {"projection_dim": self.embedding}
+        return CLIPConfig(
+            text_config={**text, **marks, **shared}, vision_config={**vision, **shared}, projection_dim=self.embedding
+        )
+
+
 _CLIP_LARGE = Stack(width=1024, layers=24, heads=16, mlp=4096)
 
-GEOMETRIES: dict[str, LlavaGeometry | QFormerGeometry | BlipGeometry] = {
+_SO400M = Stack(width=1152, layers=27, heads=16, mlp=4304)
+_CLIP_VOCABULARY = 49408
+
+GEOMETRIES: dict[str, LlavaGeometry | DualGeometry | QFormerGeometry | BlipGeometry] = {
     **BLIP_GEOMETRIES,
+    "clip-vit-b-16": DualGeometry(
+        kind="clip",
+        vision=Stack(width=768, layers=12, heads=12, mlp=3072),
+        text=Stack(width=512, layers=12, heads=8, mlp=2048),
+        image_size=224,
+        patch_size=16,
+        context=77,
+        vocabulary=_CLIP_VOCABULARY,
+        embedding=512,
+    ),
+    "clip-vit-l-14-336": DualGeometry(
+        kind="clip",
+        vision=_CLIP_LARGE,
+        text=Stack(width=768, layers=12, heads=12, mlp=3072),
+        image_size=336,
+        patch_size=14,
+        context=77,
+        vocabulary=_CLIP_VOCABULARY,
+        embedding=768,
+    ),
+    "siglip-so400m-patch14-384": DualGeometry(
+        kind="siglip",
+        vision=_SO400M,
+        text=_SO400M,
+        image_size=384,
+        patch_size=14,
+        context=64,
+        vocabulary=32000,
+        embedding=1152,
+    ),
     "llava-1.5-7b": LlavaGeometry(
         vision=_CLIP_LARGE,
         text=Stack(width=4096, layers=32, heads=32, mlp=11008),

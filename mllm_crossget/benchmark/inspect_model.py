@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -15,9 +16,10 @@ from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModel, AutoMo
 from mllm_crossget.api import unsupported_reason
 from mllm_crossget.benchmark.flops import Flops, model_flops
 from mllm_crossget.benchmark.geometries import resolve
-from mllm_crossget.families.base import config_at, families
+from mllm_crossget.config import DIALS
+from mllm_crossget.families.base import TextTower, config_at, family_of
 from mllm_crossget.methods.base import Method
-from mllm_crossget.schedule import make_schedule
+from mllm_crossget.schedule import make_schedule, make_text_schedule
 
 
 @dataclass
@@ -25,8 +27,9 @@ class InspectOptions:
     """What to look at.
 
     Args:
-        name_or_path: a built-in geometry (llava-1.5-7b, llava-1.5-13b), a local folder, or a repository of the hub.
-        text_tokens: tokens of the prompt that are no image placeholders.
+        name_or_path: a built-in geometry (llava-1.5-7b, clip-vit-b-16, ...), a local folder, or a repository of the
+            hub.
+        text_tokens: tokens of the prompt that are no image placeholders; of one text, for a dual encoder.
         new_tokens: tokens to generate; 0 counts the prompt alone.
         json: print JSON instead of tables.
     """
@@ -65,11 +68,14 @@ def inspection(config: Any, method: Method, text_tokens: int = 60, new_tokens: i
     reason = unsupported_reason(_without_weights(config))
     if reason is not None:
         raise ValueError(reason)
-    family = families()[config.model_type]
+    family = family_of(config)
+    if family is None or family.tower is None:
+        raise ValueError(f"model type {config.model_type!r} has no vision tower to look at")
     geometry = family.geometry(config)
     schedule = make_schedule(method, geometry)
     costs = [model_flops(config, kind, text_tokens=text_tokens, new_tokens=new_tokens)
              for kind in (type(method)(keep_ratio=1.0), method)]  # fmt: skip
+    texts = {} if family.text_tower is None else _text_counts(config, family.text_tower, method, text_tokens)
     return {
         "model_type": config.model_type,
         "tower": config_at(config, family.vision_config).model_type,
@@ -80,14 +86,26 @@ def inspection(config: Any, method: Method, text_tokens: int = 60, new_tokens: i
         "tokens_by_layer": list(schedule.tokens),
         "visual_tokens": {"before": schedule.placeholders, "after": schedule.features},
         "text_tokens": text_tokens,
+        **texts,
         "new_tokens": new_tokens,
         "flops": {"before": costs[0].to_dict(), "after": costs[1].to_dict(), "ratio": costs[1].total / costs[0].total},
+    }
+
+
+def _text_counts(config: Any, tower: TextTower, method: Method, text_tokens: int) -> dict[str, Any]:
+    schedule = make_text_schedule(method, tower.geometry(config), text_tokens)
+    return {
+        "text_removed_by_layer": list(schedule.removals),
+        "text_tokens_by_layer": list(schedule.tokens),
     }
 
 
 def _without_weights(config: Any) -> nn.Module:
     """The model on the meta device: its structure, no memory."""
     with torch.device("meta"):
+        named = getattr(transformers, (getattr(config, "architectures", None) or [""])[0] or "", None)
+        if named is not None and getattr(named, "config_class", None) is type(config):
+            return named(config)
         if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
             return AutoModelForImageTextToText.from_config(config)
         return AutoModel.from_config(config)
@@ -100,18 +118,21 @@ def _print_inspection(options: InspectOptions, report: dict[str, Any]) -> None:
         f"[bold]{options.name_or_path}[/bold]: {report['model_type']}, {report['tower']} with {report['layers']} "
         f"layers, read after layer {report['read_after_layer']}"
     )
-    dial = {name: value for name, value in report["method"].items() if name in ("keep_ratio", "visual_tokens", "r")}
+    dial = {name: value for name, value in report["method"].items() if name in DIALS}
     settings = ", ".join(f"{name}={value}" for name, value in dial.items())
     console.print(f"{report['method']['method']}, {settings}: {before} -> {after} visual tokens per image")
     console.print(_layer_table(report))
+    if "text_tokens_by_layer" in report:
+        console.print(_layer_table(report, "text_", "text tower"))
     console.print(_flops_table(report))
 
 
-def _layer_table(report: dict[str, Any]) -> Table:
-    table = Table("layer", "removed", "tokens after it", title="Tokens in the vision tower")
-    table.add_row("-", "", str(report["tokens_by_layer"][0]))
-    for index, removed in enumerate(report["removed_by_layer"]):
-        table.add_row(str(index + 1), str(removed), str(report["tokens_by_layer"][index + 1]))
+def _layer_table(report: dict[str, Any], prefix: str = "", tower: str = "vision tower") -> Table:
+    removals, tokens = report[f"{prefix}removed_by_layer"], report[f"{prefix}tokens_by_layer"]
+    table = Table("layer", "removed", "tokens after it", title=f"Tokens in the {tower}")
+    table.add_row("-", "", str(tokens[0]))
+    for index, removed in enumerate(removals):
+        table.add_row(str(index + 1), str(removed), str(tokens[index + 1]))
     return table
 
 

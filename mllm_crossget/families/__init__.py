@@ -22,11 +22,11 @@ from mllm_crossget.families.base import Family, families
 
 __all__ = [
     "Family",
-    "families",
     "aria",
     "blip",
     "blip2",
     "clip",
+    "families",
     "idefics2",
     "instructblip",
     "janus",

@@ -24,7 +24,7 @@ from mllm_crossget.training.adapters import (
 from mllm_crossget.training.checkpoints import checkpoint_problem, last_complete_checkpoint
 from mllm_crossget.training.data import BadSampleError, Collator, TrainingData, load_records
 from mllm_crossget.training.finetune import run
-from mllm_crossget.training.losses import distillation_loss, teacher_logits
+from mllm_crossget.training.losses import contrastive_loss, distillation_loss, teacher_logits
 from mllm_crossget.training.options import TrainOptions
 from mllm_crossget.training.sampler import ModalityLengthSampler
 from mllm_crossget.training.trainer import CrossGetTrainer
@@ -38,6 +38,7 @@ __all__ = [
     "TrainingData",
     "check_adapter",
     "checkpoint_problem",
+    "contrastive_loss",
     "distillation_loss",
     "last_complete_checkpoint",
     "load_finetuned",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
-from mllm_crossget.training.losses import contrastive_loss
+from mllm_crossget.ops.contrastive import contrastive_loss
 from tests.families.cases import Batch, Case, add_case
 from tests.tiny import pixels, text_batch, tiny_dual
 
