@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from mllm_crossget.embedded import WEIGHTS_FOLDER
 from mllm_crossget.integrations.lmms_eval import tasks_dir
 
 ROOT = Path(__file__).parents[2]
@@ -70,6 +72,16 @@ class LmmsEval:
         )
         assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         return done
+
+
+def broken_model(folder):
+    """The embedded model with a processor that writes too few placeholders, which ``generate`` refuses."""
+    shutil.copytree(WEIGHTS_FOLDER, folder)
+    path = folder / "processor_config.json"
+    settings = json.loads(path.read_text())
+    settings["patch_size"] = 2 * settings["patch_size"]
+    path.write_text(json.dumps(settings))
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -15,8 +15,7 @@ import yaml
 from mllm_crossget import cli
 from mllm_crossget.integrations.lmms_eval.experiment import EvalOptions, planned
 from mllm_crossget.integrations.lmms_eval.results import read_result
-from tests.integrations.conftest import ROOT, child_environment
-from tests.integrations.test_command_line import broken_model
+from tests.integrations.conftest import ROOT, broken_model, child_environment
 
 QUESTIONS = 40
 NAMES = ("embedded_vqa.none", "embedded_vqa.crossget_keep_ratio_0.5")
