@@ -17,6 +17,7 @@ from mllm_crossget.embedded import WEIGHTS_FOLDER
 from mllm_crossget.integrations.lmms_eval import tasks_dir
 
 ROOT = Path(__file__).parents[2]
+TIMEOUT = 900  # seconds of one process; 15 to 60 on an idle machine
 MODEL = "llava_hf_crossget"
 
 
@@ -67,7 +68,7 @@ class LmmsEval:
             env=child_environment(self.home),
             capture_output=True,
             text=True,
-            timeout=280,
+            timeout=TIMEOUT,
             check=False,
         )
         assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -15,6 +15,7 @@ pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: pip install
 
 from tests.integrations.prepared_cache import prepare_public_tasks
 
+pytestmark = pytest.mark.timeout(1000)
 LIMIT = 24
 BATCHES = (1, 3, 8)
 TASKS = {"embedded_vqa": False, "embedded_caption": True}  # name -> whether it asks for captions
