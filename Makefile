@@ -1,14 +1,16 @@
-# Usage: make demo | test | style | bench.  VENV=folder uses another virtual environment, PYTHON=python3.12 another Python.
+# Usage: make demo | test | eval | style | bench.  VENV=folder: another virtual environment, PYTHON=python3.12: another Python.
 VENV ?= .venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+LMMS_EVAL ?= lmms-eval==0.7.3
 BIN := $(VENV)/bin
 
-.PHONY: help demo test style bench
+.PHONY: help demo test eval style bench
 
 help:
 	@echo "make demo    install the package into $(VENV) and run the demo"
 	@echo "make test    install the tools as well and run the tests"
+	@echo "make eval    install lmms-eval as well, without torchvision, and run the tests that need it"
 	@echo "make style   linter, formatter and type checker, without changing a file"
 	@echo "make bench   FLOPs of LLaVA-1.5-7B and -13B before and after, and seconds of the vision tower here"
 
@@ -17,6 +19,9 @@ demo: $(VENV)/.installed-demo
 
 test: $(VENV)/.installed-dev
 	$(BIN)/pytest
+
+eval: $(VENV)/.installed-eval
+	$(BIN)/pytest tests/integrations
 
 style: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -43,4 +48,10 @@ $(VENV)/.installed-demo: pyproject.toml $(VENV)/.installed-torch
 
 $(VENV)/.installed-dev: pyproject.toml $(VENV)/.installed-torch
 	$(BIN)/python -m pip install -e '.[dev]'
+	touch $@
+
+# Its own dependencies include a torchvision for CUDA, hence the list.
+$(VENV)/.installed-eval: eval/requirements-cpu.txt $(VENV)/.installed-dev
+	$(BIN)/python -m pip install -r eval/requirements-cpu.txt
+	$(BIN)/python -m pip install --no-deps '$(LMMS_EVAL)'
 	touch $@

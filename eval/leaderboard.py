@@ -40,6 +40,7 @@ COLUMNS: dict[str, tuple[tuple[str, ...], str, float, int]] = {
     "captions": (("embedded_caption",), "exact_match", 100, 1),
     "digits in captions, F1": (("embedded_caption",), "digit_f1", 100, 1),
 }
+PACKAGES = {"torch": "torch", "transformers": "transformers", "lmms-eval": "lmms_eval"}
 Results = dict[str, dict[str, dict[str, Any]]]
 
 
@@ -140,11 +141,11 @@ def note(results: Results) -> str:
     """What the figures belong to."""
     first = next(iter(next(iter(results.values())).values()))
     where, config = first["environment"], first["config"]
+    packages = ", ".join(f"{name} {where[key]}" for name, key in PACKAGES.items())
     asked = sum(result["questions"] for result in next(iter(results.values())).values())
     return (
         f"{asked} questions in batches of {config['batch_size']}, 95 % intervals by bootstrap over questions; "
-        f"{where['device']}, {where['threads']} thread(s), torch {where['torch']}, transformers {where['transformers']}, "
-        f"lmms-eval {where['lmms_eval']}."
+        f"{where['device']}, {where['threads']} thread(s), {packages}."
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -12,9 +13,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from mllm_crossget.embedded import WEIGHTS_FOLDER
 from mllm_crossget.integrations.lmms_eval import tasks_dir
 
 ROOT = Path(__file__).parents[2]
+TIMEOUT = 900  # seconds of one process; 15 to 60 on an idle machine
 MODEL = "llava_hf_crossget"
 
 
@@ -65,11 +68,21 @@ class LmmsEval:
             env=child_environment(self.home),
             capture_output=True,
             text=True,
-            timeout=280,
+            timeout=TIMEOUT,
             check=False,
         )
         assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         return done
+
+
+def broken_model(folder):
+    """The embedded model with a processor that writes too few placeholders, which ``generate`` refuses."""
+    shutil.copytree(WEIGHTS_FOLDER, folder)
+    path = folder / "processor_config.json"
+    settings = json.loads(path.read_text())
+    settings["patch_size"] = 2 * settings["patch_size"]
+    path.write_text(json.dumps(settings))
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, Image, Value
+from datasets import Dataset, Features, Image, List, Value
 from datasets.packaged_modules.parquet.parquet import Parquet
 
 from mllm_crossget.embedded import held_out_questions
@@ -29,9 +29,42 @@ def prepare(home: Path, repository: str, config: str, split: str, columns: dict[
     Path(builder.cache_dir).rename(target)
 
 
-def prepare_pope_and_gqa(home: Path, questions: int) -> None:
-    """A few yes-or-no questions under the names of POPE and GQA."""
+def prepare_public_tasks(home: Path, questions: int) -> None:
+    """A few rows for every public data set that the tests' tasks ask for."""
     asked = [question for question in held_out_questions(200) if question.kind == "exists"][:questions]
+    _pope_and_gqa(home, asked)
+    _choices(home, asked)
+
+
+def _choices(home: Path, asked: list[Any]) -> None:
+    """MMBench, SEED-Bench (every third row a video of two frames), Flickr30k and COCO 2017."""
+    options = {"A": "1", "B": "2", "C": "3", "D": "4"}
+    words = dict.fromkeys(("question", "hint", "answer", "category", "L2-category", "source", "split", *options), _TEXT)
+    rows = [
+        {"index": i, "question": q.text, "answer": "ABCD"[i % 4], **options, "image": q.image}
+        for i, q in enumerate(asked)
+    ]
+    blank = {"hint": "nan", "category": "c", "L2-category": "l", "source": "s", "split": "dev"}
+    columns = {**words, "index": Value("int64"), "image": _IMAGE}
+    prepare(home, "lmms-lab-encoder/MMBench", "cn", "dev", columns, [{**blank, **row} for row in rows])
+
+    letters = [f"choice_{letter}" for letter in "abcd"]
+    columns = dict.fromkeys(("question", "answer", "question_id", "data_type", *letters), _TEXT)
+    seed = [
+        {
+            **{"question": q.text, "answer": "B", "question_id": str(i), **dict.fromkeys(letters, "x")},
+            **{"data_type": "image" if i % 3 else "video", "image": [q.image] * (1 if i % 3 else 2)},
+        }
+        for i, q in enumerate(asked)
+    ]
+    prepare(home, "lmms-lab-encoder/SEED-Bench", "default", "test", {**columns, "image": List(_IMAGE)}, seed)
+    for repository, split, column in (("flickr30k", "test", "caption"), ("COCO-Caption2017", "val", "answer")):
+        captions = [{column: [f"caption {i}", "another"], "image": q.image} for i, q in enumerate(asked)]
+        columns = {column: List(_TEXT), "image": _IMAGE}
+        prepare(home, f"lmms-lab-encoder/{repository}", "default", split, columns, captions)
+
+
+def _pope_and_gqa(home: Path, asked: list[Any]) -> None:
     rows = [
         {"id": str(i), "question_id": str(i), "imageId": f"picture{i}", "question": q.text, "answer": q.answer}
         for i, q in enumerate(asked)

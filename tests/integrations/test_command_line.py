@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import shutil
 
 import pytest
 
 from mllm_crossget import accelerate_mllm
 from mllm_crossget.embedded import WEIGHTS_FOLDER, answer, held_out_questions, load_embedded, score
-from tests.integrations.conftest import Output
-from tests.integrations.prepared_cache import prepare_pope_and_gqa
+from tests.integrations.conftest import Output, broken_model
 
+pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: pip install 'mllm-crossget[eval]'")
+
+from tests.integrations.prepared_cache import prepare_public_tasks
+
+pytestmark = pytest.mark.timeout(1000)
 LIMIT = 24
 BATCHES = (1, 3, 8)
 TASKS = {"embedded_vqa": False, "embedded_caption": True}  # name -> whether it asks for captions
+BUILT_IN = ("pope", "gqa")
+LOCAL = ("mmbench_cn_dev_static", "seedbench_image", "flickr30k_caption_choice", "coco2017_caption_choice")
 HALF = "pretrained=embedded,keep_ratio=0.5"
 
 
@@ -23,10 +28,10 @@ HALF = "pretrained=embedded,keep_ratio=0.5"
 def outputs(lmms_eval, tmp_path_factory):
     """All runs that need no process of their own, by name."""
     folder = tmp_path_factory.mktemp("runs")
-    prepare_pope_and_gqa(lmms_eval.home, 12)
+    prepare_public_tasks(lmms_eval.home, 12)
     both = ",".join(TASKS)
     runs = {f"batch {size}": (HALF, {"tasks": both, "batch_size": size, "limit": LIMIT}) for size in BATCHES}
-    baseline = {"tasks": "embedded_vqa,pope,gqa", "batch_size": 8, "limit": 12}
+    baseline = {"tasks": ",".join(["embedded_vqa", *BUILT_IN, *LOCAL]), "batch_size": 8, "limit": 12}
     runs["none"] = ("pretrained=embedded,reduction=none", baseline)
     if importlib.util.find_spec("decord"):
         upstream = f"pretrained={WEIGHTS_FOLDER},device_map=cpu,dtype=float32"
@@ -90,6 +95,20 @@ def test_built_in_tasks_run_unmodified_and_offline(outputs):
     assert report["gqa"]["exact_match,none"] > 0
 
 
+def test_local_tasks_on_public_data_run_offline(outputs):
+    """The embedded model knows no letters, so that only what is asked and counted can be looked at."""
+    report = outputs["none"].report
+    asked = {task: outputs["none"].samples(task) for task in LOCAL}
+    assert [len(samples) for samples in asked.values()] == [12, 8, 12, 12]  # no video of SEED-Bench
+    assert report["results"]["mmbench_cn_dev_static"]["gpt_eval_score,none"] >= 0
+    for task in LOCAL[1:]:
+        right = [sample["exact_match"] for sample in asked[task]]
+        assert report["results"][task]["exact_match,none"] == pytest.approx(sum(right) / len(right))
+    choice = asked["flickr30k_caption_choice"][5]
+    assert choice["target"] == "B"
+    assert "A. caption 6\nB. caption 5\nC. caption 7\nD. caption 8\n" in choice["input"]
+
+
 def test_two_processes_score_as_one(lmms_eval, outputs, tmp_path):
     """31 questions: one process gets 16 of them, the other 15 and one that only fills up."""
     settings = {"tasks": "embedded_vqa", "batch_size": 8, "limit": 31}
@@ -106,16 +125,6 @@ def test_two_processes_score_as_one(lmms_eval, outputs, tmp_path):
         sum(len(json.loads(line).get("answers", [])) for line in path.read_text().splitlines()) for path in logs
     ]
     assert answered == [16, 15]
-
-
-def broken_model(folder):
-    """The embedded model with a processor that writes too few placeholders, which ``generate`` refuses."""
-    shutil.copytree(WEIGHTS_FOLDER, folder)
-    path = folder / "processor_config.json"
-    settings = json.loads(path.read_text())
-    settings["patch_size"] = 2 * settings["patch_size"]
-    path.write_text(json.dumps(settings))
-    return folder
 
 
 def test_a_failing_generate_ends_the_run(lmms_eval, tmp_path):

@@ -15,9 +15,9 @@ import yaml
 from mllm_crossget import cli
 from mllm_crossget.integrations.lmms_eval.experiment import EvalOptions, planned
 from mllm_crossget.integrations.lmms_eval.results import read_result
-from tests.integrations.conftest import ROOT, child_environment
-from tests.integrations.test_command_line import broken_model
+from tests.integrations.conftest import ROOT, broken_model, child_environment
 
+pytestmark = pytest.mark.timeout(1000)
 QUESTIONS = 40
 NAMES = ("embedded_vqa.none", "embedded_vqa.crossget_keep_ratio_0.5")
 
@@ -76,7 +76,7 @@ def test_a_killed_experiment_goes_on_with_the_batch_in_flight(lmms_eval, experim
     assert "another experiment (it differs in limit)" in capsys.readouterr().err
 
 
-def wait_for_lines(path, count, process, seconds=200):
+def wait_for_lines(path, count, process, seconds=600):
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if path.is_file() and len(path.read_text().splitlines()) >= count:

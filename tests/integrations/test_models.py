@@ -5,27 +5,17 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
-from transformers import (
-    AutoProcessor,
-    Blip2Config,
-    Blip2ForConditionalGeneration,
-    Blip2Processor,
-    Blip2QFormerConfig,
-    Blip2VisionConfig,
-    InstructBlipConfig,
-    InstructBlipForConditionalGeneration,
-    InstructBlipProcessor,
-    InstructBlipQFormerConfig,
-    InstructBlipVisionConfig,
-    LlamaConfig,
-    OPTConfig,
-    PreTrainedTokenizerFast,
-)
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.normalizers import Lowercase
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import AutoProcessor, Blip2Processor, InstructBlipProcessor, PreTrainedTokenizerFast
 
 from mllm_crossget.benchmark import model_flops
 from mllm_crossget.embedded import WEIGHTS_FOLDER, held_out_questions
+from mllm_crossget.embedded.questions import WORDS
 from mllm_crossget.methods import CrossGetConfig
+from tests.families.tiny_blip import IMAGE, QUERIES, VOCAB, tiny_blip2
 
 pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: pip install 'mllm-crossget[eval]'")
 
@@ -205,59 +195,46 @@ def test_wrong_arguments_say_what_is_right(arguments, message):
         get_model("llava_hf_crossget")(pretrained="embedded", device="cpu", **arguments)
 
 
-def blip2(folder, instruct):
+def blip2(folder, model_type, text):
     """A tiny random BLIP-2 or InstructBLIP and its processor, saved."""
-    torch.manual_seed(1)
-    known = AutoProcessor.from_pretrained(WEIGHTS_FOLDER).tokenizer
-    special = {name: getattr(known, name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
-    # Without the attribute image_token, which these processors do not expect of a tokenizer.
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=known.backend_tokenizer, **special)
-    vision, qformer = (
-        (InstructBlipVisionConfig, InstructBlipQFormerConfig) if instruct else (Blip2VisionConfig, Blip2QFormerConfig)
+    tiny_blip2(model_type, text).save_pretrained(folder)
+    words = dict(enumerate(["<pad>", "<s>", "</s>", *WORDS]))
+    vocabulary = {words.get(i, f"word{i}"): i for i in range(VOCAB)}
+    vocabulary["<image>"] = vocabulary.pop(f"word{IMAGE}")
+    backend = Tokenizer(WordLevel(vocabulary, unk_token="<pad>"))
+    backend.normalizer, backend.pre_tokenizer = Lowercase(), Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<pad>"
     )
-    stack = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    words = {"vocab_size": len(tokenizer), "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    text = LlamaConfig(**stack, **words) if instruct else OPTConfig(**words, **opt_sizes(stack))
-    config = (InstructBlipConfig if instruct else Blip2Config)(
-        vision_config=vision(**stack, image_size=28, patch_size=14).to_dict(),
-        qformer_config=qformer(**stack, encoder_hidden_size=32, vocab_size=len(tokenizer)).to_dict(),
-        text_config=text.to_dict(),
-        num_query_tokens=4,
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-    )
-    model = (InstructBlipForConditionalGeneration if instruct else Blip2ForConditionalGeneration)(config)
-    model.query_tokens.data.normal_()
-    model.generation_config.eos_token_id, model.generation_config.pad_token_id = 2, 0
-    model.save_pretrained(folder)
+    size = {"height": 56, "width": 56}
     pictures = AutoProcessor.from_pretrained(WEIGHTS_FOLDER).image_processor
-    pictures.size, pictures.crop_size = {"height": 28, "width": 28}, {"height": 28, "width": 28}
-    if instruct:
-        InstructBlipProcessor(pictures, tokenizer, tokenizer, num_query_tokens=4).save_pretrained(folder)
+    pictures.size = pictures.crop_size = size
+    if model_type == "instructblip":
+        InstructBlipProcessor(pictures, tokenizer, tokenizer, num_query_tokens=QUERIES).save_pretrained(folder)
     else:
-        Blip2Processor(pictures, tokenizer, num_query_tokens=4).save_pretrained(folder)
+        Blip2Processor(pictures, tokenizer, num_query_tokens=QUERIES).save_pretrained(folder)
     return str(folder)
 
 
-def opt_sizes(stack):
-    names = {"intermediate_size": "ffn_dim"}
-    return {names.get(name, name): value for name, value in stack.items()} | {"word_embed_proj_dim": 32}
-
-
-@pytest.mark.parametrize("instruct", [False, True], ids=["blip-2", "instructblip"])
-def test_blip2_answers_in_batches(questions, tmp_path, instruct):
-    folder = blip2(tmp_path / "model", instruct)
-    options = {"name": "blip2_hf_crossget", "pictures": (1,) * 8, "pretrained": folder, "reduction": "none"}
+@pytest.mark.parametrize(("reduction", "tokens"), [({"reduction": "none"}, 17), ({"keep_ratio": 0.5}, 8)], ids=str)
+@pytest.mark.parametrize(("model_type", "text"), [("blip-2", "opt"), ("blip-2", "t5"), ("instructblip", "llama")])
+def test_blip2_answers_in_batches(questions, tmp_path, model_type, text, reduction, tokens):
+    folder = blip2(tmp_path / "model", model_type, text)
+    options = {"name": "blip2_hf_crossget", "pictures": (1,) * 8, "pretrained": folder, **reduction}
     one, model = answers(questions, batch_size=1, **options)
     assert len(set(texts(one))) > 2
     assert all(1 <= result.token_counts.output_tokens <= 6 for result in one)  # without the prompt
     assert all(result.token_counts.input_tokens > 4 for result in one)
-    assert {record["visual_tokens"] for batch in model._log.batches for record in batch["answers"]} == {4}
+    records = [record for batch in model._log.batches for record in batch["answers"]]
+    assert {record["visual_tokens"] for record in records} == {QUERIES}
+    assert {record["tower_tokens"] for record in records} == {tokens}
+    assert all(record["gflops"] > 0 for record in records)
     for simple in (False, True):
         assert texts(answers(questions, batch_size=3, simple=simple, **options)[0]) == texts(one)
     assert json.loads(json.dumps(model._log.batches))[0]["seconds"]["encoder"] > 0
 
 
 def test_blip2_takes_one_image(questions, tmp_path):
-    folder = blip2(tmp_path / "model", False)
+    folder = blip2(tmp_path / "model", "blip-2", "opt")
     with pytest.raises(ValueError, match="one image in a request"):
         answers(questions, name="blip2_hf_crossget", pretrained=folder, reduction="none", batch_size=8)

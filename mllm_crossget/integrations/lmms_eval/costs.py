@@ -113,18 +113,20 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def visual_tokens_per_image(model: Any, placeholders: int) -> int:
-    """Visual tokens that one image puts in front of the language side.
+def tokens_per_image(model: Any) -> tuple[int, int] | None:
+    """What leaves the vision tower for one image, and what of it the language model reads (BLIP-2: always 32).
 
     Args:
         model: reduced or not.
-        placeholders: image tokens that the processor writes for one image; the answer for families that are not
-            registered.
+
+    Returns:
+        The two counts, or None for a family that is not registered.
     """
     family = families().get(model.config.model_type)
     if family is None:
-        return placeholders
-    return make_schedule(_method_or_identity(model), family.geometry(model.config)).features
+        return None
+    features = make_schedule(_method_or_identity(model), family.geometry(model.config)).features
+    return features, features if family.llm_tokens is None else family.llm_tokens(model.config, features)
 
 
 def gflops_counter(model: Any) -> Callable[[int, int, int], float | None]:
@@ -157,7 +159,7 @@ def summary(batches: Sequence[dict[str, Any]]) -> dict[str, float]:
     requests = [answer for batch in batches for answer in batch["answers"]]
     timed = [batch for batch in batches if batch["seconds"] is not None]
     result: dict[str, float] = {"requests": len(requests), "batches": len(batches)}
-    for name in ("input_tokens", "visual_tokens", "new_tokens", "gflops"):
+    for name in ("input_tokens", "tower_tokens", "visual_tokens", "new_tokens", "gflops"):
         values = [request[name] for request in requests if request[name] is not None]
         if values:
             result[f"{name}_per_request"] = statistics.fmean(values)

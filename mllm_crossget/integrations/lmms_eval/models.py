@@ -27,7 +27,7 @@ from mllm_crossget.integrations.lmms_eval.costs import (
     peak_memory,
     reset_peak_memory,
     summary,
-    visual_tokens_per_image,
+    tokens_per_image,
 )
 from mllm_crossget.integrations.lmms_eval.loading import ModelArgs, load_model, used_method
 from mllm_crossget.integrations.lmms_eval.requests import (
@@ -89,6 +89,7 @@ class CrossGetModel(lmms):
         self._log = AnswerLog(Path(journal) if journal else None, self._answer_settings(), self._rank)
         self._stopwatch = Stopwatch(self._model, self.encoder_parts, self.device)
         self._gflops = gflops_counter(self._model)
+        self._image_tokens = tokens_per_image(self._model)
         self._warm = False
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
@@ -176,13 +177,15 @@ class CrossGetModel(lmms):
     ) -> dict[str, Any]:
         placeholders = int(((ids == self._image_token) & (mask != 0)).sum())
         text_tokens = int(mask.sum()) - placeholders
-        visual = images * visual_tokens_per_image(self._model, placeholders // max(images, 1))
+        counts = self._image_tokens
+        tower, language = (None, placeholders) if counts is None else (images * count for count in counts)
         made = self._length(new)
         return {
             "key": request.key,
             "text": cut(text, request.generation),
-            "input_tokens": text_tokens + visual,
-            "visual_tokens": visual,
+            "input_tokens": text_tokens + language,
+            "tower_tokens": tower,
+            "visual_tokens": language,
             "new_tokens": made,
             "gflops": self._gflops(images, text_tokens, made),
         }
