@@ -165,9 +165,8 @@ def _reducer(vision: Any, schedule: Schedule, method: Method, one_softmax: bool,
     cosine, the matching is on the keys of all heads, and the cosines with one query are not counted (a product per
     channel, no matrix product)."""
     heads, width = vision.num_attention_heads, vision.hidden_size
-    has_map = (
-        vision.model_type in TOWERS and TOWERS[vision.model_type].names.fused
-    )  # the attention keeps its map, and its mean over heads is enough
+    kind = TOWERS.get(vision.model_type)
+    has_map = kind is not None and kind.names.fused  # the attention keeps its map: its mean over heads is enough
     total = 0
     for tokens, removed in zip(schedule.tokens, schedule.removals, strict=False):
         if not removed:
