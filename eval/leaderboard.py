@@ -40,6 +40,7 @@ COLUMNS: dict[str, tuple[tuple[str, ...], str, float, int]] = {
     "captions": (("embedded_caption",), "exact_match", 100, 1),
     "digits in captions, F1": (("embedded_caption",), "digit_f1", 100, 1),
 }
+TIMES = {"median_time_to_first_token_s": "time to first token [ms]", "seconds_per_request": "time per request [ms]"}
 PACKAGES = {"torch": "torch", "transformers": "transformers", "lmms-eval": "lmms_eval"}
 Results = dict[str, dict[str, dict[str, Any]]]
 
@@ -52,6 +53,7 @@ class Options:
     html: str | None = field(default=None, metadata={"help": "write the table to this HTML file"})
     plot: str | None = field(default=None, metadata={"help": "write accuracy against cost to this picture"})
     readme: str | None = field(default=None, metadata={"help": "rewrite the block <!-- leaderboard:FOLDER --> in it"})
+    times: bool = field(default=False, metadata={"help": "with columns for times; only from an idle machine"})
     check: bool = field(default=False, metadata={"help": "with --readme: only compare, exit 1 if it differs"})
     compare: list[str] | None = field(default=None, metadata={"help": "two settings: paired bootstrap of their tasks"})
 
@@ -107,13 +109,13 @@ def cost(runs: dict[str, Any], name: str) -> float | None:
     return sum(item[name] * item["requests"] for item in costs) / requests
 
 
-def rows(results: Results) -> tuple[list[str], list[list[str]]]:
+def rows(results: Results, times: bool) -> tuple[list[str], list[list[str]]]:
     """Heading and rows of the table."""
-    chosen = columns(results)
-    heading = ["setting", "visual tokens", *chosen, "GFLOPs", "time to first token [ms]", "time per request [ms]"]
+    chosen, timed = columns(results), TIMES if times else {}
+    heading = ["setting", "visual tokens", *chosen, "GFLOPs", *timed.values()]
     body = []
     for setting, runs in results.items():
-        figures = [cost(runs, name) for name in ("gflops_per_request", *TIMES)]
+        figures = [cost(runs, name) for name in ("gflops_per_request", *timed)]
         tokens = cost(runs, "visual_tokens_per_request")
         body.append(
             [
@@ -127,12 +129,9 @@ def rows(results: Results) -> tuple[list[str], list[list[str]]]:
     return heading, body
 
 
-TIMES = ("median_time_to_first_token_s", "seconds_per_request")
-
-
-def markdown(results: Results) -> str:
+def markdown(results: Results, times: bool = False) -> str:
     """The table and the line that says what it belongs to."""
-    heading, body = rows(results)
+    heading, body = rows(results, times)
     lines = [f"| {' | '.join(row)} |" for row in (heading, ["---"] * len(heading), *body)]
     return "\n".join([*lines, "", note(results)])
 
@@ -149,9 +148,9 @@ def note(results: Results) -> str:
     )
 
 
-def as_html(results: Results) -> str:
+def as_html(results: Results, times: bool = False) -> str:
     """The same as a page."""
-    heading, body = rows(results)
+    heading, body = rows(results, times)
 
     def row(cells: list[str], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in cells) + "</tr>"
@@ -221,9 +220,9 @@ def main() -> int:
         one, other = options.compare
         print(comparison(results, one, other))
         return 0
-    table = markdown(results)
+    table = markdown(results, options.times)
     if options.html:
-        Path(options.html).write_text(as_html(results))
+        Path(options.html).write_text(as_html(results, options.times))
     if options.plot:
         plot(results, Path(options.plot))
     if options.readme:

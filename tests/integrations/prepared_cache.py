@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Features, Image, List, Value
+from datasets.naming import camelcase_to_snakecase
 from datasets.packaged_modules.parquet.parquet import Parquet
 
 from mllm_crossget.embedded import held_out_questions
@@ -15,7 +16,8 @@ _TEXT, _IMAGE = Value("string"), Image()
 
 def prepare(home: Path, repository: str, config: str, split: str, columns: dict[str, Any], rows: list[dict]) -> None:
     """Write rows where ``load_dataset(repository, config)`` looks for them without a network."""
-    owner, name = repository.lower().split("/")
+    owner, name = repository.split("/")
+    name = camelcase_to_snakecase(name)  # as the folders of the cache are called
     source = home / "sources" / f"{name}-{config}.parquet"
     source.parent.mkdir(parents=True, exist_ok=True)
     Dataset.from_list(rows, features=Features(columns)).to_parquet(source)

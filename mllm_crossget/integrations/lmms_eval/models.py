@@ -114,8 +114,7 @@ class CrossGetModel(lmms):
 
     def _prepare_processor(self) -> None:
         """Pads on the side that generation needs."""
-        encoder_decoder = bool(getattr(self._model.config.get_text_config(), "is_encoder_decoder", False))
-        self.processor.tokenizer.padding_side = "right" if encoder_decoder else "left"
+        self.processor.tokenizer.padding_side = "right" if self._is_encoder_decoder else "left"
         if self.processor.tokenizer.pad_token is None:
             self.processor.tokenizer.pad_token = self.processor.tokenizer.eos_token
 
@@ -189,6 +188,10 @@ class CrossGetModel(lmms):
             "new_tokens": made,
             "gflops": self._gflops(images, text_tokens, made),
         }
+
+    @property
+    def _is_encoder_decoder(self) -> bool:
+        return bool(getattr(self._model, "language_model", self._model).config.is_encoder_decoder)
 
     @property
     def _image_token(self) -> int:
@@ -272,7 +275,9 @@ class Blip2HfCrossGet(CrossGetModel):
         return self.processor(images=flat, text=texts, padding=True, return_tensors="pt"), counts
 
     def new_tokens(self, output: torch.Tensor, inputs: Any) -> torch.Tensor:
-        """(B, new); decoder-only language models repeat the prompt in front, encoder-decoders do not."""
+        """(B, new); decoders repeat the prompt in front, encoder-decoders begin with a start mark."""
+        if self._is_encoder_decoder:
+            return output[:, 1:]
         prompt = inputs["input_ids"]
         length = prompt.shape[1]
         repeated = output.shape[1] >= length and torch.equal(output[:, :length], prompt)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def collect(config: dict[str, Any], results: Path, journal: Path) -> dict[str, A
         "questions": len(samples),
         "metrics": metrics,
         "costs": {name: round(value, _DIGITS) for name, value in summary(read_batches(journal)).items()},
-        "environment": {**environment(), **_versions()},
+        "environment": {**environment(), **_versions(), "load_average": round(os.getloadavg()[0], 1)},
         "questions_digest": _digest(samples),
         "date": report.get("date"),
         "doc_ids": _line(sample["doc_id"] for sample in samples),
