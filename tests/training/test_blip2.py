@@ -188,7 +188,7 @@ def test_lora_for_blip_has_no_projector() -> None:
 
 @pytest.mark.slow
 def test_the_script_trains_the_tiny_model(tmp_path) -> None:
-    """``scripts/finetune_blip2.sh tiny``: 40 steps lower the loss by a third. Half a minute."""
+    """``scripts/finetune_blip2.sh tiny``: 20 steps lower the loss by a quarter. Half a minute."""
     folder = tmp_path / "copy"
     folder.mkdir()
     for name in ("scripts", "mllm_crossget"):
@@ -198,8 +198,10 @@ def test_the_script_trains_the_tiny_model(tmp_path) -> None:
     script.write_text(text.replace('"$(dirname "$0")/.."', f'"{folder}"'))
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
-    words = ["bash", str(script), "tiny", "--max_steps", "40", "--save_steps", "40", "--report_to", "none"]
-    subprocess.run(words, cwd=folder, env=environment, check=True)
-    state = folder / "runs" / "tiny-blip2-crossget" / "checkpoint-40" / "trainer_state.json"
+    data = [sys.executable, str(ROOT / "scripts" / "make_toy_data.py"), "--samples", "160"]
+    subprocess.run(data, cwd=folder, env=environment, check=True)
+    words = ["bash", str(script), "tiny", "--max_steps", "20", "--per_device_train_batch_size", "8"]
+    subprocess.run([*words, "--save_steps", "20", "--report_to", "none"], cwd=folder, env=environment, check=True)
+    state = folder / "runs" / "tiny-blip2-crossget" / "checkpoint-20" / "trainer_state.json"
     values = [entry["loss"] for entry in json.loads(state.read_text())["log_history"] if "loss" in entry]
-    assert values[-1] < 2 / 3 * values[0]
+    assert values[-1] < 3 / 4 * values[0]
