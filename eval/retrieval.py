@@ -46,10 +46,10 @@ class Options:
 
     model: str = field(default="runs/retrieval/model", metadata={"help": "what scripts/train_retrieval.py wrote"})
     budgets: list[float] = field(
-        default_factory=lambda: [0.8, 0.65, 0.5, 0.4, 0.3], metadata={"help": "share of the untouched model's FLOPs"}
+        default_factory=lambda: [0.8, 0.7, 0.6, 0.5], metadata={"help": "share of the untouched model's FLOPs"}
     )
     methods: list[str] = field(default_factory=lambda: ["crossget", "tome", "random"], metadata={"help": "to compare"})
-    tuned_budgets: list[float] = field(default_factory=lambda: [0.5, 0.3], metadata={"help": "budgets to fine-tune at"})
+    tuned_budgets: list[float] = field(default_factory=lambda: [0.6], metadata={"help": "budgets to fine-tune at"})
     tuned_methods: list[str] = field(default_factory=lambda: ["crossget", "tome"], metadata={"help": "to fine-tune"})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "of the fine-tuning's data"})
     steps: int = field(default=60, metadata={"help": "fine-tuning steps"})
@@ -101,11 +101,17 @@ def setting(config: Any, plan: Plan) -> ReductionConfig | None:
     texts = {"text_r": 0} if plan.method == "crossget" and plan.seed is not None else {}
     most = plan.budget * total_flops(config, kind(keep_ratio=1.0))
     patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
-    for tokens in range(patches, 0, -1):
-        method = kind(visual_tokens=tokens, **texts)
-        if total_flops(config, method) <= most:
-            return method
-    raise ValueError(f"{plan.method} cannot keep to {plan.budget} of the FLOPs; ask for a larger budget")
+    fits, too_many = (patches >> LAYERS) + 3, patches + 1  # each layer can halve the tokens at most
+    while too_many - fits > 1:  # more tokens cost more
+        tokens = (fits + too_many) // 2
+        if total_flops(config, kind(visual_tokens=tokens, **texts)) <= most:
+            fits = tokens
+        else:
+            too_many = tokens
+    method = kind(visual_tokens=fits, **texts)
+    if total_flops(config, method) > most:
+        raise ValueError(f"{plan.method} cannot keep to {plan.budget} of the FLOPs; ask for a larger budget")
+    return method
 
 
 def fine_tune(model: Any, plan: Plan, options: Options) -> list[dict[str, float]]:

@@ -22,7 +22,7 @@ class CrossGetConfig(Method):
 
     Args:
         alignment_weight: factor of the alignment loss of vision and text cross tokens when training (published: 0.001
-            for LLaVA-1.5-7B).
+            for LLaVA-1.5-7B; for CLIP as much as the contrastive loss).
         kl: "reference" for ½[KL(M‖P) + KL(M‖Q)] as in the official code, "js" for the textbook Jensen-Shannon form.
 
     See ``ReductionConfig`` for the dial.
