@@ -9,6 +9,7 @@ from typing import Any
 from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from mllm_crossget.benchmark.blip_geometries import BLIP_GEOMETRIES, BlipGeometry, QFormerGeometry
+from mllm_crossget.benchmark.relative_geometries import RELATIVE_GEOMETRIES, RelativeGeometry
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,9 @@ class LlavaGeometry:
 
 _CLIP_LARGE = Stack(width=1024, layers=24, heads=16, mlp=4096)
 
-GEOMETRIES: dict[str, LlavaGeometry | QFormerGeometry | BlipGeometry] = {
+GEOMETRIES: dict[str, LlavaGeometry | QFormerGeometry | BlipGeometry | RelativeGeometry] = {
     **BLIP_GEOMETRIES,
+    **RELATIVE_GEOMETRIES,
     "llava-1.5-7b": LlavaGeometry(
         vision=_CLIP_LARGE,
         text=Stack(width=4096, layers=32, heads=32, mlp=11008),

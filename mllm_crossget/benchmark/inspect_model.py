@@ -13,11 +13,11 @@ from torch import nn
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModel, AutoModelForImageTextToText
 
 from mllm_crossget.api import unsupported_reason
-from mllm_crossget.benchmark.flops import Flops, model_flops
+from mllm_crossget.benchmark.flops import Flops, model_flops, tiles_of, visual_tokens
 from mllm_crossget.benchmark.geometries import resolve
 from mllm_crossget.families.base import config_at, families
 from mllm_crossget.methods.base import Method
-from mllm_crossget.schedule import make_schedule
+from mllm_crossget.schedule import Schedule, make_schedule
 
 
 @dataclass
@@ -68,6 +68,7 @@ def inspection(config: Any, method: Method, text_tokens: int = 60, new_tokens: i
     family = families()[config.model_type]
     geometry = family.geometry(config)
     schedule = make_schedule(method, geometry)
+    untouched = make_schedule(type(method)(keep_ratio=1.0), geometry)
     costs = [model_flops(config, kind, text_tokens=text_tokens, new_tokens=new_tokens)
              for kind in (type(method)(keep_ratio=1.0), method)]  # fmt: skip
     return {
@@ -78,11 +79,18 @@ def inspection(config: Any, method: Method, text_tokens: int = 60, new_tokens: i
         "method": method.to_dict(),
         "removed_by_layer": list(schedule.removals),
         "tokens_by_layer": list(schedule.tokens),
-        "visual_tokens": {"before": schedule.placeholders, "after": schedule.features},
+        "tiles": tiles_of(config, family).count,
+        "visual_tokens": {"before": _per_image(config, untouched), "after": _per_image(config, schedule)},
         "text_tokens": text_tokens,
         "new_tokens": new_tokens,
         "flops": {"before": costs[0].to_dict(), "after": costs[1].to_dict(), "ratio": costs[1].total / costs[0].total},
     }
+
+
+def _per_image(config: Any, schedule: Schedule) -> int:
+    """Visual tokens of one image: behind the tower, or, of an image in tiles, in front of the language model."""
+    family = families()[config.model_type]
+    return schedule.features if family.tiles is None else visual_tokens(config, family, schedule)
 
 
 def _without_weights(config: Any) -> nn.Module:
@@ -103,6 +111,8 @@ def _print_inspection(options: InspectOptions, report: dict[str, Any]) -> None:
     dial = {name: value for name, value in report["method"].items() if name in ("keep_ratio", "visual_tokens", "r")}
     settings = ", ".join(f"{name}={value}" for name, value in dial.items())
     console.print(f"{report['method']['method']}, {settings}: {before} -> {after} visual tokens per image")
+    if report["tiles"] > 1:
+        console.print(f"a square image is {report['tiles']} tiles, each of them one run of the tower")
     console.print(_layer_table(report))
     console.print(_flops_table(report))
 

@@ -13,6 +13,7 @@ from mllm_crossget.families import (
     llava_next_video,
     llava_onevision,
     paligemma,
+    refused,
     siglip,
     video_llava,
     vipllava,
@@ -22,11 +23,11 @@ from mllm_crossget.families.base import Family, families
 
 __all__ = [
     "Family",
-    "families",
     "aria",
     "blip",
     "blip2",
     "clip",
+    "families",
     "idefics2",
     "instructblip",
     "janus",
@@ -35,6 +36,7 @@ __all__ = [
     "llava_next_video",
     "llava_onevision",
     "paligemma",
+    "refused",
     "siglip",
     "video_llava",
     "vipllava",
