@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mllm_crossget.benchmark.language import language_costs
 from mllm_crossget.costs import attention_flops, linear_flops
-from mllm_crossget.families.base import TOWERS, Family, config_at, families, family_of
+from mllm_crossget.families.base import TOWERS, Family, Tiles, config_at, families, family_of
 from mllm_crossget.methods.base import Method, Signals
 from mllm_crossget.schedule import Schedule, make_schedule, make_text_schedule
 
@@ -73,7 +73,8 @@ def model_flops(
         method: the reduction, such as ``CrossGetConfig(r=13)``.
         text_tokens: tokens of the prompt that are no image placeholders; of one text, for a dual encoder.
         new_tokens: tokens to generate. The first one comes from the prompt's logits, so 0 and 1 decode nothing.
-        images: images in the prompt, 0 or more.
+        images: images in the prompt, 0 or more. Models that cut images into tiles: square ones, of as many tiles as
+            ``Family.tiles`` says, none of whose rows of patches loses its newline.
         one_softmax: how the importance is computed. False: from a second QKᵀ beside a fused attention kernel (GPU, or
             with gradients). True: attention and importance share one map (CPU without gradients).
 
@@ -89,20 +90,34 @@ def model_flops(
         return Flops(0, 0, 0, _projection(config, family), text_tower_flops(config, method, text_tokens), 0, 0)
     schedule = make_schedule(method, family.geometry(config))
     vision = config_at(config, family.vision_config)
-    visual = schedule.features if family.llm_tokens is None else family.llm_tokens(config, schedule.features)
+    runs = images * tiles_of(config, family).count
+    visual = visual_tokens(config, family, schedule)
     prefill, lm_head, decode = _language_flops(config, family, images * visual, text_tokens, new_tokens)
     if family.text_tower is not None:
         prefill = text_tower_flops(config, method, text_tokens)
     cosine = family.cosine and schedule.cross
     return Flops(
-        patch_embedding=images * _patch_embedding(vision, family),
-        encoder=images * _encoder(vision, schedule),
-        reducer=images * _reducer(vision, schedule, method, one_softmax, cosine),
-        projector=images * _connector(config, family, schedule, text_tokens),
+        patch_embedding=runs * _patch_embedding(vision, family),
+        encoder=runs * _encoder(vision, schedule),
+        reducer=runs * _reducer(vision, schedule, method, one_softmax, cosine),
+        projector=runs * _connector(config, family, schedule, text_tokens),
         prefill=prefill,
         lm_head=lm_head,
         decode=decode,
     )
+
+
+def tiles_of(config: Any, family: Family) -> Tiles:
+    """How often the tower runs for one image."""
+    return Tiles() if family.tiles is None else family.tiles(config)
+
+
+def visual_tokens(config: Any, family: Family, schedule: Schedule) -> int:
+    """Tokens of one image that the language model gets: of all tiles, with one cross token and the newlines."""
+    tiles = tiles_of(config, family)
+    kept_cross = int(schedule.cross and not schedule.drop_cross)
+    features = tiles.count * (schedule.features - kept_cross) + kept_cross + tiles.newlines
+    return features if family.llm_tokens is None else family.llm_tokens(config, features)
 
 
 def matching_flops(method: Method, tokens: int, width: int, removed: int) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import AutoConfig, CLIPConfig, CLIPVisionConfig, LlamaConfig, LlavaConfig, SiglipConfig
 
 from mllm_crossget.benchmark.blip_geometries import BLIP_GEOMETRIES, BlipGeometry, QFormerGeometry
+from mllm_crossget.benchmark.relative_geometries import RELATIVE_GEOMETRIES, RelativeGeometry
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,9 @@ _CLIP_LARGE = Stack(width=1024, layers=24, heads=16, mlp=4096)
 _SO400M = Stack(width=1152, layers=27, heads=16, mlp=4304)
 _CLIP_VOCABULARY = 49408
 
-GEOMETRIES: dict[str, LlavaGeometry | DualGeometry | QFormerGeometry | BlipGeometry] = {
+GEOMETRIES: dict[str, LlavaGeometry | DualGeometry | QFormerGeometry | BlipGeometry | RelativeGeometry] = {
     **BLIP_GEOMETRIES,
+    **RELATIVE_GEOMETRIES,
     "clip-vit-b-16": DualGeometry(
         kind="clip",
         vision=Stack(width=768, layers=12, heads=12, mlp=3072),

@@ -14,12 +14,12 @@ from torch import nn
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModel, AutoModelForImageTextToText
 
 from mllm_crossget.api import unsupported_reason
-from mllm_crossget.benchmark.flops import Flops, model_flops
+from mllm_crossget.benchmark.flops import Flops, model_flops, tiles_of, visual_tokens
 from mllm_crossget.benchmark.geometries import resolve
 from mllm_crossget.config import DIALS
 from mllm_crossget.families.base import TextTower, config_at, family_of
 from mllm_crossget.methods.base import Method
-from mllm_crossget.schedule import make_schedule, make_text_schedule
+from mllm_crossget.schedule import Schedule, make_schedule, make_text_schedule
 
 
 @dataclass
@@ -73,6 +73,7 @@ def inspection(config: Any, method: Method, text_tokens: int = 60, new_tokens: i
         raise ValueError(f"model type {config.model_type!r} has no vision tower to look at")
     geometry = family.geometry(config)
     schedule = make_schedule(method, geometry)
+    untouched = make_schedule(type(method)(keep_ratio=1.0), geometry)
     costs = [model_flops(config, kind, text_tokens=text_tokens, new_tokens=new_tokens)
              for kind in (type(method)(keep_ratio=1.0), method)]  # fmt: skip
     texts = {} if family.text_tower is None else _text_counts(config, family.text_tower, method, text_tokens)
@@ -84,7 +85,8 @@ def inspection(config: Any, method: Method, text_tokens: int = 60, new_tokens: i
         "method": method.to_dict(),
         "removed_by_layer": list(schedule.removals),
         "tokens_by_layer": list(schedule.tokens),
-        "visual_tokens": {"before": schedule.placeholders, "after": schedule.features},
+        "tiles": tiles_of(config, family).count,
+        "visual_tokens": {"before": _per_image(config, untouched), "after": _per_image(config, schedule)},
         "text_tokens": text_tokens,
         **texts,
         "new_tokens": new_tokens,
@@ -98,6 +100,12 @@ def _text_counts(config: Any, tower: TextTower, method: Method, text_tokens: int
         "text_removed_by_layer": list(schedule.removals),
         "text_tokens_by_layer": list(schedule.tokens),
     }
+
+
+def _per_image(config: Any, schedule: Schedule) -> int:
+    """Visual tokens of one image: behind the tower, or, of an image in tiles, in front of the language model."""
+    family = family_of(config)
+    return schedule.features if family is None or family.tiles is None else visual_tokens(config, family, schedule)
 
 
 def _without_weights(config: Any) -> nn.Module:
@@ -121,6 +129,8 @@ def _print_inspection(options: InspectOptions, report: dict[str, Any]) -> None:
     dial = {name: value for name, value in report["method"].items() if name in DIALS}
     settings = ", ".join(f"{name}={value}" for name, value in dial.items())
     console.print(f"{report['method']['method']}, {settings}: {before} -> {after} visual tokens per image")
+    if report["tiles"] > 1:
+        console.print(f"a square image is {report['tiles']} tiles, each of them one run of the tower")
     console.print(_layer_table(report))
     if "text_tokens_by_layer" in report:
         console.print(_layer_table(report, "text_", "text tower"))

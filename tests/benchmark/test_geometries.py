@@ -18,6 +18,9 @@ PUBLISHED = [
     ("blip2-flan-t5-xl", 3.88),
     ("instructblip-vicuna-7b", 7.91),
     ("blip-base", 0.22),
+    ("llava-next-7b", 7.06),
+    ("llava-onevision-7b", 8.03),
+    ("paligemma-3b", 2.92),
 ]
 
 

@@ -1,0 +1,30 @@
+"""Families that are refused say why, and are families that transformers knows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
+
+from mllm_crossget import accelerate_mllm, unsupported_reason
+from mllm_crossget.families.base import families, refused_families
+from mllm_crossget.families.refused import REFUSED
+
+
+@pytest.mark.parametrize("model_type", sorted(REFUSED))
+def test_the_reason_is_said(model_type: str) -> None:
+    assert model_type in CONFIG_MAPPING, "a name that transformers does not know refuses nothing"
+    assert model_type not in families()
+    model = nn.Linear(1, 1)
+    model.config = CONFIG_MAPPING[model_type]()
+    assert refused_families()[model_type] in unsupported_reason(model)
+
+
+def test_a_real_model_is_refused_and_left_alone() -> None:
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(CONFIG_MAPPING["mistral3"]())
+    before = set(vars(model))
+    with pytest.raises(ValueError, match=r"'mistral3'\) is not supported: its tower packs all images"):
+        accelerate_mllm(model)
+    assert set(vars(model)) == before
