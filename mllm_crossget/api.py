@@ -18,7 +18,7 @@ from mllm_crossget.hooks.attention import attention_problem
 from mllm_crossget.hooks.handle import base_model, handle_of, live_cross_tokens
 from mllm_crossget.hooks.tower import LayerTrace
 from mllm_crossget.methods.base import Method
-from mllm_crossget.schedule import make_schedule
+from mllm_crossget.schedule import MergeGeometry, make_schedule
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -174,13 +174,14 @@ def supported_family(model: nn.Module) -> Family:
             f"{', '.join(sorted(known))}"
         )
     family = known[model_type]
-    family.geometry(model.config)
-    _check_structure(model, family)
+    geometry = family.geometry(model.config)
+    _check_structure(model, family, tower=not isinstance(geometry, MergeGeometry))
     return family
 
 
-def _check_structure(model: nn.Module, family: Family) -> None:
-    """Everything that the hooks rely on is there. Raises ``ValueError`` that names what is missing."""
+def _check_structure(model: nn.Module, family: Family, tower: bool) -> None:
+    """Everything that the hooks rely on is there, in the layers of the ``tower`` too if they are hooked. Raises
+    ``ValueError`` that names what is missing."""
     paths = [family.tower, family.language_model, family.projector, family.features_owner]
     paths += [*family.vision_projection, *family.text_projection]
     for path in filter(None, paths):
@@ -190,6 +191,13 @@ def _check_structure(model: nn.Module, family: Family) -> None:
             raise ValueError(
                 f"{type(model).__name__} has no {path!r}; pass the full model, as from_pretrained makes it"
             ) from error
+    if tower:
+        _check_layers(model, family)
+    if any(type(parameter).__name__ == "DTensor" for parameter in model.parameters()):
+        raise ValueError("the model is sharded already (fully_shard): call accelerate_mllm before sharding it")
+
+
+def _check_layers(model: nn.Module, family: Family) -> None:
     kind = tower_kind(config_at(model.config, family.vision_config).model_type, family.towers, type(model).__name__)
     encoder = module_at(module_at(model, family.tower), kind.encoder)
     for layer in getattr(encoder, kind.names.layers):
@@ -199,8 +207,6 @@ def _check_structure(model: nn.Module, family: Family) -> None:
         problem = attention_problem(getattr(layer, kind.names.attention))
         if problem is not None:
             raise ValueError(problem)
-    if any(type(parameter).__name__ == "DTensor" for parameter in model.parameters()):
-        raise ValueError("the model is sharded already (fully_shard): call accelerate_mllm before sharding it")
 
 
 def _settings(

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mllm_crossget.costs import attention_flops, linear_flops
+from mllm_crossget.costs import attention_flops, linear_flops, pooling_head_flops
 from mllm_crossget.families.base import Family, config_at, families
 from mllm_crossget.methods.base import Method, Signals
-from mllm_crossget.schedule import Schedule, make_schedule
+from mllm_crossget.schedule import MergeGeometry, Schedule, make_schedule
 
 # Decoders whose layers are q, k, v, o and a gated MLP of three matrices; another one may have another formula.
-TEXT_MODELS = ("gemma", "llama", "mistral", "qwen2", "qwen3")
+TEXT_MODELS = ("cohere2", "gemma", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class Flops:
         patch_embedding: the convolution that makes patches into tokens.
         encoder: every layer of the vision tower that the model runs (also those behind the one that is read), and
             SigLIP's pooling head where the tower has one.
-        reducer: what the reduction itself adds: similarities of the matching and importance of the tokens.
+        reducer: what the reduction itself adds: similarities of the matching and importance of the tokens, in the tower
+            or behind the projector.
         projector: vision features to the width of the language model.
         prefill: the layers of the language model on visual and text tokens.
         lm_head: logits of the prompt's last token.
@@ -77,15 +78,24 @@ def model_flops(
     """
     _check_counts(text_tokens, new_tokens)
     family = _family(config)
-    schedule = make_schedule(method, family.geometry(config))
+    geometry = family.geometry(config)
+    schedule = make_schedule(method, geometry)
     vision = config_at(config, family.vision_config)
     visual = schedule.features if family.llm_tokens is None else family.llm_tokens(config, schedule.features)
     prefill, lm_head, decode = _language_flops(config, family, visual + text_tokens, new_tokens)
+    if isinstance(geometry, MergeGeometry):
+        patch_embedding, encoder = family.tower_flops(config) if family.tower_flops else (0, 0)
+        reducer = _merging(config.get_text_config().hidden_size, schedule, method)
+        projector = family.connector_flops(config, schedule.placeholders) if family.connector_flops else 0
+    else:
+        patch_embedding, encoder = _patch_embedding(vision, family), _encoder(vision, schedule)
+        reducer = _reducer(vision, schedule, method, one_softmax)
+        projector = _connector(config, family, schedule)
     return Flops(
-        patch_embedding=_patch_embedding(vision, family),
-        encoder=_encoder(vision, schedule),
-        reducer=_reducer(vision, schedule, method, one_softmax),
-        projector=_connector(config, family, schedule),
+        patch_embedding=patch_embedding,
+        encoder=encoder,
+        reducer=reducer,
+        projector=projector,
         prefill=prefill,
         lm_head=lm_head,
         decode=decode,
@@ -134,14 +144,7 @@ def _encoder(vision: Any, schedule: Schedule) -> int:
             + attention_flops(tokens, tokens, width)
             + 2 * linear_flops(left, width, inner)
         )
-    return total + (_pooling_head(vision, schedule.tokens[-1]) if getattr(vision, "vision_use_head", False) else 0)
-
-
-def _pooling_head(vision: Any, tokens: int) -> int:
-    """SigLIP's attention pooling: one query attends to all tokens, then an MLP on its one output."""
-    width = vision.hidden_size
-    projections = 2 * linear_flops(1, width, width) + 2 * linear_flops(tokens, width, width)
-    return projections + attention_flops(1, tokens, width) + 2 * linear_flops(1, width, vision.intermediate_size)
+    return total + (pooling_head_flops(vision, schedule.tokens[-1]) if getattr(vision, "vision_use_head", False) else 0)
 
 
 def _reducer(vision: Any, schedule: Schedule, method: Method, one_softmax: bool) -> int:
@@ -156,6 +159,15 @@ def _reducer(vision: Any, schedule: Schedule, method: Method, one_softmax: bool)
         if method.needs_importance:
             total += 2 * tokens * tokens * heads
             total += 0 if one_softmax else 2 * tokens * tokens * width
+    return total
+
+
+def _merging(width: int, schedule: Schedule, method: Method) -> int:
+    """Behind the projector: the matching of features and, where asked for, their attention to one another, one head."""
+    total = 0
+    for tokens, removed in zip(schedule.tokens, schedule.removals, strict=False):
+        total += matching_flops(method, tokens, width, removed)
+        total += 2 * tokens * tokens * (width + 1) if method.needs_importance else 0
     return total
 
 

@@ -17,7 +17,7 @@ from mllm_crossget.benchmark.flops import Flops, model_flops
 from mllm_crossget.benchmark.geometries import resolve
 from mllm_crossget.families.base import config_at, families
 from mllm_crossget.methods.base import Method
-from mllm_crossget.schedule import make_schedule
+from mllm_crossget.schedule import TowerGeometry, make_schedule
 
 
 @dataclass
@@ -84,8 +84,8 @@ def inspection(config: Any, method: Method, text_tokens: int = 60, new_tokens: i
     return {
         "model_type": config.model_type,
         "tower": config_at(config, family.vision_config).model_type,
-        "layers": geometry.layers,
-        "read_after_layer": geometry.read,
+        "layers": len(schedule.removals),
+        "read_after_layer": geometry.read if isinstance(geometry, TowerGeometry) else None,
         "method": method.to_dict(),
         "removed_by_layer": list(schedule.removals),
         "tokens_by_layer": list(schedule.tokens),
@@ -120,9 +120,12 @@ def _without_weights(config: Any) -> nn.Module:
 def _print_inspection(options: InspectOptions, report: dict[str, Any]) -> None:
     console = Console()
     before, after = report["visual_tokens"]["before"], report["visual_tokens"]["after"]
+    steps = "steps behind the projector"
+    if report["read_after_layer"] is not None:
+        steps = f"layers, read after layer {report['read_after_layer']}"
     console.print(
         f"[bold]{options.name_or_path}[/bold]: {report['model_type']}, {report['tower']} with {report['layers']} "
-        f"layers, read after layer {report['read_after_layer']}"
+        f"{steps}"
     )
     dial = {name: value for name, value in report["method"].items() if name in ("keep_ratio", "visual_tokens", "r")}
     settings = ", ".join(f"{name}={value}" for name, value in dial.items())
@@ -132,7 +135,9 @@ def _print_inspection(options: InspectOptions, report: dict[str, Any]) -> None:
 
 
 def _layer_table(report: dict[str, Any]) -> Table:
-    table = Table("layer", "removed", "tokens after it", title="Tokens in the vision tower")
+    behind = report["read_after_layer"] is None
+    title = "Tokens behind the projector" if behind else "Tokens in the vision tower"
+    table = Table("step" if behind else "layer", "removed", "tokens after it", title=title)
     table.add_row("-", "", str(report["tokens_by_layer"][0]))
     for index, removed in enumerate(report["removed_by_layer"]):
         table.add_row(str(index + 1), str(removed), str(report["tokens_by_layer"][index + 1]))

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from mllm_crossget.schedule import TowerGeometry
+from mllm_crossget.schedule import Geometry
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,8 @@ class Family:
         model_type: of the top configuration (``model.config.model_type``).
         tower: path to the vision tower; "" if the model is the tower.
         vision_config: path from the configuration to the vision configuration.
-        geometry: configuration -> the tower's geometry. Raises ``ValueError`` where the configuration cannot be served.
+        geometry: configuration -> the tower's geometry, or a ``MergeGeometry`` where tokens are merged behind the
+            projector. Raises ``ValueError`` where the configuration cannot be served.
         towers: the tower kinds that are served.
         note: one line for the table of families: where tokens are reduced.
         exact: one line for the table: what equals the untouched model or a reference exactly, what is left out.
@@ -95,14 +96,18 @@ class Family:
         features: how features reach the prompt, a name known to ``hooks.features``.
         modalities: visual inputs with placeholders in the prompt; empty where the language side gets as many tokens as
             without reduction, or has no prompt.
+        positions: "contiguous", or "grid": image tokens have positions in time, height and width, and those that stay
+            keep their own (``hooks.positions``).
         llm_tokens: (configuration, tower features) -> visual tokens that the language model gets; None: all features.
-        connector_flops: (configuration, tower features) -> FLOPs between tower and language model.
+        connector_flops: (configuration, tower features) -> FLOPs between tower and language model; all tokens of an
+            image where they are merged behind the projector.
+        tower_flops: configuration -> FLOPs of patch embedding and layers for one image, for towers that are left alone.
     """
 
     model_type: str
     tower: str
     vision_config: str
-    geometry: Callable[[Any], TowerGeometry]
+    geometry: Callable[[Any], Geometry]
     towers: tuple[str, ...]
     note: str
     exact: str = ""
@@ -112,9 +117,11 @@ class Family:
     text_projection: tuple[str, ...] = ()
     features_owner: str | None = None
     features: str = "plain"
+    positions: str = "contiguous"
     modalities: tuple[Modality, ...] = ()
     llm_tokens: Callable[[Any, int], int] | None = None
     connector_flops: Callable[[Any, int], int] | None = None
+    tower_flops: Callable[[Any], tuple[int, int]] | None = None
 
 
 _FAMILIES: dict[str, Family] = {}

@@ -13,15 +13,16 @@ from mllm_crossget.hooks.features import FEATURES, CutFeatures
 from mllm_crossget.hooks.handle import HANDLE, Handle
 from mllm_crossget.hooks.journal import Journal
 from mllm_crossget.hooks.model import ReducedModel
+from mllm_crossget.hooks.post_merge import hook_merge
 from mllm_crossget.hooks.saving import SavedModel
 from mllm_crossget.hooks.text import hook_text
 from mllm_crossget.hooks.tower import hook_tower
 from mllm_crossget.methods.base import Method
-from mllm_crossget.schedule import TowerGeometry, make_schedule
+from mllm_crossget.schedule import Geometry, MergeGeometry, TowerGeometry, make_schedule
 
 
 def apply_method(
-    model: nn.Module, family: Family, geometry: TowerGeometry, method: Method, tokens: dict[str, nn.Module]
+    model: nn.Module, family: Family, geometry: Geometry, method: Method, tokens: dict[str, nn.Module]
 ) -> None:
     """Change the model; on any error it is put back as it was.
 
@@ -36,15 +37,19 @@ def apply_method(
     try:
         journal.set_attribute(model, HANDLE, handle)
         if not method.is_identity:
-            _hook_vision(model, handle)
-            _hook_language(model, handle)
+            if isinstance(geometry, MergeGeometry):
+                owner = module_at(model, family.features_owner or "")
+                handle.tower = hook_merge(journal, owner, method, family.modalities)
+            else:
+                _hook_vision(model, handle, geometry)
+                _hook_language(model, handle)
             _hook_top(model, handle)
     except BaseException:
         journal.rollback()
         raise
 
 
-def _hook_vision(model: Any, handle: Handle) -> None:
+def _hook_vision(model: Any, handle: Handle, geometry: TowerGeometry) -> None:
     family = handle.family
     vision_config = config_at(model.config, family.vision_config)
     tower = module_at(model, family.tower)
@@ -56,7 +61,7 @@ def _hook_vision(model: Any, handle: Handle) -> None:
     if handle.schedule.cross:
         vision = _cross_tokens(handle, "vision", layers, vision_config.hidden_size)
         handle.cross_paths["vision"] = f"{handle.encoder_path}.cross_tokens"
-    handle.tower = hook_tower(handle.journal, encoder, layers, kind.names, handle.method, handle.geometry, vision)
+    handle.tower = hook_tower(handle.journal, encoder, layers, kind.names, handle.method, geometry, vision)
 
 
 def _hook_language(model: Any, handle: Handle) -> None:

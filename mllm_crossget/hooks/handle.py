@@ -8,9 +8,10 @@ from torch import nn
 
 from mllm_crossget.families.base import Family, module_at
 from mllm_crossget.hooks.journal import Journal
+from mllm_crossget.hooks.post_merge import MergeState
 from mllm_crossget.hooks.tower import TowerState
 from mllm_crossget.methods.base import Method
-from mllm_crossget.schedule import Schedule, TowerGeometry
+from mllm_crossget.schedule import Geometry, Schedule
 
 HANDLE = "_mllm_crossget"
 
@@ -25,18 +26,18 @@ class Handle:
         cross_tokens: the learned modules by place ("vision", "text"), also while ``keep_ratio=1`` parks them.
         cross_paths: where they are registered in the model, by place.
         encoder_path: path to the module that holds the vision layers.
-        tower: state of the hooked vision tower, None while ``keep_ratio=1``.
+        tower: state of the hooked vision tower or of the merging behind the projector, None while ``keep_ratio=1``.
     """
 
     method: Method
     family: Family
-    geometry: TowerGeometry
+    geometry: Geometry
     schedule: Schedule
     journal: Journal
     cross_tokens: dict[str, nn.Module]
     cross_paths: dict[str, str] = field(default_factory=dict)
     encoder_path: str = ""
-    tower: TowerState | None = None
+    tower: TowerState | MergeState | None = None
 
 
 def base_model(model: nn.Module) -> nn.Module:

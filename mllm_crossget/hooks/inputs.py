@@ -16,9 +16,14 @@ from mllm_crossget.hooks.features import encode_ahead
 from mllm_crossget.hooks.generation import prompt_mask
 from mllm_crossget.hooks.handle import Handle
 from mllm_crossget.hooks.prompt import Compaction, Layout, check_counts, outer_padding, plan_compaction
+from mllm_crossget.schedule import MergeGeometry
 
 _TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
-_DIMENSIONS = {4: "images, ", 5: "images, tiles or frames, "}
+_SHAPES = {
+    2: "(patches, values)",
+    4: "(images, channels, height, width)",
+    5: "(images, tiles or frames, channels, height, width)",
+}
 _PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
 
 
@@ -74,8 +79,8 @@ def _check_pixels(model: nn.Module, handle: Handle, modality: Modality, pixels: 
     if not isinstance(pixels, Tensor) or pixels.ndim not in modality.ndim or not pixels.is_floating_point():
         kind = f"{tuple(pixels.shape)} {pixels.dtype}" if isinstance(pixels, Tensor) else type(pixels).__name__
         raise TypeError(
-            f"{modality.pixels} must be a float tensor ({_DIMENSIONS[modality.ndim[0]]}channels, height, width), got "
-            f"{kind}; use the model's processor"
+            f"{modality.pixels} must be a float tensor {_SHAPES[modality.ndim[0]]}, got {kind}; use the model's "
+            "processor"
         )
     device = next(module_at(model, handle.family.tower).parameters()).device
     if pixels.device != device and device.type != "meta" and not hasattr(model, "_hf_hook"):
@@ -104,7 +109,7 @@ def _is_full(model: nn.Module, handle: Handle, modality: Modality, kwargs: dict[
     if _features(modality, kwargs) is None:
         _check_pixels(model, handle, modality, kwargs[modality.pixels])
     total = int((kwargs["input_ids"] == token_of(model, modality)).sum())
-    features = _known_features(handle, modality, kwargs)
+    features = _known_features(model, handle, modality, kwargs)
     compact = None if features is None else sum(features)
     if total == compact or features == []:
         return False
@@ -119,26 +124,38 @@ def token_of(model: nn.Module, modality: Modality) -> int:
 
 def _placeholders(model: nn.Module, handle: Handle, modality: Modality, kwargs: dict[str, Any]) -> list[int]:
     """Placeholders of every image that the untouched model needs."""
+    features = _features(modality, kwargs)
+    if features is not None and isinstance(handle.geometry, MergeGeometry) and handle.geometry.fixed:
+        images = sum(len(image) for image in features) // handle.schedule.features
+        return [handle.schedule.placeholders] * images
     if modality.counts is not None:
         return modality.counts(model, kwargs)
-    features = _features(modality, kwargs)
     return [handle.schedule.placeholders] * len(kwargs[modality.pixels] if features is None else features)
 
 
-def _known_features(handle: Handle, modality: Modality, kwargs: dict[str, Any]) -> list[int] | None:
+def _known_features(model: nn.Module, handle: Handle, modality: Modality, kwargs: dict[str, Any]) -> list[int] | None:
     """Features of every image as far as they are known without encoding it."""
     features = _features(modality, kwargs)
     if features is not None:
         return [len(image) for image in features]
+    if isinstance(handle.geometry, MergeGeometry):
+        return _merged_counts(handle, _placeholders(model, handle, modality, kwargs))
     return None if modality.counts is not None else [handle.schedule.features] * len(kwargs[modality.pixels])
+
+
+def _merged_counts(handle: Handle, placeholders: list[int]) -> list[int]:
+    return [handle.tower.schedule(tokens).features for tokens in placeholders]
 
 
 def image_counts(model: nn.Module, handle: Handle, modality: Modality, kwargs: dict[str, Any]) -> list[tuple[int, int]]:
     """(placeholders of the user's prompt, features) of every image of a call; encodes the images where only that can
     tell."""
-    known = _known_features(handle, modality, kwargs)
+    placeholders = _placeholders(model, handle, modality, kwargs)
+    if isinstance(handle.geometry, MergeGeometry):
+        return list(zip(placeholders, _merged_counts(handle, placeholders), strict=True))
+    known = _known_features(model, handle, modality, kwargs)
     features = encode_ahead(model, handle.family, modality, kwargs) if known is None else known
-    return list(zip(_placeholders(model, handle, modality, kwargs), features, strict=True))
+    return list(zip(placeholders, features, strict=True))
 
 
 def images_per_row(model: nn.Module, handle: Handle, kwargs: dict[str, Any]) -> Tensor:
@@ -147,7 +164,7 @@ def images_per_row(model: nn.Module, handle: Handle, kwargs: dict[str, Any]) -> 
     Only the first modality of the family that is there counts: one forward records the cross tokens of one encoding.
     """
     modality = present(handle, kwargs)[0]
-    features = _known_features(handle, modality, kwargs)
+    features = _known_features(model, handle, modality, kwargs)
     if features is None:
         features = encode_ahead(model, handle.family, modality, kwargs)
     parts = [1] * len(features) if modality.parts is None else modality.parts(model, kwargs)

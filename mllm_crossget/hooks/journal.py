@@ -102,7 +102,7 @@ def mixed_class(original: type, mixin: type) -> type:
     ``forward`` and ``generate``: names and signatures stay those of the original.
     """
     namespace: dict[str, Any] = {"__module__": original.__module__, "__doc__": original.__doc__}
-    for name in ("forward", "generate", "get_image_features"):
+    for name in ("forward", "generate", "get_image_features", "get_video_features"):
         if name in vars(mixin):
             namespace[name] = _with_signature_of(getattr(original, name), vars(mixin)[name])
     mixed = type(original.__name__, (mixin, original), namespace)

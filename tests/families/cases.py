@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mllm_crossget.schedule import Schedule
+
 Batch = dict[str, Any]
 
 
@@ -35,6 +37,7 @@ class Case:
         expected: (stock model with the same weights, model, batch, options of generate) -> new tokens of every row
             worked out a second way, from hand-compacted prompts and a stock language model; None where the prompt is
             not changed.
+        schedule: accelerated model -> counts of the batch's first image, where they are not those of the configuration.
         skip_methods: methods that the family refuses, with the reason.
     """
 
@@ -48,6 +51,7 @@ class Case:
     loss: Callable[[nn.Module, Batch], Tensor] | None = None
     generates: bool = False
     expected: Callable[..., list[list[int]]] | None = None
+    schedule: Callable[[nn.Module], Schedule] | None = None
     skip_methods: dict[str, str] = field(default_factory=dict)
 
 

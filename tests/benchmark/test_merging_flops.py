@@ -1,0 +1,28 @@
+"""FLOPs of the families whose tokens are merged behind the projector, against torch's counter."""
+
+from __future__ import annotations
+
+import pytest
+
+from mllm_crossget import accelerate_mllm
+from mllm_crossget.benchmark.flops import model_flops
+from mllm_crossget.config import method_class, method_names
+from tests.benchmark.test_flops import counted, first_token
+from tests.families.case_grid import BUILDS, alone
+
+DIALS = [{"keep_ratio": 1.0}, {"keep_ratio": 0.5}, {"visual_tokens": 3}]
+
+
+@pytest.mark.parametrize("dial", DIALS, ids=str)
+@pytest.mark.parametrize("method", method_names())
+@pytest.mark.parametrize("family", sorted(BUILDS))
+def test_grid_families(family: str, method: str, dial: dict) -> None:
+    build, batch_of = BUILDS[family]
+    model = build()
+    batch = alone(batch_of(model), 2)  # one tile
+    config = method_class(method)(**dial)
+    accelerate_mllm(model, config)
+    text = int((batch["input_ids"] != model.config.image_token_id).sum())
+    flops = model_flops(model.config, config, text_tokens=text)
+    assert counted(lambda: first_token(model, batch)) == pytest.approx(flops.total, rel=0.01)
+    assert (flops.reducer > 0) == (dial != {"keep_ratio": 1.0} and method != "random")
