@@ -67,6 +67,30 @@ def tiny_aya_vision(attention: str = "sdpa") -> nn.Module:
     return tiny("aya_vision", attention, vision, {"model_type": "cohere2", "logit_scale": 1.0})
 
 
+VIDEO_TOKEN, VISION_START, VISION_END = 98, 97, 96
+QWEN_VISION = {
+    "qwen2_vl": {"embed_dim": 32, "hidden_size": WIDTH, "mlp_ratio": 2},
+    "qwen2_5_vl": {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": WIDTH, "window_size": 8,
+                   "fullatt_block_indexes": [1], "tokens_per_second": 2},
+    "qwen3_vl": {"hidden_size": 32, "intermediate_size": 64, "out_hidden_size": WIDTH, "num_position_embeddings": 16,
+                 "deepstack_visual_indexes": [0, 1]},
+}  # fmt: skip
+
+
+def tiny_qwen(attention: str = "sdpa", model_type: str = "qwen2_vl") -> nn.Module:
+    """Qwen2-VL, Qwen2.5-VL (windows of 2 x 2 cells in its first layer) or Qwen3-VL (deepstack from both layers)."""
+    shape = {"depth": 2, "num_heads": 4, "patch_size": 2, "in_channels": 3}
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+    head = {"head_dim": 8} if model_type == "qwen3_vl" else {}
+    model = tiny(
+        model_type, attention, {**QWEN_VISION[model_type], **shape}, {"rope_parameters": rope, **head},
+        video_token_id=VIDEO_TOKEN, vision_start_token_id=VISION_START, vision_end_token_id=VISION_END,
+    )  # fmt: skip
+    with torch.no_grad():
+        model.lm_head.weight[[VIDEO_TOKEN, VISION_START, VISION_END]] = 0.0
+    return model
+
+
 def tiles(count: int, seed: int = 0) -> Tensor:
     """(count, 3, 56, 56) random pixels."""
     return torch.randn(count, 3, 56, 56, generator=torch.Generator().manual_seed(100 + seed))

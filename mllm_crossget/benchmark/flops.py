@@ -20,7 +20,18 @@ from mllm_crossget.methods.base import Method, Signals
 from mllm_crossget.schedule import MergeGeometry, Schedule, make_schedule
 
 # Decoders whose layers are q, k, v, o and a gated MLP of three matrices; another one may have another formula.
-TEXT_MODELS = ("cohere2", "gemma", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
+TEXT_MODELS = (
+    "cohere2",
+    "gemma",
+    "gemma3_text",
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen2_5_vl_text",
+    "qwen2_vl_text",
+    "qwen3",
+    "qwen3_vl_text",
+)
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, LlavaConfig
+from transformers import CONFIG_MAPPING, AutoConfig, CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,32 @@ class LlavaGeometry:
         )
 
 
+@dataclass(frozen=True)
+class PublishedGeometry:
+    """A model of any type, from the fields in which its configuration differs from transformers' defaults."""
+
+    model_type: str
+    vision: dict[str, Any]
+    text: dict[str, Any]
+    fields: dict[str, Any] = field(default_factory=dict)
+
+    def config(self) -> Any:
+        """The transformers configuration."""
+        kind: Any = CONFIG_MAPPING[self.model_type]
+        return kind(vision_config=dict(self.vision), text_config=dict(self.text), **self.fields)
+
+
 _CLIP_LARGE = Stack(width=1024, layers=24, heads=16, mlp=4096)
 
-GEOMETRIES: dict[str, LlavaGeometry] = {
+_QWEN2_7B = {
+    "hidden_size": 3584,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "intermediate_size": 18944,
+}
+
+GEOMETRIES: dict[str, LlavaGeometry | PublishedGeometry] = {
     "llava-1.5-7b": LlavaGeometry(
         vision=_CLIP_LARGE,
         text=Stack(width=4096, layers=32, heads=32, mlp=11008),
@@ -63,6 +86,38 @@ GEOMETRIES: dict[str, LlavaGeometry] = {
         image_size=336,
         patch_size=14,
         vocabulary=32064,
+    ),
+    "gemma3-4b": PublishedGeometry(
+        "gemma3",
+        {
+            "model_type": "siglip_vision_model",
+            "hidden_size": 1152,
+            "num_hidden_layers": 27,
+            "num_attention_heads": 16,
+            "intermediate_size": 4304,
+            "image_size": 896,
+            "patch_size": 14,
+            "vision_use_head": False,
+        },
+        {
+            "hidden_size": 2560,
+            "num_hidden_layers": 34,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "intermediate_size": 10240,
+            "vocab_size": 262208,
+            "sliding_window": 1024,
+        },
+    ),
+    "internvl3-8b": PublishedGeometry(
+        "internvl",
+        {"model_type": "internvl_vision", "attention_bias": True},
+        {**_QWEN2_7B, "model_type": "qwen2", "vocab_size": 151674},
+        {"tie_word_embeddings": False},
+    ),
+    "qwen2.5-vl-7b": PublishedGeometry(
+        "qwen2_5_vl", {"hidden_size": 1280}, {**_QWEN2_7B, "vocab_size": 152064}, {"tie_word_embeddings": False}
     ),
 }
 

@@ -25,7 +25,7 @@ class InspectOptions:
     """What to look at.
 
     Args:
-        name_or_path: a built-in geometry (llava-1.5-7b, llava-1.5-13b), a local folder, or a repository of the hub.
+        name_or_path: a built-in geometry (such as llava-1.5-7b), a local folder, or a repository of the hub.
         text_tokens: tokens of the prompt that are no image placeholders.
         new_tokens: tokens to generate; 0 counts the prompt alone.
         json: print JSON instead of tables.

@@ -1,6 +1,6 @@
 """Model families: one file each. Importing this package registers them."""
 
-from mllm_crossget.families import aya_vision, gemma3, idefics3, internvl, llava, vision_tower
+from mllm_crossget.families import aya_vision, gemma3, idefics3, internvl, llava, qwen_vl, vision_tower
 from mllm_crossget.families.base import Family, families
 
 __all__ = [
@@ -11,5 +11,6 @@ __all__ = [
     "idefics3",
     "internvl",
     "llava",
+    "qwen_vl",
     "vision_tower",
 ]

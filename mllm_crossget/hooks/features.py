@@ -68,6 +68,11 @@ def encode_ahead(model: nn.Module, family: Family, modality: Modality, kwargs: d
     return [len(image) for image in features_of(output)]
 
 
+def ahead_of(model: nn.Module, family: Family, modality: Modality) -> Any:
+    """What ``encode_ahead`` has kept of a modality."""
+    return module_at(model, family.features_owner or "").__dict__[_AHEAD][modality.encode][1]
+
+
 def encoded_ahead(owner: nn.Module, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What ``encode_ahead`` has kept for this call, or None. It is handed out for the very same pixels only: beams and
     samples repeat the images in transformers before 5.23, which are then encoded as usual."""

@@ -157,12 +157,16 @@ def _merge_output(owner: nn.Module, state: MergeState, modality: Modality, outpu
     if sum(runs) != sum(sizes):
         raise ValueError(f"{sum(sizes)} visual features for images of {runs} tokens: unknown structure")
     layers = getattr(output, "deepstack_features", None) or []
-    merged, kept = _merge_runs([torch.cat(list(part)) for part in (entries, *layers)], runs, state)
+    packed = [part if isinstance(part, Tensor) else torch.cat(list(part)) for part in (entries, *layers)]
+    merged, kept = _merge_runs(packed, runs, state)
     new_sizes = _sizes_after(sizes, runs, [len(cells) for cells in kept])
     split = [list(torch.split(values, new_sizes)) for values in merged]
     output = with_features(output, lambda old: torch.stack(split[0]) if isinstance(old, Tensor) else split[0])
-    if layers:
-        output.deepstack_features = split[1:]
+    if layers:  # packed before transformers 5.23, one tensor for each image since
+        output.deepstack_features = [
+            new if isinstance(old, Tensor) else parts
+            for old, new, parts in zip(layers, merged[1:], split[1:], strict=True)
+        ]
     if hasattr(output, "pooler_output"):
         setattr(output, _KEPT, kept)
     return output

@@ -154,3 +154,47 @@ def test_random_prompts_end_to_end(model_type: str) -> None:
         assert lengths[-1] == max(int(real[row]) - n * (16 - kept) for row, n in enumerate(rows))
         assert logits.shape[1] == batch["input_ids"].shape[1]
         assert torch.isfinite(logits).all()
+
+
+class Packed(nn.Module):
+    """What Qwen-VL's merger gives for images (frames of videos) of known grids, with a unit vector for every cell."""
+
+    def __init__(self, grids: list[tuple[int, int, int]]) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(vision_config=SimpleNamespace(spatial_merge_size=2))
+        self.sizes = [time * height * width // 4 for time, height, width in grids]
+
+    def get_image_features(self, pixel_values: Tensor, image_grid_thw: Tensor) -> BaseModelOutputWithPooling:
+        output = BaseModelOutputWithPooling(pooler_output=torch.randn(sum(self.sizes), WIDTH).split(self.sizes))
+        output.deepstack_features = [torch.eye(sum(self.sizes)).split(self.sizes)]
+        return output
+
+    def get_video_features(self, pixel_values_videos: Tensor, video_grid_thw: Tensor) -> BaseModelOutputWithPooling:
+        return self.get_image_features(pixel_values_videos, video_grid_thw)  # as Qwen3-VL does
+
+
+@pytest.mark.parametrize("method", method_names())
+@torch.no_grad()
+def test_random_grids_of_images_and_videos(method: str) -> None:
+    draw = random.Random(method)
+    family = families()["qwen3_vl"]
+    for _ in range(CASES_PER_METHOD):
+        video = draw.random() < 0.3
+        frames = draw.randint(1, 3) if video else 1
+        grids = [(frames, 2 * draw.randint(1, 6), 2 * draw.randint(1, 6)) for _ in range(draw.randint(1, 4))]
+        dial = draw.choice([{"keep_ratio": draw.uniform(0.05, 0.99)}, {"visual_tokens": draw.randint(1, 40)}])
+        owner, journal = Packed(grids), Journal()
+        journal.swap_class(owner, FEATURES[family.features])
+        state = hook_merge(journal, owner, method_class(method)(**dial), family.modalities)
+        encode = owner.get_video_features if video else owner.get_image_features
+        output = encode(torch.zeros(1, 24), torch.tensor(grids))
+        groups = torch.cat(output.deepstack_features[0]) > 0
+        assert torch.equal(groups.sum(dim=0), torch.ones(groups.shape[1], dtype=torch.int64))
+        cells = [height * width // 4 for time, height, width in grids for _ in range(time)]
+        features = [state.schedule(count).features for count in cells]
+        assert [len(kept) for kept in kept_cells(output)] == features
+        row = column = 0
+        for count, kept in zip(cells, kept_cells(output), strict=True):  # no token has cells of two images or frames
+            assert groups[row : row + len(kept), column : column + count].sum() == count
+            assert groups[torch.arange(row, row + len(kept)), column + kept].all()
+            row, column = row + len(kept), column + count

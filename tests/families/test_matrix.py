@@ -83,8 +83,9 @@ def test_the_tower_has_the_schedules_tokens(method, case) -> None:
     assert sum(schedule.removals) > 0
     layers = len(schedule.removals)
     assert [entry.size.shape[1] for entry in trace[:layers]] == list(schedule.tokens[1:])
+    assert {entry.source.shape[1] for entry in trace[:layers]} == {schedule.tokens[0]}
     for entry in trace:
-        assert torch.equal(entry.size.sum(dim=1), torch.full_like(entry.size[:, 0], schedule.tokens[0]))
+        assert torch.equal(entry.size.sum(dim=1), torch.full_like(entry.size[:, 0], entry.source.shape[1]))
 
 
 @matrix("loss")
