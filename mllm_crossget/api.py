@@ -28,7 +28,7 @@ from mllm_crossget.hooks.attention import attention_problem
 from mllm_crossget.hooks.handle import base_model, handle_of, live_cross_tokens
 from mllm_crossget.hooks.tower import LayerTrace
 from mllm_crossget.methods.base import Method
-from mllm_crossget.schedule import make_schedule, make_text_schedule
+from mllm_crossget.schedule import MergeGeometry, make_schedule, make_text_schedule
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -196,13 +196,14 @@ def supported_family(model: nn.Module) -> Family:
         )
     if family.for_model is not None:
         family = family.for_model(model)
-    family.geometry(model.config)
-    _check_structure(model, family)
+    geometry = family.geometry(model.config)
+    _check_structure(model, family, tower=not isinstance(geometry, MergeGeometry))
     return family
 
 
-def _check_structure(model: nn.Module, family: Family) -> None:
-    """Everything that the hooks rely on is there. Raises ``ValueError`` that names what is missing."""
+def _check_structure(model: nn.Module, family: Family, tower: bool) -> None:
+    """Everything that the hooks rely on is there, in the layers of the ``tower`` too if they are hooked. Raises
+    ``ValueError`` that names what is missing."""
     paths = [family.tower, family.language_model, family.projector, family.features_owner]
     paths += [*family.vision_projection, *family.text_projection]
     side = text_side_of(family, model.config)
@@ -214,7 +215,7 @@ def _check_structure(model: nn.Module, family: Family) -> None:
             raise ValueError(
                 f"{type(model).__name__} has no {path!r}; pass the full model, as from_pretrained makes it"
             ) from error
-    if family.tower is not None:
+    if tower and family.tower is not None:
         vision_type = config_at(model.config, family.vision_config).model_type
         kind = tower_kind(vision_type, family.towers, type(model).__name__)
         _check_layers(model, "vision", module_at(module_at(model, family.tower), kind.encoder), kind.names)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 def linear_flops(tokens: int, inputs: int, outputs: int) -> int:
     """A matrix product of ``tokens`` rows with an (inputs, outputs) weight."""
@@ -11,3 +13,19 @@ def linear_flops(tokens: int, inputs: int, outputs: int) -> int:
 def attention_flops(queries: int, keys: int, width: int) -> int:
     """QKᵀ and the weighted sum of the values; ``width`` is all heads together."""
     return 2 * 2 * queries * keys * width
+
+
+def vit_flops(vision: Any, tokens: int) -> int:
+    """All layers of a plain vision transformer on ``tokens`` tokens: q, k, v, o, attention, an MLP of two matrices; and
+    SigLIP's pooling head where the tower has one."""
+    width = vision.hidden_size
+    layer = 4 * linear_flops(tokens, width, width) + attention_flops(tokens, tokens, width)
+    layers = int(vision.num_hidden_layers * (layer + 2 * linear_flops(tokens, width, vision.intermediate_size)))
+    return layers + (pooling_head_flops(vision, tokens) if getattr(vision, "vision_use_head", False) else 0)
+
+
+def pooling_head_flops(vision: Any, tokens: int) -> int:
+    """SigLIP's attention pooling: one query attends to all tokens, then an MLP on its one output."""
+    width = vision.hidden_size
+    projections = 2 * linear_flops(1, width, width) + 2 * linear_flops(tokens, width, width)
+    return projections + attention_flops(1, tokens, width) + 2 * linear_flops(1, width, vision.intermediate_size)

@@ -50,11 +50,33 @@ class TextGeometry:
 
 
 @dataclass(frozen=True)
+class MergeGeometry:
+    """What a schedule needs to know where tokens are merged behind the projector and the tower is left alone.
+
+    Args:
+        tokens: visual tokens of one image (tile, video frame) behind the projector.
+        fixed: whether every image has that many; otherwise they are the example that tables show, each image gets a
+            schedule of its own, and ``visual_tokens`` is a limit that small images stay below.
+    """
+
+    tokens: int
+    fixed: bool = True
+
+    @property
+    def placeholders(self) -> int:
+        """Tokens per image that the untouched model hands to the language side."""
+        return self.tokens
+
+
+Geometry = TowerGeometry | MergeGeometry
+
+
+@dataclass(frozen=True)
 class Schedule:
-    """Token counts of one image on its way through the tower.
+    """Token counts of one image on its way through the tower, or through the merging behind the projector.
 
     Attributes:
-        removals: tokens removed in each layer, already clipped to what the layer can remove.
+        removals: tokens removed in each layer (step of the merging), already clipped to what it can remove.
         tokens: tokens in front of the first layer and after every layer (``layers + 1`` integers), with class token
             and cross token.
         placeholders: image tokens a prompt holds for the untouched model.
@@ -101,16 +123,19 @@ def ramp(layers: int, r: int | list[int], inflect: float = 0.0) -> list[int]:
     return [int(first + step * layer) for layer in range(layers)]
 
 
-def make_schedule(config: ReductionConfig, geometry: TowerGeometry) -> Schedule:
-    """Turn the dial of ``config`` into counts for a tower.
+def make_schedule(config: ReductionConfig, geometry: Geometry) -> Schedule:
+    """Turn the dial of ``config`` into counts for a tower, or for the merging behind a projector.
 
-    Removals are even over the layers in front of the one that is read; layers behind it remove nothing, unless ``r``
-    was given, which applies to every layer as in the reference.
+    In a tower, removals are even over the layers in front of the one that is read; layers behind it remove nothing,
+    unless ``r`` was given, which applies to every layer as in the reference. Behind a projector there are as few steps
+    as reach the target, even ones, each of which removes at most half of the tokens.
 
     Raises:
-        ValueError: more tokens asked for than there are, fewer than the tower can get down to, or a list of removals of
-            the wrong length.
+        ValueError: more tokens asked for than there are, fewer than the tower can get down to, a list of removals of
+            the wrong length, or ``r`` where there is no layer to apply it to.
     """
+    if isinstance(geometry, MergeGeometry):
+        return _merge_schedule(config, geometry)
     cross = config.uses_cross_tokens and config.reduces_vision
     start = geometry.patches + geometry.prefix + cross
     protected = geometry.prefix + cross
@@ -161,6 +186,23 @@ def _text_removals_per_layer(r: int | list[int], geometry: TextGeometry) -> list
     return wanted
 
 
+def _merge_schedule(config: ReductionConfig, geometry: MergeGeometry) -> Schedule:
+    if config.vision_removals is not None:
+        raise ValueError(
+            f"r={config.vision_removals} counts tokens per layer of the vision tower, but the tokens of this model are "
+            "merged behind its projector; give keep_ratio or visual_tokens instead"
+        )
+    wanted = config.visual_tokens
+    too_many = wanted is not None and wanted > geometry.tokens and not geometry.fixed
+    target = geometry.tokens if too_many else _target(config, geometry)
+    steps, left = 0, geometry.tokens
+    while left > target:
+        steps, left = steps + 1, left - removable(left, 0)
+    even = _removals_for(target, TowerGeometry(geometry.tokens, 0, steps, steps), geometry.tokens, 0)
+    removals, tokens = _run(even, geometry.tokens, 0)
+    return Schedule(removals, tokens, geometry.tokens, tokens[-1], cross=False, drop_cross=False)
+
+
 def _removals_per_layer(r: int | list[int], geometry: TowerGeometry) -> list[int]:
     wanted = [r] * geometry.layers if isinstance(r, int) else list(r)
     if len(wanted) != geometry.layers:
@@ -176,7 +218,7 @@ def _removals_per_layer(r: int | list[int], geometry: TowerGeometry) -> list[int
     return wanted
 
 
-def _target(config: ReductionConfig, geometry: TowerGeometry) -> int:
+def _target(config: ReductionConfig, geometry: Geometry) -> int:
     if config.visual_tokens is None:
         return max(1, round((config.keep_ratio or 1.0) * geometry.placeholders))
     if config.visual_tokens > geometry.placeholders:

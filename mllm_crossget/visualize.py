@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mllm_crossget.api import trace_merges
 from mllm_crossget.families.base import module_at
 from mllm_crossget.hooks.handle import base_model, handle_of
+from mllm_crossget.schedule import MergeGeometry
 
 _BORDER = (255, 255, 255)
 _CAPTION_HEIGHT = 18
@@ -24,6 +25,8 @@ _CAPTION_HEIGHT = 18
 @torch.no_grad()
 def merged_groups(model: nn.Module, pixel_values: Tensor) -> Tensor:
     """Which token each patch ends up in, at the layer that the language side reads.
+
+    Where tokens are merged behind the projector, its cells take the place of the patches.
 
     Args:
         model: an accelerated model.
@@ -37,8 +40,12 @@ def merged_groups(model: nn.Module, pixel_values: Tensor) -> Tensor:
     """
     with trace_merges(model) as trace:
         handle: Any = handle_of(model)  # trace_merges has refused a model without one
+        geometry = handle.geometry
+        if isinstance(geometry, MergeGeometry):
+            owner: Any = module_at(base_model(model), handle.family.features_owner)
+            owner.get_image_features(pixel_values)
+            return trace[-1].source
         module_at(base_model(model), handle.family.tower)(pixel_values)
-    geometry = handle.geometry
     source = trace[geometry.read - 1].source
     return source[:, geometry.prefix : geometry.prefix + geometry.patches]
 

@@ -15,10 +15,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mllm_crossget.benchmark.language import language_costs
-from mllm_crossget.costs import attention_flops, linear_flops
+from mllm_crossget.costs import attention_flops, linear_flops, pooling_head_flops
 from mllm_crossget.families.base import TOWERS, Family, Tiles, config_at, families, family_of
 from mllm_crossget.methods.base import Method, Signals
-from mllm_crossget.schedule import Schedule, make_schedule, make_text_schedule
+from mllm_crossget.schedule import MergeGeometry, Schedule, make_schedule, make_text_schedule
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class Flops:
         patch_embedding: the convolution that makes patches into tokens.
         encoder: every layer of the vision tower that the model runs (also those behind the one that is read), and
             SigLIP's pooling head where the tower has one.
-        reducer: what the reduction itself adds: similarities of the matching and importance of the tokens.
+        reducer: what the reduction itself adds: similarities of the matching and importance of the tokens, in the tower
+            or behind the projector.
         projector: vision features to the width of the language model, with a Q-Former where there is one; image and
             text to the shared space of a dual encoder.
         prefill: the layers of the language model on visual and text tokens; of an encoder-decoder the encoder, and the
@@ -88,19 +89,23 @@ def model_flops(
     family = _family(config)
     if family.tower is None:
         return Flops(0, 0, 0, _projection(config, family), text_tower_flops(config, method, text_tokens), 0, 0)
-    schedule = make_schedule(method, family.geometry(config))
-    vision = config_at(config, family.vision_config)
+    geometry = family.geometry(config)
+    schedule = make_schedule(method, geometry)
     runs = images * tiles_of(config, family).count
     visual = visual_tokens(config, family, schedule)
     prefill, lm_head, decode = _language_flops(config, family, images * visual, text_tokens, new_tokens)
     if family.text_tower is not None:
         prefill = text_tower_flops(config, method, text_tokens)
-    cosine = family.cosine and schedule.cross
+    if isinstance(geometry, MergeGeometry):
+        parts = _merged_parts(config, family, schedule, method)
+    else:
+        parts = _tower_parts(config, family, schedule, method, one_softmax, text_tokens)
+    patch_embedding, encoder, reducer, projector = (runs * part for part in parts)
     return Flops(
-        patch_embedding=runs * _patch_embedding(vision, family),
-        encoder=runs * _encoder(vision, schedule),
-        reducer=runs * _reducer(vision, schedule, method, one_softmax, cosine),
-        projector=runs * _connector(config, family, schedule, text_tokens),
+        patch_embedding=patch_embedding,
+        encoder=encoder,
+        reducer=reducer,
+        projector=projector,
         prefill=prefill,
         lm_head=lm_head,
         decode=decode,
@@ -164,14 +169,7 @@ def _encoder(vision: Any, schedule: Schedule) -> int:
             + attention_flops(tokens, tokens, width)
             + 2 * linear_flops(left, width, inner)
         )
-    return total + (_pooling_head(vision, schedule.tokens[-1]) if getattr(vision, "vision_use_head", False) else 0)
-
-
-def _pooling_head(vision: Any, tokens: int) -> int:
-    """SigLIP's attention pooling: one query attends to all tokens, then an MLP on its one output."""
-    width = vision.hidden_size
-    projections = 2 * linear_flops(1, width, width) + 2 * linear_flops(tokens, width, width)
-    return projections + attention_flops(1, tokens, width) + 2 * linear_flops(1, width, vision.intermediate_size)
+    return total + (pooling_head_flops(vision, schedule.tokens[-1]) if getattr(vision, "vision_use_head", False) else 0)
 
 
 def _reducer(vision: Any, schedule: Schedule, method: Method, one_softmax: bool, cosine: bool = False) -> int:
@@ -190,6 +188,35 @@ def _reducer(vision: Any, schedule: Schedule, method: Method, one_softmax: bool,
         if method.needs_importance and not cosine:
             total += 2 * tokens * tokens * (1 if has_map else heads)
             total += 0 if one_softmax or has_map else 2 * tokens * tokens * width
+    return total
+
+
+def _tower_parts(
+    config: Any, family: Family, schedule: Schedule, method: Method, one_softmax: bool, text_tokens: int
+) -> tuple[int, int, int, int]:
+    """Patch embedding, layers, reduction and connector of one image whose tokens are merged inside the tower."""
+    vision = config_at(config, family.vision_config)
+    return (
+        _patch_embedding(vision, family),
+        _encoder(vision, schedule),
+        _reducer(vision, schedule, method, one_softmax, family.cosine and schedule.cross),
+        _connector(config, family, schedule, text_tokens),
+    )
+
+
+def _merged_parts(config: Any, family: Family, schedule: Schedule, method: Method) -> tuple[int, int, int, int]:
+    """Likewise for one image whose tokens are merged behind the projector."""
+    patch_embedding, encoder = family.tower_flops(config) if family.tower_flops else (0, 0)
+    projector = family.connector_flops(config, schedule.placeholders) if family.connector_flops else 0
+    return patch_embedding, encoder, _merging(config.get_text_config().hidden_size, schedule, method), projector
+
+
+def _merging(width: int, schedule: Schedule, method: Method) -> int:
+    """Behind the projector: the matching of features and, where asked for, their attention to one another, one head."""
+    total = 0
+    for tokens, removed in zip(schedule.tokens, schedule.removals, strict=False):
+        total += matching_flops(method, tokens, width, removed)
+        total += 2 * tokens * tokens * (width + 1) if method.needs_importance else 0
     return total
 
 

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, CLIPConfig, CLIPVisionConfig, LlamaConfig, LlavaConfig, SiglipConfig
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    CLIPConfig,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    SiglipConfig,
+)
 
 from mllm_crossget.benchmark.blip_geometries import BLIP_GEOMETRIES, BlipGeometry, QFormerGeometry
 from mllm_crossget.benchmark.relative_geometries import RELATIVE_GEOMETRIES, RelativeGeometry
@@ -83,12 +91,37 @@ class DualGeometry:
         )
 
 
+@dataclass(frozen=True)
+class PublishedGeometry:
+    """A model of any type, from the fields in which its configuration differs from transformers' defaults."""
+
+    model_type: str
+    vision: dict[str, Any]
+    text: dict[str, Any]
+    fields: dict[str, Any] = field(default_factory=dict)
+
+    def config(self) -> Any:
+        """The transformers configuration."""
+        kind: Any = CONFIG_MAPPING[self.model_type]
+        return kind(vision_config=dict(self.vision), text_config=dict(self.text), **self.fields)
+
+
 _CLIP_LARGE = Stack(width=1024, layers=24, heads=16, mlp=4096)
+
+_QWEN2_7B = {
+    "hidden_size": 3584,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "intermediate_size": 18944,
+}
 
 _SO400M = Stack(width=1152, layers=27, heads=16, mlp=4304)
 _CLIP_VOCABULARY = 49408
 
-GEOMETRIES: dict[str, LlavaGeometry | DualGeometry | QFormerGeometry | BlipGeometry | RelativeGeometry] = {
+GEOMETRIES: dict[
+    str, LlavaGeometry | DualGeometry | QFormerGeometry | BlipGeometry | RelativeGeometry | PublishedGeometry
+] = {
     **BLIP_GEOMETRIES,
     **RELATIVE_GEOMETRIES,
     "clip-vit-b-16": DualGeometry(
@@ -134,6 +167,38 @@ GEOMETRIES: dict[str, LlavaGeometry | DualGeometry | QFormerGeometry | BlipGeome
         image_size=336,
         patch_size=14,
         vocabulary=32064,
+    ),
+    "gemma3-4b": PublishedGeometry(
+        "gemma3",
+        {
+            "model_type": "siglip_vision_model",
+            "hidden_size": 1152,
+            "num_hidden_layers": 27,
+            "num_attention_heads": 16,
+            "intermediate_size": 4304,
+            "image_size": 896,
+            "patch_size": 14,
+            "vision_use_head": False,
+        },
+        {
+            "hidden_size": 2560,
+            "num_hidden_layers": 34,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "intermediate_size": 10240,
+            "vocab_size": 262208,
+            "sliding_window": 1024,
+        },
+    ),
+    "internvl3-8b": PublishedGeometry(
+        "internvl",
+        {"model_type": "internvl_vision", "attention_bias": True},
+        {**_QWEN2_7B, "model_type": "qwen2", "vocab_size": 151674},
+        {"tie_word_embeddings": False},
+    ),
+    "qwen2.5-vl-7b": PublishedGeometry(
+        "qwen2_5_vl", {"hidden_size": 1280}, {**_QWEN2_7B, "vocab_size": 152064}, {"tie_word_embeddings": False}
     ),
 }
 

@@ -19,7 +19,7 @@ from mllm_crossget.benchmark.geometries import resolve
 from mllm_crossget.config import DIALS
 from mllm_crossget.families.base import TextTower, config_at, family_of
 from mllm_crossget.methods.base import Method
-from mllm_crossget.schedule import Schedule, make_schedule, make_text_schedule
+from mllm_crossget.schedule import Schedule, TowerGeometry, make_schedule, make_text_schedule
 
 
 @dataclass
@@ -80,8 +80,8 @@ def inspection(config: Any, method: Method, text_tokens: int = 60, new_tokens: i
     return {
         "model_type": config.model_type,
         "tower": config_at(config, family.vision_config).model_type,
-        "layers": geometry.layers,
-        "read_after_layer": geometry.read,
+        "layers": len(schedule.removals),
+        "read_after_layer": geometry.read if isinstance(geometry, TowerGeometry) else None,
         "method": method.to_dict(),
         "removed_by_layer": list(schedule.removals),
         "tokens_by_layer": list(schedule.tokens),
@@ -122,9 +122,12 @@ def _without_weights(config: Any) -> nn.Module:
 def _print_inspection(options: InspectOptions, report: dict[str, Any]) -> None:
     console = Console()
     before, after = report["visual_tokens"]["before"], report["visual_tokens"]["after"]
+    steps = "steps behind the projector"
+    if report["read_after_layer"] is not None:
+        steps = f"layers, read after layer {report['read_after_layer']}"
     console.print(
         f"[bold]{options.name_or_path}[/bold]: {report['model_type']}, {report['tower']} with {report['layers']} "
-        f"layers, read after layer {report['read_after_layer']}"
+        f"{steps}"
     )
     dial = {name: value for name, value in report["method"].items() if name in DIALS}
     settings = ", ".join(f"{name}={value}" for name, value in dial.items())
@@ -139,7 +142,9 @@ def _print_inspection(options: InspectOptions, report: dict[str, Any]) -> None:
 
 def _layer_table(report: dict[str, Any], prefix: str = "", tower: str = "vision tower") -> Table:
     removals, tokens = report[f"{prefix}removed_by_layer"], report[f"{prefix}tokens_by_layer"]
-    table = Table("layer", "removed", "tokens after it", title=f"Tokens in the {tower}")
+    behind = report["read_after_layer"] is None and not prefix
+    title = "Tokens behind the projector" if behind else f"Tokens in the {tower}"
+    table = Table("step" if behind else "layer", "removed", "tokens after it", title=title)
     table.add_row("-", "", str(tokens[0]))
     for index, removed in enumerate(removals):
         table.add_row(str(index + 1), str(removed), str(tokens[index + 1]))

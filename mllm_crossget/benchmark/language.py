@@ -98,13 +98,21 @@ def _t5_mlp(text: Any, tokens: int) -> int:
     return (3 if text.is_gated_act else 2) * linear_flops(tokens, text.d_model, text.d_ff)
 
 
+_GATED = (
+    "cohere2",
+    "gemma",
+    "gemma3_text",
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen2_5_vl_text",
+    "qwen2_vl_text",
+    "qwen3",
+    "qwen3_vl_text",
+)
 _FORMULAS: dict[str, Callable[[Any, int, int], LanguageCosts]] = {
-    "gemma": _gated,
-    "llama": _gated,
-    "mistral": _gated,
+    **dict.fromkeys(_GATED, _gated),
     "opt": _opt,
-    "qwen2": _gated,
-    "qwen3": _gated,
     "t5": _t5,
 }
 TEXT_MODELS = tuple(_FORMULAS)

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mllm_crossget.schedule import TextGeometry, TowerGeometry
+from mllm_crossget.schedule import Geometry, TextGeometry
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,8 @@ class Family:
         model_type: of the top configuration (``model.config.model_type``).
         tower: path to the vision tower; "" if the model is the tower, None if it has none.
         vision_config: path from the configuration to the vision configuration.
-        geometry: configuration -> the tower's geometry. Raises ``ValueError`` where the configuration cannot be served.
+        geometry: configuration -> the tower's geometry, or a ``MergeGeometry`` where tokens are merged behind the
+            projector. Raises ``ValueError`` where the configuration cannot be served.
         towers: the tower kinds that are served.
         note: one line for the table of families: where tokens are reduced.
         exact: one line for the table: what equals the untouched model or a reference exactly, what is left out.
@@ -181,9 +182,13 @@ class Family:
         features: how features reach the prompt, a name known to ``hooks.features``.
         modalities: visual inputs with placeholders in the prompt; empty where the language side gets as many tokens as
             without reduction, or has no prompt.
+        positions: "contiguous", or "grid": image tokens have positions in time, height and width, and those that stay
+            keep their own (``hooks.positions``).
         tiles: configuration -> how often the tower runs for a typical image, for costs without an image; None: once.
         llm_tokens: (configuration, tower features) -> visual tokens that the language model gets; None: all features.
-        connector_flops: (configuration, tower features) -> FLOPs between tower and language model.
+        connector_flops: (configuration, tower features) -> FLOPs between tower and language model; all tokens of an
+            image where they are merged behind the projector.
+        tower_flops: configuration -> FLOPs of patch embedding and layers for one image, for towers that are left alone.
         connector_text_flops: (configuration, text tokens) -> FLOPs that the text adds there.
         language_flops: (configuration, visual tokens, text tokens, new tokens) -> FLOPs of prefill, logits of the last
             token, decoding; None: a language model that reads visual and text tokens as one prompt.
@@ -200,7 +205,7 @@ class Family:
     model_type: str
     tower: str | None
     vision_config: str
-    geometry: Callable[[Any], TowerGeometry]
+    geometry: Callable[[Any], Geometry]
     towers: tuple[str, ...]
     note: str
     exact: str = ""
@@ -213,10 +218,12 @@ class Family:
     images_per_row: Callable[[Any, dict[str, Any]], Tensor] | None = None
     features_owner: str | None = None
     features: str = "plain"
+    positions: str = "contiguous"
     modalities: tuple[Modality, ...] = ()
     tiles: Callable[[Any], Tiles] | None = None
     llm_tokens: Callable[[Any, int], int] | None = None
     connector_flops: Callable[[Any, int], int] | None = None
+    tower_flops: Callable[[Any], tuple[int, int]] | None = None
     connector_text_flops: Callable[[Any, int], int] | None = None
     language_flops: Callable[[Any, int, int, int], tuple[int, int, int]] | None = None
     for_model: Callable[[Any], Family] | None = None

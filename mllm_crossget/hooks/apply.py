@@ -18,15 +18,16 @@ from mllm_crossget.hooks.handle import HANDLE, Handle
 from mllm_crossget.hooks.journal import Journal
 from mllm_crossget.hooks.model import AlignedModel, ReducedModel
 from mllm_crossget.hooks.pooling import hook_pooling
+from mllm_crossget.hooks.post_merge import hook_merge
 from mllm_crossget.hooks.text import hook_text
 from mllm_crossget.hooks.text_tower import hook_text_tower
 from mllm_crossget.hooks.tower import hook_tower
 from mllm_crossget.methods.base import Method
-from mllm_crossget.schedule import TowerGeometry, make_schedule
+from mllm_crossget.schedule import Geometry, MergeGeometry, TowerGeometry, make_schedule
 
 
 def apply_method(
-    model: nn.Module, family: Family, geometry: TowerGeometry, method: Method, tokens: dict[str, nn.Module]
+    model: nn.Module, family: Family, geometry: Geometry, method: Method, tokens: dict[str, nn.Module]
 ) -> None:
     """Change the model; on any error it is put back as it was.
 
@@ -41,8 +42,11 @@ def apply_method(
     try:
         journal.set_attribute(model, HANDLE, handle)
         if not method.is_identity:
-            if method.reduces_vision and family.tower is not None:
-                _hook_vision(model, handle)
+            if isinstance(geometry, MergeGeometry):
+                owner = module_at(model, family.features_owner or "")
+                handle.tower = hook_merge(journal, owner, method, family.modalities)
+            elif method.reduces_vision and family.tower is not None:
+                _hook_vision(model, handle, geometry)
                 _hook_language(model, handle)
             if method.reduces_text:
                 _hook_text_tower(model, handle)
@@ -52,7 +56,7 @@ def apply_method(
         raise
 
 
-def _hook_vision(model: Any, handle: Handle) -> None:
+def _hook_vision(model: Any, handle: Handle, geometry: TowerGeometry) -> None:
     family = handle.family
     vision_config = config_at(model.config, family.vision_config)
     tower: Any = module_at(model, family.tower or "")
@@ -65,7 +69,7 @@ def _hook_vision(model: Any, handle: Handle) -> None:
         vision = _cross_tokens(handle, "vision", layers, vision_config.hidden_size)
         handle.cross_paths["vision"] = f"{handle.encoder_path}.cross_tokens"
     handle.tower = hook_tower(
-        handle.journal, encoder, layers, kind.names, handle.method, handle.geometry, vision, family.cosine
+        handle.journal, encoder, layers, kind.names, handle.method, geometry, vision, family.cosine
     )
     if family.text_tower is not None and hasattr(tower, "head"):
         hook_pooling(handle.journal, tower.head, handle.tower)

@@ -21,13 +21,17 @@ from mllm_crossget.hooks.journal import Journal
 _AHEAD = "_mllm_crossget_ahead"
 
 
-class ReducedFeatures(nn.Module):
-    """Mixin for the owner of ``get_image_features``: hands out what was encoded ahead."""
+class FeaturesMixin(nn.Module):
+    """Base of the mixins for the owner of ``get_image_features``."""
 
     @classmethod
     def install(cls, journal: Journal, owner: nn.Module, handle: Handle) -> None:
         """Put the mixin into ``owner``, and change what else it needs; all of it through the journal."""
         journal.swap_class(owner, cls)
+
+
+class ReducedFeatures(FeaturesMixin):
+    """Hands out what was encoded ahead."""
 
     def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
         """As the original."""
@@ -42,7 +46,7 @@ class CutFeatures(ReducedFeatures):
         return with_features(super().get_image_features(*args, **kwargs), without_last)
 
 
-FEATURES: dict[str, type[ReducedFeatures]] = {"plain": ReducedFeatures}
+FEATURES: dict[str, type[FeaturesMixin]] = {"plain": ReducedFeatures}
 
 
 def features_of(output: Any) -> Any:
@@ -75,6 +79,11 @@ def encode_ahead(model: nn.Module, family: Family, modality: Modality, kwargs: d
         output = getattr(owner, modality.encode)(pixels, **arguments, return_dict=True)
         owner.__dict__.setdefault(_AHEAD, {})[modality.encode] = (_identity(pixels), output)
     return [len(image) for image in features_of(output)]
+
+
+def ahead_of(model: nn.Module, family: Family, modality: Modality) -> Any:
+    """What ``encode_ahead`` has kept of a modality."""
+    return module_at(model, family.features_owner or "").__dict__[_AHEAD][modality.encode][1]
 
 
 def encoded_ahead(owner: nn.Module, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -8,10 +8,11 @@ from torch import nn
 
 from mllm_crossget.families.base import Family, module_at
 from mllm_crossget.hooks.journal import Journal
+from mllm_crossget.hooks.post_merge import MergeState
 from mllm_crossget.hooks.text_tower import TextTowerState
 from mllm_crossget.hooks.tower import TowerState
 from mllm_crossget.methods.base import Method
-from mllm_crossget.schedule import Schedule, TowerGeometry
+from mllm_crossget.schedule import Geometry, Schedule
 
 HANDLE = "_mllm_crossget"
 
@@ -27,20 +28,20 @@ class Handle:
         cross_paths: where they are registered in the model, by place.
         encoder_path: path to the module that holds the vision layers.
         text_path: path to the module that writes text cross tokens, "" where there is none.
-        tower: state of the hooked vision tower, None while ``keep_ratio=1``.
+        tower: state of the hooked vision tower or of the merging behind the projector, None while ``keep_ratio=1``.
         text_encoder_path, text_tower: the same for the text tower of a dual encoder.
     """
 
     method: Method
     family: Family
-    geometry: TowerGeometry
+    geometry: Geometry
     schedule: Schedule
     journal: Journal
     cross_tokens: dict[str, nn.Module]
     cross_paths: dict[str, str] = field(default_factory=dict)
     encoder_path: str = ""
     text_path: str = ""
-    tower: TowerState | None = None
+    tower: TowerState | MergeState | None = None
     text_encoder_path: str = ""
     text_tower: TextTowerState | None = None
 

@@ -15,7 +15,9 @@ from mllm_crossget.families.base import Modality, module_at
 from mllm_crossget.hooks.features import encode_ahead
 from mllm_crossget.hooks.generation import prompt_mask
 from mllm_crossget.hooks.handle import Handle
+from mllm_crossget.hooks.positions import cells_that_stay, grid_positions, text_positions
 from mllm_crossget.hooks.prompt import Compaction, Layout, check_counts, outer_padding, plan_compaction
+from mllm_crossget.schedule import MergeGeometry
 
 # Arguments of a call that choose which features are read.
 _READ = (
@@ -25,7 +27,11 @@ _READ = (
     "vision_aspect_ratio",
 )
 _TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
-_DIMENSIONS = {4: "images, ", 5: "images, tiles or frames, "}
+_SHAPES = {
+    2: "(patches, values)",
+    4: "(images, channels, height, width)",
+    5: "(images, tiles or frames, channels, height, width)",
+}
 _PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
 
 
@@ -81,8 +87,8 @@ def _check_pixels(model: nn.Module, handle: Handle, modality: Modality, pixels: 
     if not isinstance(pixels, Tensor) or pixels.ndim not in modality.ndim or not pixels.is_floating_point():
         kind = f"{tuple(pixels.shape)} {pixels.dtype}" if isinstance(pixels, Tensor) else type(pixels).__name__
         raise TypeError(
-            f"{modality.pixels} must be a float tensor ({_DIMENSIONS[modality.ndim[0]]}channels, height, width), got "
-            f"{kind}; use the model's processor"
+            f"{modality.pixels} must be a float tensor {_SHAPES[modality.ndim[0]]}, got {kind}; use the model's "
+            "processor"
         )
     device = next(module_at(model, handle.family.tower).parameters()).device
     if pixels.device != device and device.type != "meta" and not hasattr(model, "_hf_hook"):
@@ -114,9 +120,21 @@ def _is_full(model: nn.Module, handle: Handle, modality: Modality, kwargs: dict[
     features = _known_features(model, handle, modality, kwargs)
     compact = None if features is None else sum(features)
     if total == compact or features == []:
+        _check_positions(model, handle, modality, kwargs, total)
         return False
     needed = _placeholders(model, handle, modality, kwargs)
     return check_counts(total, sum(needed), compact, len(needed))
+
+
+def _check_positions(model: nn.Module, handle: Handle, modality: Modality, kwargs: dict[str, Any], total: int) -> None:
+    """A prompt that is compact already does not say where in the grid its image tokens are."""
+    if handle.family.positions != "grid" or kwargs.get("position_ids") is not None:
+        return
+    if total != sum(_placeholders(model, handle, modality, kwargs)):
+        raise ValueError(
+            f"the prompt holds {total} image placeholders, as many as there are merged tokens, and no position_ids: "
+            "the positions of the cells that stay follow from the full prompt; pass it as the processor makes it"
+        )
 
 
 def token_of(model: nn.Module, modality: Modality) -> int:
@@ -126,9 +144,12 @@ def token_of(model: nn.Module, modality: Modality) -> int:
 
 def _placeholders(model: nn.Module, handle: Handle, modality: Modality, kwargs: dict[str, Any]) -> list[int]:
     """Placeholders of every image that the untouched model needs."""
+    features = _features(modality, kwargs)
+    if features is not None and isinstance(handle.geometry, MergeGeometry) and handle.geometry.fixed:
+        images = sum(len(image) for image in features) // handle.schedule.features
+        return [handle.schedule.placeholders] * images
     if modality.counts is not None:
         return modality.counts(model, kwargs)
-    features = _features(modality, kwargs)
     return [handle.schedule.placeholders] * len(kwargs[modality.pixels] if features is None else features)
 
 
@@ -139,15 +160,24 @@ def _known_features(model: nn.Module, handle: Handle, modality: Modality, kwargs
         return [len(image) for image in features]
     if modality.keeps_count and modality.counts is not None:
         return modality.counts(model, kwargs)
+    if isinstance(handle.geometry, MergeGeometry):
+        return _merged_counts(handle, _placeholders(model, handle, modality, kwargs))
     return None if modality.counts is not None else [handle.schedule.features] * len(kwargs[modality.pixels])
+
+
+def _merged_counts(handle: Handle, placeholders: list[int]) -> list[int]:
+    return [handle.tower.schedule(tokens).features for tokens in placeholders]
 
 
 def image_counts(model: nn.Module, handle: Handle, modality: Modality, kwargs: dict[str, Any]) -> list[tuple[int, int]]:
     """(placeholders of the user's prompt, features) of every image of a call; encodes the images where only that can
     tell."""
+    placeholders = _placeholders(model, handle, modality, kwargs)
+    if isinstance(handle.geometry, MergeGeometry):
+        return list(zip(placeholders, _merged_counts(handle, placeholders), strict=True))
     known = _known_features(model, handle, modality, kwargs)
     features = encode_ahead(model, handle.family, modality, kwargs) if known is None else known
-    return list(zip(_placeholders(model, handle, modality, kwargs), features, strict=True))
+    return list(zip(placeholders, features, strict=True))
 
 
 def images_per_row(model: nn.Module, handle: Handle, kwargs: dict[str, Any]) -> Tensor:
@@ -183,7 +213,14 @@ def cached_columns(cache: Any) -> int:
 
 
 def shrink_new_columns(
-    model: nn.Module, handle: Handle, kwargs: dict[str, Any], ids: Tensor, mask: Tensor, layout: Layout, old: int
+    model: nn.Module,
+    handle: Handle,
+    kwargs: dict[str, Any],
+    ids: Tensor,
+    mask: Tensor,
+    layout: Layout,
+    old: int,
+    past: Tensor | None = None,
 ) -> Shrunk:
     """Replace ``input_ids``, ``attention_mask`` and their companions in ``kwargs`` by compact ones.
 
@@ -191,26 +228,54 @@ def shrink_new_columns(
         ids, mask: (B, new) the columns that are not in the cache yet.
         layout: of the cached columns.
         old: cached columns of the compact prompt; companions get zeros there, which stock code slices off.
+        past: (B,) real ones among the cached columns of the compact prompt, None for none.
     """
     left = bool((mask[:, -1] != 0).all())
     images = {
         token_of(model, modality): image_counts(model, handle, modality, kwargs) for modality in present(handle, kwargs)
     }
     compaction = plan_compaction(ids, mask, images, left)
+    deltas = None
+    if handle.family.positions == "grid":
+        deltas = _place_in_grid(model, handle, kwargs, ids, mask, images, compaction, layout, old, past)
     removed = layout.removed + ids.shape[1] - outer_padding(mask).sum(dim=1) - compaction.real.sum(dim=1)
     kwargs["input_ids"] = compaction.compact(ids, _pad_id(model))
     kwargs["attention_mask"] = compaction.compact(mask, 0)
     for name in _TOKEN_TYPES:
         if kwargs.get(name) is not None:
             kwargs[name] = _prepend_zeros(compaction.compact(kwargs[name][:, -ids.shape[1] :], 0), old)
-    if kwargs.get("position_ids") is not None:
+    if kwargs.get("position_ids") is not None and deltas is None:
         positions = kwargs["position_ids"][:, -ids.shape[1] :].expand(ids.shape[0], -1)
         _refuse_packed_positions(positions, mask)
         compacted = compaction.compact_positions(positions) - layout.removed[:, None] * compaction.real
         kwargs["position_ids"] = _prepend_zeros(compacted, old)
     if kwargs.get("labels") is not None:
         kwargs["labels"] = compaction.compact(kwargs["labels"], -100)
-    return Shrunk(compaction, Layout(layout.length, layout.mask, layout.ids, removed))
+    return Shrunk(compaction, Layout(layout.length, layout.mask, layout.ids, removed, deltas))
+
+
+def _place_in_grid(
+    model: nn.Module,
+    handle: Handle,
+    kwargs: dict[str, Any],
+    ids: Tensor,
+    mask: Tensor,
+    images: dict[int, list[tuple[int, int]]],
+    compaction: Compaction,
+    layout: Layout,
+    old: int,
+    past: Tensor | None,
+) -> Tensor:
+    """Write the positions of the compact columns into ``kwargs`` and return the deltas for the layout."""
+    kept = {}
+    for modality in present(handle, kwargs):
+        cells = cells_that_stay(model, handle.family, modality, kwargs)
+        counts = images[token_of(model, modality)]
+        kept[token_of(model, modality)] = [(n, own) for (n, _), own in zip(counts, cells, strict=True)]
+    past = layout.removed.new_zeros(len(ids)) if past is None else past
+    positions, deltas = grid_positions(model, handle.family, kwargs, ids, mask, kept, compaction, past, layout.deltas)
+    kwargs["position_ids"] = _prepend_zeros(positions, old)
+    return deltas
 
 
 def _prepend_zeros(values: Tensor, columns: int) -> Tensor:
@@ -251,7 +316,11 @@ def follow_layout(layout: Layout, kwargs: dict[str, Any]) -> None:
         )
     if mask.ndim == 2:
         kwargs["attention_mask"] = layout.compact_mask(mask)
-    if kwargs.get("position_ids") is not None:
+    if layout.deltas is not None:  # the user's positions are those of the full prompt, as the model's own
+        deltas = layout.for_rows(ids.shape[0]).deltas
+        if kwargs.get("position_ids") is None and mask.ndim == 2:
+            kwargs["position_ids"] = text_positions(kwargs["attention_mask"], deltas)[..., -ids.shape[1] :]
+    elif kwargs.get("position_ids") is not None:
         removed = layout.for_rows(ids.shape[0]).removed
         kwargs["position_ids"] = kwargs["position_ids"] - removed[:, None].to(kwargs["position_ids"])
 
@@ -284,16 +353,19 @@ def shrink_for_generate(
         if not is_full_prompt(model, handle, {**kwargs, "input_ids": new_ids}):
             return None
         shrunk = shrink_new_columns(
-            model, handle, kwargs, new_ids, new_mask, known, cached_ids.shape[1] if repeats_all else 0
-        )
+            model, handle, kwargs, new_ids, new_mask, known, cached_ids.shape[1] if repeats_all else 0,
+            cached_mask.sum(dim=1),
+        )  # fmt: skip
         new_ids, new_mask = kwargs["input_ids"], kwargs["attention_mask"]
-    elif kwargs.get("position_ids") is not None:
+    elif kwargs.get("position_ids") is not None and known.deltas is None:
         kwargs["position_ids"] = kwargs["position_ids"][:, -new_ids.shape[1] :] - known.removed[:, None]
     compact_mask = torch.cat([cached_mask, new_mask], dim=1)
+    if known.deltas is not None and kwargs.get("position_ids") is None:
+        kwargs["position_ids"] = text_positions(compact_mask, known.deltas)
     compact_ids = torch.cat([cached_ids, new_ids], dim=1)
     kwargs["input_ids"] = compact_ids if repeats_all else new_ids
     kwargs["attention_mask"] = compact_mask
-    shrunk.layout = Layout(mask.shape[1], compact_mask, compact_ids, shrunk.layout.removed)
+    shrunk.layout = Layout(mask.shape[1], compact_mask, compact_ids, shrunk.layout.removed, shrunk.layout.deltas)
     return shrunk
 
 

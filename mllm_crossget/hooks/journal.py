@@ -103,12 +103,17 @@ def mixed_class(original: type, mixin: type) -> type:
     """
     namespace: dict[str, Any] = {"__module__": original.__module__, "__doc__": original.__doc__}
     for name in ("forward", "generate", "get_image_features", "get_video_features"):
-        own = next((vars(kind)[name] for kind in mixin.__mro__ if kind is not nn.Module and name in vars(kind)), None)
-        if own is not None:
-            namespace[name] = _with_signature_of(getattr(original, name), own)
+        replacement = next((vars(kind)[name] for kind in _own_classes(mixin) if name in vars(kind)), None)
+        if replacement is not None:
+            namespace[name] = _with_signature_of(getattr(original, name), replacement)
     mixed = type(original.__name__, (mixin, original), namespace)
     mixed.__qualname__ = original.__qualname__
     return mixed
+
+
+def _own_classes(mixin: type) -> list[type]:
+    """A mixin and the mixins it derives from."""
+    return [kind for kind in mixin.__mro__ if kind not in (nn.Module, object)]
 
 
 def _with_signature_of(original: Callable[..., Any], replacement: Callable[..., Any]) -> Callable[..., Any]:

@@ -108,8 +108,8 @@ def _forward_shrunk(model: nn.Module, forward: Any, handle: Handle, kwargs: dict
         raise ValueError(f"attention_mask has {mask.shape[1]} columns, input_ids has {ids.shape[1]}")
     old = mask.shape[1] - ids.shape[1]
     keep, as_tuple = kwargs.pop("logits_to_keep", 0), kwargs.pop("return_dict", None) is False
-    shrunk = shrink_new_columns(model, handle, kwargs, ids, mask[:, old:], layout, 0)
     old_mask = layout.compact_mask(mask[:, :old]) if old else mask[:, :0]
+    shrunk = shrink_new_columns(model, handle, kwargs, ids, mask[:, old:], layout, 0, old_mask.sum(dim=1))
     kwargs["attention_mask"] = torch.cat([old_mask, kwargs["attention_mask"]], dim=1)
     same_columns = kwargs.get("labels") is None and shrunk.compaction.keeps_last(keep)
     output = _with_alignment(model, forward, handle, {**kwargs, "logits_to_keep": keep if same_columns else 0})
@@ -118,7 +118,8 @@ def _forward_shrunk(model: nn.Module, forward: Any, handle: Handle, kwargs: dict
     if output.past_key_values is not None:
         compact_ids = torch.cat([layout.ids, ids.new_zeros(len(ids), old_mask.shape[1] - layout.ids.shape[1]),
                                  kwargs["input_ids"]], dim=1)  # fmt: skip
-        layout = Layout(mask.shape[1], kwargs["attention_mask"], compact_ids, shrunk.layout.removed)
+        layout = Layout(mask.shape[1], kwargs["attention_mask"], compact_ids, shrunk.layout.removed,
+                        shrunk.layout.deltas)  # fmt: skip
         setattr(output.past_key_values, LAYOUT, layout)
     return output.to_tuple() if as_tuple else output
 

@@ -69,12 +69,15 @@ class Layout:
         mask: (B, C) attention mask of the compact columns that replaced them.
         ids: (B, C) their token ids.
         removed: (B,) positions taken out of each row.
+        deltas: (B,) position minus compact column of the text behind the prompt, where image tokens have positions in
+            a grid (``hooks.positions``), else None.
     """
 
     length: int
     mask: Tensor
     ids: Tensor
     removed: Tensor
+    deltas: Tensor | None = None
 
     @property
     def shift(self) -> int:
@@ -90,10 +93,11 @@ class Layout:
             )
         if rows == known:
             return self
-        mask, ids, removed = (
-            part.repeat_interleave(rows // known, dim=0) for part in (self.mask, self.ids, self.removed)
+        mask, ids, removed, deltas = (
+            None if part is None else part.repeat_interleave(rows // known, dim=0)
+            for part in (self.mask, self.ids, self.removed, self.deltas)
         )
-        return Layout(self.length, mask, ids, removed)
+        return Layout(self.length, mask, ids, removed, deltas)
 
     def compact_mask(self, mask_BL: Tensor) -> Tensor:
         """The user's mask over all columns so far, in compact columns."""

@@ -21,6 +21,9 @@ PUBLISHED = [
     ("llava-next-7b", 7.06),
     ("llava-onevision-7b", 8.03),
     ("paligemma-3b", 2.92),
+    ("gemma3-4b", 4.30),
+    ("internvl3-8b", 7.94),
+    ("qwen2.5-vl-7b", 8.29),
 ]
 
 

@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mllm_crossget.schedule import Schedule
+
 Batch = dict[str, Any]
 
 
@@ -36,6 +38,7 @@ class Case:
             worked out a second way, from hand-compacted prompts and a stock language model; None where the prompt is
             not changed.
         sizes_differ: images of the batch run through the tower in several sizes, the schedule's first.
+        schedule: accelerated model -> counts of the batch's first image, where they are not those of the configuration.
         skip_methods: methods that the family refuses, with the reason.
         has_vision: whether there is a vision tower whose merges can be traced.
     """
@@ -51,6 +54,7 @@ class Case:
     generates: bool = False
     expected: Callable[..., list[list[int]]] | None = None
     sizes_differ: bool = False
+    schedule: Callable[[nn.Module], Schedule] | None = None
     skip_methods: dict[str, str] = field(default_factory=dict)
     has_vision: bool = True
 

@@ -79,12 +79,13 @@ def test_the_tower_has_the_schedules_tokens(method, case) -> None:
     model = learned(case, method)
     with trace_merges(model) as trace:
         case.answers(model, case.batch(model))
-    schedule = handle_of(model).schedule
+    schedule = case.schedule(model) if case.schedule else handle_of(model).schedule
     assert sum(schedule.removals) > 0
     layers = len(schedule.removals)
     assert [entry.size.shape[1] for entry in trace[:layers]] == list(schedule.tokens[1:])
+    assert {entry.source.shape[1] for entry in trace[:layers]} == {schedule.tokens[0]}
     for entry in trace[:layers] if case.sizes_differ else trace:
-        assert torch.equal(entry.size.sum(dim=1), torch.full_like(entry.size[:, 0], schedule.tokens[0]))
+        assert torch.equal(entry.size.sum(dim=1), torch.full_like(entry.size[:, 0], entry.source.shape[1]))
 
 
 @matrix("loss")
@@ -105,10 +106,9 @@ def test_gradient_checkpointing_changes_no_gradient(method, case) -> None:
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
-    if method == "crossget":
-        crossed = [name for name in expected if "cross_tokens" in name]
-        assert crossed
-        assert all(expected[name].abs().sum() > 0 for name in crossed)
+    crossed = [name for name in expected if "cross_tokens" in name]
+    assert bool(crossed) == handle_of(model).schedule.cross
+    assert all(expected[name].abs().sum() > 0 for name in crossed)
 
 
 def new_tokens(model: nn.Module, batch: dict, options: dict) -> list[list[int]]:

@@ -1,0 +1,67 @@
+"""Idefics3 and SmolVLM: SigLIP-like tower, pixel shuffle, one matrix as projector.
+
+Pixel shuffle needs the whole square of patches (a reduced count that happens to be a square would pass it and mean
+nothing), so the tower is left alone and tokens are merged behind the projector, each tile by itself; ``visual_tokens``
+counts tokens per tile. The tokens that the processor writes around tiles (row and column, whole image) stay.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mllm_crossget.costs import linear_flops, vit_flops
+from mllm_crossget.families.base import Family, Modality, patches_per_image, register_family
+from mllm_crossget.schedule import MergeGeometry
+
+
+def geometry(config: Any) -> MergeGeometry:
+    """Tokens of one tile of an ``Idefics3Config`` or ``SmolVLMConfig``: patches / scale_factor²."""
+    return MergeGeometry(patches_per_image(config.vision_config) // config.scale_factor**2)
+
+
+def tokens_of_tiles(model: Any, kwargs: dict[str, Any]) -> list[int]:
+    """Placeholders of every tile, row by row. Pixels are (rows, tiles, channels, height, width); a tile of zeros is
+    padding, which the model skips."""
+    pixels, patch = kwargs["pixel_values"], model.config.vision_config.patch_size
+    real = int((pixels != 0).flatten(2).any(dim=2).sum())
+    if model.config.model_type == "smolvlm":
+        real = max(real, 1)  # it keeps one tile where all are zero
+    height, width = pixels.shape[-2:]
+    return [(height // patch) * (width // patch) // model.config.scale_factor**2] * real
+
+
+def projector_flops(config: Any, features: int) -> int:
+    """One matrix behind pixel shuffle."""
+    inputs = config.vision_config.hidden_size * config.scale_factor**2
+    return linear_flops(features, inputs, config.text_config.hidden_size)
+
+
+def tower_flops(config: Any) -> tuple[int, int]:
+    """One tile."""
+    vision = config.vision_config
+    patches = patches_per_image(vision)
+    inputs = vision.num_channels * vision.patch_size**2
+    return linear_flops(patches, inputs, vision.hidden_size), vit_flops(vision, patches)
+
+
+def _family(model_type: str, tower: str) -> Family:
+    return Family(
+        model_type=model_type,
+        tower="model.vision_model",
+        vision_config="vision_config",
+        geometry=geometry,
+        towers=(tower,),
+        note="behind the projector, each tile by itself; the vision tower is left alone",
+        exact="prompts compacted by hand; no cross tokens (crossget runs without learned parameters)",
+        language_model="model.text_model",
+        projector="model.connector",
+        features_owner="model",
+        features="merged",
+        modalities=(Modality(ndim=(5,), arguments=("pixel_attention_mask",), counts=tokens_of_tiles),),
+        connector_flops=projector_flops,
+        tower_flops=tower_flops,
+    )
+
+
+IDEFICS3 = register_family(_family("idefics3", "idefics3_vision"))
+SMOLVLM = register_family(_family("smolvlm", "smolvlm_vision"))

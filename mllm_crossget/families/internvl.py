@@ -1,0 +1,73 @@
+"""InternVL (2.5, 3 and relatives in transformers' format): InternViT tower, pixel shuffle, MLP projector.
+
+Pixel shuffle needs the whole square of patches, so the tower is left alone and tokens are merged behind the projector,
+each tile (and each video frame) by itself; ``visual_tokens`` counts tokens per tile.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mllm_crossget.costs import linear_flops, vit_flops
+from mllm_crossget.families.base import Family, Modality, register_family
+from mllm_crossget.schedule import MergeGeometry
+
+_TOWER = "internvl_vision"
+
+
+def geometry(config: Any) -> MergeGeometry:
+    """Tokens of one tile of an ``InternVLConfig``: patches · downsample_ratio².
+
+    Raises:
+        ValueError: another vision tower, or a selection of features of which no square is left.
+    """
+    if config.vision_config.model_type != _TOWER:
+        raise ValueError(f"InternVL with a {config.vision_config.model_type!r} vision tower is not supported")
+    if config.vision_feature_select_strategy != "default":
+        raise ValueError(
+            f"vision_feature_select_strategy={config.vision_feature_select_strategy!r} keeps the class token, which "
+            "pixel shuffle has no place for; use 'default'"
+        )
+    height, width = _patch_grid(config.vision_config)
+    return MergeGeometry(int(height * config.downsample_ratio) * int(width * config.downsample_ratio))
+
+
+def _patch_grid(vision: Any) -> tuple[int, int]:
+    """Patches of one tile, (rows, columns)."""
+    (height, width), (patch_height, patch_width) = vision.image_size, vision.patch_size
+    return height // patch_height, width // patch_width
+
+
+def projector_flops(config: Any, features: int) -> int:
+    """Two matrices behind pixel shuffle: the patches of a cell to the text width, then text width to text width."""
+    inputs = int(config.vision_config.hidden_size / config.downsample_ratio**2)
+    outputs = config.text_config.hidden_size
+    return linear_flops(features, inputs, outputs) + linear_flops(features, outputs, outputs)
+
+
+def tower_flops(config: Any) -> tuple[int, int]:
+    """One tile; a class token joins the patches."""
+    vision = config.vision_config
+    height, width = _patch_grid(vision)
+    inputs = vision.num_channels * vision.patch_size[0] * vision.patch_size[1]
+    return linear_flops(height * width, inputs, vision.hidden_size), vit_flops(vision, height * width + 1)
+
+
+INTERNVL = register_family(
+    Family(
+        model_type="internvl",
+        tower="model.vision_tower",
+        vision_config="vision_config",
+        geometry=geometry,
+        towers=(_TOWER,),
+        note="behind the projector, each tile by itself; the vision tower is left alone",
+        exact="prompts compacted by hand; no cross tokens (crossget runs without learned parameters)",
+        language_model="model.language_model",
+        projector="model.multi_modal_projector",
+        features_owner="model",
+        features="merged",
+        modalities=(Modality(),),
+        connector_flops=projector_flops,
+        tower_flops=tower_flops,
+    )
+)

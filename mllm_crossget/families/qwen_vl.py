@@ -1,0 +1,119 @@
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: packed vision tower, 2 x 2 patch merger, positions in time, height and width.
+
+The tower packs all images, and its merger wants every 2 x 2 block, so both are left alone; tokens are merged behind the
+merger, each image and each frame (temporal patch) of a video by itself. Images have different numbers of tokens:
+``keep_ratio`` is a share of each, ``visual_tokens`` a limit per image or frame that small ones stay below. Tokens that
+stay keep the positions of their own cells, text keeps those of the full prompt (``hooks.positions``). Qwen3-VL's
+deepstack features are merged along the same matches.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mllm_crossget.costs import attention_flops, linear_flops
+from mllm_crossget.families.base import Family, Modality, register_family
+from mllm_crossget.schedule import MergeGeometry
+
+EXAMPLE_SIDE = 32
+"""Tables and ``inspect`` show an image of 32 x 32 cells: 1024 visual tokens, 896 px (Qwen3-VL: 1024 px) a side."""
+
+
+def geometry(config: Any) -> MergeGeometry:
+    """Counts of the example image; every image gets its own."""
+    return MergeGeometry(EXAMPLE_SIDE**2, fixed=False)
+
+
+def _tokens(model: Any, grids: Any, name: str) -> list[int]:
+    if grids is None:
+        raise ValueError(f"{name} is missing: it says how many tokens each image has; pass what the processor returns")
+    block = model.config.vision_config.spatial_merge_size**2
+    return [height * width // block for time, height, width in grids.tolist() for _ in range(time)]
+
+
+def tokens_of_images(model: Any, kwargs: dict[str, Any]) -> list[int]:
+    """Placeholders of every image. Raises ``ValueError`` without ``image_grid_thw``."""
+    return _tokens(model, kwargs.get("image_grid_thw"), "image_grid_thw")
+
+
+def tokens_of_frames(model: Any, kwargs: dict[str, Any]) -> list[int]:
+    """Placeholders of every frame of every video. Raises ``ValueError`` without ``video_grid_thw``."""
+    return _tokens(model, kwargs.get("video_grid_thw"), "video_grid_thw")
+
+
+def tower_flops(config: Any) -> tuple[int, int]:
+    """Patch embedding and layers on the example image; in Qwen2.5-VL most layers attend within windows."""
+    vision = config.vision_config
+    patches = EXAMPLE_SIDE**2 * vision.spatial_merge_size**2
+    width = getattr(vision, "embed_dim", None) or vision.hidden_size  # Qwen2-VL's hidden_size is the text's
+    inputs = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    total = 0
+    for layer in range(vision.depth):
+        total += 4 * linear_flops(patches, width, width) + _mlp_flops(vision, patches, width)
+        total += sum(attention_flops(length, length, width) for length in _attended(vision, layer))
+    return linear_flops(patches, inputs, width), total
+
+
+def _mlp_flops(vision: Any, patches: int, width: int) -> int:
+    """Qwen2-VL and Qwen3-VL have two matrices, Qwen2.5-VL three."""
+    if hasattr(vision, "mlp_ratio"):
+        return 2 * linear_flops(patches, width, int(width * vision.mlp_ratio))
+    return (3 if hasattr(vision, "fullatt_block_indexes") else 2) * linear_flops(
+        patches, width, vision.intermediate_size
+    )
+
+
+def _attended(vision: Any, layer: int) -> list[int]:
+    """Patches of every group that attends to itself."""
+    block = vision.spatial_merge_size**2
+    if layer in getattr(vision, "fullatt_block_indexes", range(vision.depth)):
+        return [EXAMPLE_SIDE**2 * block]
+    side = vision.window_size // vision.patch_size // vision.spatial_merge_size
+    sides = [min(side, EXAMPLE_SIDE - start) for start in range(0, EXAMPLE_SIDE, side)]
+    return [height * width * block for height in sides for width in sides]
+
+
+def merger_flops(config: Any, features: int) -> int:
+    """Two matrices for every cell; Qwen3-VL has such a merger for every deepstack layer too."""
+    vision = config.vision_config
+    inner = (getattr(vision, "embed_dim", None) or vision.hidden_size) * vision.spatial_merge_size**2
+    mergers = 1 + len(getattr(vision, "deepstack_visual_indexes", ()))
+    outputs = config.text_config.hidden_size
+    return mergers * (linear_flops(features, inner, inner) + linear_flops(features, inner, outputs))
+
+
+_IMAGES = Modality(ndim=(2,), arguments=("image_grid_thw",), counts=tokens_of_images)
+_VIDEOS = Modality(
+    name="video",
+    pixels="pixel_values_videos",
+    token="video_token_id",
+    encode="get_video_features",
+    ndim=(2,),
+    arguments=("video_grid_thw",),
+    counts=tokens_of_frames,
+)
+
+
+def _family(model_type: str, tower: str) -> Family:
+    return Family(
+        model_type=model_type,
+        tower="model.visual",
+        vision_config="vision_config",
+        geometry=geometry,
+        towers=(tower,),
+        note="behind the patch merger, each image and frame by itself; the vision tower is left alone",
+        exact="prompts and 3-D positions made by hand; no cross tokens (crossget runs without learned parameters)",
+        language_model="model.language_model",
+        projector="model.visual.merger",
+        features_owner="model",
+        features="merged_videos",
+        positions="grid",
+        modalities=(_IMAGES, _VIDEOS),
+        connector_flops=merger_flops,
+        tower_flops=tower_flops,
+    )
+
+
+QWEN2_VL = register_family(_family("qwen2_vl", "qwen2_vl_vision"))
+QWEN2_5_VL = register_family(_family("qwen2_5_vl", "qwen2_5_vl_vision"))
+QWEN3_VL = register_family(_family("qwen3_vl", "qwen3_vl_vision"))
