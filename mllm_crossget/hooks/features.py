@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from mllm_crossget.families.base import Family, Modality, module_at
-from mllm_crossget.hooks.handle import Handle
 from mllm_crossget.hooks.journal import Journal
+
+if TYPE_CHECKING:
+    from mllm_crossget.hooks.handle import Handle  # which knows the state that mixins of features leave behind
 
 _AHEAD = "_mllm_crossget_ahead"
 
