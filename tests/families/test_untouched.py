@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from mllm_crossget import accelerate_mllm
@@ -18,7 +19,12 @@ def test_janus_makes_the_same_images() -> None:
     for change in (lambda model: model, accelerate_mllm):
         model = change(tiny_janus())
         model.generation_config.generation_kwargs = {"boi_token_id": 5}
-        made.append(model.generate(**batch, generation_mode="image", do_sample=False, guidance_scale=3))
+        try:
+            made.append(model.generate(**batch, generation_mode="image", do_sample=False, guidance_scale=3))
+        except TypeError:
+            if made:
+                raise
+            pytest.skip("this transformers cannot make images with Janus (5.17 calls its own cache wrongly)")
     assert made[0].shape == (2, 16)
     assert torch.equal(*made)
 
