@@ -113,20 +113,26 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def tokens_per_image(model: Any) -> tuple[int, int] | None:
-    """What leaves the vision tower for one image, and what of it the language model reads (BLIP-2: always 32).
+@dataclass(frozen=True)
+class ImageTokens:
+    """Tokens of one image: placeholders that the processor writes, what leaves the vision tower, and what of it the
+    language model reads (BLIP-2: always 32)."""
 
-    Args:
-        model: reduced or not.
+    placeholders: int
+    tower: int
+    language: int
 
-    Returns:
-        The two counts, or None for a family that is not registered.
-    """
+
+def tokens_per_image(model: Any) -> ImageTokens | None:
+    """The counts of a model, reduced or not; None for a family that is not registered."""
     family = families().get(model.config.model_type)
     if family is None:
         return None
-    features = make_schedule(_method_or_identity(model), family.geometry(model.config)).features
-    return features, features if family.llm_tokens is None else family.llm_tokens(model.config, features)
+    schedule = make_schedule(_method_or_identity(model), family.geometry(model.config))
+    if family.llm_tokens is None:
+        return ImageTokens(schedule.placeholders, schedule.features, schedule.features)
+    language = family.llm_tokens(model.config, schedule.features)
+    return ImageTokens(language, schedule.features, language)
 
 
 def gflops_counter(model: Any) -> Callable[[int, int, int], float | None]:

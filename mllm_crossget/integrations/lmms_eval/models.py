@@ -176,18 +176,26 @@ class CrossGetModel(lmms):
     ) -> dict[str, Any]:
         placeholders = int(((ids == self._image_token) & (mask != 0)).sum())
         text_tokens = int(mask.sum()) - placeholders
-        counts = self._image_tokens
-        tower, language = (None, placeholders) if counts is None else (images * count for count in counts)
+        tower, language = self._visual_tokens(images, placeholders)
         made = self._length(new)
         return {
             "key": request.key,
             "text": cut(text, request.generation),
-            "input_tokens": text_tokens + language,
+            "input_tokens": None if language is None else text_tokens + language,
             "tower_tokens": tower,
             "visual_tokens": language,
             "new_tokens": made,
-            "gflops": self._gflops(images, text_tokens, made),
+            "gflops": None if tower is None else self._gflops(images, text_tokens, made),
         }
+
+    def _visual_tokens(self, images: int, placeholders: int) -> tuple[int | None, int | None]:
+        """What leaves the tower and what the language model reads. Not known where pictures are cut into tiles."""
+        counts = self._image_tokens
+        if counts is None:
+            return None, placeholders
+        if placeholders != images * counts.placeholders:
+            return (None, None) if used_method(self._model) else (None, placeholders)
+        return images * counts.tower, images * counts.language
 
     @property
     def _is_encoder_decoder(self) -> bool:
