@@ -99,9 +99,16 @@ def mixed_class(original: type, mixin: type) -> type:
     """A subclass (mixin, original) that looks like ``original`` to everything that goes by names.
 
     transformers finds hidden-state hooks, device maps and sharding policies by class name, and reads the signatures of
-    ``forward`` and ``generate``: names and signatures stay those of the original.
+    ``forward`` and ``generate``: names and signatures stay those of the original. Building another model with the class
+    of an accelerated one (``type(model).from_pretrained``) gives an instance of the original.
     """
-    namespace: dict[str, Any] = {"__module__": original.__module__, "__doc__": original.__doc__}
+
+    def new(kind: type, *args: Any, **kwargs: Any) -> Any:
+        if not args and not kwargs:  # copies are filled in afterwards
+            return object.__new__(kind)
+        return original(*args, **kwargs)
+
+    namespace: dict[str, Any] = {"__module__": original.__module__, "__doc__": original.__doc__, "__new__": new}
     for name in ("forward", "generate", "get_image_features", "get_video_features"):
         replacement = next((vars(kind)[name] for kind in _own_classes(mixin) if name in vars(kind)), None)
         if replacement is not None:

@@ -200,3 +200,19 @@ def test_trace_of_a_model_that_merges_nothing_is_refused() -> None:
     accelerate_mllm(model, keep_ratio=1)
     with pytest.raises(ValueError, match="merges nothing"), trace_merges(model):
         pass
+
+
+@pytest.mark.parametrize("build", ["from_pretrained", "constructor"])
+def test_the_class_of_an_accelerated_model_builds_untouched_models(build, tmp_path) -> None:
+    stock = tiny_llava()
+    model = accelerate_mllm(tiny_llava(), keep_ratio=0.5)
+    stock.save_pretrained(tmp_path)
+    if build == "from_pretrained":
+        other = type(model).from_pretrained(tmp_path)
+    else:
+        other = type(model)(copy.deepcopy(stock.config))
+        other.load_state_dict(stock.state_dict())
+    assert type(other) is type(stock)
+    batch = prompt_batch(stock, (2, 0, 1))
+    with torch.no_grad():
+        assert torch.equal(other.eval()(**batch).logits, stock(**batch).logits)
