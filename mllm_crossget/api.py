@@ -42,7 +42,7 @@ def accelerate_mllm(
     Args:
         model: a loaded transformers model of a supported family (``unsupported_reason(model)`` is None).
         config: a method's dataclass, such as ``CrossGetConfig(keep_ratio=0.25)``; instead of the keywords.
-        method: "crossget" (default), "tome", "random".
+        method: "crossget" (default), "madtp", "tome", "random".
         keep_ratio, visual_tokens, r: the dial, see ``ReductionConfig``; give at most one.
         options: further fields of the method's dataclass.
 
@@ -59,6 +59,8 @@ def accelerate_mllm(
     family = supported_family(target)
     geometry = family.geometry(target.config)
     make_schedule(chosen, geometry)
+    if chosen.is_dynamic:
+        _refuse_fixed_counts(target, family)
     old = handle_of(target)
     if old is not None and old.method == chosen:
         return model
@@ -201,6 +203,21 @@ def _check_structure(model: nn.Module, family: Family) -> None:
             raise ValueError(problem)
     if any(type(parameter).__name__ == "DTensor" for parameter in model.parameters()):
         raise ValueError("the model is sharded already (fully_shard): call accelerate_mllm before sharding it")
+
+
+def _refuse_fixed_counts(model: nn.Module, family: Family) -> None:
+    """Raise ``ValueError`` for a model that needs the same number of tokens in every image."""
+    if not family.dynamic:
+        able = ", ".join(sorted(name for name, known in families().items() if known.dynamic))
+        raise ValueError(
+            f"{type(model).__name__} (model type {family.model_type!r}) cannot take a number of tokens per image yet; "
+            f"model types that can: {able}. Use a method with a fixed number, such as CrossGetConfig(keep_ratio=0.5)"
+        )
+    if not family.tower and hasattr(model, "head"):
+        raise ValueError(
+            f"{type(model).__name__} has a pooling head, which would count rows that belong to no token; build it with "
+            "vision_use_head=False, or use a method with a fixed number of tokens"
+        )
 
 
 def _settings(

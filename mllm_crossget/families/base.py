@@ -93,6 +93,7 @@ class Family:
         text_projection: likewise for a text cross token; empty leaves it as it is.
         features_owner: path to the module whose ``get_image_features`` the top model calls, or None.
         features: how features reach the prompt, a name known to ``hooks.features``.
+        dynamic: whether every image may keep its own number of tokens (methods that choose per image).
         modalities: visual inputs with placeholders in the prompt; empty where the language side gets as many tokens as
             without reduction, or has no prompt.
         llm_tokens: (configuration, tower features) -> visual tokens that the language model gets; None: all features.
@@ -112,6 +113,7 @@ class Family:
     text_projection: tuple[str, ...] = ()
     features_owner: str | None = None
     features: str = "plain"
+    dynamic: bool = False
     modalities: tuple[Modality, ...] = ()
     llm_tokens: Callable[[Any, int], int] | None = None
     connector_flops: Callable[[Any, int], int] | None = None

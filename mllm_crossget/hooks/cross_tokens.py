@@ -17,8 +17,12 @@ def recorded_cross_tokens(encoder: nn.Module, language_model: nn.Module) -> Iter
     """Collect the cross tokens that both sides write during one training forward.
 
     Yields two lists, of the vision encoder and of the language model, to which a forward appends (layers, B, D). They
-    live on the modules and not in shared state, so that replicas of a model do not see each other's.
+    live on the modules and not in shared state, so that replicas of a model do not see each other's. Inside another
+    such block the outer one's lists go on: images may be encoded in front of the forward that reads them.
     """
+    if RECORD in encoder.__dict__:
+        yield encoder.__dict__[RECORD], language_model.__dict__[RECORD]
+        return
     vision: list[Tensor] = []
     text: list[Tensor] = []
     encoder.__dict__[RECORD], language_model.__dict__[RECORD] = vision, text

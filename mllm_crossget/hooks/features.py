@@ -58,13 +58,14 @@ def _without_last(features: Any) -> Any:
 
 
 def encode_ahead(model: nn.Module, family: Family, modality: Modality, kwargs: dict[str, Any]) -> list[int]:
-    """Encode the images of a call now and return the number of features of each."""
+    """Encode the images of a call now, unless that was done already, and return the number of features of each."""
     owner = module_at(model, family.features_owner or "")
-    names = (modality.pixels, *modality.arguments)
-    arguments = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
-    owner.__dict__.setdefault(_AHEAD, {}).pop(modality.encode, None)
-    output = getattr(owner, modality.encode)(**arguments, return_dict=True)
-    owner.__dict__[_AHEAD][modality.encode] = (_identity(kwargs[modality.pixels]), output)
+    arguments = {name: kwargs[name] for name in modality.arguments if kwargs.get(name) is not None}
+    pixels = kwargs[modality.pixels]
+    output = encoded_ahead(owner, modality.encode, (pixels,), {})
+    if output is None:
+        output = getattr(owner, modality.encode)(pixels, **arguments, return_dict=True)
+        owner.__dict__.setdefault(_AHEAD, {})[modality.encode] = (_identity(pixels), output)
     return [len(image) for image in features_of(output)]
 
 

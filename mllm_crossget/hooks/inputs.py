@@ -130,6 +130,8 @@ def _known_features(handle: Handle, modality: Modality, kwargs: dict[str, Any]) 
     features = _features(modality, kwargs)
     if features is not None:
         return [len(image) for image in features]
+    if handle.method.is_dynamic:
+        return None
     return None if modality.counts is not None else [handle.schedule.features] * len(kwargs[modality.pixels])
 
 

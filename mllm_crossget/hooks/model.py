@@ -4,6 +4,7 @@ back. The language model never sees, computes or caches a removed token.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ class ReducedModel(SavedModel):
         cache = kwargs.get("past_key_values")
         layout = getattr(cache, LAYOUT, None)
         if present(handle, kwargs) and is_full_prompt(self, handle, kwargs):
-            with forget_ahead(self, handle.family):
+            with forget_ahead(self, handle.family), _recording(self, handle):
                 return _forward_shrunk(self, super().forward, handle, kwargs)
         if layout is not None:
             follow_layout(layout, kwargs)
@@ -140,14 +141,21 @@ def _user_output(output: Any, view: PromptView, layout: Layout, cache: Any) -> A
     return output
 
 
+def _recording(model: nn.Module, handle: Handle) -> AbstractContextManager[Any]:
+    """Both sides' lists of cross tokens, or two empty ones where no alignment loss is wanted."""
+    family = handle.family
+    if not (model.training and handle.schedule.cross and family.vision_projection):
+        return nullcontext(([], []))
+    return recorded_cross_tokens(module_at(model, handle.encoder_path), module_at(model, family.language_model or ""))
+
+
 def _with_alignment(model: nn.Module, forward: Any, handle: Handle, kwargs: dict[str, Any]) -> Any:
     """Run the stock forward; in training, add the alignment loss of the cross tokens (not to tuples)."""
     if not (model.training and handle.schedule.cross and handle.family.vision_projection):
         return forward(**kwargs)
     family = handle.family
-    encoder, language_model = module_at(model, handle.encoder_path), module_at(model, family.language_model)
-    rows = images_per_row(model, handle, kwargs) if present(handle, kwargs) else None
-    with recorded_cross_tokens(encoder, language_model) as (vision, text):
+    with forget_ahead(model, family), _recording(model, handle) as (vision, text):
+        rows = images_per_row(model, handle, kwargs) if present(handle, kwargs) else None
         output = forward(**kwargs)
     if isinstance(output, tuple):
         return output

@@ -19,7 +19,8 @@ from transformers import (
 from mllm_crossget import CrossGetConfig, RandomConfig, ToMeConfig, accelerate_mllm
 from mllm_crossget.benchmark.flops import TEXT_MODELS, matching_flops, model_flops
 from mllm_crossget.benchmark.geometries import GEOMETRIES
-from mllm_crossget.config import method_class, method_names
+from mllm_crossget.config import method_class
+from tests.methods import FIXED
 from tests.tiny import pixels, prompt_batch, tiny_llava, tiny_tower
 
 
@@ -54,7 +55,7 @@ def text_tokens(model: nn.Module, batch: dict) -> int:
     return int((batch["input_ids"] != model.config.image_token_id).sum())
 
 
-@pytest.mark.parametrize("method", method_names())
+@pytest.mark.parametrize("method", FIXED)
 @pytest.mark.parametrize("text", ["llama", "mistral", "qwen2"])
 @pytest.mark.parametrize("tower", ["clip", "siglip"])
 def test_tiny_llava_without_gradients(tower: str, text: str, method: str) -> None:
