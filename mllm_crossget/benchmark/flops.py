@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mllm_crossget.costs import attention_flops, linear_flops
 from mllm_crossget.families.base import Family, config_at, families
 from mllm_crossget.methods.base import Method, Signals
+from mllm_crossget.methods.madtp import MadtpConfig
 from mllm_crossget.schedule import Schedule, make_schedule
 
 # Decoders whose layers are q, k, v, o and a gated MLP of three matrices; another one may have another formula.
@@ -148,6 +149,8 @@ def _reducer(vision: Any, schedule: Schedule, method: Method, one_softmax: bool)
     """Per reducing layer: the matching on head-averaged keys and, where asked for, the importance: a product of the
     query weights with every head's map, and QKᵀ once more unless attention shares its map."""
     heads, width = vision.num_attention_heads, vision.hidden_size
+    if isinstance(method, MadtpConfig):
+        return _pruning(vision, schedule, method)
     total = 0
     for tokens, removed in zip(schedule.tokens, schedule.removals, strict=False):
         if not removed:
@@ -156,6 +159,21 @@ def _reducer(vision: Any, schedule: Schedule, method: Method, one_softmax: bool)
         if method.needs_importance:
             total += 2 * tokens * tokens * heads
             total += 0 if one_softmax else 2 * tokens * tokens * width
+    return total
+
+
+def _pruning(vision: Any, schedule: Schedule, method: MadtpConfig) -> int:
+    """MADTP: in every layer the match with the alignment tokens; where tokens leave, QKᵀ once more for the best head,
+    and the class token's row of it. Token counts are averages, so that the squares are a little too small."""
+    width, prefix = vision.hidden_size, schedule.tokens[0] - (vision.image_size // vision.patch_size) ** 2
+    space = method.alignment_width if method.alignment_maps else width
+    total = 0
+    for tokens, removed in zip(schedule.tokens, schedule.removals, strict=False):
+        if method.alignment_tokens:
+            total += linear_flops(tokens - prefix, width, space) if method.alignment_maps else 0
+            total += linear_flops(tokens - prefix, space, method.alignment_tokens)
+        if removed:
+            total += 2 * tokens * tokens * width + (2 * tokens * width if prefix else 0)
     return total
 
 
