@@ -3,7 +3,8 @@
 from mllm_crossget.api import accelerate_mllm, accelerated, restore_mllm, trace_merges, unsupported_reason
 from mllm_crossget.checkpoint import load_crossget, load_official_cross_tokens, save_crossget
 from mllm_crossget.config import ReductionConfig, method_names
-from mllm_crossget.methods import CrossGetConfig, RandomConfig, ToMeConfig
+from mllm_crossget.hooks.calibration import calibrate
+from mllm_crossget.methods import CrossGetConfig, MadtpConfig, RandomConfig, ToMeConfig
 from mllm_crossget.retrieval import retrieval_ranks, retrieval_recall
 from mllm_crossget.schedule import ramp
 
@@ -11,11 +12,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CrossGetConfig",
+    "MadtpConfig",
     "RandomConfig",
     "ReductionConfig",
     "ToMeConfig",
     "accelerate_mllm",
     "accelerated",
+    "calibrate",
     "load_crossget",
     "load_official_cross_tokens",
     "method_names",

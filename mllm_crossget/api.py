@@ -52,7 +52,7 @@ def accelerate_mllm(
     Args:
         model: a loaded transformers model of a supported family (``unsupported_reason(model)`` is None).
         config: a method's dataclass, such as ``CrossGetConfig(keep_ratio=0.25)``; instead of the keywords.
-        method: "crossget" (default), "tome", "random".
+        method: "crossget" (default), "madtp", "tome", "random".
         keep_ratio, visual_tokens, r: the dial, see ``ReductionConfig``; give at most one. In a dual encoder (CLIP,
             SigLIP) they reduce the vision tower alone.
         options: further fields of the method's dataclass; ``text_r`` or ``text_keep_ratio`` reduce the text tower of a
@@ -71,6 +71,8 @@ def accelerate_mllm(
     family = supported_family(target)
     geometry = family.geometry(target.config)
     _check_dials(chosen, family, target)
+    if chosen.is_dynamic:
+        _refuse_fixed_counts(target, family)
     old = handle_of(target)
     if old is not None and old.method == chosen:
         return model
@@ -255,6 +257,21 @@ def _check_dials(method: Method, family: Family, model: Any) -> None:
         raise ValueError(
             f"{type(model).__name__} has no vision tower: give text_keep_ratio or text_r instead of keep_ratio, "
             "visual_tokens or r"
+        )
+
+
+def _refuse_fixed_counts(model: nn.Module, family: Family) -> None:
+    """Raise ``ValueError`` for a model that needs the same number of tokens in every image."""
+    if not family.dynamic:
+        able = ", ".join(sorted(name for name, known in families().items() if known.dynamic))
+        raise ValueError(
+            f"{type(model).__name__} (model type {family.model_type!r}) cannot take a number of tokens per image yet; "
+            f"model types that can: {able}. Use a method with a fixed number, such as CrossGetConfig(keep_ratio=0.5)"
+        )
+    if not family.tower and hasattr(model, "head"):
+        raise ValueError(
+            f"{type(model).__name__} has a pooling head, which would count rows that belong to no token; build it with "
+            "vision_use_head=False, or use a method with a fixed number of tokens"
         )
 
 

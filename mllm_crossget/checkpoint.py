@@ -1,6 +1,7 @@
 """The small files of an accelerated model (``crossget_config.json``, ``crossget.safetensors``) and the official ones.
 
-Keys do not depend on module paths: ``vision.cross`` (layers, width) and ``text.cross`` (layers, width).
+Keys do not depend on module paths: ``vision.cross`` (layers, width) and ``text.cross`` (layers, width); for MADTP
+``alignment.tokens`` (K, width), ``alignment.maps.0.weight`` and so on.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from mllm_crossget.api import accelerate_mllm, restore_mllm
 from mllm_crossget.config import ReductionConfig, find_file
 from mllm_crossget.hooks.handle import Handle, base_model, handle_of, live_cross_tokens
-from mllm_crossget.hooks.persistence import WEIGHTS_NAME, write_files
+from mllm_crossget.hooks.persistence import WEIGHTS_NAME, learned_tensors, write_files
 
 OFFICIAL_WEIGHTS_NAME = "cross_tokens.bin"
 _OFFICIAL_CROSS = {
@@ -72,7 +73,7 @@ def load_crossget(
         ValueError: a file is missing or corrupt, or made for another geometry; the model is unchanged.
     """
     chosen = config if config is not None else ReductionConfig.from_pretrained(name_or_path, **hub_kwargs)
-    if not chosen.uses_cross_tokens or chosen.is_identity:
+    if not chosen.has_learned_parts or chosen.is_identity:
         return _with_adapter(accelerate_mllm(model, chosen), name_or_path, adapter, hub_kwargs)
     path = find_file(name_or_path, WEIGHTS_NAME, **hub_kwargs)
     try:
@@ -155,22 +156,34 @@ def _with_cross_tokens(model: Model, config: ReductionConfig, tensors: Mapping[s
     previous = handle_of(model)
     before = previous.method if previous is not None else None
     accelerate_mllm(model, config)
-    handle = _handle(model)
-    modules: Mapping[str, Any] = {
-        place: module for place, module in live_cross_tokens(model).items() if place in handle.cross_paths
-    }
-    if handle.family.text_tower is not None:  # a setting may leave one of the towers alone: its tokens are not needed
-        parked = {f"{place}.cross" for place in ("vision", "text")} - {f"{place}.cross" for place in modules}
-        tensors = {name: tensor for name, tensor in tensors.items() if name not in parked}
     try:
-        _check_tensors(modules, tensors, path)
+        learned = _learned(model)
+        tensors = _without_parked(model, learned, tensors)
+        _check_tensors(learned, tensors, path)
     except ValueError:
         _take_back(model, before)
         raise
-    for place, module in modules.items():
-        with torch.no_grad():
-            module.weight.copy_(tensors[f"{place}.cross"])
+    with torch.no_grad():
+        for key, parameter in learned.items():
+            parameter.copy_(tensors[key])
     return model
+
+
+def _learned(model: nn.Module) -> dict[str, Tensor]:
+    """The learned parameters that the model computes with, by their keys in the file."""
+    live = live_cross_tokens(model)
+    places = _handle(model).cross_paths
+    return {key: tensor for place in places for key, _, tensor in learned_tensors(place, live[place])}
+
+
+def _without_parked(
+    model: nn.Module, learned: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
+) -> Mapping[str, Tensor]:
+    """A setting may leave one tower of a dual encoder alone: its cross tokens are not needed."""
+    if _handle(model).family.text_tower is None:
+        return tensors
+    parked = {"vision.cross", "text.cross"} - set(learned)
+    return {name: tensor for name, tensor in tensors.items() if name not in parked}
 
 
 def _take_back(model: nn.Module, before: ReductionConfig | None) -> None:
@@ -180,8 +193,8 @@ def _take_back(model: nn.Module, before: ReductionConfig | None) -> None:
         accelerate_mllm(model, before)
 
 
-def _check_tensors(modules: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> None:
-    expected = {f"{place}.cross": tuple(module.weight.shape) for place, module in modules.items()}
+def _check_tensors(learned: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: Path) -> None:
+    expected = {key: tuple(parameter.shape) for key, parameter in learned.items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if found != expected:
         raise ValueError(

@@ -81,6 +81,12 @@ COMMANDS: dict[str, Command] = {
         "tokens and FLOPs of a model before and after, without its weights",
         takes_method=True,
     ),
+    "show": Command(
+        "mllm_crossget.embedded.show:ShowOptions",
+        "mllm_crossget.embedded.show:run",
+        "draw, for each image, what was merged into what and how many tokens every layer of the tower kept",
+        takes_method=True,
+    ),
     "train": Command(
         "mllm_crossget.training.options:TrainOptions",
         "mllm_crossget.training.finetune:run",

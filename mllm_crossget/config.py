@@ -99,6 +99,16 @@ class ReductionConfig:
         """``r`` or ``vision_r``, whichever was given."""
         return self.r if self.vision_r is None else self.vision_r
 
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether the number of tokens is chosen per image; the dial is then their average."""
+        return False
+
+    @property
+    def has_learned_parts(self) -> bool:
+        """Whether the method puts learned modules into a model."""
+        return self.uses_cross_tokens
+
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON types, with the method's name and the version of the format."""
         values = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}

@@ -20,6 +20,7 @@ from mllm_crossget.schedule import MergeGeometry
 
 _BORDER = (255, 255, 255)
 _CAPTION_HEIGHT = 18
+_BAR, _NUMBER_WIDTH = (70, 110, 180), 30
 
 
 @torch.no_grad()
@@ -48,6 +49,47 @@ def merged_groups(model: nn.Module, pixel_values: Tensor) -> Tensor:
         module_at(base_model(model), handle.family.tower)(pixel_values)
     source = trace[geometry.read - 1].source
     return source[:, geometry.prefix : geometry.prefix + geometry.patches]
+
+
+@torch.no_grad()
+def tokens_per_layer(model: nn.Module, pixel_values: Tensor) -> Tensor:
+    """How many tokens every image has in front of the first layer of the vision tower and after each.
+
+    Args:
+        model: an accelerated model.
+        pixel_values: (images, channels, height, width) as the processor makes them.
+
+    Returns:
+        (images, layers + 1) integers, class token and cross token included.
+
+    Raises:
+        ValueError: the model is not accelerated, or merges nothing (``keep_ratio=1``).
+    """
+    with trace_merges(model) as trace:
+        handle: Any = handle_of(model)  # trace_merges has refused a model without one
+        module_at(base_model(model), handle.family.tower)(pixel_values)
+    counts = torch.stack([(entry.size > 0).sum(dim=1) for entry in trace], dim=1).cpu()
+    start = torch.full((len(counts), 1), trace[0].source.shape[1])
+    return torch.cat([start, counts], dim=1)
+
+
+def draw_counts(counts: Tensor, size: tuple[int, int]) -> Image.Image:
+    """One image's tokens as bars, a layer below the other, the first bar for what enters the tower.
+
+    Args:
+        counts: (layers + 1,) one row of ``tokens_per_layer``.
+        size: width and height of the picture, in pixels.
+    """
+    width, height = size
+    canvas = Image.new("RGB", size, _BORDER)
+    draw = ImageDraw.Draw(canvas)
+    step = height / len(counts)
+    room = width - _NUMBER_WIDTH
+    for place, count in enumerate(counts.tolist()):
+        top, length = round(place * step), max(1, round(room * count / int(counts.max())))
+        draw.rectangle((0, top + 1, length, round(top + step) - 2), fill=_BAR)
+        draw.text((length + 3, top + step / 2 - 6), str(count), fill=(0, 0, 0))
+    return canvas
 
 
 def draw_groups(image: Image.Image, groups: Tensor, scale: int = 3) -> Image.Image:

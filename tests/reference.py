@@ -200,3 +200,43 @@ def token_counts(patches: int, prefix: int, layers: int, r: int, cross: bool) ->
         free = counts[-1] - prefix - (1 if cross else 0)
         counts.append(counts[-1] - min(r, free // 2))
     return counts
+
+
+def pruning_importance(attention_HTT: Tensor, output_THD: Tensor, alignment_NK: Tensor | None, width: int) -> Tensor:
+    """MADTP's importance of one image's tokens behind the class token, in float64."""
+    attention, output = attention_HTT.double(), output_THD.double()
+    heads, tokens, _ = attention.shape
+    patches = range(1, tokens)
+    received = [sum(max(attention[h, i, j].item() for h in range(heads)) for i in patches) for j in patches]
+    terms = [[value / (sum(received) + 1e-8) for value in received]]
+    classes = []
+    for j in patches:
+        lengths = [output[j, h].norm().item() for h in range(heads)]
+        classes.append(sum(attention[h, 0, j].item() * lengths[h] / sum(lengths) for h in range(heads)))
+    terms.append(classes)
+    if alignment_NK is not None:
+        best = [math.exp(max(row) / math.sqrt(width)) for row in alignment_NK.double().tolist()]
+        terms.append([value / sum(best) for value in best])
+    return torch.tensor([sum(values) / len(terms) for values in zip(*terms, strict=True)], dtype=torch.float64)
+
+
+def pruning_threshold(importance_N: Tensor, alignment_NK: Tensor | None, temperature: float) -> float:
+    """MADTP's threshold of one image: the mean importance that an alignment token sees, for the one that sees least."""
+    if alignment_NK is None:
+        return importance_N.double().mean().item()
+    seen = []
+    for column in alignment_NK.double().T:
+        weights = (column / temperature).exp()
+        seen.append((weights * importance_N.double()).sum().item() / weights.sum().item())
+    return min(seen)
+
+
+def pool_least_important(x_ND: Tensor, importance_N: Tensor, leaving: int) -> Tensor:
+    """The tokens that stay in their order, then the mean by importance of the ``leaving`` least important ones."""
+    by_importance = sorted(range(len(x_ND)), key=lambda i: importance_N[i].item())
+    pooled = by_importance[:leaving]
+    kept = [x_ND[i] for i in range(len(x_ND)) if i not in pooled]
+    if not pooled:
+        return x_ND
+    total = sum(importance_N[i].item() for i in pooled)
+    return torch.stack([*kept, sum(x_ND[i] * (importance_N[i].item() / total) for i in pooled)])

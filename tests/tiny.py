@@ -211,9 +211,9 @@ def randomise_cross_tokens(model: nn.Module, scale: float = 0.5, seed: int = 0) 
     """Give an accelerated model cross tokens as training would: not zero."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        if "cross_tokens" in name:
+        if "cross_tokens" in name or "alignment_tokens" in name:  # alignment: small against what thresholds were for
             values = torch.randn(parameter.shape, generator=generator) * scale
-            parameter.data.copy_(values)
+            parameter.data.copy_(values if "cross_tokens" in name else 0.1 * values)
 
 
 def _tower_config(kind: str, layers: int, image_size: int, patch_size: int, width: int):

@@ -18,6 +18,7 @@ from mllm_crossget.benchmark.language import language_costs
 from mllm_crossget.costs import attention_flops, linear_flops, pooling_head_flops
 from mllm_crossget.families.base import TOWERS, Family, Tiles, config_at, families, family_of
 from mllm_crossget.methods.base import Method, Signals
+from mllm_crossget.methods.madtp import MadtpConfig
 from mllm_crossget.schedule import MergeGeometry, Schedule, make_schedule, make_text_schedule
 
 
@@ -178,6 +179,8 @@ def _reducer(vision: Any, schedule: Schedule, method: Method, one_softmax: bool,
     cosine, the matching is on the keys of all heads, and the cosines with one query are not counted (a product per
     channel, no matrix product)."""
     heads, width = vision.num_attention_heads, vision.hidden_size
+    if isinstance(method, MadtpConfig):
+        return _pruning(vision, schedule, method)
     kind = TOWERS.get(vision.model_type)
     has_map = kind is not None and kind.names.fused  # the attention keeps its map: its mean over heads is enough
     total = 0
@@ -188,6 +191,21 @@ def _reducer(vision: Any, schedule: Schedule, method: Method, one_softmax: bool,
         if method.needs_importance and not cosine:
             total += 2 * tokens * tokens * (1 if has_map else heads)
             total += 0 if one_softmax or has_map else 2 * tokens * tokens * width
+    return total
+
+
+def _pruning(vision: Any, schedule: Schedule, method: MadtpConfig) -> int:
+    """MADTP: in every layer the match with the alignment tokens; where tokens leave, QKᵀ once more for the best head,
+    and the class token's row of it. Token counts are averages, so that the squares are a little too small."""
+    width, prefix = vision.hidden_size, schedule.tokens[0] - (vision.image_size // vision.patch_size) ** 2
+    space = method.alignment_width if method.alignment_maps else width
+    total = 0
+    for tokens, removed in zip(schedule.tokens, schedule.removals, strict=False):
+        if method.alignment_tokens:
+            total += linear_flops(tokens - prefix, width, space) if method.alignment_maps else 0
+            total += linear_flops(tokens - prefix, space, method.alignment_tokens)
+        if removed:
+            total += 2 * tokens * tokens * width + (2 * tokens * width if prefix else 0)
     return total
 
 

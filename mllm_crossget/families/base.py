@@ -180,6 +180,7 @@ class Family:
             the same number for every row. Only asked where ``modalities`` is empty.
         features_owner: path to the module whose ``get_image_features`` the top model calls, or None.
         features: how features reach the prompt, a name known to ``hooks.features``.
+        dynamic: whether every image may keep its own number of tokens (methods that choose per image).
         modalities: visual inputs with placeholders in the prompt; empty where the language side gets as many tokens as
             without reduction, or has no prompt.
         positions: "contiguous", or "grid": image tokens have positions in time, height and width, and those that stay
@@ -219,6 +220,7 @@ class Family:
     features_owner: str | None = None
     features: str = "plain"
     positions: str = "contiguous"
+    dynamic: bool = False
     modalities: tuple[Modality, ...] = ()
     tiles: Callable[[Any], Tiles] | None = None
     llm_tokens: Callable[[Any, int], int] | None = None

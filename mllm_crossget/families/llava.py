@@ -72,6 +72,7 @@ LLAVA = register_family(
         projector="model.multi_modal_projector",
         vision_projection=("model.multi_modal_projector",),
         features_owner="model",
+        dynamic=True,
         modalities=(Modality(),),
         connector_flops=two_layer_projector_flops,
     )

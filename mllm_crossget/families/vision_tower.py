@@ -28,6 +28,7 @@ def _family(kind: TowerKind) -> Family:
         geometry=geometry,
         towers=(kind.model_type,),
         note=f"inside the tower; {stays}the cross token is the last one",
+        dynamic=True,
         exact="reference vectors of the vision tower" if kind.prefix else "",
     )
 

@@ -11,6 +11,7 @@ from mllm_crossget.families.base import Family, config_at, module_at, text_side_
 from mllm_crossget.hooks import concatenated as _registers_concatenated_features  # noqa: F401
 from mllm_crossget.hooks import grid as _registers_grid_features  # noqa: F401
 from mllm_crossget.hooks import resampled as _registers_resampled_features  # noqa: F401
+from mllm_crossget.hooks.alignment_tokens import AlignmentTokens
 from mllm_crossget.hooks.cross_tokens import CrossTokens
 from mllm_crossget.hooks.dual import DualModel
 from mllm_crossget.hooks.features import FEATURES, CutFeatures
@@ -19,10 +20,13 @@ from mllm_crossget.hooks.journal import Journal
 from mllm_crossget.hooks.model import AlignedModel, ReducedModel
 from mllm_crossget.hooks.pooling import hook_pooling
 from mllm_crossget.hooks.post_merge import hook_merge
+from mllm_crossget.hooks.ragged_features import RaggedTower, install_ragged_features
+from mllm_crossget.hooks.ragged_tower import RaggedEncoder, RaggedLayer
 from mllm_crossget.hooks.text import hook_text
 from mllm_crossget.hooks.text_tower import hook_text_tower
 from mllm_crossget.hooks.tower import hook_tower
 from mllm_crossget.methods.base import Method
+from mllm_crossget.methods.madtp import MadtpConfig
 from mllm_crossget.schedule import Geometry, MergeGeometry, TowerGeometry, make_schedule
 
 
@@ -68,11 +72,13 @@ def _hook_vision(model: Any, handle: Handle, geometry: TowerGeometry) -> None:
     if handle.schedule.cross:
         vision = _cross_tokens(handle, "vision", layers, vision_config.hidden_size)
         handle.cross_paths["vision"] = f"{handle.encoder_path}.cross_tokens"
+    mixins = (RaggedEncoder, RaggedLayer) if handle.method.is_dynamic else None
     handle.tower = hook_tower(
-        handle.journal, encoder, layers, kind.names, handle.method, geometry, vision, family.cosine
+        handle.journal, encoder, layers, kind.names, handle.method, geometry, vision, family.cosine, mixins
     )
     if family.text_tower is not None and hasattr(tower, "head"):
         hook_pooling(handle.journal, tower.head, handle.tower)
+    _add_alignment_tokens(handle, encoder, layers, vision_config.hidden_size)
 
 
 def _hook_text_tower(model: Any, handle: Handle) -> None:
@@ -89,6 +95,23 @@ def _hook_text_tower(model: Any, handle: Handle) -> None:
         handle.cross_paths["text"] = f"{path}.cross_tokens"
     geometry = tower.geometry(model.config)
     handle.text_tower = hook_text_tower(handle.journal, text_model, tower, handle.method, geometry, tokens)
+
+
+def _add_alignment_tokens(handle: Handle, encoder: nn.Module, layers: Any, tower_width: int) -> None:
+    """MADTP's learned tokens: those the model had before, if they fit, or new ones."""
+    method = handle.method
+    if not isinstance(method, MadtpConfig) or not method.alignment_tokens:
+        return
+    width = method.alignment_width if method.alignment_maps else tower_width
+    old: Any = handle.cross_tokens.get("alignment")
+    if old is None or tuple(old.tokens.shape) != (method.alignment_tokens, width):
+        handle.cross_tokens["alignment"] = AlignmentTokens(
+            method.alignment_tokens, width, len(layers), tower_width, method.alignment_maps, *_kind_of(layers[0])
+        )
+    handle.journal.add_module(encoder, "alignment_tokens", handle.cross_tokens["alignment"])
+    handle.cross_paths["alignment"] = f"{handle.encoder_path}.alignment_tokens"
+    if handle.tower is not None:
+        handle.tower.alignment_width = width
 
 
 def _hook_language(model: Any, handle: Handle) -> None:
@@ -108,12 +131,16 @@ def _hook_top(model: Any, handle: Handle) -> None:
     if family.features_owner is not None:
         owner = module_at(model, family.features_owner)
         counted = any(modality.counts is not None for modality in family.modalities)
-        if family.features != "plain":
+        if handle.method.is_dynamic:
+            install_ragged_features(journal, owner, handle)
+        elif family.features != "plain":
             FEATURES[family.features].install(journal, owner, handle)
         elif handle.schedule.drop_cross or counted:
             journal.swap_class(owner, CutFeatures if handle.schedule.drop_cross else FEATURES["plain"])
     if family.text_tower is not None and family.tower is not None:
         journal.swap_class(model, DualModel)
+    elif handle.method.is_dynamic and not family.tower:
+        journal.swap_class(model, RaggedTower)
     else:
         journal.swap_class(model, ReducedModel if family.modalities else AlignedModel)
 
@@ -127,8 +154,13 @@ def _cross_tokens(handle: Handle, place: str, layers: nn.ModuleList, width: int)
 
 def _cross_tokens_like(layer: Any, layers: int, width: int) -> CrossTokens:
     """Zero cross tokens in a layer's floating dtype, on the device where the layer computes."""
+    return CrossTokens(layers, width, *_kind_of(layer))
+
+
+def _kind_of(layer: Any) -> tuple[torch.dtype, torch.device]:
+    """A layer's floating dtype, and the device where it computes."""
     parameter = next(p for p in layer.parameters() if p.is_floating_point())
     device = parameter.device
     if device.type == "meta" and hasattr(layer, "_hf_hook"):  # offloaded by accelerate
         device = torch.device(layer._hf_hook.execution_device)
-    return CrossTokens(layers, width, dtype=parameter.dtype, device=device)
+    return parameter.dtype, device

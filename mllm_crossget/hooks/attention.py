@@ -19,9 +19,11 @@ from mllm_crossget.hooks.journal import Journal
 from mllm_crossget.ops.importance import (
     attend_with_importance,
     attention_importance,
+    attention_map,
     cosine_importance,
     importance_of_map,
 )
+from mllm_crossget.ops.pruning import attention_received, class_attention, strongest_attention
 
 IMPLEMENTATION = "mllm_crossget"
 # Everything private that we rely on, in one place; checked when a model is accelerated.
@@ -41,7 +43,9 @@ class AttentionSlot:
         guide: token whose query the importance is the cosine with (CrossGET's CLIP flavour): (B,) positions, or one
             position for all rows; keys are then those of all heads side by side. None: attention received, and keys
             averaged over heads (LLaVA flavour).
-        keys, importance: what was recorded.
+        query_weights: (B, T) weights of the queries in the importance where images have different numbers of tokens.
+        pruning_prefix: tokens in front of the patches if ``received`` and ``class_received`` are wanted, else None.
+        keys, importance, received, class_received: what was recorded.
     """
 
     key_bias: Tensor | None = None
@@ -49,8 +53,12 @@ class AttentionSlot:
     record_importance: bool = False
     cross_token: bool = False
     guide: Tensor | int | None = None
+    query_weights: Tensor | None = None
+    pruning_prefix: int | None = None
     keys: Tensor | None = None
     importance: Tensor | None = None
+    received: Tensor | None = None
+    class_received: Tensor | None = None
 
     def take(self) -> tuple[Tensor, Tensor | None]:
         """The recorded keys and importance."""
@@ -131,14 +139,17 @@ def reduced_attention(
     implementation = module.__dict__[_OWN_CONFIG]._attn_implementation
     attended = slot.record_importance and slot.importance is None  # the importance comes from the attention map
     if attended and attention_mask is None and _one_softmax_is_best(implementation, query, dropout):
-        output, slot.importance = attend_with_importance(query, key, value, scaling, slot.key_bias, slot.cross_token)
+        output, slot.importance = attend_with_importance(query, key, value, scaling, slot.key_bias, slot.cross_token,
+                                                         slot.query_weights)  # fmt: skip
         return output, None
     output, weights = _delegate(module, implementation, query, key, value, attention_mask, slot.key_bias, scaling,
                                 dropout, kwargs)  # fmt: skip
     if attended and weights is not None and not dropout:
-        slot.importance = importance_of_map(weights, slot.cross_token)
+        slot.importance = importance_of_map(weights, slot.cross_token, slot.query_weights)
     elif attended:
-        slot.importance = attention_importance(query, key, scaling, slot.key_bias, slot.cross_token)
+        slot.importance = attention_importance(query, key, scaling, slot.key_bias, slot.cross_token, slot.query_weights)
+    if slot.pruning_prefix is not None:
+        _record_pruning(slot, slot.pruning_prefix, query, key, output, scaling)
     return output, weights
 
 
@@ -153,6 +164,18 @@ def _record_keys(slot: AttentionSlot, query: Tensor, key: Tensor) -> None:
     else:
         guide = queries[:, slot.guide]
     slot.importance = cosine_importance(slot.keys, guide)
+
+
+def _record_pruning(
+    slot: AttentionSlot, prefix: int, query: Tensor, key: Tensor, output: Tensor, scaling: float
+) -> None:
+    """What a pruning decides by, with gradients; the maps of all heads never exist together."""
+    alive = None if slot.key_bias is None else slot.key_bias > -torch.inf
+    strongest = strongest_attention(query, key, scaling, slot.key_bias)
+    slot.received = attention_received(strongest, prefix, alive)
+    if prefix:
+        first = attention_map(query[:, :, :1], key, scaling, slot.key_bias).unflatten(0, query.shape[:2])[:, :, 0]
+        slot.class_received = class_attention(first, output, prefix)
 
 
 def _one_softmax_is_best(implementation: str, query: Tensor, dropout: float) -> bool:
@@ -206,9 +229,12 @@ def _plain_attention(
 def _with_bias_column(
     query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Carry the key bias in eight more columns of the heads, for kernels that take no mask: q·k + 1·(bias/scaling)."""
+    """Carry the key bias in eight more columns of the heads, for kernels that take no mask: q·k + 1·(bias/scaling).
+
+    Dead rows get a large negative number, not -inf, which every half precision holds and no kernel makes NaN of.
+    """
     width = value.shape[-1]
-    column = (key_bias[:, None, :, None] / scaling).to(key.dtype).expand(-1, key.shape[1], -1, -1)
+    column = (key_bias[:, None, :, None] / scaling).clamp_min(-6e4).to(key.dtype).expand(-1, key.shape[1], -1, -1)
     ones = torch.ones_like(query[..., :1])
     query = nn.functional.pad(torch.cat([query, ones], dim=-1), (0, 7))
     key = nn.functional.pad(torch.cat([key, column], dim=-1), (0, 7))

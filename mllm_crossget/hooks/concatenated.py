@@ -15,6 +15,7 @@ from mllm_crossget.hooks.features import FEATURES, ReducedFeatures, with_feature
 from mllm_crossget.hooks.handle import Handle
 from mllm_crossget.hooks.journal import Journal
 from mllm_crossget.hooks.tower import LayerTrace, kept_trace, tower_state, trace_of
+from mllm_crossget.ops.matching import Match
 from mllm_crossget.ops.merging import merge
 
 _PATHS = "_mllm_crossget_paths"
@@ -62,7 +63,7 @@ def _merged(state: Tensor, trace: list[LayerTrace]) -> Tensor:
     """(B, T, D) tokens behind the first layer of ``trace`` -> (B, t, D) behind the last one."""
     size = trace[0].size
     for layer in trace[1:]:
-        if layer.match is not None:
+        if isinstance(layer.match, Match):  # families of this kind have no method that prunes
             state, size = merge(state, size, layer.match._replace(coefficient=None))
     return state
 

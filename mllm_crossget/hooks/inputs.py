@@ -158,6 +158,8 @@ def _known_features(model: nn.Module, handle: Handle, modality: Modality, kwargs
     features = _features(modality, kwargs)
     if features is not None:
         return [len(image) for image in features]
+    if handle.method.is_dynamic:
+        return None
     if modality.keeps_count and modality.counts is not None:
         return modality.counts(model, kwargs)
     if isinstance(handle.geometry, MergeGeometry):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from mllm_crossget.hooks.handle import HANDLE, base_model, live_cross_tokens
 
 WEIGHTS_NAME = "crossget.safetensors"
-_CROSS_MODULE = re.compile(r"(^|\.)cross_tokens\.")
+_CROSS_MODULE = re.compile(r"(^|\.)(cross|alignment)_tokens\.")
 
 
 def without_cross_tokens(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -21,22 +22,38 @@ def without_cross_tokens(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def cross_state(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """Learned cross tokens under keys that do not depend on module paths; empty for methods without any.
+    """Learned tokens under keys that do not depend on module paths; empty for methods without any.
 
     Args:
         model: the accelerated model, also inside a PEFT wrapper, whose trained copies are what counts.
         state: a state dict to take the values from (one that a distributed trainer gathered), else the modules'.
 
     Returns:
-        ``vision.cross`` and ``text.cross``, each (layers, width), on the CPU.
+        ``vision.cross`` and ``text.cross``, each (layers, width); ``alignment.tokens`` (K, width) and the layers' maps
+        ``alignment.maps.0.weight``, ... On the CPU.
     """
     values = {}
     paths = base_model(model).__dict__[HANDLE].cross_paths
-    for place, module in live_cross_tokens(model).items():
-        tensor = module() if state is None else state.get(f"{paths.get(place)}.weight")
-        if tensor is not None:
-            values[f"{place}.cross"] = tensor.detach().cpu().contiguous()
+    live = live_cross_tokens(model)
+    for place in paths or live:
+        for key, name, parameter in learned_tensors(place, live[place]):
+            # called, not read: sharded training has the whole parameter only inside its module's call
+            own = parameter if place == "alignment" else live[place]()
+            tensor = own if state is None else state.get(f"{paths.get(place)}.{name}")
+            if tensor is not None:
+                values[key] = tensor.detach().cpu().contiguous()
     return values
+
+
+def learned_tensors(place: str, module: Any) -> list[tuple[str, str, Tensor]]:
+    """(key in the file, name in the module, parameter) of every learned tensor of a place."""
+    if place != "alignment":
+        return [(f"{place}.cross", "weight", module.weight)]
+    tensors = [("alignment.tokens", "tokens", module.tokens)]
+    for index, layer in enumerate(module.maps or []):
+        for name in ("weight", "bias"):
+            tensors.append((f"alignment.maps.{index}.{name}", f"maps.{index}.{name}", getattr(layer, name)))
+    return tensors
 
 
 def write_files(model: nn.Module, save_directory: str | Path, state: Mapping[str, Tensor] | None = None) -> list[Path]:

@@ -22,6 +22,7 @@ from mllm_crossget.hooks.journal import Journal
 from mllm_crossget.methods.base import Method, Signals
 from mllm_crossget.ops.matching import Match
 from mllm_crossget.ops.merging import compose_source, merge
+from mllm_crossget.ops.ragged import Step
 from mllm_crossget.schedule import Schedule, TowerGeometry, make_schedule
 
 _STATE = "_mllm_crossget_tower"
@@ -33,12 +34,13 @@ class LayerTrace:
     """What one layer decided. B batch, R removed, T tokens after the layer, N tokens in front of the first layer.
 
     Attributes:
-        match: the layer's matching, or None where it removed nothing.
-        size: (B, T) patch tokens in each token after the layer.
+        match: the layer's matching, or None where it removed nothing; a ``Step`` where counts differ between images.
+        size: (B, T) patch tokens in each token after the layer; 0 in rows behind an image's last token, where counts
+            differ between images.
         source: (B, N) row, after this layer, that every original token (class and cross token too) has become.
     """
 
-    match: Match | None
+    match: Match | Step | None
     size: Tensor
     source: Tensor
 
@@ -54,6 +56,8 @@ class TowerState:
         trace: a list to append one ``LayerTrace`` per layer to, or None (the default: nothing is kept).
         keeps_sizes: whether a pooling head behind the encoder wants the token sizes.
         sizes: (B, T) of the last forward, taken away by the pooling head.
+        alignment_width: of the encoder's alignment tokens; 0 if it has none.
+        calibration: finds the layers' thresholds while ``calibrate`` runs, else None.
     """
 
     method: Method
@@ -63,7 +67,10 @@ class TowerState:
     trace: list[LayerTrace] | None = None
     keeps_sizes: bool = False
     sizes: Tensor | None = None
+    alignment_width: int = 0
+    calibration: Any = None
     schedules: dict[int, Schedule] = field(default_factory=dict)
+    caps: dict[int, Schedule] = field(default_factory=dict)
 
     def schedule(self, tokens: int) -> Schedule:
         """Counts for an image of ``tokens`` tokens (other image sizes have other patch counts)."""
@@ -71,6 +78,15 @@ class TowerState:
             geometry = replace(self.geometry, patches=tokens - self.geometry.prefix)
             self.schedules[tokens] = make_schedule(self.method, geometry)
         return self.schedules[tokens]
+
+    def most_tokens(self, tokens: int, layer: int) -> int:
+        """Tokens that the cap of a dynamic method allows behind a layer, of an image of ``tokens`` tokens."""
+        if tokens not in self.caps:
+            geometry = replace(self.geometry, patches=tokens - self.geometry.prefix)
+            most = min(vars(self.method)["max_visual_tokens"], geometry.placeholders)
+            capped = replace(self.method, keep_ratio=None, r=None, visual_tokens=most)
+            self.caps[tokens] = make_schedule(capped, geometry)
+        return self.caps[tokens].tokens[layer + 1]
 
 
 def hook_tower(
@@ -82,8 +98,13 @@ def hook_tower(
     geometry: TowerGeometry,
     cross_tokens: nn.Module | None,
     cosine: bool = False,
+    mixins: tuple[type[nn.Module], type[nn.Module]] | None = None,
 ) -> TowerState:
-    """Make an encoder and its layers reduce tokens; every change is written into ``journal``."""
+    """Make an encoder and its layers reduce tokens; every change is written into ``journal``.
+
+    ``mixins`` are for the encoder and for its layers, by default those for the same number of tokens in every image.
+    """
+    of_encoder, of_layer = mixins or (ReducedEncoder, ReducedLayer)
     state = TowerState(method, geometry, names, cosine)
     state.schedule(geometry.patches + geometry.prefix)
     journal.set_attribute(encoder, _STATE, state)
@@ -92,13 +113,13 @@ def hook_tower(
     for layer in layers:
         journal.set_attribute(layer, _STATE, state)
         hook_attention(journal, getattr(layer, names.attention), names.fused)
-        journal.swap_class(layer, ReducedLayer)
-    journal.swap_class(encoder, ReducedEncoder)
+        journal.swap_class(layer, of_layer)
+    journal.swap_class(encoder, of_encoder)
     return state
 
 
 def tower_state(encoder: nn.Module) -> TowerState:
-    """The state of a hooked encoder."""
+    """The state of a hooked encoder, or of one of its layers."""
     return encoder.__dict__[_STATE]
 
 
@@ -107,16 +128,12 @@ class ReducedEncoder(nn.Module):
 
     def forward(self, inputs_embeds: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> BaseModelOutput:
         """(B, N, D) embeddings in, (B, T, D) reduced tokens in ``last_hidden_state`` out."""
-        if attention_mask is not None:
-            raise ValueError(
-                "this vision tower was called with an attention mask (packed or padded patches); masked towers are not "
-                "supported by mllm_crossget: pass images without padding, or restore_mllm(model) first"
-            )
+        refuse_mask(attention_mask)
         state = tower_state(self)
         schedule = state.schedule(inputs_embeds.shape[1])
         hidden, vectors = inputs_embeds, None
         if schedule.cross:
-            hidden = torch.cat([hidden, _first_cross_token(hidden, state.geometry.prefix)], dim=1)
+            hidden = torch.cat([hidden, first_cross_token(hidden, state.geometry.prefix)], dim=1)
             vectors = self.cross_tokens()
         traces = [trace for trace in (state.trace, self.__dict__.get(FORWARD)) if trace is not None]
         written: list[Tensor] = []
@@ -130,7 +147,7 @@ class ReducedEncoder(nn.Module):
             hidden, size, match = layer(hidden, None, size, cross, schedule.removals[index])
             source = source if match is None else compose_source(source, match)
             for trace in traces:
-                trace.append(_trace(match, size, source, hidden, schedule.tokens[0]))
+                trace.append(layer_trace(match, size, source, hidden, schedule.tokens[0]))
         if written and RECORD in self.__dict__:
             self.__dict__[RECORD].append(torch.stack(written))
         if state.keeps_sizes:
@@ -189,12 +206,24 @@ class ReducedLayer(nn.Module):
         return hidden_states, size, match
 
 
-def _first_cross_token(hidden: Tensor, prefix: int) -> Tensor:
+def first_cross_token(hidden: Tensor, prefix: int) -> Tensor:
     """A copy of the class token (as the reference); the mean of the patches where a tower has none."""
     return hidden[:, :1] if prefix else hidden.mean(dim=1, keepdim=True)
 
 
-def _trace(match: Match | None, size: Tensor | None, source: Tensor | None, hidden: Tensor, start: int) -> LayerTrace:
+def refuse_mask(attention_mask: Tensor | None) -> None:
+    """Raise ``ValueError`` for a tower that was given a mask."""
+    if attention_mask is not None:
+        raise ValueError(
+            "this vision tower was called with an attention mask (packed or padded patches); masked towers are not "
+            "supported by mllm_crossget: pass images without padding, or restore_mllm(model) first"
+        )
+
+
+def layer_trace(
+    match: Match | Step | None, size: Tensor | None, source: Tensor | None, hidden: Tensor, start: int
+) -> LayerTrace:
+    """A trace entry, also where nothing was merged yet; ``start`` tokens stood in front of the first layer."""
     batch, tokens = hidden.shape[:2]
     if size is None:
         size = torch.ones(batch, tokens, device=hidden.device)

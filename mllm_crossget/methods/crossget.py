@@ -5,16 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
+
 from mllm_crossget.config import register_method
-from mllm_crossget.methods.base import Method, Signals
-from mllm_crossget.ops.matching import Match, complete_graph_soft_matching
+from mllm_crossget.methods.base import Signals
+from mllm_crossget.methods.dynamic import DynamicMethod, RaggedSignals
+from mllm_crossget.ops.matching import Match, complete_graph_soft_matching, graph_scores
+from mllm_crossget.ops.ragged import Step, lowest, merge_step
 
 _KL_FORMS = ("reference", "js")
 
 
 @register_method
 @dataclass
-class CrossGetConfig(Method):
+class CrossGetConfig(DynamicMethod):
     """Complete-graph soft matching guided by a learned cross token in every layer.
 
     Training-free use works at once: the cross tokens start at zero. Trained, the vision cross tokens tell the matching
@@ -23,6 +27,9 @@ class CrossGetConfig(Method):
     Args:
         alignment_weight: factor of the alignment loss of vision and text cross tokens when training (published: 0.001
             for LLaVA-1.5-7B; for CLIP as much as the contrastive loss).
+        dynamic: choose the number of merges per image and layer: a token leaves if its importance minus its similarity
+            to the best token ranked below it is at or below the layer's threshold. The dial is then the average over
+            images; ``calibrate(model, images)`` finds the thresholds that meet it.
         kl: "reference" for ½[KL(M‖P) + KL(M‖Q)] as in the official code, "js" for the textbook Jensen-Shannon form.
 
     See ``ReductionConfig`` for the dial.
@@ -30,6 +37,7 @@ class CrossGetConfig(Method):
 
     alignment_weight: float = 0.001
     kl: str = "reference"
+    dynamic: bool = False
 
     method: ClassVar[str] = "crossget"
     uses_cross_tokens: ClassVar[bool] = True
@@ -43,9 +51,30 @@ class CrossGetConfig(Method):
             raise TypeError(f"alignment_weight must be a number, got {self.alignment_weight!r}")
         if not self.alignment_weight >= 0:
             raise ValueError(f"alignment_weight must be at least 0, got {self.alignment_weight!r}")
+        unused = [name for name in ("threshold", "max_visual_tokens") if getattr(self, name) is not None]
+        if unused and not self.dynamic:
+            raise ValueError(f"{unused[0]} is for dynamic=True; without it every image keeps the same number of tokens")
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether the number of tokens is chosen per image."""
+        return self.dynamic and not self.is_identity
 
     def match(self, signals: Signals, r: int) -> Match:
         """Least important, best represented tokens leave (section 3.2)."""
         if signals.importance is None:
             raise ValueError("CrossGET needs the importance of the tokens; got none")
         return complete_graph_soft_matching(signals.keys, signals.importance, r, signals.protected)
+
+    def scores(self, signals: RaggedSignals) -> tuple[Tensor, Tensor]:
+        """Importance minus similarity, as ``match`` ranks them, and the similarities."""
+        if signals.importance is None or signals.keys is None:
+            raise ValueError("CrossGET needs keys and importance of the tokens; got none")
+        similarity, scores = graph_scores(signals.keys, signals.importance.float(), signals.shielded)
+        return scores, similarity
+
+    def step(self, signals: RaggedSignals, scores: Tensor, context: Tensor, removals: Tensor) -> Step:
+        """As ``match`` for each image with its own number of removals."""
+        if signals.importance is None:
+            raise ValueError("CrossGET needs the importance of the tokens; got none")
+        return merge_step(context, signals.importance.float(), signals.size, lowest(scores, removals))

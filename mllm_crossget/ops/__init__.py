@@ -1,23 +1,53 @@
 """Tensor operations of token reduction: which tokens to merge, how to merge them, which of them matter. torch only."""
 
-from mllm_crossget.ops.importance import attend_with_importance, attention_importance, cosine_importance
+from mllm_crossget.ops.alignment_attention import alignment_features, alignment_scores
+from mllm_crossget.ops.importance import (
+    attend_with_importance,
+    attention_importance,
+    cosine_importance,
+    ragged_query_weights,
+)
 from mllm_crossget.ops.matching import (
     Match,
     bipartite_soft_matching,
     complete_graph_soft_matching,
+    graph_scores,
     random_matching,
 )
 from mllm_crossget.ops.merging import compose_source, merge, unmerge
+from mllm_crossget.ops.pruning import (
+    alignment_threshold,
+    attention_received,
+    class_attention,
+    strongest_attention,
+    token_alignment,
+)
+from mllm_crossget.ops.ragged import Step, carry_mask, lowest, merge_step, pooling_step, reduce_tokens
 
 __all__ = [
     "Match",
+    "Step",
+    "alignment_features",
+    "alignment_scores",
+    "alignment_threshold",
     "attend_with_importance",
     "attention_importance",
+    "attention_received",
     "bipartite_soft_matching",
+    "carry_mask",
+    "class_attention",
     "complete_graph_soft_matching",
     "compose_source",
     "cosine_importance",
+    "graph_scores",
+    "lowest",
     "merge",
+    "merge_step",
+    "pooling_step",
+    "ragged_query_weights",
     "random_matching",
+    "reduce_tokens",
+    "strongest_attention",
+    "token_alignment",
     "unmerge",
 ]

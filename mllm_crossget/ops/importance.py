@@ -19,9 +19,28 @@ def query_weights(tokens: int, cross_token: bool, like: Tensor) -> Tensor:
     return weights
 
 
+def ragged_query_weights(alive_BT: Tensor, cross_token: bool) -> Tensor:
+    """``query_weights`` for rows of different length, (B, T) float32: each as it would be alone, 0 for dead queries.
+
+    Args:
+        alive_BT: True for the tokens of an image, which stand first; the cross token, if any, is the last of them.
+        cross_token: see ``query_weights``.
+    """
+    count = alive_BT.sum(dim=1, keepdim=True)
+    weights = alive_BT.float() / (count - 1 if cross_token else count)
+    if cross_token:
+        weights = weights.scatter(1, count - 1, 1.0)
+    return weights
+
+
 @torch.no_grad()
 def attention_importance(
-    query_BHTD: Tensor, key_BHTD: Tensor, scaling: float, bias_BT: Tensor | None = None, cross_token: bool = True
+    query_BHTD: Tensor,
+    key_BHTD: Tensor,
+    scaling: float,
+    bias_BT: Tensor | None = None,
+    cross_token: bool = True,
+    weights_BT: Tensor | None = None,
 ) -> Tensor:
     """Attention every token receives, averaged over heads, without the (B, H, T, T) map: a few heads at a time.
 
@@ -30,6 +49,7 @@ def attention_importance(
         scaling: factor of the logits.
         bias_BT: (B, T) added to the logits of each key (log token size), or None.
         cross_token: see ``query_weights``.
+        weights_BT: (B, T) weights of the queries where rows differ (``ragged_query_weights``), instead.
 
     Returns:
         (B, T) float32; no gradient.
@@ -37,8 +57,8 @@ def attention_importance(
     batch, heads, tokens, _ = query_BHTD.shape
     total = torch.zeros(batch, tokens, dtype=torch.float32, device=key_BHTD.device)
     for part in _head_groups(batch, heads):
-        attention = _attention(query_BHTD[:, part], key_BHTD[:, part], scaling, bias_BT)
-        total = total + _received(attention, batch, cross_token)
+        attention = attention_map(query_BHTD[:, part], key_BHTD[:, part], scaling, bias_BT)
+        total = total + _received(attention, batch, cross_token, weights_BT)
     return total / heads
 
 
@@ -50,6 +70,7 @@ def attend_with_importance(
     scaling: float,
     bias_BT: Tensor | None = None,
     cross_token: bool = True,
+    weights_BT: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention output and importance from one softmax: the cheapest way where no fused kernel can give both (CPU).
 
@@ -60,15 +81,18 @@ def attend_with_importance(
     total = torch.zeros(batch, tokens, dtype=torch.float32, device=key_BHTD.device)
     outputs = []
     for part in _head_groups(batch, heads):
-        attention = _attention(query_BHTD[:, part], key_BHTD[:, part], scaling, bias_BT)
-        total = total + _received(attention, batch, cross_token)
+        attention = attention_map(query_BHTD[:, part], key_BHTD[:, part], scaling, bias_BT)
+        total = total + _received(attention, batch, cross_token, weights_BT)
         values = value_BHTD[:, part].flatten(0, 1)
         outputs.append(torch.bmm(attention.to(values.dtype), values).unflatten(0, (batch, -1)))
     return torch.cat(outputs, dim=1).transpose(1, 2), total / heads
 
 
-def importance_of_map(attention_BHTT: Tensor, cross_token: bool = True) -> Tensor:
+def importance_of_map(attention_BHTT: Tensor, cross_token: bool = True, weights_BT: Tensor | None = None) -> Tensor:
     """The same from a map that exists already (eager attention): (B, H, T, T) -> (B, T) float32, no gradient."""
+    if weights_BT is not None:
+        received = torch.einsum("bq,bhqk->bk", weights_BT, attention_BHTT.detach().float())
+        return received / attention_BHTT.shape[1]
     weights = query_weights(attention_BHTT.shape[-1], cross_token, attention_BHTT)
     return torch.einsum("q,bhqk->bk", weights, attention_BHTT.detach().float()) / attention_BHTT.shape[1]
 
@@ -86,20 +110,23 @@ def _head_groups(batch: int, heads: int) -> list[slice]:
     return [slice(first, first + together) for first in range(0, heads, together)]
 
 
-def _received(attention_GTT: Tensor, batch: int, cross_token: bool) -> Tensor:
+def _received(attention_GTT: Tensor, batch: int, cross_token: bool, weights_BT: Tensor | None) -> Tensor:
     """(B·heads, T, T) -> (B, T) weighted column sums, added over the heads."""
-    weights = query_weights(attention_GTT.shape[-1], cross_token, attention_GTT)
-    columns = torch.bmm(weights.expand(attention_GTT.shape[0], 1, -1), attention_GTT)
+    if weights_BT is None:
+        weights = query_weights(attention_GTT.shape[-1], cross_token, attention_GTT).expand(len(attention_GTT), 1, -1)
+    else:
+        weights = weights_BT.repeat_interleave(len(attention_GTT) // batch, dim=0)[:, None]
+    columns = torch.bmm(weights, attention_GTT)
     return columns.view(batch, -1, attention_GTT.shape[-1]).sum(dim=1)
 
 
-def _attention(query_BHTD: Tensor, key_BHTD: Tensor, scaling: float, bias_BT: Tensor | None) -> Tensor:
-    """(B·H, T, T) softmax in float32; products in the inputs' precision, as transformers' eager attention."""
-    batch, heads, tokens, _ = key_BHTD.shape
+def attention_map(query_BHTD: Tensor, key_BHTD: Tensor, scaling: float, bias_BT: Tensor | None) -> Tensor:
+    """(B·H, queries, T) softmax in float32; products in the inputs' precision, as transformers' eager attention."""
+    batch, heads, tokens, _ = key_BHTD.shape  # queries may be fewer
     queries, keys = query_BHTD.flatten(0, 1), key_BHTD.flatten(0, 1).mT
     if bias_BT is None:
         return torch.bmm(queries * scaling, keys).float().softmax(dim=-1)
     bias = bias_BT[:, None].expand(-1, heads, -1).reshape(batch * heads, 1, tokens)
     if query_BHTD.dtype == torch.float32:
-        return torch.baddbmm(bias.expand(-1, tokens, -1), queries, keys, alpha=scaling).softmax(dim=-1)
+        return torch.baddbmm(bias.expand(-1, queries.shape[1], -1), queries, keys, alpha=scaling).softmax(dim=-1)
     return (torch.bmm(queries * scaling, keys).float() + bias).softmax(dim=-1)

@@ -64,15 +64,32 @@ def complete_graph_soft_matching(
     _check_r(r, tokens, 0 if isinstance(protected, Tensor) else len(set(protected)))
     shielded = _protected_mask(protected, batch, tokens, keys_BTD.device)
     importance = importance_BT.float()
-    similarity = _similarity(keys_BTD, shielded)
-    score = importance - _similarity_to_lower_ranked(similarity)
-    # NaN (from NaN pixels) must not outrank the protection: make it finite first, protect after.
-    score = torch.nan_to_num(score, nan=torch.finfo(score.dtype).max, posinf=torch.inf).masked_fill(shielded, torch.inf)
+    similarity, score = graph_scores(keys_BTD, importance, shielded)
     src = score.argsort(dim=-1, stable=True)[:, :r].sort(dim=-1).values
     dst = _most_similar_survivor(similarity, src)
     weight = torch.stack([importance.gather(1, src), importance.gather(1, dst)], dim=-1).softmax(dim=-1)
     kept, slot = _layout(src, dst, tokens)
     return Match(src, dst, kept, slot, _ensemble_coefficients(weight, src, dst, tokens), weight)
+
+
+@torch.no_grad()
+def graph_scores(keys_BTD: Tensor, importance_BT: Tensor, shielded_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """What complete-graph soft matching decides by.
+
+    Args:
+        keys_BTD: (B, T, D) metric tokens, any float dtype.
+        importance_BT: (B, T) float32.
+        shielded_BT: (B, T) True for tokens that neither leave nor receive.
+
+    Returns:
+        (B, T, T) similarity, -inf on the diagonal and on shielded rows and columns, and (B, T) the score: importance
+        minus the similarity to the best of the tokens that rank below; +inf for those that cannot leave.
+    """
+    similarity = _similarity(keys_BTD, shielded_BT)
+    score = importance_BT - _similarity_to_lower_ranked(similarity)
+    # NaN (from NaN pixels) must not outrank the protection: make it finite first, protect after.
+    score = torch.nan_to_num(score, nan=torch.finfo(score.dtype).max, posinf=torch.inf)
+    return similarity, score.masked_fill(shielded_BT, torch.inf)
 
 
 @torch.no_grad()

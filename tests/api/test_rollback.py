@@ -9,6 +9,7 @@ from mllm_crossget import accelerate_mllm, method_names, restore_mllm
 from mllm_crossget.hooks import apply
 from mllm_crossget.hooks.journal import Journal
 from tests.api.test_reversible import assert_identical, fingerprint
+from tests.methods import prepare
 from tests.tiny import randomise_cross_tokens, tiny_llava
 
 KINDS = ("set_attribute", "add_module", "swap_class")
@@ -37,7 +38,7 @@ def break_call(monkeypatch: pytest.MonkeyPatch, kind: str, which: int) -> list[i
 def calls_of(kind: str, method: str, tower: str) -> int:
     with pytest.MonkeyPatch.context() as patch:
         calls = break_call(patch, kind, -1)
-        accelerate_mllm(tiny_llava(tower, layers=3, text_layers=2), method=method)
+        prepare(tiny_llava(tower, layers=3, text_layers=2), method=method)
     return calls[0]
 
 
@@ -45,7 +46,7 @@ def calls_of(kind: str, method: str, tower: str) -> int:
 @pytest.mark.parametrize(("method", "tower"), [(m, t) for m in method_names() for t in ("clip", "siglip")])
 def test_an_error_at_every_step_of_a_first_acceleration(method, tower, kind) -> None:
     expected = fingerprint(tiny_llava(tower, layers=3, text_layers=2))
-    accelerated = fingerprint(accelerate_mllm(tiny_llava(tower, layers=3, text_layers=2), method=method))
+    accelerated = fingerprint(prepare(tiny_llava(tower, layers=3, text_layers=2), method=method))
     total = calls_of(kind, method, tower)
     assert total > 0 or kind == "add_module"
     model = tiny_llava(tower, layers=3, text_layers=2)
@@ -53,11 +54,11 @@ def test_an_error_at_every_step_of_a_first_acceleration(method, tower, kind) -> 
         with pytest.MonkeyPatch.context() as patch:
             break_call(patch, kind, which)
             with pytest.raises(Broken):
-                accelerate_mllm(model, method=method)
+                prepare(model, method=method)
         if which % 4 == 0 or which == total - 1:
             assert_identical(fingerprint(model), expected)
         assert not any(name.startswith("_mllm_crossget") for module in model.modules() for name in vars(module))
-    assert_identical(fingerprint(accelerate_mllm(model, method=method)), accelerated)
+    assert_identical(fingerprint(prepare(model, method=method)), accelerated)
     assert_identical(fingerprint(restore_mllm(model)), expected)
 
 

@@ -16,11 +16,13 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from mllm_crossget import CrossGetConfig, RandomConfig, ToMeConfig, accelerate_mllm
+from mllm_crossget import CrossGetConfig, MadtpConfig, RandomConfig, ToMeConfig, accelerate_mllm, calibrate
 from mllm_crossget.benchmark.flops import matching_flops, model_flops
 from mllm_crossget.benchmark.geometries import GEOMETRIES
 from mllm_crossget.benchmark.language import TEXT_MODELS
-from mllm_crossget.config import method_class, method_names
+from mllm_crossget.config import method_class
+from mllm_crossget.methods import DynamicMethod
+from tests.methods import FIXED
 from tests.tiny import pixels, prompt_batch, tiny_llava, tiny_tower
 
 
@@ -55,7 +57,7 @@ def text_tokens(model: nn.Module, batch: dict) -> int:
     return int((batch["input_ids"] != model.config.image_token_id).sum())
 
 
-@pytest.mark.parametrize("method", method_names())
+@pytest.mark.parametrize("method", FIXED)
 @pytest.mark.parametrize("text", ["llama", "mistral", "qwen2"])
 @pytest.mark.parametrize("tower", ["clip", "siglip"])
 def test_tiny_llava_without_gradients(tower: str, text: str, method: str) -> None:
@@ -63,6 +65,27 @@ def test_tiny_llava_without_gradients(tower: str, text: str, method: str) -> Non
     batch = prompt_batch(model, [1])
     config = method_class(method)(r=2)
     accelerate_mllm(model, config)
+    expected = model_flops(model.config, config, text_tokens=text_tokens(model, batch), one_softmax=True)
+    assert counted(lambda: first_token(model, batch)) == nearly(expected.total)
+
+
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        CrossGetConfig(dynamic=True, r=2),
+        MadtpConfig(r=2, alignment_width=24),
+        MadtpConfig(r=2, alignment_maps=False),
+        MadtpConfig(r=2, alignment_tokens=0),
+    ],
+    ids=repr,
+)
+def test_an_image_with_the_average_number_of_tokens(config: DynamicMethod, tower: str) -> None:
+    """Calibrated on the very image, a dynamic method leaves it the average number in every layer."""
+    model = tiny_llava(tower)
+    batch = prompt_batch(model, [1])
+    accelerate_mllm(model, config)
+    calibrate(model, batch["pixel_values"])
     expected = model_flops(model.config, config, text_tokens=text_tokens(model, batch), one_softmax=True)
     assert counted(lambda: first_token(model, batch)) == nearly(expected.total)
 

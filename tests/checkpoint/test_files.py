@@ -25,6 +25,7 @@ from mllm_crossget import (
 )
 from mllm_crossget.config import method_class
 from tests.api.test_reversible import assert_identical, fingerprint
+from tests.methods import prepare
 from tests.tiny import prompt_batch, randomise_cross_tokens, tiny_llava
 
 CONFIG, WEIGHTS = "crossget_config.json", "crossget.safetensors"
@@ -33,7 +34,7 @@ LAYERS, TEXT_LAYERS, WIDTH = 4, 3, 32
 
 
 def learned(method: str = "crossget", **settings) -> nn.Module:
-    model = accelerate_mllm(tiny_llava(), method=method, **settings)
+    model = prepare(tiny_llava(), method=method, **settings)
     randomise_cross_tokens(model)
     return model
 
@@ -69,7 +70,9 @@ def test_options_survive_a_file(config, tmp_path) -> None:
 def test_small_files_make_a_fresh_model_the_same(method, tmp_path) -> None:
     model = learned(method, keep_ratio=0.4)
     paths = save_crossget(model, tmp_path)
-    assert [path.name for path in paths] == ([CONFIG, WEIGHTS] if method == "crossget" else [CONFIG])
+    assert [path.name for path in paths] == (
+        [CONFIG, WEIGHTS] if model.__dict__["_mllm_crossget"].method.has_learned_parts else [CONFIG]
+    )
     fresh = tiny_llava()
     assert load_crossget(fresh, tmp_path) is fresh
     assert_identical(fingerprint(fresh), fingerprint(model))
@@ -102,7 +105,7 @@ def test_loading_replaces_what_an_accelerated_model_had(tmp_path) -> None:
 def test_stock_transformers_loads_the_checkpoint_without_a_word(method, tower, tmp_path) -> None:
     model = tiny_llava(tower)
     before = logits(model)
-    accelerate_mllm(model, method=method)
+    prepare(model, method=method)
     randomise_cross_tokens(model)
     model.save_pretrained(tmp_path)
     assert {CONFIG, "config.json", "model.safetensors"} <= {path.name for path in tmp_path.iterdir()}

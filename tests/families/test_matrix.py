@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from mllm_crossget import accelerate_mllm, method_names, restore_mllm, trace_merges
+from mllm_crossget import accelerate_mllm, restore_mllm, trace_merges
 from mllm_crossget.families.base import families
 from mllm_crossget.hooks.handle import handle_of
 from tests.families.cases import Case, all_cases
 from tests.generation.conftest import encodes_images_first
 from tests.hooks.test_gradients import checkpoint_activations
+from tests.methods import DYNAMIC, METHODS, prepare
 from tests.tiny import randomise_cross_tokens
 
 CASES = all_cases()
@@ -19,10 +20,14 @@ GREEDY = {"max_new_tokens": 5, "do_sample": False}
 BEAMS = {"max_new_tokens": 5, "do_sample": False, "num_beams": 3}
 
 
+def takes(case: Case, method: str) -> bool:
+    return method not in case.skip_methods and (families()[case.model_type].dynamic or method not in DYNAMIC)
+
+
 def matrix(*needs: str) -> pytest.MarkDecorator:
     """Every method x every case that has what the test needs."""
     wanted = [case for case in CASES if all(getattr(case, need) for need in needs)]
-    pairs = [(method, case) for case in wanted for method in method_names() if method not in case.skip_methods]
+    pairs = [(method, case) for case in wanted for method in METHODS if takes(case, method)]
     return pytest.mark.parametrize(
         ("method", "case"), [pytest.param(*pair, id=f"{pair[1].name}-{pair[0]}") for pair in pairs]
     )
@@ -32,13 +37,24 @@ attention_kinds = pytest.mark.parametrize("attention", ["sdpa", "eager"])
 
 
 def learned(case: Case, method: str, attention: str = "sdpa") -> nn.Module:
-    model = accelerate_mllm(case.build(attention), method=method, **case.dial)
+    model = prepare(case.build(attention), method=method, **case.dial)
     randomise_cross_tokens(model)
     return model
 
 
 def test_every_family_has_a_case() -> None:
     assert {case.model_type for case in CASES} == set(families())
+
+
+@pytest.mark.parametrize("method", sorted(DYNAMIC))
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if not families()[case.model_type].dynamic], ids=lambda c: c.name
+)
+def test_a_family_with_fixed_counts_refuses_and_says_who_can(method, case) -> None:
+    model = case.build("sdpa")
+    with pytest.raises(ValueError, match=r"model types that can: .*llava"):
+        accelerate_mllm(model, **METHODS[method], **case.dial)
+    assert handle_of(model) is None
 
 
 @attention_kinds
@@ -61,9 +77,9 @@ def test_restored_bit_for_bit_and_identity_at_one(method, case, attention) -> No
     batch = case.batch(model)
     before = case.answers(model, batch)
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    accelerate_mllm(model, method=method, keep_ratio=1)
+    accelerate_mllm(model, **METHODS[method], keep_ratio=1)
     assert all(torch.equal(a, b) for a, b in zip(case.answers(model, batch), before, strict=True))
-    accelerate_mllm(model, method=method, **case.dial)
+    prepare(model, method=method, **case.dial)
     changed = case.answers(model, batch)
     assert any(a.shape != b.shape or not torch.equal(a, b) for a, b in zip(changed, before, strict=True))
     restore_mllm(model)
@@ -83,8 +99,13 @@ def test_the_tower_has_the_schedules_tokens(method, case) -> None:
     schedule = case.schedule(model) if case.schedule else handle_of(model).schedule
     assert sum(schedule.removals) > 0
     layers = len(schedule.removals)
-    assert [entry.size.shape[1] for entry in trace[:layers]] == list(schedule.tokens[1:])
-    assert {entry.source.shape[1] for entry in trace[:layers]} == {schedule.tokens[0]}
+    if method in DYNAMIC:
+        counts = [(entry.size > 0).sum(dim=1) for entry in trace]
+        assert [entry.size.shape[1] for entry in trace] == [int(count.max()) for count in counts]
+        assert int(counts[layers - 1].min()) < schedule.tokens[0]
+    else:
+        assert [entry.size.shape[1] for entry in trace[:layers]] == list(schedule.tokens[1:])
+        assert {entry.source.shape[1] for entry in trace[:layers]} == {schedule.tokens[0]}
     for entry in trace[:layers] if case.sizes_differ else trace:
         assert torch.equal(entry.size.sum(dim=1), torch.full_like(entry.size[:, 0], entry.source.shape[1]))
 

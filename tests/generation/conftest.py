@@ -8,8 +8,8 @@ import pytest
 from torch import nn
 from transformers import GenerationMixin
 
-from mllm_crossget import accelerate_mllm, method_names
 from tests.generation.oracle import Oracle
+from tests.methods import METHODS, prepare
 from tests.tiny import tiny_llava
 
 TOWERS = ("clip", "siglip")
@@ -31,11 +31,11 @@ def make_case(method: str = "crossget", tower: str = "clip", text: str = "llama"
     model = tiny_llava(tower, text=text)
     model.generation_config.suppress_tokens = [model.config.image_token_id]  # stock code cannot go on after it
     oracle = Oracle(model)
-    accelerate_mllm(model, method=method, **(settings or {"visual_tokens": FEATURES}))
+    prepare(model, method=method, **(settings or {"visual_tokens": FEATURES}))
     return Case(model, oracle)
 
 
-@pytest.fixture(params=[(method, tower) for method in method_names() for tower in TOWERS], ids="-".join)
+@pytest.fixture(params=[(method, tower) for method in METHODS for tower in TOWERS], ids="-".join)
 def any_case(request: pytest.FixtureRequest) -> Case:
     """Every method on every tower."""
     return make_case(*request.param)

@@ -7,8 +7,8 @@ import torch
 from transformers import GenerationConfig
 
 from mllm_crossget import accelerate_mllm
-from tests.generation.conftest import FEATURES, Case, encodes_images_first, make_case
-from tests.generation.oracle import assert_says, compact_lengths, strip_end
+from tests.generation.conftest import Case, encodes_images_first, make_case
+from tests.generation.oracle import assert_says, strip_end
 from tests.tiny import prompt_batch, randomise_cross_tokens
 
 NEW = 8
@@ -146,14 +146,14 @@ def test_static_cache_is_sized_for_the_compact_prompt(any_case: Case) -> None:
         **batch, **GREEDY, cache_implementation="static", return_dict_in_generate=True, disable_compile=True
     )
     assert_says(out.sequences, batch, expected)
-    length = max(compact_lengths(any_case.model, batch, FEATURES)) + NEW - 1
+    length = max(len(row.ids) for row in any_case.oracle.rows(any_case.model, batch)) + NEW - 1
     assert out.past_key_values.layers[0].keys.shape[2] == length
 
 
 def test_dynamic_cache_holds_the_compact_prompt(any_case: Case) -> None:
     batch = prompt_batch(any_case.model, (2, 0, 1))
     out = any_case.model.generate(**batch, **GREEDY, return_dict_in_generate=True)
-    length = max(compact_lengths(any_case.model, batch, FEATURES)) + NEW - 1
+    length = max(len(row.ids) for row in any_case.oracle.rows(any_case.model, batch)) + NEW - 1
     assert out.past_key_values.get_seq_length() == length < batch["input_ids"].shape[1]
     assert out.past_key_values.layers[0].keys.shape[2] == length
 

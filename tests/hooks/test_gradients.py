@@ -51,7 +51,7 @@ def test_gradient_checkpointing_changes_no_gradient(method, tower, reentrant) ->
     checkpoint_activations(model, reentrant)
     assert_same_gradients(gradients(model, batch), expected)
     crossed = [name for name in expected if "cross_tokens" in name]
-    assert len(crossed) == (2 if method == "crossget" else 0)
+    assert len(crossed) == (2 if method.startswith("crossget") else 0)
     assert all(expected[name].abs().sum() > 0 for name in crossed)
 
 
@@ -63,7 +63,9 @@ def test_two_forwards_before_one_backward(method, tower, checkpointing) -> None:
     alone = gradients(model, first), gradients(model, second)
     if checkpointing is not None:
         checkpoint_activations(model, checkpointing)
-    both = {name: alone[0][name] + alone[1][name] for name in alone[0]}
+    both = dict(alone[0])
+    for name, gradient in alone[1].items():  # a layer that prunes nothing leaves its alignment map without one
+        both[name] = both[name] + gradient if name in both else gradient
     assert_same_gradients(gradients(model, first, second), both)
 
 
@@ -73,7 +75,8 @@ def test_every_used_weight_gets_a_gradient(method, tower) -> None:
     found = gradients(model, batch)
     missing = {name for name, _ in model.named_parameters()} - set(found)
     behind_the_read_layer = ("post_layernorm", ".layers.3.") if tower == "clip" else ()
-    assert {name for name in missing if not any(part in name for part in behind_the_read_layer)} <= {
+    may_miss = (*behind_the_read_layer, "alignment_tokens.maps.")  # maps of layers where no image lost a token
+    assert {name for name in missing if not any(part in name for part in may_miss)} <= {
         "model.vision_tower.post_layernorm.weight",
         "model.vision_tower.post_layernorm.bias",
         "model.vision_tower.vision_model.post_layernorm.weight",

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mllm_crossget import accelerate_mllm
 from tests.hooks.test_forward import CASES, TOWERS
+from tests.methods import FIXED, prepare
 from tests.tiny import pixels, prompt_batch, randomise_cross_tokens, tiny_llava
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
@@ -32,7 +33,7 @@ def row_alone(batch: dict[str, Tensor], row: int) -> dict[str, Tensor]:
 @pytest.mark.parametrize(("method", "tower"), CASES)
 def test_a_row_alone_is_the_row_in_the_batch(method, tower) -> None:
     """Text cross tokens go to the first real token of a left-padded row, not to its padding."""
-    model = accelerate_mllm(tiny_llava(tower), method=method)
+    model = prepare(tiny_llava(tower), method=method)
     randomise_cross_tokens(model, scale=2.0)
     batch = prompt_batch(model, IMAGES)
     together = new_tokens(model, batch)
@@ -75,7 +76,7 @@ def test_pixels_that_are_no_numbers_stay_in_their_row(method, tower, value) -> N
     spoiled = {**batch, "pixel_values": batch["pixel_values"].clone()}
     spoiled["pixel_values"][2, 0, 3, 4] = value
     stock = new_tokens(model, spoiled)
-    accelerate_mllm(model, method=method)
+    prepare(model, method=method)
     clean, ours = new_tokens(model, batch), new_tokens(model, spoiled)
     assert torch.equal(ours[:2], clean[:2])
     assert torch.equal(ours[2], stock[2]), "as the untouched model answers for such an image"
@@ -85,10 +86,13 @@ def test_pixels_that_are_no_numbers_stay_in_their_row(method, tower, value) -> N
 @pytest.mark.parametrize(("method", "tower"), CASES)
 def test_odd_images_do_not_crash(method, tower, value) -> None:
     """A black image makes every token alike: all similarities tie."""
-    model = accelerate_mllm(tiny_llava(tower), method=method, keep_ratio=0.3)
+    model = prepare(tiny_llava(tower), method=method, keep_ratio=0.3)
     images = torch.full_like(pixels(model, 2), value)
     features = model.model.get_image_features(images, return_dict=True).pooler_output
-    assert [len(image) for image in features] == [model.__dict__["_mllm_crossget"].schedule.features] * 2
+    if method in FIXED:
+        assert [len(image) for image in features] == [model.__dict__["_mllm_crossget"].schedule.features] * 2
+    else:
+        assert 0 < len(features[0]) == len(features[1])
     assert all(torch.isfinite(image).all() for image in features) or value != value
 
 
@@ -127,7 +131,7 @@ def test_removing_nothing_is_the_untouched_model(method, tower) -> None:
     torch.testing.assert_close(ours[real], expected[real], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("method", "tower"), CASES)
+@pytest.mark.parametrize(("method", "tower"), [case for case in CASES if case[0] in FIXED])
 def test_removals_layer_by_layer(method, tower) -> None:
     model = accelerate_mllm(tiny_llava(tower), method=method, r=[3, 0, 2, 1])
     lengths = []

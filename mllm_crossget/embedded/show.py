@@ -1,0 +1,92 @@
+"""``mllm-crossget show``: for each image, what was merged and how many tokens every layer kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from mllm_crossget.api import accelerate_mllm
+from mllm_crossget.embedded import load_embedded
+from mllm_crossget.embedded.scenes import render, sample_layouts, to_image
+from mllm_crossget.hooks.calibration import calibrate
+from mllm_crossget.methods.base import Method
+from mllm_crossget.methods.dynamic import DynamicMethod
+from mllm_crossget.visualize import contact_sheet, draw_counts, draw_groups, merged_groups, tokens_per_layer
+
+_ENLARGED = 3
+
+
+@dataclass
+class ShowOptions:
+    """Draw what a method keeps of each image.
+
+    Args:
+        images: picture files; without any, scenes of the embedded model's test set.
+        model: folder or repository of a LLaVA; without one, the embedded model.
+        calibrate_on: picture files to calibrate a method on that chooses per image; by default the shown ones, and for
+            the embedded model 200 other scenes of its test set.
+        scenes: how many of the embedded model's scenes to show.
+        output: the picture that is written.
+    """
+
+    images: list[str] = field(default_factory=list)
+    model: str = ""
+    calibrate_on: list[str] = field(default_factory=list)
+    scenes: int = 4
+    output: str = "runs/show.png"
+
+
+def run(options: ShowOptions, method: Method) -> int:
+    """Draw and write one picture with a row per image; returns 0. Raises ``ValueError`` for bad options."""
+    if options.model and not options.images:
+        raise ValueError("give pictures of your own with a model of your own: --images a.jpg b.jpg")
+    if options.scenes < 1:
+        raise ValueError(f"scenes must be at least 1, got {options.scenes}")
+    model, processor = _load(options.model)
+    pictures = [Image.open(file).convert("RGB") for file in options.images] or _scenes(options.scenes, seed=1)
+    accelerate_mllm(model, method)
+    if isinstance(method, DynamicMethod) and method.needs_calibration:
+        others = [Image.open(file).convert("RGB") for file in options.calibrate_on]
+        if not others:
+            others = pictures if options.images else _scenes(200, seed=2)
+        calibrate(model, _pixels(model, processor, others))
+    pixels = _pixels(model, processor, pictures)
+    counts, groups = tokens_per_layer(model, pixels), merged_groups(model, pixels)
+    rows = []
+    for index, picture in enumerate(pictures):
+        size = (picture.width * _ENLARGED, picture.height * _ENLARGED)
+        kept = int(counts[index, -1])
+        rows.append([
+            ("the picture", picture.resize(size)),
+            (f"{method.method}: {kept} tokens", draw_groups(picture, groups[index].cpu())),
+            ("tokens after every layer", draw_counts(counts[index], size)),
+        ])  # fmt: skip
+        print(f"image {index + 1}: {' '.join(str(count) for count in counts[index].tolist())}")
+    path = Path(options.output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    contact_sheet(rows).save(path)
+    print(f"written to {path}")
+    return 0
+
+
+def _load(name: str) -> tuple[Any, Any]:
+    if not name:
+        return load_embedded()
+    return AutoModelForImageTextToText.from_pretrained(name).eval(), AutoProcessor.from_pretrained(name)
+
+
+def _scenes(count: int, seed: int) -> list[Image.Image]:
+    """Scenes like the test set's."""
+    layouts = sample_layouts(count, "test", torch.Generator().manual_seed(seed))
+    return [to_image(pixels) for pixels in render(layouts)[0]]
+
+
+def _pixels(model: Any, processor: Any, pictures: list[Image.Image]) -> Tensor:
+    values: Tensor = processor.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
+    return values.to(model.device, model.dtype)

@@ -1,0 +1,126 @@
+"""Methods that choose the number of tokens per image: what they see of a layer, and how a threshold becomes a count.
+
+One mechanism for merging and pruning: every token gets a score, tokens at or below the layer's threshold leave. The
+thresholds are found by ``calibrate``, so that the average count is the one that was asked for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from mllm_crossget.methods.base import Method
+from mllm_crossget.ops.ragged import Step
+
+NOTHING = -2.0  # a threshold that no score reaches: no token leaves
+
+
+@dataclass
+class RaggedSignals:
+    """What one layer tells a dynamic method. B batch, T rows, N rows behind the class token, K alignment tokens.
+
+    Attributes:
+        size: (B, T) original tokens in each row; 0 for dead rows, which stand behind an image's tokens.
+        shielded: (B, T) True for tokens that neither leave nor receive: class token, cross token, dead rows.
+        prefix: tokens in front (the class token).
+        keys: (B, T, D) keys averaged over heads, where the method asks for them.
+        importance: (B, T) float32 attention received, where the method asks for it.
+        received: (B, N) ``ops.attention_received``, for methods that prune.
+        class_received: (B, N) ``ops.class_attention``, for methods that prune a tower with a class token.
+        alignment: (B, N, K) ``ops.alignment_scores`` of the layer's input, or None.
+        alignment_width: of the alignment tokens.
+    """
+
+    size: Tensor
+    shielded: Tensor
+    prefix: int = 0
+    keys: Tensor | None = None
+    importance: Tensor | None = None
+    received: Tensor | None = None
+    class_received: Tensor | None = None
+    alignment: Tensor | None = None
+    alignment_width: int = 1
+
+
+@dataclass
+class DynamicMethod(Method):
+    """Base of the methods that can choose per image.
+
+    Args:
+        threshold: score at or below which tokens leave, one number per layer of the tower, as ``calibrate`` finds them.
+        max_visual_tokens: most visual tokens of a single image; none ever has more than the fixed schedule for this
+            number would leave it, in any layer. None: no such limit.
+    """
+
+    threshold: list[float] | None = None
+    max_visual_tokens: int | None = None
+
+    needs_pruning_signals: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.threshold is not None:
+            self.threshold = _checked_thresholds(self.threshold)
+        most = self.max_visual_tokens
+        if most is not None and (isinstance(most, bool) or not isinstance(most, int)):
+            raise TypeError(f"max_visual_tokens must be an integer, got {most!r}")
+        if most is not None and most < 1:
+            raise ValueError(f"max_visual_tokens must be at least 1, got {most}")
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether ``calibrate`` has still to find the thresholds."""
+        return self.is_dynamic and self.threshold is None
+
+    def layer_threshold(self, layer: int) -> float:
+        """The threshold of a layer; ``NOTHING`` where it removes no token."""
+        if self.threshold is None:
+            raise ValueError(
+                f"{type(self).__name__} is dynamic and not calibrated: the number of tokens per image follows from "
+                "thresholds that are found on a few images; call calibrate(model, images), or give threshold=[...]"
+            )
+        return self.threshold[layer] if layer < len(self.threshold) else NOTHING
+
+    def removes_in(self, layer: int) -> bool:
+        """Whether a layer may remove tokens at all. Raises ``ValueError`` before ``calibrate``."""
+        return self.layer_threshold(layer) != NOTHING or self.max_visual_tokens is not None
+
+    def scores(self, signals: RaggedSignals) -> tuple[Tensor, Tensor]:
+        """(B, T) scores without gradient, +inf for tokens that cannot leave, and what ``step`` needs besides."""
+        raise TypeError(f"{type(self).__name__} does not choose the number of tokens per image")
+
+    def step(self, signals: RaggedSignals, scores: Tensor, context: Tensor, removals: Tensor) -> Step:
+        """The step that takes ``removals`` (B,) tokens away from each image; the arguments as ``scores`` gave them."""
+        raise TypeError(f"{type(self).__name__} does not choose the number of tokens per image")
+
+    def removals(self, scores: Tensor, threshold: float, shielded: Tensor, least: Tensor | None = None) -> Tensor:
+        """(B,) tokens that each image loses: those at or below the threshold, never more than half of what may leave.
+
+        Args:
+            scores: (B, T).
+            threshold: of the layer.
+            shielded: (B, T) tokens that may not leave.
+            least: (B,) removals that the cap on a single image asks for, or None.
+        """
+        wanted = self.tokens_below(scores, threshold)
+        if least is not None:
+            wanted = torch.maximum(wanted, least)
+        return torch.minimum(wanted, (~shielded).sum(dim=1) // 2)
+
+    def tokens_below(self, scores: Tensor, threshold: float) -> Tensor:
+        """(B,) by how many tokens an image gets shorter if all at or below the threshold leave."""
+        return (scores <= threshold).sum(dim=1)
+
+
+def _checked_thresholds(value: Any) -> list[float]:
+    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+        raise TypeError(f"threshold must be a list with one number per layer, got {value!r}")
+    bad = [one for one in value if isinstance(one, bool) or not isinstance(one, (int, float)) or not math.isfinite(one)]
+    if bad:
+        raise ValueError(f"threshold must be finite numbers, got {bad[0]!r}; {NOTHING} lets no token leave")
+    return [float(one) for one in value]

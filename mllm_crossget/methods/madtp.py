@@ -1,0 +1,125 @@
+"""MADTP: alignment-guided dynamic token pruning (CVPR 2024, arXiv 2403.02991)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from mllm_crossget.config import register_method
+from mllm_crossget.methods.dynamic import DynamicMethod, RaggedSignals
+from mllm_crossget.ops.pruning import alignment_threshold, token_alignment
+from mllm_crossget.ops.ragged import Step, lowest, pooling_step
+
+
+@register_method
+@dataclass
+class MadtpConfig(DynamicMethod):
+    """Unimportant tokens of every image are pooled into one; how many follows from the image.
+
+    Importance is the mean of the attention that a token receives, of the class token's attention, and of its match with
+    learned alignment tokens. Until these are trained they say nothing (their maps start at zero): importance is then
+    self and class attention alone, and the threshold a multiple of its mean.
+
+    Args:
+        alignment_tokens: learned tokens that both modalities share (published: 100); 0 for none, which spares an
+            untrained model their cost.
+        alignment_width: of the alignment tokens (published: 768).
+        alignment_maps: a linear map per layer into that width (published for CLIP). False compares the layer's input
+            itself (published for BLIP); the width is then the tower's.
+        temperature: of the softmax that gives every alignment token its share of the threshold; higher prunes more.
+        reference: decide as the official code: the threshold as it is, one count for the whole batch, the largest, and
+            plain products as alignment. Only to reproduce published numbers: results depend on the batch. The dial has
+            no say then, ``temperature`` has; 0 prunes nothing.
+        min_keep: in reference mode, do nothing where no more tokens than this would be kept (published: 1 for CLIP, 0
+            for BLIP).
+
+    See ``ReductionConfig`` for the dial.
+    """
+
+    alignment_tokens: int = 100
+    alignment_width: int = 768
+    alignment_maps: bool = True
+    temperature: float = 1.0
+    reference: bool = False
+    min_keep: int = 1
+
+    method: ClassVar[str] = "madtp"
+    needs_pruning_signals: ClassVar[bool] = True
+    proportional_attention: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, least in (("alignment_tokens", 0), ("alignment_width", 1), ("min_keep", 0)):
+            _check_integer(name, getattr(self, name), least)
+        if isinstance(self.temperature, bool) or not isinstance(self.temperature, (int, float)):
+            raise TypeError(f"temperature must be a number, got {self.temperature!r}")
+        if not (self.temperature > 0 or (self.reference and self.temperature == 0)):
+            raise ValueError(f"temperature must be positive (or 0 with reference=True), got {self.temperature!r}")
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Always, unless the model is to stay untouched."""
+        return not self.is_identity
+
+    @property
+    def has_learned_parts(self) -> bool:
+        """Whether there are alignment tokens."""
+        return self.alignment_tokens > 0
+
+    def layer_threshold(self, layer: int) -> float:
+        """See ``DynamicMethod``; in reference mode the same for every layer."""
+        return 0.0 if self.reference else super().layer_threshold(layer)
+
+    @property
+    def needs_calibration(self) -> bool:
+        """See ``DynamicMethod``; never in reference mode."""
+        return not self.reference and super().needs_calibration
+
+    def scores(self, signals: RaggedSignals) -> tuple[Tensor, Tensor]:
+        """Importance over the alignment's threshold (minus it in reference mode), and the importance (section 3.3)."""
+        if signals.received is None:
+            raise ValueError("MADTP needs the attention that the tokens receive; got none")
+        prefix, alive = signals.prefix, signals.size[:, signals.prefix :] > 0
+        terms = [term for term in (signals.received, signals.class_received) if term is not None]
+        if signals.alignment is not None:
+            terms.append(token_alignment(signals.alignment, signals.alignment_width, self.reference, alive))
+        importance = torch.stack(terms).mean(dim=0) * alive
+        with torch.no_grad():
+            limit = self._limit(importance, signals.alignment, alive)[:, None]
+            scores = importance - limit if self.reference else importance / limit
+            scores = torch.nan_to_num(scores, nan=torch.inf)  # from NaN pixels
+            scores = torch.nn.functional.pad(scores, (prefix, 0)).masked_fill(signals.shielded, torch.inf)
+        return scores, torch.nn.functional.pad(importance, (prefix, 0))
+
+    def _limit(self, importance: Tensor, alignment: Tensor | None, alive: Tensor) -> Tensor:
+        if self.temperature == 0:  # the reference: nothing is pruned
+            return importance.amin(dim=1)
+        return alignment_threshold(importance, alignment, self.temperature, alive)
+
+    def tokens_below(self, scores: Tensor, threshold: float) -> Tensor:
+        """See ``DynamicMethod``; one token comes back, the pooled one."""
+        return (super().tokens_below(scores, threshold) - 1).clamp_min(0)
+
+    def removals(self, scores: Tensor, threshold: float, shielded: Tensor, least: Tensor | None = None) -> Tensor:
+        """See ``DynamicMethod``; in reference mode the least of the batch for every image, also if more than half."""
+        if not self.reference:
+            return super().removals(scores, threshold, shielded, least)
+        wanted = self.tokens_below(scores, threshold).amin().expand(len(scores))
+        kept = (~shielded).sum(dim=1) - wanted - 1
+        return torch.where(kept > self.min_keep, wanted, 0)
+
+    def step(self, signals: RaggedSignals, scores: Tensor, context: Tensor, removals: Tensor) -> Step:
+        """The least important tokens become one, behind the others (section 3.3)."""
+        ranked = context.detach().masked_fill(signals.shielded, torch.inf)
+        leaving = lowest(ranked, removals + (removals > 0).to(removals.dtype))
+        return pooling_step(context, signals.size, leaving)
+
+
+def _check_integer(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")

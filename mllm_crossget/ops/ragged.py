@@ -1,0 +1,116 @@
+"""Steps that leave every image of a batch with its own number of tokens.
+
+Alive tokens of an image stand first, in their order; rows behind them are dead and have size 0. Shape suffixes: B
+batch, T rows before a step, M rows after it, D width.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_TINY = 1e-8  # the reference's, in the pooled token's weights
+
+
+class Step(NamedTuple):
+    """One step, a merge or a pruning: where every token goes and how much of it.
+
+    Attributes:
+        slot: (B, T) the row after the step that a token goes to; 0 for dead tokens.
+        share: (B, T) factor of the token in that row; 0 for dead tokens. May carry gradients.
+        size: (B, M) original tokens in each row after the step, float32; 0 for dead rows.
+    """
+
+    slot: Tensor
+    share: Tensor
+    size: Tensor
+
+
+def reduce_tokens(x_BTD: Tensor, step: Step) -> Tensor:
+    """Carry a step out: (B, T, D) -> (B, M, D) in the same dtype, summed in float32; zeros in dead rows."""
+    batch, _, width = x_BTD.shape
+    rows = step.size.shape[1]
+    offset = torch.arange(0, batch * rows, rows, device=x_BTD.device)[:, None]
+    parts = (x_BTD.float() * step.share[..., None]).flatten(0, 1)
+    out = torch.zeros(batch * rows, width, dtype=torch.float32, device=x_BTD.device)
+    return out.index_add(0, (step.slot + offset).flatten(), parts).view(batch, rows, width).to(x_BTD.dtype)
+
+
+def lowest(scores_BT: Tensor, count_B: Tensor) -> Tensor:
+    """(B, T) True at the ``count`` lowest scores of every row. Equal scores: lower index first."""
+    order = scores_BT.argsort(dim=-1, stable=True)
+    chosen = torch.arange(scores_BT.shape[1], device=scores_BT.device) < count_B[:, None]
+    return torch.zeros_like(chosen).scatter(1, order, chosen)
+
+
+def merge_step(similarity_BTT: Tensor, importance_BT: Tensor, size_BT: Tensor, leaving_BT: Tensor) -> Step:
+    """Every leaving token goes into the most similar one that stays (CrossGET, section 3.3, for each image alone).
+
+    Args:
+        similarity_BTT: ``ops.graph_scores``: -inf towards tokens that must not receive.
+        importance_BT: of the tokens, float32; softmax over a pair gives its weights.
+        size_BT: original tokens in each; 0 for dead ones.
+        leaving_BT: the tokens that leave. Where any leaves, one that may receive stays.
+
+    Returns:
+        The step; M is the longest row's count. Without gradients.
+    """
+    most = int(leaving_BT.sum(dim=1).max())
+    src = leaving_BT.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[:, :most]
+    real = leaving_BT.gather(1, src)
+    rows = similarity_BTT.gather(1, src[..., None].expand(-1, -1, similarity_BTT.shape[-1]))
+    dst = rows.masked_fill(leaving_BT[:, None], -torch.inf).argmax(dim=-1)
+    weight = torch.stack([importance_BT.gather(1, src), importance_BT.gather(1, dst)], dim=-1).softmax(dim=-1)
+    beta = (2 * weight[..., 1] - 1).masked_fill(~real, 0.0)
+    coefficient = torch.ones_like(importance_BT).scatter_add(1, dst, beta)
+    coefficient = torch.where(leaving_BT, coefficient.scatter(1, src, 2 * weight[..., 0]), coefficient)
+    slot, count = _rows_of(size_BT, leaving_BT)
+    target = torch.where(real, slot.gather(1, dst), slot.gather(1, src))
+    slot = slot.scatter(1, src, target)
+    size = torch.zeros(len(slot), int(count.max()), device=slot.device).scatter_add(1, slot, size_BT)
+    return Step(slot, size_BT * coefficient / size.gather(1, slot), size)
+
+
+def pooling_step(importance_BT: Tensor, size_BT: Tensor, leaving_BT: Tensor) -> Step:
+    """The leaving tokens of an image become one token behind the others: their mean by importance (MADTP).
+
+    Args:
+        importance_BT: of the tokens; its gradient reaches the pooled token.
+        size_BT: original tokens in each; 0 for dead ones.
+        leaving_BT: the tokens that are pooled.
+
+    Returns:
+        The step; M is the longest row's count.
+    """
+    slot, count = _rows_of(size_BT, leaving_BT)
+    pooled = leaving_BT.any(dim=1)
+    slot = torch.where(leaving_BT, count[:, None], slot)
+    size = torch.zeros(len(slot), int((count + pooled).max()), device=slot.device).scatter_add(1, slot, size_BT)
+    weight = importance_BT * leaving_BT
+    weight = weight / (weight.sum(dim=1, keepdim=True) + _TINY)
+    return Step(slot, torch.where(leaving_BT, weight, (size_BT > 0).to(weight.dtype)), size)
+
+
+def _rows_of(size_BT: Tensor, leaving_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, T) row after the step of every token that stays (0 for the others), (B,) how many stay."""
+    stays = (size_BT > 0) & ~leaving_BT
+    return (stays.cumsum(dim=1) - 1).masked_fill(~stays, 0), stays.sum(dim=1)
+
+
+def carry_mask(mask_BT: Tensor, importance_BT: Tensor, step: Step) -> Tensor:
+    """An attention mask that follows its tokens: a row gets the mask of its most important member; (B, M).
+
+    Args:
+        mask_BT: additive mask of every token.
+        importance_BT: of the tokens.
+        step: the step; rows that nothing goes to get 0.
+    """
+    alive = step.share.detach() != 0
+    worth = importance_BT.detach().float().masked_fill(~alive, -torch.inf)
+    best = torch.full_like(step.size, -torch.inf).scatter_reduce(1, step.slot, worth, "amax")
+    first = alive & (worth == best.gather(1, step.slot))
+    masks = mask_BT.masked_fill(~first, -torch.inf)
+    carried = torch.full_like(step.size, -torch.inf).scatter_reduce(1, step.slot, masks, "amax")
+    return carried.masked_fill(best == -torch.inf, 0.0)
