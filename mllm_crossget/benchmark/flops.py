@@ -89,7 +89,7 @@ def model_flops(
     return Flops(
         patch_embedding=_patch_embedding(vision, family),
         encoder=_encoder(vision, schedule),
-        reducer=_reducer(vision, schedule, method, one_softmax, family.cosine and schedule.cross),
+        reducer=_reducer(vision, schedule, method, one_softmax, schedule.cross and method.uses_cosine(family.cosine)),
         projector=_connector(config, family, schedule),
         prefill=prefill,
         lm_head=lm_head,

@@ -62,8 +62,9 @@ def _hook_vision(model: Any, handle: Handle) -> None:
     if handle.schedule.cross:
         vision = _cross_tokens(handle, "vision", layers, vision_config.hidden_size)
         handle.cross_paths["vision"] = f"{handle.encoder_path}.cross_tokens"
+    cosine = handle.method.uses_cosine(family.cosine)
     handle.tower = hook_tower(
-        handle.journal, encoder, layers, kind.names, handle.method, handle.geometry, vision, family.cosine
+        handle.journal, encoder, layers, kind.names, handle.method, handle.geometry, vision, cosine
     )
     if family.text_tower is not None and hasattr(tower, "head"):
         hook_pooling(handle.journal, tower.head, handle.tower)

@@ -10,6 +10,7 @@ from mllm_crossget.methods.base import Method, Signals
 from mllm_crossget.ops.matching import Match, complete_graph_soft_matching
 
 _KL_FORMS = ("reference", "js")
+_IMPORTANCES = ("published", "attention", "cosine")
 
 
 @register_method
@@ -23,6 +24,9 @@ class CrossGetConfig(Method):
     Args:
         alignment_weight: factor of the alignment loss of vision and text cross tokens when training (published: 0.001
             for LLaVA-1.5-7B; for CLIP as much as the contrastive loss).
+        importance: what makes a visual token important. "attention": what all queries and the cross token pay it
+            (official LLaVA code); "cosine": its key's cosine with the cross token's query (official CLIP code), which
+            says little before the cross tokens are trained; "published": what the family's official code does.
         kl: "reference" for ½[KL(M‖P) + KL(M‖Q)] as in the official code, "js" for the textbook Jensen-Shannon form.
 
     See ``ReductionConfig`` for the dial.
@@ -30,6 +34,7 @@ class CrossGetConfig(Method):
 
     alignment_weight: float = 0.001
     kl: str = "reference"
+    importance: str = "published"
 
     method: ClassVar[str] = "crossget"
     uses_cross_tokens: ClassVar[bool] = True
@@ -39,10 +44,16 @@ class CrossGetConfig(Method):
         super().__post_init__()
         if self.kl not in _KL_FORMS:
             raise ValueError(f"kl must be one of {_KL_FORMS}, got {self.kl!r}")
+        if self.importance not in _IMPORTANCES:
+            raise ValueError(f"importance must be one of {_IMPORTANCES}, got {self.importance!r}")
         if isinstance(self.alignment_weight, bool) or not isinstance(self.alignment_weight, (int, float)):
             raise TypeError(f"alignment_weight must be a number, got {self.alignment_weight!r}")
         if not self.alignment_weight >= 0:
             raise ValueError(f"alignment_weight must be at least 0, got {self.alignment_weight!r}")
+
+    def uses_cosine(self, published: bool) -> bool:
+        """As asked for, or as published."""
+        return published if self.importance == "published" else self.importance == "cosine"
 
     def match(self, signals: Signals, r: int) -> Match:
         """Least important, best represented tokens leave (section 3.2)."""
