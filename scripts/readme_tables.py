@@ -79,7 +79,13 @@ def retrieval_table(summary: dict[str, Any]) -> str:
         "| fine-tuned | GFLOPs | method | image → text recall@1 | text → image recall@1 | text → image, minus ToMe |",
         "|---|---|---|---|---|---|",
     ]
-    names = {"none": "untouched", "crossget": "CrossGET", "tome": "ToMe", "random": "random"}
+    names = {
+        "none": "untouched",
+        "crossget": "CrossGET",
+        "crossget-attention": "CrossGET, attention",
+        "tome": "ToMe",
+        "random": "random",
+    }
     for row in summary["rows"]:
         cells = []
         for direction in ("image_to_text", "text_to_image"):

@@ -214,10 +214,11 @@ def _tower_parts(
 ) -> tuple[int, int, int, int]:
     """Patch embedding, layers, reduction and connector of one image whose tokens are merged inside the tower."""
     vision = config_at(config, family.vision_config)
+    cosine = schedule.cross and method.uses_cosine(family.cosine)
     return (
         _patch_embedding(vision, family),
         _encoder(vision, schedule),
-        _reducer(vision, schedule, method, one_softmax, family.cosine and schedule.cross),
+        _reducer(vision, schedule, method, one_softmax, cosine),
         _connector(config, family, schedule, text_tokens),
     )
 

@@ -197,9 +197,9 @@ class Family:
         classes: names of the model classes that are served, where the model type has others of another structure;
             empty: all of them.
         variant: tells families of one model type apart; "" for the one that a bare configuration means.
-        cosine: CrossGET's CLIP flavour, for methods with cross tokens: importance is the cosine of a token's key with
-            the cross token's query, the metric the keys of all heads. Otherwise, as for LLaVA, attention received and
-            keys averaged over heads.
+        cosine: CrossGET's CLIP flavour was published for it: importance is the cosine of a token's key with the cross
+            token's query, the metric the keys of all heads. Otherwise, as for LLaVA, attention received and keys
+            averaged over heads.
         text_tower: of a dual encoder, else None.
     """
 

@@ -73,8 +73,9 @@ def _hook_vision(model: Any, handle: Handle, geometry: TowerGeometry) -> None:
         vision = _cross_tokens(handle, "vision", layers, vision_config.hidden_size)
         handle.cross_paths["vision"] = f"{handle.encoder_path}.cross_tokens"
     mixins = (RaggedEncoder, RaggedLayer) if handle.method.is_dynamic else None
+    cosine = handle.method.uses_cosine(family.cosine)
     handle.tower = hook_tower(
-        handle.journal, encoder, layers, kind.names, handle.method, geometry, vision, family.cosine, mixins
+        handle.journal, encoder, layers, kind.names, handle.method, geometry, vision, cosine, mixins
     )
     if family.text_tower is not None and hasattr(tower, "head"):
         hook_pooling(handle.journal, tower.head, handle.tower)

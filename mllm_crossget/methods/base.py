@@ -41,6 +41,14 @@ class Method(ReductionConfig):
     needs_importance: ClassVar[bool] = False
     proportional_attention: ClassVar[bool] = True
 
+    def uses_cosine(self, published: bool) -> bool:
+        """Whether importance in a vision tower is the cosine with the cross token's query, and not attention received.
+
+        Args:
+            published: whether the code published for this family uses the cosine.
+        """
+        return published and self.uses_cross_tokens
+
     def match(self, signals: Signals, r: int) -> Match:
         """Choose ``r`` tokens to merge away in one layer, and where they go."""
         raise TypeError(f"{type(self).__name__} is no method of its own; use one of mllm_crossget.method_names()")

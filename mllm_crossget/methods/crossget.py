@@ -14,6 +14,7 @@ from mllm_crossget.ops.matching import Match, complete_graph_soft_matching, grap
 from mllm_crossget.ops.ragged import Step, lowest, merge_step
 
 _KL_FORMS = ("reference", "js")
+_IMPORTANCES = ("published", "attention", "cosine")
 
 
 @register_method
@@ -30,6 +31,9 @@ class CrossGetConfig(DynamicMethod):
         dynamic: choose the number of merges per image and layer: a token leaves if its importance minus its similarity
             to the best token ranked below it is at or below the layer's threshold. The dial is then the average over
             images; ``calibrate(model, images)`` finds the thresholds that meet it.
+        importance: what makes a visual token important. "attention": what all queries and the cross token pay it
+            (official LLaVA code); "cosine": its key's cosine with the cross token's query (official CLIP code), which
+            says little before the cross tokens are trained; "published": what the family's official code does.
         kl: "reference" for ½[KL(M‖P) + KL(M‖Q)] as in the official code, "js" for the textbook Jensen-Shannon form.
 
     See ``ReductionConfig`` for the dial.
@@ -37,6 +41,7 @@ class CrossGetConfig(DynamicMethod):
 
     alignment_weight: float = 0.001
     kl: str = "reference"
+    importance: str = "published"
     dynamic: bool = False
 
     method: ClassVar[str] = "crossget"
@@ -47,10 +52,16 @@ class CrossGetConfig(DynamicMethod):
         super().__post_init__()
         if self.kl not in _KL_FORMS:
             raise ValueError(f"kl must be one of {_KL_FORMS}, got {self.kl!r}")
+        if self.importance not in _IMPORTANCES:
+            raise ValueError(f"importance must be one of {_IMPORTANCES}, got {self.importance!r}")
         if isinstance(self.alignment_weight, bool) or not isinstance(self.alignment_weight, (int, float)):
             raise TypeError(f"alignment_weight must be a number, got {self.alignment_weight!r}")
         if not self.alignment_weight >= 0:
             raise ValueError(f"alignment_weight must be at least 0, got {self.alignment_weight!r}")
+        if self.dynamic and self.importance == "cosine":
+            raise ValueError(
+                'dynamic=True decides by the attention received; use importance="attention" or "published"'
+            )
         unused = [name for name in ("threshold", "max_visual_tokens") if getattr(self, name) is not None]
         if unused and not self.dynamic:
             raise ValueError(f"{unused[0]} is for dynamic=True; without it every image keeps the same number of tokens")
@@ -59,6 +70,10 @@ class CrossGetConfig(DynamicMethod):
     def is_dynamic(self) -> bool:
         """Whether the number of tokens is chosen per image."""
         return self.dynamic and not self.is_identity
+
+    def uses_cosine(self, published: bool) -> bool:
+        """As asked for, or as published."""
+        return published if self.importance == "published" else self.importance == "cosine"
 
     def match(self, signals: Signals, r: int) -> Match:
         """Least important, best represented tokens leave (section 3.2)."""

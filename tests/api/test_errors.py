@@ -117,6 +117,8 @@ def test_a_supported_model_has_no_reason_against_it() -> None:
         ({"method": "tomme"}, ValueError, ["'tomme'", "crossget", "random", "tome"]),
         ({"method": "tome", "kl": "js"}, ValueError, ["tome", "['kl']", "order"]),
         ({"keep": 0.5}, ValueError, ["crossget", "['keep']", "keep_ratio"]),
+        ({"importance": "guess"}, ValueError, ["importance", "attention", "cosine", "'guess'"]),
+        ({"dynamic": True, "importance": "cosine"}, ValueError, ["dynamic", '"attention"']),
         ({"kl": "euclid"}, ValueError, ["kl", "reference", "js", "'euclid'"]),
         ({"alignment_weight": -1}, ValueError, ["alignment_weight", "at least 0", "-1"]),
         ({"alignment_weight": "much"}, TypeError, ["alignment_weight", "number", "'much'"]),

@@ -53,6 +53,13 @@ def test_a_dial_costs_in_its_own_tower_alone(config: ReductionConfig) -> None:
     assert after.prefill == text_tower_flops(stock, config, TOKENS)
 
 
+def test_attention_as_importance() -> None:
+    config = CrossGetConfig(r=2, importance="attention")
+    model = accelerate_mllm(tiny_dual(), config)
+    flops = model_flops(model.config, config, text_tokens=TOKENS, one_softmax=True)
+    assert counted(lambda: forward(model)) == nearly(flops.total + without_similarity(model))
+
+
 def test_towers_alone() -> None:
     whole = tiny_dual()
     vision = CLIPVisionModelWithProjection(whole.config.vision_config).eval()

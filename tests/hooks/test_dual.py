@@ -29,7 +29,7 @@ from mllm_crossget import (
 from mllm_crossget.embedded.retrieval import build_model, build_tokenizer, caption, tokenize
 from mllm_crossget.embedded.scenes import render, sample_layouts, to_image
 from mllm_crossget.hooks.handle import handle_of
-from tests.tiny import pixels, randomise_cross_tokens, text_batch, tiny_dual, tiny_llava
+from tests.tiny import pixels, randomise_cross_tokens, text_batch, tiny_dual, tiny_llava, tiny_tower
 
 BOTH = {"keep_ratio": 0.5, "text_keep_ratio": 0.5}
 
@@ -131,6 +131,24 @@ def test_attention_implementations_agree_and_can_be_changed_later() -> None:
     model.set_attn_implementation("eager")
     for one, other in zip(sdpa, features(model, **batch), strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+def test_importance_can_be_asked_for() -> None:
+    model = tiny_dual()
+    published = features(accelerate_mllm(model, r=2))[0]
+    assert torch.equal(features(accelerate_mllm(model, r=2, importance="cosine"))[0], published)
+    attention = features(accelerate_mllm(model, r=2, importance="attention"))[0]
+    assert not torch.allclose(attention, published, atol=1e-3)
+    tower = tiny_tower()  # the plain tower: attention is what was published for LLaVA
+    images = pixels(tower, 2)
+    states = [
+        accelerate_mllm(tower, r=2, importance=importance)(images).last_hidden_state
+        for importance in ("published", "attention", "cosine")
+    ]
+    assert torch.equal(states[0], states[1])
+    assert not torch.allclose(states[0], states[2], atol=1e-3)
+    with pytest.raises(ValueError, match="importance must be one of"):
+        CrossGetConfig(importance="norm")
 
 
 def test_texts_stay_in_order_whatever_the_method_prefers() -> None:
