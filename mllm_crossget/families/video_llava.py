@@ -20,5 +20,6 @@ VIDEO_LLAVA = register_family(
         exact="videos have a tower of their own, which is left as it is",
         # transformers before 5.23 calls the pixels "pixel_values_images", as processors still do on request
         modalities=(Modality(), Modality(pixels="pixel_values_images")),
+        dynamic=False,
     )
 )

@@ -11,8 +11,9 @@ from mllm_crossget import CrossGetConfig, ToMeConfig, accelerate_mllm
 from mllm_crossget.benchmark.flops import model_flops, text_tower_flops
 from mllm_crossget.benchmark.geometries import resolve
 from mllm_crossget.benchmark.inspect_model import inspection
-from mllm_crossget.config import ReductionConfig, method_class, method_names
+from mllm_crossget.config import ReductionConfig, method_class
 from tests.benchmark.test_flops import counted
+from tests.methods import FIXED
 from tests.tiny import pixels, text_batch, tiny_dual, tiny_llava
 
 TOKENS = 16
@@ -33,7 +34,7 @@ def without_similarity(model: nn.Module) -> int:
     return 2 * getattr(model.config, "projection_dim", model.config.vision_config.hidden_size)
 
 
-@pytest.mark.parametrize("method", method_names())
+@pytest.mark.parametrize("method", FIXED)
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
 def test_tiny(kind: str, method: str) -> None:
     config = method_class(method)(r=2, text_r=2)

@@ -11,7 +11,7 @@ from mllm_crossget.benchmark.flops import model_flops
 from mllm_crossget.benchmark.geometries import GEOMETRIES, resolve
 from mllm_crossget.benchmark.inspect_model import inspection
 from mllm_crossget.benchmark.language import language_costs
-from mllm_crossget.config import method_class, method_names
+from mllm_crossget.config import method_class
 from mllm_crossget.families.base import BLIP2_TOWER
 from mllm_crossget.families.blip2 import vit_geometry
 from mllm_crossget.hooks.cross_tokens import CrossTokens
@@ -19,6 +19,7 @@ from mllm_crossget.hooks.journal import Journal
 from mllm_crossget.hooks.tower import hook_tower
 from tests.benchmark.test_flops import counted, nearly
 from tests.families.tiny_blip import QUERIES, blip2_batch, blip_batch, row_of, tiny_blip, tiny_blip2
+from tests.methods import FIXED
 
 KINDS = [("blip-2", "opt"), ("blip-2", "t5"), ("blip-2", "t5-gated"), ("instructblip", "llama"), ("instructblip", "t5")]
 
@@ -32,7 +33,7 @@ def one_row(model, seed: int = 0) -> dict[str, torch.Tensor]:
     return batch
 
 
-@pytest.mark.parametrize("method", method_names())
+@pytest.mark.parametrize("method", FIXED)
 @pytest.mark.parametrize(("model_type", "text"), KINDS)
 @pytest.mark.parametrize("new_tokens", [1, 4])
 def test_tiny_models_with_a_q_former(model_type: str, text: str, method: str, new_tokens: int) -> None:

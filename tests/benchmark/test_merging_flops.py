@@ -6,18 +6,19 @@ import pytest
 
 from mllm_crossget import CrossGetConfig, accelerate_mllm
 from mllm_crossget.benchmark.flops import model_flops
-from mllm_crossget.config import method_class, method_names
+from mllm_crossget.config import method_class
 from mllm_crossget.families.qwen_vl import EXAMPLE_SIDE
 from tests.benchmark.test_flops import counted, first_token
 from tests.families.case_grid import BUILDS, alone
 from tests.families.case_qwen import batch_from
+from tests.methods import FIXED
 from tests.tiny_grid import QWEN_VISION, tiny_qwen
 
 DIALS = [{"keep_ratio": 1.0}, {"keep_ratio": 0.5}, {"visual_tokens": 3}]
 
 
 @pytest.mark.parametrize("dial", DIALS, ids=str)
-@pytest.mark.parametrize("method", method_names())
+@pytest.mark.parametrize("method", FIXED)
 @pytest.mark.parametrize("family", sorted(BUILDS))
 def test_grid_families(family: str, method: str, dial: dict) -> None:
     build, batch_of = BUILDS[family]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mllm_crossget import accelerate_mllm
-from mllm_crossget.config import method_class, method_names
+from mllm_crossget.config import method_class
 from mllm_crossget.families.base import families
 from mllm_crossget.hooks.features import FEATURES
 from mllm_crossget.hooks.handle import Handle
@@ -24,6 +24,7 @@ from mllm_crossget.hooks.journal import Journal
 from mllm_crossget.hooks.post_merge import hook_merge, kept_cells
 from mllm_crossget.schedule import make_schedule
 from tests.families.case_grid import BUILDS
+from tests.methods import FIXED
 from tests.tiny_grid import IMAGE_TOKEN, padded, rows_of
 
 CASES_PER_METHOD = 170  # three methods: 510 cases per family
@@ -69,7 +70,7 @@ def pixels_of(rows: list[int], side: int, by_row: bool) -> Tensor:
     return pixels
 
 
-@pytest.mark.parametrize("method", method_names())
+@pytest.mark.parametrize("method", FIXED)
 @pytest.mark.parametrize("model_type", sorted(BUILDS))
 @torch.no_grad()
 def test_random_images(model_type: str, method: str) -> None:
@@ -144,7 +145,7 @@ def test_random_prompts_end_to_end(model_type: str) -> None:
         rows = [draw.randint(0, 3) for _ in range(draw.randint(1, 3))]
         rows = rows if sum(rows) else [1]
         kept = draw.randint(1, 15)
-        accelerate_mllm(model, method=draw.choice(method_names()), visual_tokens=kept)
+        accelerate_mllm(model, method=draw.choice(FIXED), visual_tokens=kept)
         batch = padded(rows_of([[16] * n for n in rows], case))
         by_row = families()[model_type].modalities[0].counts is not None
         pixels = pixels_of(rows, 28, by_row)
@@ -173,7 +174,7 @@ class Packed(nn.Module):
         return self.get_image_features(pixel_values_videos, video_grid_thw)  # as Qwen3-VL does
 
 
-@pytest.mark.parametrize("method", method_names())
+@pytest.mark.parametrize("method", FIXED)
 @torch.no_grad()
 def test_random_grids_of_images_and_videos(method: str) -> None:
     draw = random.Random(method)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mllm_crossget import CrossGetConfig, accelerate_mllm, method_names, trace_merges
+from mllm_crossget import CrossGetConfig, accelerate_mllm, trace_merges
 from mllm_crossget.families import llava_next, llava_next_video, llava_onevision
 from mllm_crossget.families.grid import NEWLINE, reduced_layout
 from mllm_crossget.hooks.handle import handle_of
@@ -20,6 +20,7 @@ from tests.families.case_llava_next_video import tiny_next_video
 from tests.families.case_llava_onevision import tiny_onevision
 from tests.families.models import IMAGE, image_pixels
 from tests.families.prompts import loss_with_alignment, write_prompts
+from tests.methods import FIXED
 from tests.tiny import randomise_cross_tokens
 
 PATCHES = 16
@@ -150,7 +151,7 @@ def test_the_order_is_that_of_a_loop_over_rows() -> None:
         assert found == by_hand(layout.tolist(), token, tiles)
 
 
-@pytest.mark.parametrize("method", method_names())
+@pytest.mark.parametrize("method", FIXED)
 @grids
 @torch.no_grad()
 def test_features_are_the_towers_tokens_in_that_order(family: str, method: str) -> None:

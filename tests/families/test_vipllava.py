@@ -5,15 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mllm_crossget import accelerate_mllm, method_names, trace_merges
+from mllm_crossget import accelerate_mllm, trace_merges
 from mllm_crossget.families.vipllava import feature_layers
 from mllm_crossget.hooks.handle import handle_of
 from tests.families.case_vipllava import batch_of, tiny_vipllava
 from tests.families.models import image_pixels
+from tests.methods import FIXED
 from tests.tiny import randomise_cross_tokens
 
 
-@pytest.mark.parametrize("method", method_names())
+@pytest.mark.parametrize("method", FIXED)
 @torch.no_grad()
 def test_every_layer_is_averaged_over_the_patches_of_the_last_layers_groups(method: str) -> None:
     """From the towers own states, patch by patch: unmerge a layer, then average over the groups of the last one."""

@@ -21,7 +21,6 @@ from mllm_crossget import (
     ToMeConfig,
     accelerate_mllm,
     load_crossget,
-    method_names,
     restore_mllm,
     trace_merges,
     unsupported_reason,
@@ -29,6 +28,7 @@ from mllm_crossget import (
 from mllm_crossget.embedded.retrieval import build_model, build_tokenizer, caption, tokenize
 from mllm_crossget.embedded.scenes import render, sample_layouts, to_image
 from mllm_crossget.hooks.handle import handle_of
+from tests.methods import FIXED
 from tests.tiny import pixels, randomise_cross_tokens, text_batch, tiny_dual, tiny_llava, tiny_tower
 
 BOTH = {"keep_ratio": 0.5, "text_keep_ratio": 0.5}
@@ -41,7 +41,7 @@ def features(model: nn.Module, **texts: Tensor) -> tuple[Tensor, Tensor]:
     return images, model.get_text_features(**texts).pooler_output
 
 
-@pytest.mark.parametrize("method", method_names())
+@pytest.mark.parametrize("method", FIXED)
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
 def test_a_dial_reduces_its_own_tower_alone(kind: str, method: str) -> None:
     model = tiny_dual(kind)
@@ -67,7 +67,7 @@ def test_no_token_sees_the_text_cross_token_of_clip() -> None:
     torch.testing.assert_close(features(model)[1], texts)
 
 
-@pytest.mark.parametrize("method", method_names())
+@pytest.mark.parametrize("method", FIXED)
 def test_padding_that_the_mask_names_changes_nothing(method: str) -> None:
     model = accelerate_mllm(tiny_dual(), method=method, text_r=2)
     randomise_cross_tokens(model)
