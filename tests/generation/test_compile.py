@@ -9,6 +9,7 @@ import torch
 from transformers import StaticCache
 from transformers.generation import CompileConfig
 
+from mllm_crossget.hooks.handle import handle_of
 from tests.generation.conftest import FEATURES, Case
 from tests.generation.oracle import assert_says, compact_lengths
 from tests.tiny import prompt_batch
@@ -40,6 +41,8 @@ def counting_backend():
 
 def test_compiled_decode_with_a_static_cache_is_one_unbroken_graph(any_case: Case) -> None:
     model, batch = any_case.model, prompt_batch(any_case.model, (2, 0, 1))
+    if handle_of(model).method.is_dynamic:
+        pytest.skip("the steps below are written by hand for the same number of tokens in every image")
     expected = any_case.oracle.new_tokens(model, batch, **GREEDY)
     length = max(compact_lengths(model, batch, FEATURES)) + NEW
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=length)
