@@ -11,7 +11,7 @@ from mllm_crossget.families.base import families
 from mllm_crossget.hooks.handle import handle_of
 from tests.families.cases import Case, all_cases
 from tests.hooks.test_gradients import checkpoint_activations
-from tests.methods import DYNAMIC, METHODS, prepare
+from tests.methods import DYNAMIC, METHODS, calibrated, prepare
 from tests.tiny import randomise_cross_tokens
 
 CASES = all_cases()
@@ -38,7 +38,7 @@ attention_kinds = pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def learned(case: Case, method: str, attention: str = "sdpa") -> nn.Module:
     model = prepare(case.build(attention), method=method, **case.dial)
     randomise_cross_tokens(model)
-    return model
+    return calibrated(model)
 
 
 def test_every_family_has_a_case() -> None:
