@@ -42,7 +42,8 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {  # name of an arm -> method and 
     "random": ("random", {}),
 }
 DIRECTIONS = ("image_to_text", "text_to_image")
-TEXT_TOKENS = 26  # of a caption, for the FLOPs: six digits, the longest kind
+TEXT_TOKENS = 26  # of a caption with six digits and no opening words, for the FLOPs
+RECORDED = ("steps", "batch", "learning_rate", "alignment_weight", "images", "threads")
 RESAMPLES = 2000
 OUT = 10  # ranks from here on are not told apart
 
@@ -57,7 +58,9 @@ class Options:
     )
     methods: list[str] = field(default_factory=lambda: list(ARMS), metadata={"help": f"of {list(ARMS)}"})
     tuned_budgets: list[float] = field(default_factory=lambda: [0.6], metadata={"help": "budgets to fine-tune at"})
-    tuned_methods: list[str] = field(default_factory=lambda: ["crossget", "tome"], metadata={"help": "to fine-tune"})
+    tuned_methods: list[str] = field(
+        default_factory=lambda: ["crossget", "crossget-attention", "tome"], metadata={"help": "to fine-tune"}
+    )
     seeds: list[int] = field(default_factory=lambda: [0, 1], metadata={"help": "of the fine-tuning's data"})
     steps: int = field(default=60, metadata={"help": "fine-tuning steps"})
     batch: int = field(default=24, metadata={"help": "pictures in a step, one caption each"})
@@ -192,7 +195,7 @@ def run_once(options: Options, plan: Plan, test: RetrievalSet) -> dict[str, Any]
         "log": log,
         "ranks": ranks(model, test),
         "versions": versions(),
-        "options": {name: value for name, value in vars(options).items() if name not in ("model", "output")},
+        "options": {name: getattr(options, name) for name in RECORDED},
     }
 
 

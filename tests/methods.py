@@ -21,7 +21,11 @@ def prepare(model: nn.Module, *args: Any, **settings: Any) -> nn.Module:
     """``accelerate_mllm``, and ``calibrate`` on random images where the method asks for it; ``method`` is a name of
     ``METHODS``."""
     accelerate_mllm(model, *args, **{**METHODS.get(settings.pop("method", None), {}), **settings})
-    method = handle_of(model).method
-    if method.is_dynamic and method.needs_calibration:
+    return calibrated(model)
+
+
+def calibrated(model: nn.Module) -> nn.Module:
+    """The model, calibrated on random images where its method chooses per image."""
+    if handle_of(model).method.is_dynamic:
         calibrate(model, pixels(model, 12, seed=5))
     return model

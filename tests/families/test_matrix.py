@@ -12,7 +12,7 @@ from mllm_crossget.hooks.handle import handle_of
 from tests.families.cases import Case, all_cases
 from tests.generation.conftest import encodes_images_first
 from tests.hooks.test_gradients import checkpoint_activations
-from tests.methods import DYNAMIC, METHODS, prepare
+from tests.methods import DYNAMIC, METHODS, calibrated, prepare
 from tests.tiny import randomise_cross_tokens
 
 CASES = all_cases()
@@ -39,7 +39,7 @@ attention_kinds = pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def learned(case: Case, method: str, attention: str = "sdpa") -> nn.Module:
     model = prepare(case.build(attention), method=method, **case.dial)
     randomise_cross_tokens(model)
-    return model
+    return calibrated(model)
 
 
 def test_every_family_has_a_case() -> None:
