@@ -5,16 +5,26 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
+from peft import get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.normalizers import Lowercase
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import AutoProcessor, Blip2Processor, InstructBlipProcessor, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    Blip2Processor,
+    InstructBlipProcessor,
+    PreTrainedTokenizerFast,
+)
 
+from mllm_crossget import accelerate_mllm, save_crossget
 from mllm_crossget.benchmark import model_flops
-from mllm_crossget.embedded import WEIGHTS_FOLDER, held_out_questions
+from mllm_crossget.embedded import WEIGHTS_FOLDER, answer, held_out_questions
 from mllm_crossget.embedded.questions import WORDS
 from mllm_crossget.methods import CrossGetConfig
+from mllm_crossget.training import lora_config
 from tests.families.tiny_blip import IMAGE, QUERIES, VOCAB, tiny_blip2
 
 pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: pip install 'mllm-crossget[eval]'")
@@ -101,6 +111,28 @@ def test_baseline_is_the_untouched_model(questions):
     _, model = answers(questions, reduction="none", batch_size=8)
     assert type(model._model).__name__ == "LlavaForConditionalGeneration"
     assert model._log.batches[0]["answers"][2]["visual_tokens"] == 2 * 144
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT's own look-up
+@pytest.mark.parametrize("lora", [False, True], ids=["cross tokens", "LoRA and cross tokens"])
+def test_an_adapter_answers_what_it_was_trained_to(questions, tmp_path, lora):
+    model = AutoModelForImageTextToText.from_pretrained(WEIGHTS_FOLDER, dtype=torch.float32).eval()
+    untrained = accelerate_mllm(model, keep_ratio=0.25)
+    if lora:
+        model = get_peft_model(untrained, lora_config(untrained, r=4, alpha=8, dropout=0.0))
+    for name, parameter in model.named_parameters():
+        if "cross_tokens" in name or "lora_B" in name:
+            parameter.data.normal_(std=0.15 if "lora_B" in name else 0.3)
+    if lora:
+        model.save_pretrained(tmp_path)
+    save_crossget(model, tmp_path)
+    expected = answer(model.eval(), AutoProcessor.from_pretrained(WEIGHTS_FOLDER), questions)
+    one_each = (1,) * len(questions)
+    options = {"pictures": one_each, "dtype": "float32", "generation": {**GREEDY, "max_new_tokens": 24}}
+    found, _ = answers(questions, adapter=str(tmp_path), **options)
+    assert texts(found) == expected
+    plain, _ = answers(questions, keep_ratio=0.25, **options)
+    assert texts(plain) != expected
 
 
 def test_the_order_of_groups_is_undone(questions):
