@@ -66,6 +66,7 @@ def model_flops(
     new_tokens: int = 0,
     images: int = 1,
     one_softmax: bool = False,
+    schedule: Schedule | None = None,
 ) -> Flops:
     """FLOPs of a model for one prompt, with one image by default, under a reduction; ``keep_ratio=1`` gives the
     untouched model.
@@ -79,6 +80,7 @@ def model_flops(
             ``Family.tiles`` says, none of whose rows of patches loses its newline.
         one_softmax: how the importance is computed. False: from a second QKᵀ beside a fused attention kernel (GPU, or
             with gradients). True: attention and importance share one map (CPU without gradients).
+        schedule: token counts that were measured, instead of those that follow from the dial.
 
     Returns:
         The parts. For a vision tower on its own, those of the language side are 0.
@@ -91,7 +93,7 @@ def model_flops(
     if family.tower is None:
         return Flops(0, 0, 0, _projection(config, family), text_tower_flops(config, method, text_tokens), 0, 0)
     geometry = family.geometry(config)
-    schedule = make_schedule(method, geometry)
+    schedule = make_schedule(method, geometry) if schedule is None else schedule
     runs = images * tiles_of(config, family).count
     visual = visual_tokens(config, family, schedule)
     prefill, lm_head, decode = _language_flops(config, family, images * visual, text_tokens, new_tokens)

@@ -24,7 +24,7 @@ from mllm_crossget.hooks.ragged_features import RaggedTower, install_ragged_feat
 from mllm_crossget.hooks.ragged_tower import RaggedEncoder, RaggedLayer
 from mllm_crossget.hooks.text import hook_text
 from mllm_crossget.hooks.text_tower import hook_text_tower
-from mllm_crossget.hooks.tower import hook_tower
+from mllm_crossget.hooks.tower import TowerState, hook_tower
 from mllm_crossget.methods.base import Method
 from mllm_crossget.methods.madtp import MadtpConfig
 from mllm_crossget.schedule import Geometry, MergeGeometry, TowerGeometry, make_schedule
@@ -79,7 +79,7 @@ def _hook_vision(model: Any, handle: Handle, geometry: TowerGeometry) -> None:
     )
     if family.text_tower is not None and hasattr(tower, "head"):
         hook_pooling(handle.journal, tower.head, handle.tower)
-    _add_alignment_tokens(handle, encoder, layers, vision_config.hidden_size)
+    _add_alignment_tokens(model, handle, encoder, layers)
 
 
 def _hook_text_tower(model: Any, handle: Handle) -> None:
@@ -98,21 +98,46 @@ def _hook_text_tower(model: Any, handle: Handle) -> None:
     handle.text_tower = hook_text_tower(handle.journal, text_model, tower, handle.method, geometry, tokens)
 
 
-def _add_alignment_tokens(handle: Handle, encoder: nn.Module, layers: Any, tower_width: int) -> None:
+def _add_alignment_tokens(model: Any, handle: Handle, encoder: nn.Module, layers: Any) -> None:
     """MADTP's learned tokens: those the model had before, if they fit, or new ones."""
-    method = handle.method
+    method, family = handle.method, handle.family
     if not isinstance(method, MadtpConfig) or not method.alignment_tokens:
         return
+    tower_width = config_at(model.config, family.vision_config).hidden_size
     width = method.alignment_width if method.alignment_maps else tower_width
-    old: Any = handle.cross_tokens.get("alignment")
-    if old is None or tuple(old.tokens.shape) != (method.alignment_tokens, width):
-        handle.cross_tokens["alignment"] = AlignmentTokens(
-            method.alignment_tokens, width, len(layers), tower_width, method.alignment_maps, *_kind_of(layers[0])
-        )
+    made = AlignmentTokens(
+        method.alignment_tokens,
+        width,
+        len(layers),
+        tower_width,
+        method.alignment_maps,
+        *_text_maps(model, handle, width),
+        *_kind_of(layers[0]),
+    )
+    old = handle.cross_tokens.get("alignment")
+    if old is None or _shapes(old) != _shapes(made):
+        handle.cross_tokens["alignment"] = made
     handle.journal.add_module(encoder, "alignment_tokens", handle.cross_tokens["alignment"])
     handle.cross_paths["alignment"] = f"{handle.encoder_path}.alignment_tokens"
-    if handle.tower is not None:
+    if isinstance(handle.tower, TowerState):
         handle.tower.alignment_width = width
+
+
+def _text_maps(model: Any, handle: Handle, width: int) -> tuple[int, int]:
+    """How many maps the text side has towards the alignment tokens, and from which width.
+
+    One for all layers of a language model: a map for each, as published for CLIP, would have 100 million weights in a
+    LLaVA-1.5-7B.
+    """
+    side = text_side_of(handle.family, model.config)
+    if side is None:
+        return 0, 0
+    text_width = config_at(model.config, side.config).hidden_size
+    return int(vars(handle.method)["alignment_maps"] or text_width != width), text_width
+
+
+def _shapes(module: nn.Module) -> dict[str, torch.Size]:
+    return {name: parameter.shape for name, parameter in module.named_parameters()}
 
 
 def _hook_language(model: Any, handle: Handle) -> None:

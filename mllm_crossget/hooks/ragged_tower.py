@@ -55,7 +55,14 @@ def recorded_sizes(encoder: nn.Module) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def recorded_alignment(encoder: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect what the alignment tokens find in each layer's input: (B, K, width) per layer, with gradients."""
+    """Collect what the alignment tokens find in each layer's input: (B, K, width) per layer, with gradients.
+
+    Inside another such block the outer one's list goes on: images may be encoded in front of the forward that reads
+    them.
+    """
+    if _FEATURES in encoder.__dict__:
+        yield encoder.__dict__[_FEATURES]
+        return
     features: list[Tensor] = []
     encoder.__dict__[_FEATURES] = features
     try:

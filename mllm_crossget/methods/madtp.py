@@ -29,6 +29,9 @@ class MadtpConfig(DynamicMethod):
         alignment_width: of the alignment tokens (published: 768).
         alignment_maps: a linear map per layer into that width (published for CLIP). False compares the layer's input
             itself (published for BLIP); the width is then the tower's.
+        alignment_weight: factor of the alignment loss when training (published: 0.1): images and their texts are to
+            match the alignment tokens alike. 0 leaves these to the task's loss, which reaches them through the pooled
+            token.
         temperature: of the softmax that gives every alignment token its share of the threshold; higher prunes more.
         reference: decide as the official code: the threshold as it is, one count for the whole batch, the largest, and
             plain products as alignment. Only to reproduce published numbers: results depend on the batch. The dial has
@@ -42,6 +45,7 @@ class MadtpConfig(DynamicMethod):
     alignment_tokens: int = 100
     alignment_width: int = 768
     alignment_maps: bool = True
+    alignment_weight: float = 0.1
     temperature: float = 1.0
     reference: bool = False
     min_keep: int = 1
@@ -56,6 +60,10 @@ class MadtpConfig(DynamicMethod):
             _check_integer(name, getattr(self, name), least)
         if isinstance(self.temperature, bool) or not isinstance(self.temperature, (int, float)):
             raise TypeError(f"temperature must be a number, got {self.temperature!r}")
+        if isinstance(self.alignment_weight, bool) or not isinstance(self.alignment_weight, (int, float)):
+            raise TypeError(f"alignment_weight must be a number, got {self.alignment_weight!r}")
+        if not self.alignment_weight >= 0:
+            raise ValueError(f"alignment_weight must be at least 0, got {self.alignment_weight!r}")
         if not (self.temperature > 0 or (self.reference and self.temperature == 0)):
             raise ValueError(f"temperature must be positive (or 0 with reference=True), got {self.temperature!r}")
 

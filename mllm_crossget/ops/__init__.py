@@ -1,6 +1,6 @@
 """Tensor operations of token reduction: which tokens to merge, how to merge them, which of them matter. torch only."""
 
-from mllm_crossget.ops.alignment_attention import alignment_features, alignment_scores
+from mllm_crossget.ops.alignment_attention import alignment_features, alignment_scores, guidance_loss
 from mllm_crossget.ops.importance import (
     attend_with_importance,
     attention_importance,
@@ -40,6 +40,7 @@ __all__ = [
     "compose_source",
     "cosine_importance",
     "graph_scores",
+    "guidance_loss",
     "lowest",
     "merge",
     "merge_step",
