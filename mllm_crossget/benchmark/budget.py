@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ def dial_for_savings(config: Any, method: Method, saved: float, *, text_tokens: 
     if family is None:
         raise ValueError(f"model type {getattr(config, 'model_type', None)!r} is not supported")
     placeholders = family.geometry(config).placeholders
-    cost = {"text_tokens": text_tokens, "images": images}
+    cost: dict[str, Any] = {"text_tokens": text_tokens, "images": images}
     untouched = model_flops(config, _with_dial(method, keep_ratio=1.0), **cost).total
     low, high, best = 1, placeholders - 1, 0
     while low <= high:
@@ -74,7 +75,7 @@ def measured_flops(config: Any, method: Method, counts: Tensor, *, text_tokens: 
     planned = make_schedule(method, geometry)
     total = 0
     for row in counts.tolist():
-        removals = tuple(a - b for a, b in zip(row, row[1:], strict=False))
+        removals = tuple(a - b for a, b in itertools.pairwise(row))
         features = row[geometry.read] - (geometry.prefix if geometry.drops_prefix else 0)
         own = Schedule(removals, tuple(row), planned.placeholders, features, planned.cross, planned.drop_cross)
         total += model_flops(config, method, text_tokens=text_tokens, schedule=own).total

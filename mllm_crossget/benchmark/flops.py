@@ -181,6 +181,8 @@ def _reducer(vision: Any, schedule: Schedule, method: Method, one_softmax: bool,
     cosine, the matching is on the keys of all heads, and the cosines with one query are not counted (a product per
     channel, no matrix product)."""
     heads, width = vision.num_attention_heads, vision.hidden_size
+    if method.is_identity:
+        return 0
     if isinstance(method, MadtpConfig):
         return _pruning(vision, schedule, method)
     kind = TOWERS.get(vision.model_type)

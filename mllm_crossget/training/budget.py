@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,9 +127,7 @@ class BudgetCallback(TrainerCallback):
         >>> trainer = CrossGetTrainer(model=model, args=args, callbacks=[BudgetCallback(pixel_values)], ...)
     """
 
-    def __init__(
-        self, images: Tensor, every: int = 100, budget: Budget | None = None, text_tokens: int = 60
-    ) -> None:
+    def __init__(self, images: Tensor, every: int = 100, budget: Budget | None = None, text_tokens: int = 60) -> None:
         if not isinstance(images, Tensor) or images.ndim != 4 or not len(images):
             raise TypeError(
                 f"images must be pixel values (images, channels, height, width), got {type(images).__name__}"
@@ -178,6 +177,12 @@ class BudgetCallback(TrainerCallback):
             middle = (low + high) / 2
             _set_method(model, dataclasses.replace(_method(model), temperature=math.exp(middle)))
             low, high = (middle, high) if self._share(model) > 1 - budget.saved else (low, middle)
+        if math.exp(high) > _HOTTEST * 0.99:
+            warnings.warn(
+                f"no temperature makes the model cost {1 - budget.saved:.0%} of the untouched one: at the highest it "
+                f"costs {self._share(model):.0%}; the run begins there",
+                stacklevel=2,
+            )
 
     @torch.no_grad()
     def _share(self, model: nn.Module) -> float:

@@ -36,8 +36,8 @@ class TrainOptions:
         prompt_template: what stands around the question for models that know no chat (BLIP-2), such as
             "Question: {} Answer:".
         on_bad_sample: "skip" (counted, ids in bad_samples.jsonl) or "stop".
-        budget: for the dial: a share of FLOPs to save, such as 0.8, or a published target, such as nlvr2-0.8; it takes
-            the place of keep_ratio, visual_tokens and r.
+        budget: for the dial, in place of keep_ratio, visual_tokens and r: a share of FLOPs to save, such as 0.8, or a
+            published target, such as nlvr2-0.8; for one image and 60 tokens of text.
         calibration_images: of the training data, that a method which chooses per image is calibrated on.
         calibration_every: steps between two calibrations.
         distillation_weight: factor of the distillation towards the unaccelerated model, 0 is off.

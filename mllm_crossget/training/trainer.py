@@ -33,8 +33,8 @@ class CrossGetTrainer(Trainer):
     """``transformers.Trainer`` for an accelerated model: task loss + weight · alignment loss (+ distillation).
 
     Logs, beside Trainer's own, ``task_loss``, ``alignment_loss`` (unweighted), ``distillation_loss``,
-    ``visual_tokens`` (per image, on average) and ``flops_saved`` (share of one forward pass). Right under gradient accumulation,
-    ``num_items_in_batch`` and data parallelism, as the terms are scaled like the task loss.
+    ``visual_tokens`` (per image, on average) and ``flops_saved`` (share of one forward pass). Right under gradient
+    accumulation, ``num_items_in_batch`` and data parallelism, as the terms are scaled like the task loss.
 
     Args:
         train_cross_tokens: whether the cross tokens learn. With False they stay as they are.
@@ -137,7 +137,7 @@ class CrossGetTrainer(Trainer):
         total = dict(zip(names, values.tolist(), strict=True))
         summary = {name: total[name] / total["steps"] for name in _TERMS if name in self._window}
         handle = _handle(self.model)
-        if total["images"]:
+        if total["images"] and not vars(handle.method).get("reference"):  # which has no dial that would tell
             text = round((total["tokens"] - total["images"] * prompt_tokens_per_image(self.model)) / total["rows"])
             summary["visual_tokens"] = handle.schedule.features
             summary["flops_saved"] = flops_saved(self.model, max(1, text))
