@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 
 from mllm_crossget.benchmark.budget import counts_of, dial_for_savings, measured_flops
 from mllm_crossget.benchmark.flops import model_flops
-from mllm_crossget.config import CONFIG_NAME, ReductionConfig
+from mllm_crossget.config import ReductionConfig
 from mllm_crossget.families.base import module_at
 from mllm_crossget.hooks.calibration import calibrate
 from mllm_crossget.hooks.handle import Handle, base_model, handle_of
@@ -201,9 +201,10 @@ class BudgetCallback(TrainerCallback):
 
 def take_settings(model: nn.Module, folder: str | Path) -> None:
     """Go on with the thresholds and the temperature that a checkpoint was written with."""
-    if not (Path(folder) / CONFIG_NAME).is_file() or not isinstance(_method(model), DynamicMethod):
+    handle = handle_of(model)
+    if handle is None or not isinstance(handle.method, DynamicMethod) or not handle.method.is_dynamic:
         return
-    saved, now = ReductionConfig.from_pretrained(folder), _method(model)
+    saved, now = ReductionConfig.from_pretrained(folder), handle.method
     moved = {name: vars(saved)[name] for name in ("threshold", "temperature") if name in vars(saved)}
     if type(saved) is type(now) and dataclasses.replace(now, **moved) == saved:
         _set_method(model, dataclasses.replace(now, **moved))
@@ -212,7 +213,7 @@ def take_settings(model: nn.Module, folder: str | Path) -> None:
 
 
 def _set_method(model: nn.Module, method: Method) -> None:
-    handle: Any = _handle(model)
+    handle: Any = handle_of(model)
     handle.method = handle.tower.method = method
 
 
