@@ -28,6 +28,7 @@ from mllm_crossget.hooks.attention import attention_problem
 from mllm_crossget.hooks.handle import base_model, handle_of, live_cross_tokens
 from mllm_crossget.hooks.tower import LayerTrace
 from mllm_crossget.methods.base import Method
+from mllm_crossget.methods.madtp import MadtpConfig
 from mllm_crossget.schedule import MergeGeometry, make_schedule, make_text_schedule
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -251,6 +252,11 @@ def _check_dials(method: Method, family: Family, model: Any) -> None:
     elif method.reduces_text:
         geometry = text.geometry(model.config)
         make_text_schedule(method, geometry, geometry.context)
+    if text is not None and method.reduces_text and isinstance(method, MadtpConfig) and not text.causal:
+        raise ValueError(
+            f"MADTP prunes CLIP's text tower, but not that of {type(model).__name__}, which is read from its last "
+            "column; leave text_keep_ratio and text_r out, or use CrossGetConfig"
+        )
     if family.tower is not None:
         make_schedule(method, family.geometry(model.config))
     elif method.reduces_vision:

@@ -42,6 +42,7 @@ def _reads_image(text: str) -> dict[str, Any]:
     return {
         "text_side": lambda config: TextSide(text, "encoder.layer"),
         "vision_projection": (_POST_NORM, f"{text}.encoder.layer.0.crossattention.self.value"),
+        "cross_attentions": (f"{text}.encoder.layer", "crossattention.self"),
     }
 
 
@@ -54,6 +55,7 @@ def _for_model(model: Any) -> Family:
             text_side=lambda config: TextSide("text_model", "encoder.layer"),
             vision_projection=(_POST_NORM, "visual_projection"),
             text_projection=("text_projection",),
+            cross_attentions=None,
         )
     if not hasattr(model, "text_encoder"):
         return BLIP
@@ -80,6 +82,7 @@ BLIP = register_family(
         language_layers=lambda config: ("text_decoder.bert.encoder.layer",),
         language_flops=language_flops,
         for_model=_for_model,
+        dynamic=True,
         **_reads_image("text_decoder.bert"),
     )
 )

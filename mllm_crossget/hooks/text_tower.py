@@ -25,10 +25,11 @@ from mllm_crossget.hooks.tower import LayerTrace
 from mllm_crossget.methods.base import Method, Signals
 from mllm_crossget.ops.matching import Match
 from mllm_crossget.ops.merging import merge, unmerge
+from mllm_crossget.ops.ragged import Step
 from mllm_crossget.schedule import Schedule, TextGeometry, make_text_schedule
 
 _STATE = "_mllm_crossget_text_tower"
-_KEYWORD = "crossget_texts"
+KEYWORD = "crossget_texts"
 _MASKS = ("sdpa", "eager")  # attention implementations that take a mask of any form
 
 
@@ -41,6 +42,10 @@ class TextTowerState:
         tower: the family's description of the tower.
         config: the text model's own configuration.
         trace: a list to append one ``LayerTrace`` per layer to, or None.
+        alignment_owner: the module whose ``alignment_tokens`` the texts are compared with, or None. Looked up there,
+            because PEFT replaces them.
+        alignment_width: of these tokens; 0 for none.
+        calibration: finds the layers' thresholds while ``calibrate`` runs, else None.
     """
 
     method: Method
@@ -48,6 +53,9 @@ class TextTowerState:
     tower: TextTower
     config: Any
     trace: list[LayerTrace] | None = None
+    alignment_owner: Any = None
+    alignment_width: int = 0
+    calibration: Any = None
     schedules: dict[int, Schedule] = field(default_factory=dict)
 
     def schedule(self, tokens: int) -> Schedule:
@@ -90,8 +98,13 @@ def hook_text_tower(
     method: Method,
     geometry: TextGeometry,
     cross_tokens: nn.Module | None,
+    mixins: tuple[type[nn.Module], type[nn.Module]] | None = None,
 ) -> TextTowerState:
-    """Make a text model, its encoder and its layers reduce tokens; every change is written into ``journal``."""
+    """Make a text model, its encoder and its layers reduce tokens; every change is written into ``journal``.
+
+    ``mixins`` are for the encoder and for its layers, by default those for merging.
+    """
+    of_encoder, of_layer = mixins or (ReducedTextEncoder, ReducedTextLayer)
     state = TextTowerState(method, geometry, tower, model.config)
     state.schedule(geometry.context)
     encoder = model.get_submodule(tower.encoder)
@@ -100,11 +113,16 @@ def hook_text_tower(
     for layer in getattr(encoder, tower.names.layers):
         journal.set_attribute(layer, _STATE, state)
         hook_attention(journal, getattr(layer, tower.names.attention))
-        journal.swap_class(layer, ReducedTextLayer)
-    for module, mixin in ((encoder, ReducedTextEncoder), (model, ReducedTextModel)):
+        journal.swap_class(layer, of_layer)
+    for module, mixin in ((encoder, of_encoder), (model, ReducedTextModel)):
         journal.set_attribute(module, _STATE, state)
         journal.swap_class(module, mixin)
     return state
+
+
+def text_state(module: nn.Module) -> TextTowerState:
+    """The state of a hooked text model, of its encoder, or of one of its layers."""
+    return module.__dict__[_STATE]
 
 
 class ReducedTextModel(nn.Module):
@@ -119,7 +137,7 @@ class ReducedTextModel(nn.Module):
         if ids is None:
             return super().forward(**kwargs)
         state: TextTowerState = self.__dict__[_STATE]
-        kwargs[_KEYWORD] = _texts(state, ids.view(-1, ids.shape[-1]), kwargs.get("attention_mask"))
+        kwargs[KEYWORD] = _texts(state, ids.view(-1, ids.shape[-1]), kwargs.get("attention_mask"))
         kwargs["attention_mask"] = None
         return super().forward(**kwargs)
 
@@ -130,10 +148,10 @@ class ReducedTextEncoder(nn.Module):
     def forward(self, inputs_embeds: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> BaseModelOutput:
         """(B, T, D) embeddings in, (B, T, D) states in the columns of the input in ``last_hidden_state`` out."""
         state: TextTowerState = self.__dict__[_STATE]
-        texts: Texts | None = kwargs.get(_KEYWORD)
+        texts: Texts | None = kwargs.get(KEYWORD)
         if texts is None:
             raise RuntimeError("a reduced text encoder was called without its text model, which knows the end marks")
-        hidden, end, lengths, place = _compact(inputs_embeds, texts)
+        hidden, end, lengths, place = compact_texts(inputs_embeds, texts)
         vectors = self.cross_tokens() if state.method.uses_cross_tokens else None
         columns = _columns(end, lengths, hidden.shape[1], vectors is not None)
         if vectors is not None:
@@ -246,7 +264,7 @@ def _texts(state: TextTowerState, ids: Tensor, mask: Any) -> Texts:
     return Texts(end, real.scatter(1, end[:, None], True))
 
 
-def _compact(embeds: Tensor, texts: Texts) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+def compact_texts(embeds: Tensor, texts: Texts) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Real tokens in front: states cut to the longest row, the end marks' columns, (B,) lengths, and the (B, T) column
     of every column of the input; the last two are None where every token is real."""
     if texts.real is None:
@@ -358,6 +376,11 @@ def _row(hidden: Tensor, index: Tensor) -> Tensor:
 def _with_row(hidden: Tensor, index: Tensor, value: Tensor) -> Tensor:
     rows = index[:, None, None].expand(-1, 1, hidden.shape[-1])
     return hidden.scatter(1, rows, value[:, None].to(hidden.dtype))
+
+
+def text_trace(step: Step | None, size: Tensor, source: Tensor) -> LayerTrace:
+    """A trace entry of a text tower whose rows have different numbers of tokens."""
+    return LayerTrace(step, size, source)
 
 
 def _trace(match: Match | None, size: Tensor | None, source: Tensor, hidden: Tensor) -> LayerTrace:

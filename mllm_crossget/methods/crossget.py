@@ -72,7 +72,9 @@ class CrossGetConfig(DynamicMethod):
         return self.dynamic and not self.is_identity
 
     def uses_cosine(self, published: bool) -> bool:
-        """As asked for, or as published."""
+        """As asked for, or as published; dynamic counts follow the attention received."""
+        if self.dynamic:
+            return False
         return published if self.importance == "published" else self.importance == "cosine"
 
     def match(self, signals: Signals, r: int) -> Match:

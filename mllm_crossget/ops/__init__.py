@@ -22,7 +22,15 @@ from mllm_crossget.ops.pruning import (
     strongest_attention,
     token_alignment,
 )
-from mllm_crossget.ops.ragged import Step, carry_mask, lowest, merge_step, pooling_step, reduce_tokens
+from mllm_crossget.ops.ragged import (
+    Step,
+    carry_mask,
+    last_behind_pooled,
+    lowest,
+    merge_step,
+    pooling_step,
+    reduce_tokens,
+)
 
 __all__ = [
     "Match",
@@ -41,6 +49,7 @@ __all__ = [
     "cosine_importance",
     "graph_scores",
     "guidance_loss",
+    "last_behind_pooled",
     "lowest",
     "merge",
     "merge_step",

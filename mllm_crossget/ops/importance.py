@@ -126,7 +126,8 @@ def attention_map(query_BHTD: Tensor, key_BHTD: Tensor, scaling: float, bias_BT:
     queries, keys = query_BHTD.flatten(0, 1), key_BHTD.flatten(0, 1).mT
     if bias_BT is None:
         return torch.bmm(queries * scaling, keys).float().softmax(dim=-1)
-    bias = bias_BT[:, None].expand(-1, heads, -1).reshape(batch * heads, 1, tokens)
+    rows = bias_BT[:, None] if bias_BT.ndim == 2 else bias_BT
+    bias = rows[:, None].expand(-1, heads, -1, -1).reshape(batch * heads, -1, tokens)
     if query_BHTD.dtype == torch.float32:
         return torch.baddbmm(bias.expand(-1, queries.shape[1], -1), queries, keys, alpha=scaling).softmax(dim=-1)
     return (torch.bmm(queries * scaling, keys).float() + bias).softmax(dim=-1)
