@@ -189,7 +189,7 @@ def _hook_top(model: Any, handle: Handle) -> None:
             journal.swap_class(owner, CutFeatures if handle.schedule.drop_cross else FEATURES["plain"])
     if family.text_tower is not None and family.tower is not None:
         journal.swap_class(model, DualModel)
-    elif handle.method.is_dynamic and not family.tower:
+    elif handle.method.is_dynamic and family.tower == "":
         journal.swap_class(model, RaggedTower)
     else:
         journal.swap_class(model, ReducedModel if family.modalities else AlignedModel)

@@ -69,7 +69,7 @@ class CrossGetConfig(DynamicMethod):
     @property
     def is_dynamic(self) -> bool:
         """Whether the number of tokens is chosen per image."""
-        return self.dynamic and not self.is_identity
+        return self.dynamic and self.reduces_vision
 
     def uses_cosine(self, published: bool) -> bool:
         """As asked for, or as published; dynamic counts follow the attention received."""
