@@ -181,8 +181,6 @@ def _reducer(vision: Any, schedule: Schedule, method: Method, one_softmax: bool,
     cosine, the matching is on the keys of all heads, and the cosines with one query are not counted (a product per
     channel, no matrix product)."""
     heads, width = vision.num_attention_heads, vision.hidden_size
-    if method.is_identity:
-        return 0
     if isinstance(method, MadtpConfig):
         return _pruning(vision, schedule, method)
     kind = TOWERS.get(vision.model_type)
@@ -201,7 +199,9 @@ def _reducer(vision: Any, schedule: Schedule, method: Method, one_softmax: bool,
 def _pruning(vision: Any, schedule: Schedule, method: MadtpConfig) -> int:
     """MADTP: in every layer the match with the alignment tokens; where tokens leave, QKᵀ once more for the best head,
     and the class token's row of it. Token counts are averages, so that the squares are a little too small."""
-    width, prefix = vision.hidden_size, schedule.tokens[0] - (vision.image_size // vision.patch_size) ** 2
+    width, prefix = vision.hidden_size, 1  # a text's start mark
+    if hasattr(vision, "image_size"):
+        prefix = schedule.tokens[0] - (vision.image_size // vision.patch_size) ** 2
     space = method.alignment_width if method.alignment_maps else width
     total = 0
     for tokens, removed in zip(schedule.tokens, schedule.removals, strict=False):
@@ -222,7 +222,7 @@ def _tower_parts(
     return (
         _patch_embedding(vision, family),
         _encoder(vision, schedule),
-        _reducer(vision, schedule, method, one_softmax, cosine),
+        _reducer(vision, schedule, method, one_softmax, cosine) if method.reduces_vision else 0,
         _connector(config, family, schedule, text_tokens),
     )
 
@@ -269,7 +269,8 @@ def text_tower_flops(config: Any, method: Method, tokens: int) -> int:
         raise ValueError(f"text_tokens={tokens}: the text tower takes 1 to {geometry.context} tokens")
     text = config_at(config, family.text_tower.config)
     schedule = make_text_schedule(method, geometry, tokens)
-    return _encoder(text, schedule) + _reducer(text, schedule, method, False, method.needs_importance)
+    reducer = _reducer(text, schedule, method, False, method.needs_importance) if method.reduces_text else 0
+    return _encoder(text, schedule) + reducer
 
 
 def _language_flops(

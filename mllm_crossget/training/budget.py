@@ -118,6 +118,7 @@ class BudgetCallback(TrainerCallback):
         images: (images, channels, height, width) pixel values, some dozens, of what the model is trained on.
         every: optimiser steps between two adjustments.
         budget: for the reference mode.
+        texts: for a dual encoder whose text tower is pruned too, as ``calibrate`` takes them.
         text_tokens: of the prompt whose cost is counted in the reference mode.
 
     Attributes:
@@ -127,7 +128,9 @@ class BudgetCallback(TrainerCallback):
         >>> trainer = CrossGetTrainer(model=model, args=args, callbacks=[BudgetCallback(pixel_values)], ...)
     """
 
-    def __init__(self, images: Tensor, every: int = 100, budget: Budget | None = None, text_tokens: int = 60) -> None:
+    def __init__(
+        self, images: Tensor, every: int = 100, budget: Budget | None = None, texts: Any = None, text_tokens: int = 60
+    ) -> None:
         if not isinstance(images, Tensor) or images.ndim != 4 or not len(images):
             raise TypeError(
                 f"images must be pixel values (images, channels, height, width), got {type(images).__name__}"
@@ -135,6 +138,7 @@ class BudgetCallback(TrainerCallback):
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f"every must be an integer of at least 1, got {every!r}")
         self.images, self.every, self.budget, self.text_tokens = images, every, budget, text_tokens
+        self.texts = texts
         self.history: list[dict[str, float]] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -157,7 +161,7 @@ class BudgetCallback(TrainerCallback):
     def _adjust(self, model: nn.Module, step: int, search: bool = False) -> None:
         method, entry = _method(model), {"step": float(step)}
         if not _temperature_decides(method):
-            calibrate(model, self.images)
+            calibrate(model, self.images, texts=self.texts)
             self.history.append(entry | {"visual_tokens": float(_handle(model).schedule.features)})
             return
         if self.budget is None:
