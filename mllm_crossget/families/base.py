@@ -1,6 +1,20 @@
 """What a model family is: data that says where tower and language model are, and what reaches the language side.
 
 Knows no method. A new family is one new file that builds a ``Family`` and calls ``register_family``.
+
+Lengths of what a reduced model returns, in every family (T_i: ``Schedule.tokens``; as many tensors as the untouched
+model returns, and its lengths for everything that is not named here):
+
+- Vision tower of L layers whose tokens merge inside it: ``hidden_states`` are L + 1 of T_0 ... T_L tokens, T_i being
+  those behind layer i (T_0: the patches, with class token and cross token); ``attentions`` are L maps of T_0 ...
+  T_(L-1) tokens, as a layer attends before it merges; ``last_hidden_state`` has T_L. Images of several sizes in one
+  call are padded with zeros behind their own tokens. A tower whose tokens are merged behind the projector is as it was.
+- What reads the tower with cross-attention (Q-Former, BLIP's text models): keys of T_L tokens, queries as before.
+- Text tower of a dual encoder: as the vision tower, of the longest text without padding; its ``last_hidden_state``
+  has the columns of ``input_ids``.
+- Language model whose prompt has placeholders: ``hidden_states``, ``attentions`` and the KV cache have the compact
+  prompt (of the longest row), in every layer; ``logits`` have the full one.
+- ``image_hidden_states`` (and those of videos, where they become fewer): the features that the language model gets.
 """
 
 from __future__ import annotations
