@@ -196,8 +196,6 @@ def supported_family(model: nn.Module) -> Family:
             f"{type(model).__name__} (model type {model_type!r}) is not supported; supported model types: "
             f"{', '.join(sorted(known))}"
         )
-    if family.for_model is not None:
-        family = family.for_model(model)
     geometry = family.geometry(model.config)
     _check_structure(model, family, tower=not isinstance(geometry, MergeGeometry))
     return family

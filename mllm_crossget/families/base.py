@@ -207,9 +207,8 @@ class Family:
         connector_text_flops: (configuration, text tokens) -> FLOPs that the text adds there.
         language_flops: (configuration, visual tokens, text tokens, new tokens) -> FLOPs of prefill, logits of the last
             token, decoding; None: a language model that reads visual and text tokens as one prompt.
-        for_model: model -> the family as it is for this class of model, where several classes share a model type.
         classes: names of the model classes that are served, where the model type has others of another structure;
-            empty: all of them.
+            empty: all that no other family of this model type names.
         variant: tells families of one model type apart; "" for the one that a bare configuration means.
         cosine: CrossGET's CLIP flavour was published for it: importance is the cosine of a token's key with the cross
             token's query, the metric the keys of all heads. Otherwise, as for LLaVA, attention received and keys
@@ -242,7 +241,6 @@ class Family:
     tower_flops: Callable[[Any], tuple[int, int]] | None = None
     connector_text_flops: Callable[[Any, int], int] | None = None
     language_flops: Callable[[Any, int, int, int], tuple[int, int, int]] | None = None
-    for_model: Callable[[Any], Family] | None = None
     classes: tuple[str, ...] = ()
     variant: str = ""
     cosine: bool = False

@@ -40,31 +40,10 @@ def _decoder_layers(text: Any, queries: int, keys: int, visual: int) -> int:
 def _reads_image(text: str) -> dict[str, Any]:
     """Fields of a family whose cross tokens live in the BERT at a path, which cross-attends to the image."""
     return {
+        "language_model": text,
         "text_side": lambda config: TextSide(text, "encoder.layer"),
         "vision_projection": (_POST_NORM, f"{text}.encoder.layer.0.crossattention.self.value"),
     }
-
-
-def _for_model(model: Any) -> Family:
-    if hasattr(model, "text_model"):  # BlipModel: two towers that meet in a space of their own
-        return dataclasses.replace(
-            BLIP,
-            language_model="text_model",
-            language_layers=lambda config: ("text_model.encoder.layer",),
-            text_side=lambda config: TextSide("text_model", "encoder.layer"),
-            vision_projection=(_POST_NORM, "visual_projection"),
-            text_projection=("text_projection",),
-        )
-    if not hasattr(model, "text_encoder"):
-        return BLIP
-    layers = ["text_encoder.encoder.layer"]
-    layers += ["text_decoder.bert.encoder.layer"] if hasattr(model, "text_decoder") else []
-    return dataclasses.replace(
-        BLIP,
-        language_model="text_encoder",
-        language_layers=lambda config: tuple(layers),
-        **_reads_image("text_encoder"),
-    )
 
 
 BLIP = register_family(
@@ -74,12 +53,50 @@ BLIP = register_family(
         vision_config="vision_config",
         geometry=vit_geometry,
         towers=(vision_type("blip"),),
-        note="inside the vision tower; the text encoder or decoder cross-attends to the merged tokens",
+        note="inside the vision tower; the text decoder cross-attends to the merged tokens",
         exact="rows alone or together; text is not merged; no reference vectors exist",
-        language_model="text_decoder.bert",
         language_layers=lambda config: ("text_decoder.bert.encoder.layer",),
         language_flops=language_flops,
-        for_model=_for_model,
         **_reads_image("text_decoder.bert"),
+    )
+)
+
+BLIP_QUESTIONS = register_family(
+    Family(
+        model_type="blip",
+        tower="vision_model",
+        vision_config="vision_config",
+        geometry=vit_geometry,
+        towers=(vision_type("blip"),),
+        note="inside the vision tower; the question's encoder cross-attends to the merged tokens",
+        exact="rows alone or together; text is not merged; no reference vectors exist",
+        language_layers=lambda config: ("text_encoder.encoder.layer", "text_decoder.bert.encoder.layer"),
+        classes=("BlipForQuestionAnswering",),
+        variant="questions",
+        **_reads_image("text_encoder"),
+    )
+)
+
+BLIP_RETRIEVAL = register_family(
+    dataclasses.replace(
+        BLIP_QUESTIONS,
+        note="inside the vision tower; the text's encoder cross-attends to the merged tokens",
+        language_layers=lambda config: ("text_encoder.encoder.layer",),
+        classes=("BlipForImageTextRetrieval",),
+        variant="retrieval",
+    )
+)
+
+BLIP_DUAL = register_family(
+    dataclasses.replace(
+        BLIP_QUESTIONS,
+        note="inside the vision tower; image and text meet in a space of their own",
+        language_model="text_model",
+        text_side=lambda config: TextSide("text_model", "encoder.layer"),
+        language_layers=lambda config: ("text_model.encoder.layer",),
+        vision_projection=(_POST_NORM, "visual_projection"),
+        text_projection=("text_projection",),
+        classes=("BlipModel",),
+        variant="dual",
     )
 )

@@ -46,16 +46,16 @@ def loss(model: nn.Module, batch: Batch) -> Tensor:
     return output.loss + getattr(output, "alignment_loss", torch.zeros(()))
 
 
-for task, answers in (
-    ("captioning", captions),
-    ("questions", question_answers),
-    ("retrieval", lambda model, batch: list(model(**batch).itm_score)),
-    ("both towers", embeddings),
+for task, key, answers in (
+    ("captioning", "blip", captions),
+    ("questions", "blip:questions", question_answers),
+    ("retrieval", "blip:retrieval", lambda model, batch: list(model(**batch).itm_score)),
+    ("both towers", "blip:dual", embeddings),
 ):
     add_case(
         Case(
             name=f"blip-{task.replace(' ', '-')}",
-            model_type="blip",
+            model_type=key,
             build=lambda attention, task=task: tiny_blip(task),
             batch=blip_batch,
             row=row_of,

@@ -110,15 +110,18 @@ def squares(like: list[tuple[int, ...]] | None, counts: tuple[int, ...]) -> list
     return [(*shape[:2], count, count) for shape, count in zip(like, counts, strict=True)] if like else like
 
 
-def of_tower(stock: Shapes, tokens: tuple[int, ...], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """States and maps of a tower (a text tower too) with these counts in front of its layers and behind them."""
+def of_tower(
+    stock: Shapes, tokens: tuple[int, ...], prefix: str = "", whole: tuple[int, int] | None = None
+) -> Iterator[tuple[str, Any]]:
+    """States and maps of a tower (a text tower too) with these counts in front of its layers and behind them; ``whole``
+    is what the last states of the untouched tower begin with: images, tokens."""
     for name, like in stock.items():
         kind = name.removeprefix(prefix) if name.startswith(prefix) else ""
         if kind == "hidden_states" and like:
             yield name, [(shape[0], count, shape[2]) for shape, count in zip(like, tokens, strict=True)]
         elif kind == "attentions":
             yield name, squares(like, tokens[:-1])
-        elif kind in ("last_hidden_state", "image_embeds") and like and len(like[0]) == 3:
+        elif kind in ("last_hidden_state", "image_embeds") and like[0][:2] == whole:
             yield name, [(like[0][0], tokens[-1], like[0][2])]
 
 
@@ -130,22 +133,23 @@ def expected(
     found = {name: dict(part) for name, part in stock.items()}
     tokens = handle.schedule.tokens
     if not isinstance(handle.geometry, MergeGeometry) and family.tower is not None:
-        found[family.tower].update(of_tower(stock[family.tower], tokens))
+        whole = stock[family.tower]["last_hidden_state"][0][:2]
+        found[family.tower].update(of_tower(stock[family.tower], tokens, whole=whole))
         for path in filter(lambda path: path in stock, CROSS_ATTENDING):
             found[path] = {name: crossing(like, handle) for name, like in stock[path].items()}
         for prefix in ("vision_outputs.", "vision_model_output."):
-            found[""].update(of_tower(stock[""], tokens, prefix))
+            found[""].update(of_tower(stock[""], tokens, prefix, whole))
         found[""].update(
             (name, crossing(like, handle)) for name, like in stock[""].items() if name.startswith("qformer_outputs.")
         )
         if family.language_model is None or family.model_type == "blip":  # the states of the whole are the tower's
-            found[""].update(of_tower(stock[""], tokens))
+            found[""].update(of_tower(stock[""], tokens, whole=whole))
     if handle.text_tower is not None:
         real = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
         longest = int(real.sum(dim=1).max())
         prefix = "" if family.tower is None else f"{TEXT}."
         counts = handle.text_tower.schedule(longest).tokens
-        found[""].update((n, s) for n, s in of_tower(stock[""], counts, prefix) if not n.endswith("last_hidden_state"))
+        found[""].update(of_tower(stock[""], counts, prefix))
     if family.modalities:
         after = features_per_image(case, model, batch)
         length = compact_length(model, batch, before, after)
