@@ -84,6 +84,25 @@ def test_embeddings_of_blip2(kind: type) -> None:
     assert counted(lambda: model(**batch)) == nearly(expected.total)
 
 
+@pytest.mark.parametrize("dial", [{"r": 2}, {"text_r": 2}, {"r": 2, "text_r": [3, 1, 0]}], ids=str)
+@pytest.mark.parametrize("method", FIXED)
+@pytest.mark.parametrize("task", ["questions", "retrieval", "both towers"])
+def test_text_encoders_of_blip(task: str, method: str, dial: dict) -> None:
+    model = tiny_blip(task)
+    model.config.architectures = [type(model).__name__]
+    batch = row_of(blip_batch(model, rows=3), 2)
+    config = method_class(method)(**dial)
+    accelerate_mllm(model, config)
+    text = batch["input_ids"].shape[1]
+    counts = {"text_tokens": text, "one_softmax": True}
+    if task == "questions":
+        options = {"min_new_tokens": 4, "max_new_tokens": 4, "do_sample": False}
+        expected = model_flops(model.config, config, new_tokens=4, **counts)
+        assert counted(lambda: model.generate(**batch, **options)) == nearly(expected.total)
+    else:
+        assert counted(lambda: model(**batch)) == nearly(model_flops(model.config, config, **counts).total)
+
+
 def test_opt_with_a_narrow_embedding() -> None:
     text = OPTConfig(hidden_size=32, word_embed_proj_dim=16, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4,
                      vocab_size=100, max_position_embeddings=64)  # fmt: skip

@@ -146,10 +146,13 @@ def expected(
             found[""].update(of_tower(stock[""], tokens, whole=whole))
     if handle.text_tower is not None:
         real = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
-        longest = int(real.sum(dim=1).max())
+        counts = handle.text_tower.schedule(int(real.sum(dim=1).max())).tokens
+        of_text(found, stock, family.text_tower.path, family.text_tower.reader, counts)
         prefix = "" if family.tower is None else f"{TEXT}."
-        counts = handle.text_tower.schedule(longest).tokens
-        found[""].update(of_tower(stock[""], counts, prefix))
+        if family.tower is None or any(name.startswith(prefix) for name in stock[""]):
+            found[""].update(of_tower(stock[""], counts, prefix))
+            if not family.text_tower.appends:
+                end_in_columns(found[""], stock[""], prefix)
     if family.modalities:
         after = features_per_image(case, model, batch)
         length = compact_length(model, batch, before, after)
@@ -159,6 +162,26 @@ def expected(
         found[""]["attentions"] = squares(stock[""]["attentions"], (length,) * (len(states) - 1))
         found[""].update(features_read(stock[""], before, after))
     return found
+
+
+def end_in_columns(found: Shapes, stock: Shapes, prefix: str = "") -> None:
+    """The last entry of BLIP's hidden states is ``last_hidden_state``, as in the stock model."""
+    name = f"{prefix}hidden_states"
+    if stock.get(name):
+        found[name] = [*found[name][:-1], stock[name][-1]]
+
+
+def of_text(found: dict[str, Shapes], stock: dict[str, Shapes], encoder: str, reader: str, counts: tuple) -> None:
+    """BLIP's text encoder, whose queries to the image are the tokens that are left, and the decoder that reads it."""
+    if encoder in stock:
+        found[encoder].update(of_tower(stock[encoder], counts))
+        end_in_columns(found[encoder], stock[encoder])
+        crossed = found[encoder]["cross_attentions"]
+        found[encoder]["cross_attentions"] = [
+            (*shape[:2], left, shape[3]) for shape, left in zip(crossed, counts[1:], strict=True)
+        ]
+    if reader and reader in stock:
+        found[reader]["cross_attentions"] = [(*shape[:3], counts[-1]) for shape in stock[reader]["cross_attentions"]]
 
 
 def crossing(like: list[tuple[int, ...]] | None, handle: Handle) -> list[tuple[int, ...]] | None:
