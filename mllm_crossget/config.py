@@ -29,8 +29,8 @@ Config = TypeVar("Config", bound="ReductionConfig")
 class ReductionConfig:
     """How many visual tokens to keep. Give exactly one dial; with none, ``keep_ratio=0.5``.
 
-    Dual encoders (CLIP, SigLIP) and BLIP's models with a text encoder have a second dial for it. A dial reduces its own tower alone: the text
-    tower is left untouched without a text dial, the vision tower if there is a text dial only.
+    Dual encoders (CLIP, SigLIP) and BLIP's models with a text encoder have a second dial for it. A dial reduces its own
+    tower alone: the text tower is left untouched without a text dial, the vision tower if there is a text dial only.
 
     Args:
         keep_ratio: share of the visual tokens that reaches the language side, in (0, 1]. 1 changes nothing at all.
