@@ -13,6 +13,7 @@ from mllm_crossget import families as _registered_families  # noqa: F401 - regis
 from mllm_crossget import methods as _registered_methods  # noqa: F401 - registers them
 from mllm_crossget.config import ReductionConfig, method_class
 from mllm_crossget.families.base import (
+    BertNames,
     Family,
     LayerNames,
     config_at,
@@ -56,7 +57,7 @@ def accelerate_mllm(
         keep_ratio, visual_tokens, r: the dial, see ``ReductionConfig``; give at most one. In a dual encoder (CLIP,
             SigLIP) they reduce the vision tower alone.
         options: further fields of the method's dataclass; ``text_r`` or ``text_keep_ratio`` reduce the text tower of a
-            dual encoder.
+            dual encoder, or BLIP's text encoder.
 
     Raises:
         ValueError: an unsupported model, two dials, a dial the tower cannot meet; the model is unchanged.
@@ -196,8 +197,6 @@ def supported_family(model: nn.Module) -> Family:
             f"{type(model).__name__} (model type {model_type!r}) is not supported; supported model types: "
             f"{', '.join(sorted(known))}"
         )
-    if family.for_model is not None:
-        family = family.for_model(model)
     geometry = family.geometry(model.config)
     _check_structure(model, family, tower=not isinstance(geometry, MergeGeometry))
     return family
@@ -224,16 +223,18 @@ def _check_structure(model: nn.Module, family: Family, tower: bool) -> None:
     if family.text_tower is not None:
         text = family.text_tower
         _check_layers(model, "text", module_at(module_at(model, text.path), text.encoder), text.names)
+        if text.reader:
+            _check_layers(model, "text", module_at(module_at(model, text.reader), text.encoder), text.names)
     if any(type(parameter).__name__ == "DTensor" for parameter in model.parameters()):
         raise ValueError("the model is sharded already (fully_shard): call accelerate_mllm before sharding it")
 
 
-def _check_layers(model: nn.Module, tower: str, encoder: nn.Module, names: LayerNames) -> None:
+def _check_layers(model: nn.Module, tower: str, encoder: nn.Module, names: LayerNames | BertNames) -> None:
     for layer in getattr(encoder, names.layers):
-        for name in (names.norm1, names.attention, names.norm2, names.mlp):
+        for name in names.parts:
             if not hasattr(layer, name):
                 raise ValueError(f"a {tower} layer of {type(model).__name__} has no {name!r}: unknown structure")
-        problem = attention_problem(getattr(layer, names.attention))
+        problem = attention_problem(module_at(getattr(layer, names.attention), names.inner))
         if problem is not None:
             raise ValueError(problem)
 

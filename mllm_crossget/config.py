@@ -29,8 +29,8 @@ Config = TypeVar("Config", bound="ReductionConfig")
 class ReductionConfig:
     """How many visual tokens to keep. Give exactly one dial; with none, ``keep_ratio=0.5``.
 
-    Dual encoders (CLIP, SigLIP) have a second dial for the text tower. A dial reduces its own tower alone: the text
-    tower is left untouched without a text dial, the vision tower if there is a text dial only.
+    Dual encoders (CLIP, SigLIP) and BLIP's models with a text encoder have a second dial for it. A dial reduces its own
+    tower alone: the text tower is left untouched without a text dial, the vision tower if there is a text dial only.
 
     Args:
         keep_ratio: share of the visual tokens that reaches the language side, in (0, 1]. 1 changes nothing at all.
@@ -38,8 +38,8 @@ class ReductionConfig:
         r: tokens removed in each layer of the vision tower (one integer for all layers, or a list with one per layer);
             a layer never removes more than half of what it may remove.
         vision_r: another name of ``r`` for dual encoders; 0 merges nothing, but the cross token travels along.
-        text_keep_ratio: share of a text's tokens that the last layer of a dual encoder's text tower is left with.
-        text_r: tokens removed in each layer of a dual encoder's text tower, as ``r``.
+        text_keep_ratio: share of a text's tokens that the last layer of the text tower is left with.
+        text_r: tokens removed in each layer of the text tower, as ``r``.
 
     Raises:
         ValueError: two dials of one tower at once, or a value outside its range.
@@ -91,7 +91,7 @@ class ReductionConfig:
 
     @property
     def reduces_text(self) -> bool:
-        """Whether the text tower of a dual encoder is changed."""
+        """Whether the text tower (of a dual encoder, of BLIP) is changed."""
         return self.text_r is not None or self.text_keep_ratio not in (None, 1.0)
 
     @property

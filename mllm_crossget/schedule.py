@@ -36,17 +36,20 @@ class TowerGeometry:
 
 @dataclass(frozen=True)
 class TextGeometry:
-    """What a schedule needs to know of a dual encoder's text tower.
+    """What a schedule needs to know of a text tower.
 
     Args:
         layers: of the tower.
-        context: most tokens of a text (77 for CLIP); texts padded to it run as in the reference.
-        protected: tokens of a text that must survive: start and end mark for CLIP, the last token for SigLIP.
+        context: most tokens of a text (77 for CLIP).
+        protected: tokens of a text that must survive: start and end mark for CLIP, the last token for SigLIP, the first
+            one for BLIP.
+        appends: whether a cross token travels as one more token.
     """
 
     layers: int
     context: int
     protected: int
+    appends: bool = True
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,7 @@ def make_schedule(config: ReductionConfig, geometry: Geometry) -> Schedule:
 
 
 def make_text_schedule(config: ReductionConfig, geometry: TextGeometry, tokens: int) -> Schedule:
-    """Counts for a text of ``tokens`` tokens (without the cross token) in a dual encoder's text tower.
+    """Counts for a text of ``tokens`` tokens (without the cross token) in a text tower.
 
     A text that is too short for what the dial asks is reduced as far as it goes, and not refused: texts of all lengths
     come in one batch.
@@ -160,7 +163,7 @@ def make_text_schedule(config: ReductionConfig, geometry: TextGeometry, tokens: 
     """
     if not config.reduces_text:
         return Schedule((0,) * geometry.layers, (tokens,) * (geometry.layers + 1), tokens, tokens, False, False)
-    cross = config.uses_cross_tokens
+    cross = config.uses_cross_tokens and geometry.appends
     start = tokens + cross
     # Without a cross token pairs may be made of even and odd places only: a protected token blocks two of them.
     protected = geometry.protected + 1 if cross else 2 * geometry.protected

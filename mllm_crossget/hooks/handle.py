@@ -29,7 +29,7 @@ class Handle:
         encoder_path: path to the module that holds the vision layers.
         text_path: path to the module that writes text cross tokens, "" where there is none.
         tower: state of the hooked vision tower or of the merging behind the projector, None while ``keep_ratio=1``.
-        text_encoder_path, text_tower: the same for the text tower of a dual encoder.
+        text_encoder_path, text_tower: the same for a text tower.
     """
 
     method: Method
