@@ -1,9 +1,10 @@
 """mllm_crossget: fewer visual tokens in Hugging Face vision-language models (CrossGET, ICML 2024)."""
 
-from mllm_crossget.api import accelerate_mllm, accelerated, restore_mllm, trace_merges, unsupported_reason
+from mllm_crossget.api import accelerate_mllm, accelerated, restore_mllm, reuse_vision, trace_merges, unsupported_reason
 from mllm_crossget.checkpoint import load_crossget, load_official_cross_tokens, save_crossget
 from mllm_crossget.config import ReductionConfig, method_names
 from mllm_crossget.hooks.calibration import calibrate
+from mllm_crossget.hooks.vision_cache import VisionCache
 from mllm_crossget.methods import CrossGetConfig, MadtpConfig, RandomConfig, ToMeConfig
 from mllm_crossget.retrieval import retrieval_ranks, retrieval_recall
 from mllm_crossget.schedule import ramp
@@ -16,6 +17,7 @@ __all__ = [
     "RandomConfig",
     "ReductionConfig",
     "ToMeConfig",
+    "VisionCache",
     "accelerate_mllm",
     "accelerated",
     "calibrate",
@@ -26,6 +28,7 @@ __all__ = [
     "restore_mllm",
     "retrieval_ranks",
     "retrieval_recall",
+    "reuse_vision",
     "save_crossget",
     "trace_merges",
     "unsupported_reason",
