@@ -1,6 +1,7 @@
 """mllm_crossget: fewer visual tokens in Hugging Face vision-language models (CrossGET, ICML 2024)."""
 
 from mllm_crossget.api import accelerate_mllm, accelerated, restore_mllm, reuse_vision, trace_merges, unsupported_reason
+from mllm_crossget.batching import CompactBatchSampler, compact_lengths, generate_in_batches, join_requests
 from mllm_crossget.checkpoint import load_crossget, load_official_cross_tokens, save_crossget
 from mllm_crossget.config import ReductionConfig, method_names
 from mllm_crossget.hooks.calibration import calibrate
@@ -12,6 +13,7 @@ from mllm_crossget.schedule import ramp
 __version__ = "0.1.0"
 
 __all__ = [
+    "CompactBatchSampler",
     "CrossGetConfig",
     "MadtpConfig",
     "RandomConfig",
@@ -21,6 +23,9 @@ __all__ = [
     "accelerate_mllm",
     "accelerated",
     "calibrate",
+    "compact_lengths",
+    "generate_in_batches",
+    "join_requests",
     "load_crossget",
     "load_official_cross_tokens",
     "method_names",
