@@ -57,6 +57,11 @@ COMMANDS: dict[str, Command] = {
         "mllm_crossget.benchmark.speed:run",
         "time a model with and without reduction, by part, beside the ceiling that the device sets",
     ),
+    "bench-reducer": Command(
+        "mllm_crossget.benchmark.reducer:ReducerOptions",
+        "mllm_crossget.benchmark.reducer:run",
+        "time matching, importance and merging alone, against the number of tokens",
+    ),
     "demo": Command(
         "mllm_crossget.embedded.demo:DemoOptions",
         "mllm_crossget.embedded.demo:run",

@@ -5,6 +5,7 @@ from mllm_crossget.ops.importance import (
     attend_with_importance,
     attention_importance,
     cosine_importance,
+    importance_of_map,
     ragged_query_weights,
 )
 from mllm_crossget.ops.matching import (
@@ -40,6 +41,7 @@ __all__ = [
     "compose_source",
     "cosine_importance",
     "graph_scores",
+    "importance_of_map",
     "lowest",
     "merge",
     "merge_step",
