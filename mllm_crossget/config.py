@@ -40,6 +40,8 @@ class ReductionConfig:
         vision_r: another name of ``r`` for dual encoders; 0 merges nothing, but the cross token travels along.
         text_keep_ratio: share of a text's tokens that the last layer of the text tower is left with.
         text_r: tokens removed in each layer of the text tower, as ``r``.
+        merge_every: merge in the first layer of the vision tower and in every such layer after it, not in all of them:
+            fewer matchings, later reduction. None is 1. A list ``r`` says the same layer by layer.
 
     Raises:
         ValueError: two dials of one tower at once, or a value outside its range.
@@ -52,6 +54,7 @@ class ReductionConfig:
     vision_r: int | list[int] | None = None
     text_keep_ratio: float | None = None
     text_r: int | list[int] | None = None
+    merge_every: int | None = None
 
     method: ClassVar[str] = ""
     uses_cross_tokens: ClassVar[bool] = False
@@ -67,9 +70,21 @@ class ReductionConfig:
                 setattr(self, name, _checked_ratio(name, getattr(self, name)))
         if self.visual_tokens is not None:
             self.visual_tokens = _checked_count("visual_tokens", self.visual_tokens, least=1)
+        if self.merge_every is not None:
+            self._check_merge_every()
         for name in ("r", "vision_r", "text_r"):
             if getattr(self, name) is not None:
                 setattr(self, name, _checked_removals(name, getattr(self, name)))
+
+    def _check_merge_every(self) -> None:
+        self.merge_every = _checked_count("merge_every", self.merge_every, least=1)
+        if isinstance(self.vision_removals, list):
+            raise ValueError(
+                f"merge_every={self.merge_every} and a list r={self.vision_removals!r}: the list says already which "
+                "layers merge; give one of them"
+            )
+        if self.is_dynamic and self.merge_every > 1:
+            raise ValueError(f"merge_every={self.merge_every}: dynamic counts are decided in every layer; leave it out")
 
     def _given(self, dials: tuple[str, ...]) -> list[str]:
         """The dials of one tower that are set. Raises ``ValueError`` for more than one."""
