@@ -25,7 +25,8 @@ ARROWS: dict[str, set[str]] = {
     "config": set(),
     "schedule": {"config"},
     "costs": set(),
-    "ops": {"ops"},
+    "kernels": {"kernels"},
+    "ops": {"ops", "kernels"},
     "methods": {*_BASE, "methods"},
     "families": {*_BASE, "costs", "families"},
     "hooks": _HOOKS,
@@ -40,6 +41,7 @@ ARROWS: dict[str, set[str]] = {
 }
 # Third-party packages; parts that are not listed are free.
 PACKAGES: dict[str, set[str]] = {
+    "kernels": {"torch", "triton"},
     "ops": {"torch"},
     "schedule": set(),
     "costs": set(),

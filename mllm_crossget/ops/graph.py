@@ -7,6 +7,7 @@ tokens, R sources, D width.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -20,6 +21,7 @@ TILE = 2**26  # bytes of one tile
 # Bytes of the maps of the images that are matched together.
 _GROUP_CPU, _GROUP_GPU = 2**20, 2**28
 _PENALTY = 4.0
+_FUSED = "MLLM_CROSSGET_FUSED_MATCHING"
 
 
 class Graph(Protocol):
@@ -37,12 +39,20 @@ class Graph(Protocol):
 
 
 def similarity_graph(keys_BTD: Tensor, shielded_BT: Tensor) -> Graph:
-    """A map where it fits into ``LARGEST_MAP``, else tiles.
+    """A map where it fits into ``LARGEST_MAP``, else tiles. With the environment variable
+    MLLM_CROSSGET_FUSED_MATCHING=1, on a GPU: Triton kernels.
 
     Args:
         keys_BTD: (B, T, D) metric tokens, any float dtype; compared in float32.
         shielded_BT: (B, T) True for tokens that neither leave nor receive.
+
+    Raises:
+        ImportError: the kernels are asked for and Triton is missing.
     """
+    if os.environ.get(_FUSED) == "1" and keys_BTD.is_cuda:
+        from mllm_crossget.kernels.graph import FusedSimilarity
+
+        return FusedSimilarity(_finite_keys(keys_BTD), shielded_BT)
     tokens = keys_BTD.shape[1]
     if 4 * tokens * tokens > LARGEST_MAP:
         return SimilarityTiles(keys_BTD, shielded_BT)
@@ -96,9 +106,13 @@ def best_below_in_rows(rows_BRT: Tensor, rank_BR: Tensor, rank_BT: Tensor) -> Te
     return best.masked_fill(best < -_PENALTY / 2, -torch.inf)
 
 
+def _finite_keys(keys: Tensor) -> Tensor:
+    return normalised(keys).nan_to_num(nan=0.0)  # NaN (from NaN pixels) must not outrank the protection
+
+
 def _shielding_factors(keys_BTD: Tensor, shielded_BT: Tensor) -> tuple[Tensor, Tensor]:
     """Two (B, T, D + 2) factors whose product is the cosine plus -inf from and to shielded tokens: k·k + s·1 + 1·s."""
-    keys = normalised(keys_BTD).nan_to_num(nan=0.0)  # NaN (from NaN pixels) must not outrank the protection
+    keys = _finite_keys(keys_BTD)
     shield = torch.zeros_like(keys[..., :1]).masked_fill_(shielded_BT[..., None], -torch.inf)
     ones = torch.ones_like(shield)
     return torch.cat([keys, shield, ones], dim=-1), torch.cat([keys, ones, shield], dim=-1)
