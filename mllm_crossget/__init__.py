@@ -1,9 +1,11 @@
 """mllm_crossget: fewer visual tokens in Hugging Face vision-language models (CrossGET, ICML 2024)."""
 
-from mllm_crossget.api import accelerate_mllm, accelerated, restore_mllm, trace_merges, unsupported_reason
+from mllm_crossget.api import accelerate_mllm, accelerated, restore_mllm, reuse_vision, trace_merges, unsupported_reason
+from mllm_crossget.batching import CompactBatchSampler, compact_lengths, generate_in_batches, join_requests
 from mllm_crossget.checkpoint import load_crossget, load_official_cross_tokens, save_crossget
 from mllm_crossget.config import ReductionConfig, method_names
 from mllm_crossget.hooks.calibration import calibrate
+from mllm_crossget.hooks.vision_cache import VisionCache
 from mllm_crossget.methods import CrossGetConfig, MadtpConfig, RandomConfig, ToMeConfig
 from mllm_crossget.retrieval import retrieval_ranks, retrieval_recall
 from mllm_crossget.schedule import ramp
@@ -11,14 +13,19 @@ from mllm_crossget.schedule import ramp
 __version__ = "0.1.0"
 
 __all__ = [
+    "CompactBatchSampler",
     "CrossGetConfig",
     "MadtpConfig",
     "RandomConfig",
     "ReductionConfig",
     "ToMeConfig",
+    "VisionCache",
     "accelerate_mllm",
     "accelerated",
     "calibrate",
+    "compact_lengths",
+    "generate_in_batches",
+    "join_requests",
     "load_crossget",
     "load_official_cross_tokens",
     "method_names",
@@ -26,6 +33,7 @@ __all__ = [
     "restore_mllm",
     "retrieval_ranks",
     "retrieval_recall",
+    "reuse_vision",
     "save_crossget",
     "trace_merges",
     "unsupported_reason",

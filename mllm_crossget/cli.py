@@ -53,9 +53,14 @@ class Command:
 
 COMMANDS: dict[str, Command] = {
     "bench": Command(
-        "mllm_crossget.benchmark.overhead:BenchOptions",
-        "mllm_crossget.benchmark.overhead:run",
-        "time a vision tower with random weights: untouched, reduced, and at the schedule's counts for free",
+        "mllm_crossget.benchmark.speed:BenchOptions",
+        "mllm_crossget.benchmark.speed:run",
+        "time a model with and without reduction, by part, beside the ceiling that the device sets",
+    ),
+    "bench-reducer": Command(
+        "mllm_crossget.benchmark.reducer:ReducerOptions",
+        "mllm_crossget.benchmark.reducer:run",
+        "time matching, importance and merging alone, against the number of tokens",
     ),
     "demo": Command(
         "mllm_crossget.embedded.demo:DemoOptions",

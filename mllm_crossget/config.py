@@ -29,8 +29,8 @@ Config = TypeVar("Config", bound="ReductionConfig")
 class ReductionConfig:
     """How many visual tokens to keep. Give exactly one dial; with none, ``keep_ratio=0.5``.
 
-    Dual encoders (CLIP, SigLIP) have a second dial for the text tower. A dial reduces its own tower alone: the text
-    tower is left untouched without a text dial, the vision tower if there is a text dial only.
+    Dual encoders (CLIP, SigLIP) and BLIP's models with a text encoder have a second dial for it. A dial reduces its own
+    tower alone: the text tower is left untouched without a text dial, the vision tower if there is a text dial only.
 
     Args:
         keep_ratio: share of the visual tokens that reaches the language side, in (0, 1]. 1 changes nothing at all.
@@ -38,8 +38,10 @@ class ReductionConfig:
         r: tokens removed in each layer of the vision tower (one integer for all layers, or a list with one per layer);
             a layer never removes more than half of what it may remove.
         vision_r: another name of ``r`` for dual encoders; 0 merges nothing, but the cross token travels along.
-        text_keep_ratio: share of a text's tokens that the last layer of a dual encoder's text tower is left with.
-        text_r: tokens removed in each layer of a dual encoder's text tower, as ``r``.
+        text_keep_ratio: share of a text's tokens that the last layer of the text tower is left with.
+        text_r: tokens removed in each layer of the text tower, as ``r``.
+        merge_every: merge in the first layer of the vision tower and in every such layer after it, not in all of them:
+            fewer matchings, later reduction. None is 1. A list ``r`` says the same layer by layer.
 
     Raises:
         ValueError: two dials of one tower at once, or a value outside its range.
@@ -52,6 +54,7 @@ class ReductionConfig:
     vision_r: int | list[int] | None = None
     text_keep_ratio: float | None = None
     text_r: int | list[int] | None = None
+    merge_every: int | None = None
 
     method: ClassVar[str] = ""
     uses_cross_tokens: ClassVar[bool] = False
@@ -67,9 +70,21 @@ class ReductionConfig:
                 setattr(self, name, _checked_ratio(name, getattr(self, name)))
         if self.visual_tokens is not None:
             self.visual_tokens = _checked_count("visual_tokens", self.visual_tokens, least=1)
+        if self.merge_every is not None:
+            self._check_merge_every()
         for name in ("r", "vision_r", "text_r"):
             if getattr(self, name) is not None:
                 setattr(self, name, _checked_removals(name, getattr(self, name)))
+
+    def _check_merge_every(self) -> None:
+        self.merge_every = _checked_count("merge_every", self.merge_every, least=1)
+        if isinstance(self.vision_removals, list):
+            raise ValueError(
+                f"merge_every={self.merge_every} and a list r={self.vision_removals!r}: the list says already which "
+                "layers merge; give one of them"
+            )
+        if self.is_dynamic and self.merge_every > 1:
+            raise ValueError(f"merge_every={self.merge_every}: dynamic counts are decided in every layer; leave it out")
 
     def _given(self, dials: tuple[str, ...]) -> list[str]:
         """The dials of one tower that are set. Raises ``ValueError`` for more than one."""
@@ -91,7 +106,7 @@ class ReductionConfig:
 
     @property
     def reduces_text(self) -> bool:
-        """Whether the text tower of a dual encoder is changed."""
+        """Whether the text tower (of a dual encoder, of BLIP) is changed."""
         return self.text_r is not None or self.text_keep_ratio not in (None, 1.0)
 
     @property

@@ -36,17 +36,20 @@ class TowerGeometry:
 
 @dataclass(frozen=True)
 class TextGeometry:
-    """What a schedule needs to know of a dual encoder's text tower.
+    """What a schedule needs to know of a text tower.
 
     Args:
         layers: of the tower.
-        context: most tokens of a text (77 for CLIP); texts padded to it run as in the reference.
-        protected: tokens of a text that must survive: start and end mark for CLIP, the last token for SigLIP.
+        context: most tokens of a text (77 for CLIP).
+        protected: tokens of a text that must survive: start and end mark for CLIP, the last token for SigLIP, the first
+            one for BLIP.
+        appends: whether a cross token travels as one more token.
     """
 
     layers: int
     context: int
     protected: int
+    appends: bool = True
 
 
 @dataclass(frozen=True)
@@ -126,9 +129,9 @@ def ramp(layers: int, r: int | list[int], inflect: float = 0.0) -> list[int]:
 def make_schedule(config: ReductionConfig, geometry: Geometry) -> Schedule:
     """Turn the dial of ``config`` into counts for a tower, or for the merging behind a projector.
 
-    In a tower, removals are even over the layers in front of the one that is read; layers behind it remove nothing,
-    unless ``r`` was given, which applies to every layer as in the reference. Behind a projector there are as few steps
-    as reach the target, even ones, each of which removes at most half of the tokens.
+    In a tower, removals are even over the layers (every ``merge_every``-th of them) in front of the one that is read;
+    layers behind it remove nothing, unless ``r`` was given, which applies to every layer as in the reference. Behind a
+    projector there are as few steps as reach the target, even ones, each of which removes at most half of the tokens.
 
     Raises:
         ValueError: more tokens asked for than there are, fewer than the tower can get down to, a list of removals of
@@ -139,10 +142,12 @@ def make_schedule(config: ReductionConfig, geometry: Geometry) -> Schedule:
     cross = config.uses_cross_tokens and config.reduces_vision
     start = geometry.patches + geometry.prefix + cross
     protected = geometry.prefix + cross
+    every = config.merge_every or 1
     if config.vision_removals is not None:
         wanted = _removals_per_layer(config.vision_removals, geometry)
+        wanted = [removed if layer % every == 0 else 0 for layer, removed in enumerate(wanted)]
     else:
-        wanted = _removals_for(_target(config, geometry), geometry, start, protected)
+        wanted = _removals_for(_target(config, geometry), geometry, start, protected, every)
     removals, tokens = _run(wanted, start, protected)
     features = tokens[geometry.read] - (geometry.prefix if geometry.drops_prefix else 0)
     drop_cross = cross and features > geometry.placeholders
@@ -150,7 +155,7 @@ def make_schedule(config: ReductionConfig, geometry: Geometry) -> Schedule:
 
 
 def make_text_schedule(config: ReductionConfig, geometry: TextGeometry, tokens: int) -> Schedule:
-    """Counts for a text of ``tokens`` tokens (without the cross token) in a dual encoder's text tower.
+    """Counts for a text of ``tokens`` tokens (without the cross token) in a text tower.
 
     A text that is too short for what the dial asks is reduced as far as it goes, and not refused: texts of all lengths
     come in one batch.
@@ -160,7 +165,7 @@ def make_text_schedule(config: ReductionConfig, geometry: TextGeometry, tokens: 
     """
     if not config.reduces_text:
         return Schedule((0,) * geometry.layers, (tokens,) * (geometry.layers + 1), tokens, tokens, False, False)
-    cross = config.uses_cross_tokens
+    cross = config.uses_cross_tokens and geometry.appends
     start = tokens + cross
     # Without a cross token pairs may be made of even and odd places only: a protected token blocks two of them.
     protected = geometry.protected + 1 if cross else 2 * geometry.protected
@@ -191,6 +196,11 @@ def _merge_schedule(config: ReductionConfig, geometry: MergeGeometry) -> Schedul
         raise ValueError(
             f"r={config.vision_removals} counts tokens per layer of the vision tower, but the tokens of this model are "
             "merged behind its projector; give keep_ratio or visual_tokens instead"
+        )
+    if (config.merge_every or 1) > 1:
+        raise ValueError(
+            f"merge_every={config.merge_every} counts layers of the vision tower, but the tokens of this model are "
+            "merged behind its projector; leave it out"
         )
     wanted = config.visual_tokens
     too_many = wanted is not None and wanted > geometry.tokens and not geometry.fixed
@@ -229,22 +239,23 @@ def _target(config: ReductionConfig, geometry: Geometry) -> int:
     return config.visual_tokens
 
 
-def _removals_for(target: int, geometry: TowerGeometry, start: int, protected: int) -> list[int]:
-    """Smallest even removal per layer that leaves ``target`` features at the layer that is read."""
+def _removals_for(target: int, geometry: TowerGeometry, start: int, protected: int, every: int = 1) -> list[int]:
+    """Smallest even removal per merging layer that leaves ``target`` features at the layer that is read."""
     kept_prefix = geometry.prefix if geometry.drops_prefix else 0
     needed = start - kept_prefix - target
     for per_layer in range(max(0, needed) + 1):
         removals, left = [], needed
         tokens = start
-        for _ in range(geometry.read):
-            removed = min(per_layer, removable(tokens, protected), left)
+        for layer in range(geometry.read):
+            removed = min(per_layer, removable(tokens, protected), left) if layer % every == 0 else 0
             removals.append(removed)
             tokens, left = tokens - removed, left - removed
         if left <= 0:
             return removals + [0] * (geometry.layers - geometry.read)
-    least = start - kept_prefix - sum(_run([start] * geometry.read, start, protected)[0])
+    most = [start if layer % every == 0 else 0 for layer in range(geometry.read)]
+    least = start - kept_prefix - sum(_run(most, start, protected)[0])
     raise ValueError(
-        f"{target} visual tokens cannot be reached: halving in each of {geometry.read} layers leaves {least} of "
+        f"{target} visual tokens cannot be reached: halving in each of {len(most[::every])} layers leaves {least} of "
         f"{geometry.placeholders}; ask for visual_tokens>={least}"
     )
 

@@ -9,6 +9,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
+
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # the models are tiny: more threads only wait for one another

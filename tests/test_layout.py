@@ -18,18 +18,20 @@ MOST_LINES_OF_A_FUNCTION = 60
 
 _BASE = {"config", "schedule", "ops"}
 _HOOKS = {*_BASE, "costs", "families", "methods", "hooks"}
-_API = {*_HOOKS, "api", "checkpoint"}
+_API = {*_HOOKS, "api", "batching", "checkpoint"}
 _USES = {*_API, "retrieval", "training", "benchmark", "integrations", "embedded", "visualize"}
 # What each part may import from the package. A part that is not listed may not exist.
 ARROWS: dict[str, set[str]] = {
     "config": set(),
     "schedule": {"config"},
     "costs": set(),
-    "ops": {"ops"},
+    "kernels": {"kernels"},
+    "ops": {"ops", "kernels"},
     "methods": {*_BASE, "methods"},
     "families": {*_BASE, "costs", "families"},
     "hooks": _HOOKS,
     "api": _API,
+    "batching": _API,
     "checkpoint": _API,
     "retrieval": set(),
     **dict.fromkeys(("training", "benchmark", "integrations", "embedded", "visualize"), _USES),
@@ -39,6 +41,7 @@ ARROWS: dict[str, set[str]] = {
 }
 # Third-party packages; parts that are not listed are free.
 PACKAGES: dict[str, set[str]] = {
+    "kernels": {"torch", "triton"},
     "ops": {"torch"},
     "schedule": set(),
     "costs": set(),

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mllm_crossget.benchmark.language import language_costs
 from mllm_crossget.costs import attention_flops, linear_flops, pooling_head_flops
-from mllm_crossget.families.base import TOWERS, Family, Tiles, config_at, families, family_of
+from mllm_crossget.families.base import TOWERS, Family, TextTower, Tiles, config_at, families, family_of
 from mllm_crossget.methods.base import Method, Signals
 from mllm_crossget.methods.madtp import MadtpConfig
 from mllm_crossget.schedule import MergeGeometry, Schedule, make_schedule, make_text_schedule
@@ -35,7 +35,8 @@ class Flops:
         projector: vision features to the width of the language model, with a Q-Former where there is one; image and
             text to the shared space of a dual encoder.
         prefill: the layers of the language model on visual and text tokens; of an encoder-decoder the encoder, and the
-            decoder on its first token; the text tower of a dual encoder on the text tokens, with its reduction.
+            decoder on its first token; the text tower of a dual encoder on the text tokens, with its reduction; BLIP's
+            text encoder likewise, and the answer's decoder on its first token.
         lm_head: logits of the prompt's last token.
         decode: the steps for the second and later new tokens, with a KV cache, logits included.
     """
@@ -91,14 +92,13 @@ def model_flops(
     _check_counts(text_tokens=text_tokens, new_tokens=new_tokens, images=images)
     family = _family(config)
     if family.tower is None:
-        return Flops(0, 0, 0, _projection(config, family), text_tower_flops(config, method, text_tokens), 0, 0)
+        text = _text_tower(config, family.text_tower, method, text_tokens, 0)[0] if family.text_tower else 0
+        return Flops(0, 0, 0, _projection(config, family), text, 0, 0)
     geometry = family.geometry(config)
     schedule = make_schedule(method, geometry) if schedule is None else schedule
     runs = images * tiles_of(config, family).count
     visual = visual_tokens(config, family, schedule)
-    prefill, lm_head, decode = _language_flops(config, family, images * visual, text_tokens, new_tokens)
-    if family.text_tower is not None:
-        prefill = text_tower_flops(config, method, text_tokens)
+    prefill, lm_head, decode = _language_flops(config, family, method, images * visual, text_tokens, new_tokens)
     if isinstance(geometry, MergeGeometry):
         parts = _merged_parts(config, family, schedule, method)
     else:
@@ -255,8 +255,10 @@ def _connector(config: Any, family: Family, schedule: Schedule, text_tokens: int
     return text + family.connector_flops(config, schedule.features + schedule.drop_cross)
 
 
-def text_tower_flops(config: Any, method: Method, tokens: int) -> int:
-    """A dual encoder's text tower on one text of ``tokens`` tokens, with what its reduction adds.
+def text_tower_flops(config: Any, method: Method, tokens: int, visual: int = 0) -> int:
+    """A text tower on one text of ``tokens`` tokens, with what its reduction adds.
+
+    ``visual`` tokens are read by text encoders that cross-attend to an image.
 
     Raises:
         ValueError: the model has no text tower, or the text is longer than its context.
@@ -264,19 +266,37 @@ def text_tower_flops(config: Any, method: Method, tokens: int) -> int:
     family = _family(config)
     if family.text_tower is None:
         raise ValueError(f"model type {config.model_type!r} has no text tower of its own")
-    geometry = family.text_tower.geometry(config)
+    return _text_tower(config, family.text_tower, method, tokens, visual)[0]
+
+
+def _text_tower(config: Any, tower: TextTower, method: Method, tokens: int, visual: int) -> tuple[int, int]:
+    """FLOPs, and tokens behind the last layer."""
+    geometry = tower.geometry(config)
     if not 1 <= tokens <= geometry.context:
         raise ValueError(f"text_tokens={tokens}: the text tower takes 1 to {geometry.context} tokens")
-    text = config_at(config, family.text_tower.config)
+    text = config_at(config, tower.config)
     schedule = make_text_schedule(method, geometry, tokens)
-    reducer = _reducer(text, schedule, method, False, method.needs_importance) if method.reduces_text else 0
-    return _encoder(text, schedule) + reducer
+    total = _encoder(text, schedule)
+    total += _reducer(text, schedule, method, False, method.needs_importance) if method.reduces_text else 0
+    if tower.reads_image:
+        width = text.hidden_size
+        for left in schedule.tokens[1:]:
+            total += 2 * linear_flops(left, width, width) + 2 * linear_flops(visual, text.encoder_hidden_size, width)
+            total += attention_flops(left, visual, width)
+    return total, schedule.tokens[-1]
 
 
 def _language_flops(
-    config: Any, family: Family, visual: int, text_tokens: int, new_tokens: int
+    config: Any, family: Family, method: Method, visual: int, text_tokens: int, new_tokens: int
 ) -> tuple[int, int, int]:
     """Prefill, logits of the last token, and decoding."""
+    tower = family.text_tower
+    if tower is not None:
+        text, left = _text_tower(config, tower, method, text_tokens, visual)
+        if family.language_flops is None:
+            return text, 0, 0
+        prefill, lm_head, decode = family.language_flops(config, left, 1, new_tokens)  # a decoder that reads the text
+        return text + prefill, lm_head, decode
     if family.language_flops is not None:
         return family.language_flops(config, visual, text_tokens, new_tokens)
     if family.language_model is None:

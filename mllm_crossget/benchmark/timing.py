@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -57,13 +57,26 @@ def alternate(
     seconds: dict[str, list[float]] = {name: [] for name in settings}
     for turn in tqdm(range(rounds + 1), desc=label, leave=False):
         for name, run in settings.items():
-            _synchronise(device)
-            start = time.perf_counter()
-            run()
-            _synchronise(device)
+            spent = seconds_of(run, device)
             if turn:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(spent)
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
+
+
+def seconds_of(work: Callable[[], Any], device: torch.device | None = None) -> float:
+    """Seconds of one run, synchronised around it if ``device`` is a CUDA device."""
+    _synchronise(device)
+    start = time.perf_counter()
+    work()
+    _synchronise(device)
+    return time.perf_counter() - start
+
+
+def spread(values: Sequence[float]) -> dict[str, float | int]:
+    """Median, tenth and ninetieth percentile, extremes and number of some figures."""
+    ordered = torch.tensor(sorted(values), dtype=torch.float64)
+    low, median, high = torch.quantile(ordered, torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)).tolist()
+    return {"median": median, "p10": low, "p90": high, "min": min(values), "max": max(values), "rounds": len(values)}
 
 
 def ratio(numerator: Timing, denominator: Timing) -> tuple[float, float, float]:

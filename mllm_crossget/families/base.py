@@ -1,13 +1,28 @@
 """What a model family is: data that says where tower and language model are, and what reaches the language side.
 
 Knows no method. A new family is one new file that builds a ``Family`` and calls ``register_family``.
+
+Lengths of what a reduced model returns, in every family (T_i: ``Schedule.tokens``; as many tensors as the untouched
+model returns, and its lengths for everything that is not named here):
+
+- Vision tower of L layers whose tokens merge inside it: ``hidden_states`` are L + 1 of T_0 ... T_L tokens, T_i being
+  those behind layer i (T_0: the patches, with class token and cross token); ``attentions`` are L maps of T_0 ...
+  T_(L-1) tokens, as a layer attends before it merges; ``last_hidden_state`` has T_L. Images of several sizes in one
+  call are padded with zeros behind their own tokens. A tower whose tokens are merged behind the projector is as it was.
+- What reads the tower with cross-attention (Q-Former, BLIP's text models): keys of T_L tokens, queries as before.
+- Text tower of a dual encoder, text encoder of BLIP: as the vision tower, of the longest text without padding; its
+  ``last_hidden_state`` has the columns of ``input_ids`` (in BLIP it is the last entry of ``hidden_states`` as well).
+  What a text decoder reads of it are the tokens that are left.
+- Language model whose prompt has placeholders: ``hidden_states``, ``attentions`` and the KV cache have the compact
+  prompt (of the longest row), in every layer; ``logits`` have the full one.
+- ``image_hidden_states`` (and those of videos, where they become fewer): the features that the language model gets.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -27,6 +42,12 @@ class LayerNames:
     norm2: str = "layer_norm2"
     mlp: str = "mlp"
     fused: bool = False
+    inner: ClassVar[str] = ""
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What a layer must have."""
+        return self.norm1, self.attention, self.norm2, self.mlp
 
 
 @dataclass(frozen=True)
@@ -44,6 +65,24 @@ class TowerKind:
     prefix: int
     encoder: str = "encoder"
     names: LayerNames = LayerNames()
+
+
+@dataclass(frozen=True)
+class BertNames:
+    """Attribute names inside an encoder and inside its post-norm layers, which may cross-attend to an image behind
+    their self-attention (BLIP). ``attention`` is the module that attends, norms and adds; ``inner`` the one inside it
+    that multiplies queries and keys."""
+
+    layers: str = "layer"
+    attention: str = "attention"
+    inner: str = "self"
+    crossing: str = "crossattention"
+    mlp: str = "feed_forward_chunk"
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What a layer must have."""
+        return self.attention, self.mlp
 
 
 CLIP_TOWER = TowerKind("clip_vision_model", prefix=1)
@@ -112,7 +151,7 @@ class Modality:
 
 @dataclass(frozen=True)
 class TextTower:
-    """The text tower of a dual encoder.
+    """The text tower of a dual encoder, or a BERT that reads a text and an image.
 
     Args:
         path: to the module whose ``forward`` takes ``input_ids``.
@@ -124,7 +163,10 @@ class TextTower:
         takes_mask: whether padding that an attention mask names can be taken out; False where the model reads the last
             column whatever it is (SigLIP).
         encoder: path from the module to the one that holds the layers.
-        names: attribute names inside it.
+        names: attribute names inside it, which say what kind of layers these are.
+        reads_image: whether its layers cross-attend to the image.
+        reader: path to the text decoder, inside the module with its head, that cross-attends to its states; "" where
+            there is none.
     """
 
     path: str
@@ -134,12 +176,20 @@ class TextTower:
     first: bool = True
     takes_mask: bool = True
     encoder: str = "encoder"
-    names: LayerNames = LayerNames()
+    names: LayerNames | BertNames = LayerNames()
+    reads_image: bool = False
+    reader: str = ""
+
+    @property
+    def appends(self) -> bool:
+        """Whether its cross token travels as one more token; a BERT's is written into its first token instead, as
+        where text is not reduced (``Family.text_side``)."""
+        return isinstance(self.names, LayerNames)
 
     def geometry(self, config: Any) -> TextGeometry:
         """What a schedule needs to know, from the model's configuration."""
         text = config_at(config, self.config)
-        return TextGeometry(text.num_hidden_layers, text.max_position_embeddings, 1 + self.first)
+        return TextGeometry(text.num_hidden_layers, text.max_position_embeddings, 1 + self.first, self.appends)
 
 
 @dataclass(frozen=True)
@@ -196,15 +246,15 @@ class Family:
         tower_flops: configuration -> FLOPs of patch embedding and layers for one image, for towers that are left alone.
         connector_text_flops: (configuration, text tokens) -> FLOPs that the text adds there.
         language_flops: (configuration, visual tokens, text tokens, new tokens) -> FLOPs of prefill, logits of the last
-            token, decoding; None: a language model that reads visual and text tokens as one prompt.
-        for_model: model -> the family as it is for this class of model, where several classes share a model type.
+            token, decoding; of a decoder that reads a text tower, whose tokens then take the place of the visual ones;
+            None: a language model that reads visual and text tokens as one prompt.
         classes: names of the model classes that are served, where the model type has others of another structure;
-            empty: all of them.
+            empty: all that no other family of this model type names.
         variant: tells families of one model type apart; "" for the one that a bare configuration means.
         cosine: CrossGET's CLIP flavour was published for it: importance is the cosine of a token's key with the cross
             token's query, the metric the keys of all heads. Otherwise, as for LLaVA, attention received and keys
             averaged over heads.
-        text_tower: of a dual encoder, else None.
+        text_tower: of a dual encoder or another model whose text can be reduced, else None.
     """
 
     model_type: str
@@ -234,7 +284,6 @@ class Family:
     tower_flops: Callable[[Any], tuple[int, int]] | None = None
     connector_text_flops: Callable[[Any, int], int] | None = None
     language_flops: Callable[[Any, int, int, int], tuple[int, int, int]] | None = None
-    for_model: Callable[[Any], Family] | None = None
     classes: tuple[str, ...] = ()
     variant: str = ""
     cosine: bool = False

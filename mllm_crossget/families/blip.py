@@ -2,7 +2,9 @@
 
 Tokens merge inside the ViT; every cross-attention reads what is left, class token and cross token included. Text cross
 tokens live in the text model that reads the image first: the decoder for captioning, the encoder for question
-answering and retrieval, both in the first token of every row. No text token is merged.
+answering and retrieval, both in the first token of every row.
+
+Text encoders are reduced with ``text_r`` or ``text_keep_ratio`` (``hooks.text_encoder``); the caption's decoder is not.
 
 BLIP computes its vision attention itself, with the whole map; the merged one does the same.
 """
@@ -12,16 +14,19 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from mllm_crossget.costs import attention_flops, linear_flops
-from mllm_crossget.families.base import Family, TextSide, register_family
+from mllm_crossget.families.base import BertNames, Family, TextSide, TextTower, register_family
 from mllm_crossget.families.blip2 import self_attention_block_flops, vision_type, vit_geometry
 
 _POST_NORM = "vision_model.post_layernorm"
 
 
 def language_flops(config: Any, visual: int, text_tokens: int, new_tokens: int) -> tuple[int, int, int]:
-    """Captioning: the decoder on a prompt of ``text_tokens``, its head on the last one, and decoding with a cache of
-    its own tokens and of the image's keys and values."""
+    """The decoder on a prompt of ``text_tokens``, its head on the last one, and decoding with a cache of its own tokens
+    and of the keys and values of what it reads, ``visual`` tokens (for answers, those of the question)."""
     text = config.text_config
     crossing = text.num_hidden_layers * 2 * linear_flops(visual, text.encoder_hidden_size, text.hidden_size)
     head = linear_flops(1, text.hidden_size, text.hidden_size) + linear_flops(1, text.hidden_size, text.vocab_size)
@@ -37,36 +42,48 @@ def _decoder_layers(text: Any, queries: int, keys: int, visual: int) -> int:
     return int(text.num_hidden_layers * (alone + seen + 2 * linear_flops(queries, width, width)))
 
 
+def first_token(text_config: Any, input_ids: Tensor) -> Tensor:
+    """(B, T) ids -> (B,) the first column ([CLS] or [ENC])."""
+    del text_config
+    return torch.zeros(len(input_ids), dtype=torch.int64, device=input_ids.device)
+
+
+def _text_encoder(path: str, *, reads_image: bool = True, reader: str = "") -> TextTower:
+    return TextTower(
+        path,
+        "text_config",
+        first_token,
+        causal=False,
+        first=False,
+        names=BertNames(),
+        reads_image=reads_image,
+        reader=reader,
+    )
+
+
+def matching_flops(config: Any, features: int) -> int:
+    """The matching head on one token."""
+    del features
+    return linear_flops(1, config.text_config.hidden_size, 2)
+
+
+def embedding_flops(config: Any, features: int) -> int:
+    """The text's pooler, and one image and one text to the space that they share: one token each."""
+    del features
+    vision, text = config.vision_config.hidden_size, config.text_config.hidden_size
+    projections = linear_flops(1, vision, config.projection_dim) + linear_flops(1, text, config.projection_dim)
+    return projections + linear_flops(1, text, text)
+
+
 def _reads_image(text: str) -> dict[str, Any]:
     """Fields of a family whose cross tokens live in the BERT at a path, which cross-attends to the image."""
     return {
+        "language_model": text,
         "text_side": lambda config: TextSide(text, "encoder.layer"),
         "vision_projection": (_POST_NORM, f"{text}.encoder.layer.0.crossattention.self.value"),
         "cross_attentions": (f"{text}.encoder.layer", "crossattention.self"),
+        "dynamic": True,
     }
-
-
-def _for_model(model: Any) -> Family:
-    if hasattr(model, "text_model"):  # BlipModel: two towers that meet in a space of their own
-        return dataclasses.replace(
-            BLIP,
-            language_model="text_model",
-            language_layers=lambda config: ("text_model.encoder.layer",),
-            text_side=lambda config: TextSide("text_model", "encoder.layer"),
-            vision_projection=(_POST_NORM, "visual_projection"),
-            text_projection=("text_projection",),
-            cross_attentions=None,
-        )
-    if not hasattr(model, "text_encoder"):
-        return BLIP
-    layers = ["text_encoder.encoder.layer"]
-    layers += ["text_decoder.bert.encoder.layer"] if hasattr(model, "text_decoder") else []
-    return dataclasses.replace(
-        BLIP,
-        language_model="text_encoder",
-        language_layers=lambda config: tuple(layers),
-        **_reads_image("text_encoder"),
-    )
 
 
 BLIP = register_family(
@@ -76,13 +93,63 @@ BLIP = register_family(
         vision_config="vision_config",
         geometry=vit_geometry,
         towers=(vision_type("blip"),),
-        note="inside the vision tower; the text encoder or decoder cross-attends to the merged tokens",
-        exact="rows alone or together; text is not merged; no reference vectors exist",
-        language_model="text_decoder.bert",
+        note="inside the vision tower; the text decoder cross-attends to the merged tokens",
+        exact="rows alone or together; the caption is not merged; no reference vectors exist",
         language_layers=lambda config: ("text_decoder.bert.encoder.layer",),
         language_flops=language_flops,
-        for_model=_for_model,
-        dynamic=True,
         **_reads_image("text_decoder.bert"),
+    )
+)
+
+BLIP_QUESTIONS = register_family(
+    Family(
+        model_type="blip",
+        tower="vision_model",
+        vision_config="vision_config",
+        geometry=vit_geometry,
+        towers=(vision_type("blip"),),
+        note="inside the vision tower, and inside the question's encoder with text_r or text_keep_ratio; it reads the "
+        "merged tokens of the image, the answer's decoder those of the question",
+        exact="rows alone or together; a merged word counts as often as it has words; no reference vectors exist",
+        language_layers=lambda config: ("text_encoder.encoder.layer", "text_decoder.bert.encoder.layer"),
+        language_flops=language_flops,
+        text_tower=_text_encoder("text_encoder", reader="text_decoder.bert"),
+        classes=("BlipForQuestionAnswering",),
+        variant="questions",
+        **_reads_image("text_encoder"),
+    )
+)
+
+BLIP_RETRIEVAL = register_family(
+    dataclasses.replace(
+        BLIP_QUESTIONS,
+        note="inside the vision tower, and inside the text's encoder with text_r or text_keep_ratio; it reads the "
+        "merged tokens of the image",
+        exact="rows alone or together; no reference vectors exist",
+        language_layers=lambda config: ("text_encoder.encoder.layer",),
+        connector_flops=matching_flops,
+        language_flops=None,
+        text_tower=_text_encoder("text_encoder"),
+        classes=("BlipForImageTextRetrieval",),
+        variant="retrieval",
+    )
+)
+
+BLIP_DUAL = register_family(
+    dataclasses.replace(
+        BLIP_QUESTIONS,
+        note="inside the vision tower, and inside the text's encoder with text_r or text_keep_ratio",
+        exact="rows alone or together; no reference vectors exist",
+        language_model="text_model",
+        text_side=lambda config: TextSide("text_model", "encoder.layer"),
+        language_layers=lambda config: ("text_model.encoder.layer",),
+        vision_projection=(_POST_NORM, "visual_projection"),
+        text_projection=("text_projection",),
+        cross_attentions=None,
+        connector_flops=embedding_flops,
+        language_flops=None,
+        text_tower=_text_encoder("text_model", reads_image=False),
+        classes=("BlipModel",),
+        variant="dual",
     )
 )

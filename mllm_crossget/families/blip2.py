@@ -5,8 +5,8 @@ language model gets its ``num_query_tokens`` (32) features as ever: prompts do n
 language model (OPT's decoder, T5's encoder), in the first token behind the 32 image features that the processor writes
 in front of every prompt.
 
-``Blip2ForImageTextRetrieval`` and ``Blip2VisionModelWithProjection`` have no language model; their tower merges with
-vision cross tokens alone, without an alignment loss.
+``Blip2ForImageTextRetrieval`` and ``Blip2VisionModelWithProjection`` have no language model, and are families of their
+own: their tower merges with vision cross tokens alone, without an alignment loss.
 """
 
 from __future__ import annotations
@@ -93,7 +93,26 @@ def images_per_row(config: Any, kwargs: dict[str, Any]) -> Tensor:
 
 
 def connector_flops(config: Any, features: int) -> int:
-    """The Q-Former on its query tokens, and the projection to the language model's width.
+    """The Q-Former on its query tokens, and the projection to the language model's width."""
+    former, queries = config.qformer_config, config.num_query_tokens
+    return q_former_flops(config, features) + linear_flops(queries, former.hidden_size, config.text_config.hidden_size)
+
+
+def embedding_flops(config: Any, features: int) -> int:
+    """The Q-Former on its query tokens, and the projection of all of them to the space shared with texts."""
+    former, queries = config.qformer_config, config.num_query_tokens
+    return q_former_flops(config, features) + linear_flops(queries, former.hidden_size, config.image_text_hidden_size)
+
+
+def text_embedding_flops(config: Any, text_tokens: int) -> int:
+    """The Q-Former on a text alone, and the projection of its first token to the space shared with images."""
+    former = config.qformer_config
+    layers = former.num_hidden_layers * self_attention_block_flops(former, text_tokens)
+    return layers + linear_flops(1, former.hidden_size, config.image_text_hidden_size)
+
+
+def q_former_flops(config: Any, features: int) -> int:
+    """The Q-Former on its query tokens.
 
     Per layer: self-attention and an MLP on the queries; in every ``cross_attention_frequency``-th layer the queries
     also attend to the tower's ``features``.
@@ -107,7 +126,7 @@ def connector_flops(config: Any, features: int) -> int:
         + 2 * linear_flops(features, former.encoder_hidden_size, width)
         + attention_flops(queries, features, width)
     )
-    return total + linear_flops(queries, width, config.text_config.hidden_size)
+    return int(total)
 
 
 def self_attention_block_flops(former: Any, tokens: int) -> int:
@@ -117,15 +136,6 @@ def self_attention_block_flops(former: Any, tokens: int) -> int:
         4 * linear_flops(tokens, width, width)
         + attention_flops(tokens, tokens, width)
         + 2 * linear_flops(tokens, width, former.intermediate_size)
-    )
-
-
-def _for_model(model: Any) -> Family:
-    """Without the language side for the classes that have none."""
-    if hasattr(model, "language_model") or not hasattr(model, "vision_model"):
-        return BLIP2
-    return dataclasses.replace(
-        BLIP2, language_model=None, projector=None, vision_projection=(), text_side=lambda config: None
     )
 
 
@@ -148,6 +158,29 @@ BLIP2 = register_family(
         readers=("qformer",),
         llm_tokens=lambda config, features: int(config.num_query_tokens),
         connector_flops=connector_flops,
-        for_model=_for_model,
+    )
+)
+
+BLIP2_PROJECTION = register_family(
+    Family(
+        model_type="blip-2",
+        tower="vision_model",
+        vision_config="vision_config",
+        geometry=vit_geometry,
+        towers=(vision_type("blip-2"),),
+        note="inside the vision tower; the Q-Former attends to the merged tokens and gives 32 embeddings",
+        exact="as BLIP-2, without an alignment loss",
+        connector_flops=embedding_flops,
+        classes=("Blip2VisionModelWithProjection",),
+        variant="projection",
+    )
+)
+
+BLIP2_RETRIEVAL = register_family(
+    dataclasses.replace(
+        BLIP2_PROJECTION,
+        connector_text_flops=text_embedding_flops,
+        classes=("Blip2ForImageTextRetrieval",),
+        variant="retrieval",
     )
 )

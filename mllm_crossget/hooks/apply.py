@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mllm_crossget.families.base import Family, config_at, module_at, text_side_of, tower_kind
+from mllm_crossget.families.base import BertNames, Family, config_at, module_at, text_side_of, tower_kind
 from mllm_crossget.hooks import concatenated as _registers_concatenated_features  # noqa: F401
 from mllm_crossget.hooks import grid as _registers_grid_features  # noqa: F401
 from mllm_crossget.hooks import resampled as _registers_resampled_features  # noqa: F401
@@ -20,11 +20,13 @@ from mllm_crossget.hooks.journal import Journal
 from mllm_crossget.hooks.model import AlignedModel, ReducedModel
 from mllm_crossget.hooks.pooling import hook_pooling
 from mllm_crossget.hooks.post_merge import hook_merge
+from mllm_crossget.hooks.question import hook_question
 from mllm_crossget.hooks.ragged_features import RaggedTower, install_ragged_features
 from mllm_crossget.hooks.ragged_reader import RaggedCrossAttention, RaggedReader, hook_reader
 from mllm_crossget.hooks.ragged_text import RaggedTextEncoder, RaggedTextLayer
 from mllm_crossget.hooks.ragged_tower import RaggedEncoder, RaggedLayer
 from mllm_crossget.hooks.text import hook_text
+from mllm_crossget.hooks.text_encoder import hook_text_encoder
 from mllm_crossget.hooks.text_tower import hook_text_tower
 from mllm_crossget.hooks.tower import TowerState, hook_tower
 from mllm_crossget.methods.base import Method
@@ -53,10 +55,10 @@ def apply_method(
                 handle.tower = hook_merge(journal, owner, method, family.modalities)
             elif method.reduces_vision and family.tower is not None:
                 _hook_vision(model, handle, geometry)
-                _hook_language(model, handle)
             if method.reduces_text:
                 _hook_text_tower(model, handle)
             _add_alignment_tokens(model, handle)
+            _hook_language(model, handle)  # in front of a text encoder's own changes: it writes before a layer reads
             _hook_top(model, handle)
     except BaseException:
         journal.rollback()
@@ -80,7 +82,7 @@ def _hook_vision(model: Any, handle: Handle, geometry: TowerGeometry) -> None:
     handle.tower = hook_tower(
         handle.journal, encoder, layers, kind.names, handle.method, geometry, vision, cosine, mixins
     )
-    if family.text_tower is not None and hasattr(tower, "head"):
+    if family.text_tower is not None and family.text_tower.appends and hasattr(tower, "head"):
         hook_pooling(handle.journal, tower.head, handle.tower)
     if handle.method.is_dynamic:
         _hook_readers(model, handle, tower.post_layernorm)
@@ -103,12 +105,15 @@ def _hook_text_tower(model: Any, handle: Handle) -> None:
     text_model: Any = module_at(model, tower.path)
     path = ".".join((tower.path, tower.encoder))
     handle.text_encoder_path = path
+    geometry = tower.geometry(model.config)
+    if isinstance(tower.names, BertNames):
+        handle.text_tower = hook_text_encoder(handle.journal, text_model, tower, handle.method, geometry)
+        return
     tokens = None
     if handle.method.uses_cross_tokens:
         layers = getattr(module_at(model, path), tower.names.layers)
         tokens = _cross_tokens(handle, "text", layers, text_model.config.hidden_size)
         handle.cross_paths["text"] = f"{path}.cross_tokens"
-    geometry = tower.geometry(model.config)
     mixins = (RaggedTextEncoder, RaggedTextLayer) if isinstance(handle.method, MadtpConfig) else None
     handle.text_tower = hook_text_tower(handle.journal, text_model, tower, handle.method, geometry, tokens, mixins)
 
@@ -154,7 +159,7 @@ def _text_side(model: Any, handle: Handle) -> tuple[int, int]:
     as layers would have 100 million weights in a LLaVA-1.5-7B.
     """
     side, tower = text_side_of(handle.family, model.config), handle.family.text_tower
-    if tower is not None:
+    if tower is not None and tower.appends:
         text = config_at(model.config, tower.config)
         return text.num_hidden_layers, text.hidden_size
     return (0, 0) if side is None else (1, config_at(model.config, side.config).hidden_size)
@@ -165,8 +170,9 @@ def _shapes(module: nn.Module) -> dict[str, torch.Size]:
 
 
 def _hook_language(model: Any, handle: Handle) -> None:
-    side = text_side_of(handle.family, model.config)
-    if side is None or not handle.schedule.cross:
+    side, tower = text_side_of(handle.family, model.config), handle.family.text_tower
+    text_alone = tower is not None and not tower.appends and handle.text_tower is not None
+    if side is None or not (handle.schedule.cross or (text_alone and handle.method.uses_cross_tokens)):
         return
     language_model = module_at(model, side.model)
     layers: Any = module_at(language_model, side.layers)
@@ -187,12 +193,15 @@ def _hook_top(model: Any, handle: Handle) -> None:
             FEATURES[family.features].install(journal, owner, handle)
         elif handle.schedule.drop_cross or counted:
             journal.swap_class(owner, CutFeatures if handle.schedule.drop_cross else FEATURES["plain"])
-    if family.text_tower is not None and family.tower is not None:
+    if family.text_tower is not None and family.text_tower.appends and family.tower is not None:
         journal.swap_class(model, DualModel)
     elif handle.method.is_dynamic and family.tower == "":
         journal.swap_class(model, RaggedTower)
     else:
         journal.swap_class(model, ReducedModel if family.modalities else AlignedModel)
+    text = family.text_tower
+    if handle.text_tower is not None and text is not None and text.reader and isinstance(text.names, BertNames):
+        hook_question(journal, model, text, text.names, handle.method.proportional_attention)
 
 
 def _cross_tokens(handle: Handle, place: str, layers: nn.ModuleList, width: int) -> nn.Module:

@@ -64,7 +64,7 @@ def _merged(state: Tensor, trace: list[LayerTrace]) -> Tensor:
     size = trace[0].size
     for layer in trace[1:]:
         if isinstance(layer.match, Match):  # families of this kind have no method that prunes
-            state, size = merge(state, size, layer.match._replace(coefficient=None))
+            state, size = merge(state, size, layer.match._replace(weight=None))
     return state
 
 

@@ -11,6 +11,7 @@ from mllm_crossget.hooks.journal import Journal
 from mllm_crossget.hooks.post_merge import MergeState
 from mllm_crossget.hooks.text_tower import TextTowerState
 from mllm_crossget.hooks.tower import TowerState
+from mllm_crossget.hooks.vision_cache import VisionCache
 from mllm_crossget.methods.base import Method
 from mllm_crossget.schedule import Geometry, Schedule
 
@@ -29,7 +30,8 @@ class Handle:
         encoder_path: path to the module that holds the vision layers.
         text_path: path to the module that writes text cross tokens, "" where there is none.
         tower: state of the hooked vision tower or of the merging behind the projector, None while ``keep_ratio=1``.
-        text_encoder_path, text_tower: the same for the text tower of a dual encoder.
+        text_encoder_path, text_tower: the same for a text tower.
+        vision_cache: encoded images for the next question about them, or None.
     """
 
     method: Method
@@ -44,6 +46,7 @@ class Handle:
     tower: TowerState | MergeState | None = None
     text_encoder_path: str = ""
     text_tower: TextTowerState | None = None
+    vision_cache: VisionCache | None = None
 
 
 def base_model(model: nn.Module) -> nn.Module:

@@ -182,6 +182,18 @@ def image_counts(model: nn.Module, handle: Handle, modality: Modality, kwargs: d
     return list(zip(placeholders, features, strict=True))
 
 
+def expected_counts(
+    model: nn.Module, handle: Handle, modality: Modality, kwargs: dict[str, Any]
+) -> list[tuple[int, int]]:
+    """As ``image_counts`` without encoding: where only the image can tell, the settings' average share."""
+    placeholders = _placeholders(model, handle, modality, kwargs)
+    known = _known_features(model, handle, modality, kwargs)
+    if known is None:
+        share = handle.schedule.features / handle.schedule.placeholders
+        known = [min(count, round(count * share)) for count in placeholders]
+    return list(zip(placeholders, known, strict=True))
+
+
 def images_per_row(model: nn.Module, handle: Handle, kwargs: dict[str, Any]) -> Tensor:
     """(B,) tower images (a tile or a frame counts as one) in every row of a compact prompt.
 

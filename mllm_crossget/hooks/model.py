@@ -173,7 +173,8 @@ def _images_of_rows(
 
 def _aligns(model: nn.Module, handle: Handle) -> bool:
     """Whether this forward has an alignment loss."""
-    return model.training and handle.text_path != "" and bool(handle.family.vision_projection)
+    both = {"vision", "text"} <= handle.cross_paths.keys()
+    return model.training and both and handle.text_path != "" and bool(handle.family.vision_projection)
 
 
 def _recording(model: nn.Module, handle: Handle) -> AbstractContextManager[Any]:

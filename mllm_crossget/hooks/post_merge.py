@@ -108,6 +108,12 @@ def kept_cells(output: Any) -> list[Tensor] | None:
     return getattr(output, _KEPT, None)
 
 
+def with_kept_cells(output: Any, cells: list[Tensor]) -> Any:
+    """The output, which now says that these cells stayed."""
+    setattr(output, _KEPT, cells)
+    return output
+
+
 class MergedFeatures(FeaturesMixin):
     """Mixin for the owner of ``get_image_features``: merges each image's features."""
 
@@ -168,7 +174,7 @@ def _merge_output(owner: nn.Module, state: MergeState, modality: Modality, outpu
             for old, new, parts in zip(layers, merged[1:], split[1:], strict=True)
         ]
     if hasattr(output, "pooler_output"):
-        setattr(output, _KEPT, kept)
+        with_kept_cells(output, kept)
     return output
 
 

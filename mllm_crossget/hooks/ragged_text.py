@@ -17,7 +17,9 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from mllm_crossget.hooks.attention import AttentionSlot, open_slot
 from mllm_crossget.hooks.ragged_tower import record_features
-from mllm_crossget.hooks.text_tower import KEYWORD, Texts, TextTowerState, compact_texts, text_state, text_trace
+from mllm_crossget.hooks.text_rows import Texts, compact
+from mllm_crossget.hooks.text_tower import KEYWORD, TextTowerState, text_state
+from mllm_crossget.hooks.tower import LayerTrace
 from mllm_crossget.methods.dynamic import RaggedSignals
 from mllm_crossget.methods.madtp import MadtpConfig
 from mllm_crossget.ops.merging import unmerge
@@ -40,7 +42,7 @@ class RaggedTextEncoder(nn.Module):
         size = torch.ones(batch, columns, dtype=torch.float32, device=inputs_embeds.device)
         if not reference:
             texts = up_to_the_end(texts, columns)
-            hidden, _, lengths, place = compact_texts(inputs_embeds, texts)
+            hidden, _, lengths, place = compact(inputs_embeds, texts)
             alive = lengths if lengths is not None else torch.full_like(texts.end, columns)
             size = (torch.arange(hidden.shape[1], device=hidden.device) < alive[:, None]).float()
         starts = (size > 0).sum(dim=1).tolist()
@@ -53,7 +55,7 @@ class RaggedTextEncoder(nn.Module):
             if step is not None:
                 source = step.slot.gather(1, source)
             if state.trace is not None:
-                state.trace.append(text_trace(step, size, source))
+                state.trace.append(LayerTrace(step, size, source))
         if reference:
             return BaseModelOutput(last_hidden_state=nn.functional.pad(hidden, (0, 0, 0, columns - hidden.shape[1])))
         return BaseModelOutput(last_hidden_state=_in_columns(hidden, source, place, texts.real))

@@ -30,7 +30,7 @@ from mllm_crossget.ops.alignment_attention import alignment_features
 from mllm_crossget.ops.importance import ragged_query_weights
 from mllm_crossget.ops.ragged import Step, reduce_tokens
 
-_SIZES = "_mllm_crossget_sizes"
+SIZES = "_mllm_crossget_sizes"
 _FEATURES = "_mllm_crossget_alignment_features"
 
 
@@ -40,17 +40,17 @@ def recorded_sizes(encoder: nn.Module) -> Iterator[list[Tensor]]:
 
     A block inside another one hands its sizes on to the outer one.
     """
-    outer: list[Tensor] | None = encoder.__dict__.get(_SIZES)
+    outer: list[Tensor] | None = encoder.__dict__.get(SIZES)
     sizes: list[Tensor] = []
-    encoder.__dict__[_SIZES] = sizes
+    encoder.__dict__[SIZES] = sizes
     try:
         yield sizes
     finally:
         if outer is None:
-            del encoder.__dict__[_SIZES]
+            del encoder.__dict__[SIZES]
         else:
             outer.extend(sizes)
-            encoder.__dict__[_SIZES] = outer
+            encoder.__dict__[SIZES] = outer
 
 
 @contextmanager
@@ -229,9 +229,9 @@ def record_features(encoder: Any, scores: Tensor, mapped: Tensor, alive: Tensor 
 
 
 def _record(encoder: nn.Module, hidden: Tensor, size: Tensor | None) -> None:
-    if _SIZES in encoder.__dict__:
+    if SIZES in encoder.__dict__:
         ones = torch.ones(hidden.shape[:2], device=hidden.device)
-        encoder.__dict__[_SIZES].append(ones if size is None else size)
+        encoder.__dict__[SIZES].append(ones if size is None else size)
 
 
 def _last_places(size: Tensor) -> Tensor:

@@ -134,19 +134,21 @@ def _real_tokens(tokens: Tensor, call: dict[str, Any]) -> Tensor:
 
 
 def _joined(outputs: list[Any], places: Tensor) -> Any:
-    """One output of several, image by image in the order of ``places``, padded with zeros; attention maps are left out,
-    as they have two lengths."""
+    """One output of several, image by image in the order of ``places``, padded with zeros."""
     joined = outputs[0]
-    joined.last_hidden_state = _padded([output.last_hidden_state for output in outputs])[places]
-    if joined.get("hidden_states") is not None:
-        layers = zip(*(output.hidden_states for output in outputs), strict=True)
-        joined.hidden_states = tuple(None if layer[0] is None else _padded(list(layer))[places] for layer in layers)
-    if joined.get("attentions") is not None:
-        joined.attentions = None
+    joined.last_hidden_state = _padded([output.last_hidden_state for output in outputs], 1)[places]
+    for name, dims in (("hidden_states", 1), ("attentions", 2)):
+        if joined.get(name):
+            layers = zip(*(output[name] for output in outputs), strict=True)
+            joined[name] = tuple(None if layer[0] is None else _padded(list(layer), dims)[places] for layer in layers)
     return joined
 
 
-def _padded(parts: list[Tensor]) -> Tensor:
-    """(b, t, D) of several lengths one under the other."""
-    longest = max(part.shape[1] for part in parts)
-    return torch.cat([nn.functional.pad(part, (0, 0, 0, longest - part.shape[1])) for part in parts])
+def _padded(parts: list[Tensor], dims: int) -> Tensor:
+    """(b, t, D) states (``dims`` 1) or (b, heads, t, t) maps (2) of several lengths t one under the other."""
+    longest = max(part.shape[-2] for part in parts)
+    rows = []
+    for part in parts:
+        missing = longest - part.shape[-2]
+        rows.append(nn.functional.pad(part, (0, missing if dims == 2 else 0, 0, missing)))
+    return torch.cat(rows)

@@ -9,23 +9,35 @@ State travels as positional arguments through the layers and back, so gradient c
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from mllm_crossget.families.base import TextTower
+from mllm_crossget.families.base import LayerNames, TextTower
 from mllm_crossget.hooks.attention import AttentionSlot, hook_attention, open_slot
 from mllm_crossget.hooks.cross_tokens import RECORD
 from mllm_crossget.hooks.journal import Journal
 from mllm_crossget.hooks.text import positional_names
+from mllm_crossget.hooks.text_rows import (
+    Columns,
+    Texts,
+    columns_of,
+    compact,
+    in_columns,
+    mask_of,
+    moved_columns,
+    protected_tokens,
+    reduce_rows,
+    row_at,
+    with_removals,
+    with_row,
+)
 from mllm_crossget.hooks.tower import LayerTrace
 from mllm_crossget.methods.base import Method, Signals
 from mllm_crossget.ops.matching import Match
-from mllm_crossget.ops.merging import merge, unmerge
-from mllm_crossget.ops.ragged import Step
 from mllm_crossget.schedule import Schedule, TextGeometry, make_text_schedule
 
 _STATE = "_mllm_crossget_text_tower"
@@ -65,32 +77,6 @@ class TextTowerState:
         return self.schedules[tokens]
 
 
-class Texts(NamedTuple):
-    """A batch of texts: (B,) place of the token that is read out, and (B, T) which tokens are real (None: all)."""
-
-    end: Tensor
-    real: Tensor | None
-
-
-@dataclass(frozen=True)
-class Group:
-    """Rows with equally many tokens: their indices (None: all rows), tokens now, and tokens to remove in this layer."""
-
-    rows: Tensor | None
-    tokens: int
-    removed: int
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Where things are in one layer: (B,) columns of the end mark and of the cross token (None without one), groups of
-    rows by length, and whether tokens see only those in front of them."""
-
-    end: Tensor
-    cross: Tensor | None
-    groups: tuple[Group, ...]
-
-
 def hook_text_tower(
     journal: Journal,
     model: Any,
@@ -110,9 +96,9 @@ def hook_text_tower(
     encoder = model.get_submodule(tower.encoder)
     if cross_tokens is not None:
         journal.add_module(encoder, "cross_tokens", cross_tokens)
-    for layer in getattr(encoder, tower.names.layers):
+    for layer in getattr(encoder, _names(state).layers):
         journal.set_attribute(layer, _STATE, state)
-        hook_attention(journal, getattr(layer, tower.names.attention))
+        hook_attention(journal, getattr(layer, _names(state).attention))
         journal.swap_class(layer, of_layer)
     for module, mixin in ((encoder, of_encoder), (model, ReducedTextModel)):
         journal.set_attribute(module, _STATE, state)
@@ -151,33 +137,33 @@ class ReducedTextEncoder(nn.Module):
         texts: Texts | None = kwargs.get(KEYWORD)
         if texts is None:
             raise RuntimeError("a reduced text encoder was called without its text model, which knows the end marks")
-        hidden, end, lengths, place = compact_texts(inputs_embeds, texts)
+        hidden, end, lengths, place = compact(inputs_embeds, texts)
         vectors = self.cross_tokens() if state.method.uses_cross_tokens else None
-        columns = _columns(end, lengths, hidden.shape[1], vectors is not None)
+        columns = columns_of(end, lengths, hidden.shape[1], vectors is not None)
         if vectors is not None:
             hidden = torch.cat([hidden, torch.zeros_like(hidden[:, :1])], dim=1)
         source = torch.arange(hidden.shape[1], device=hidden.device).expand(len(hidden), -1)
         originals = [group.tokens - (vectors is not None) for group in columns.groups]
         written: list[Tensor] = []
         size = None
-        for index, layer in enumerate(getattr(self, state.tower.names.layers)):
+        for index, layer in enumerate(getattr(self, _names(state).layers)):
             removals = [state.schedule(tokens).removals[index] for tokens in originals]
-            columns = _with_removals(columns, removals)
+            columns = with_removals(columns, removals)
             cross = None
             if vectors is not None:
                 vector = vectors[index].to(device=hidden.device, dtype=hidden.dtype)
-                cross = _row(hidden, columns.end).detach() + vector
+                cross = row_at(hidden, columns.end).detach() + vector
                 written.append(cross)
-            mask = _mask(columns, hidden, state.tower.causal)
+            mask = mask_of(columns, hidden, state.tower.causal)
             hidden, size, match, slot = layer(hidden, mask, size, cross, columns)
             if slot is not None:
                 source = slot.gather(1, source)
-                columns = _moved(columns, slot)
+                columns = moved_columns(columns, slot)
             if state.trace is not None:
-                state.trace.append(_trace(match, size, source, hidden))
+                state.trace.append(text_trace(match, size, source, hidden))
         if written and RECORD in self.__dict__:
             self.__dict__[RECORD].append(torch.stack(written))
-        return BaseModelOutput(last_hidden_state=_in_columns(hidden, source, place, texts.real, inputs_embeds.shape[1]))
+        return BaseModelOutput(last_hidden_state=in_columns(hidden, source, place, texts.real, inputs_embeds.shape[1]))
 
 
 class ReducedTextLayer(nn.Module):
@@ -207,10 +193,10 @@ class ReducedTextLayer(nn.Module):
         if columns is None:
             raise RuntimeError("a layer of a reduced text tower was called without its encoder")
         state: TextTowerState = self.__dict__[_STATE]
-        names, method = state.tower.names, state.method
+        names, method = _names(state), state.method
         attention = getattr(self, names.attention)
         if cross is not None and columns.cross is not None:
-            hidden_states = _with_row(hidden_states, columns.cross, cross)
+            hidden_states = with_row(hidden_states, columns.cross, cross)
         removes = any(group.removed for group in columns.groups)
         slot = AttentionSlot(
             key_bias=size.log() if size is not None and method.proportional_attention else None,
@@ -224,14 +210,20 @@ class ReducedTextLayer(nn.Module):
         match = moved = None
         if removes:
             keys, importance = slot.take()
-            protected = _protected(columns, keys, state.tower.first)
+            protected = protected_tokens(columns, keys, state.tower.first)
             if size is None:
                 size = torch.ones(hidden_states.shape[:2], dtype=torch.float32, device=hidden_states.device)
-            hidden_states, size, match, moved = _reduce(
+            hidden_states, size, match, moved = reduce_rows(
                 method, Signals(keys, importance, protected, in_order=True), hidden_states, size, columns.groups
             )
         hidden_states = hidden_states + getattr(self, names.mlp)(getattr(self, names.norm2)(hidden_states))
         return hidden_states, size, match, moved
+
+
+def _names(state: TextTowerState) -> LayerNames:
+    if not isinstance(state.tower.names, LayerNames):
+        raise TypeError("this text tower has post-norm layers; see hooks.text_encoder")
+    return state.tower.names
 
 
 def _texts(state: TextTowerState, ids: Tensor, mask: Any) -> Texts:
@@ -264,124 +256,6 @@ def _texts(state: TextTowerState, ids: Tensor, mask: Any) -> Texts:
     return Texts(end, real.scatter(1, end[:, None], True))
 
 
-def compact_texts(embeds: Tensor, texts: Texts) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Real tokens in front: states cut to the longest row, the end marks' columns, (B,) lengths, and the (B, T) column
-    of every column of the input; the last two are None where every token is real."""
-    if texts.real is None:
-        return embeds, texts.end, None, None
-    order = (~texts.real).to(torch.uint8).argsort(dim=1, stable=True)
-    place = order.argsort(dim=1)
-    lengths = texts.real.sum(dim=1)
-    order = order[:, : int(lengths.max())]
-    compact = embeds.gather(1, order[..., None].expand(-1, -1, embeds.shape[-1]))
-    return compact, place.gather(1, texts.end[:, None])[:, 0], lengths, place
-
-
-def _columns(end: Tensor, lengths: Tensor | None, tokens: int, cross: bool) -> Columns:
-    if lengths is None:
-        last = torch.full_like(end, tokens) if cross else None
-        return Columns(end, last, (Group(None, tokens + cross, 0),))
-    groups = tuple(
-        Group((lengths == length).nonzero()[:, 0], length + cross, 0) for length in sorted(set(lengths.tolist()))
-    )
-    return Columns(end, lengths if cross else None, groups)
-
-
-def _with_removals(columns: Columns, removals: list[int]) -> Columns:
-    groups = [replace(group, removed=removed) for group, removed in zip(columns.groups, removals, strict=True)]
-    return replace(columns, groups=tuple(groups))
-
-
-def _moved(columns: Columns, slot: Tensor) -> Columns:
-    """The same after a merge."""
-    groups = tuple(replace(group, tokens=group.tokens - group.removed, removed=0) for group in columns.groups)
-    cross = None if columns.cross is None else slot.gather(1, columns.cross[:, None])[:, 0]
-    return Columns(slot.gather(1, columns.end[:, None])[:, 0], cross, groups)
-
-
-def _mask(columns: Columns, hidden: Tensor, causal: bool) -> Tensor | None:
-    """Additive mask (1 or B, 1, T, T): nothing behind a token if causal, no padding; None where all see all."""
-    tokens = hidden.shape[1]
-    seen = torch.ones(tokens, tokens, dtype=torch.bool, device=hidden.device)
-    seen = (seen.tril() if causal else seen)[None]
-    if len(columns.groups) > 1:
-        lengths = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
-        for group in columns.groups:
-            lengths[group.rows] = group.tokens
-        seen = seen & (torch.arange(tokens, device=hidden.device) < lengths[:, None])[:, None]
-    elif not causal:
-        return None
-    least = torch.finfo(hidden.dtype).min
-    return torch.zeros(seen.shape, dtype=hidden.dtype, device=hidden.device).masked_fill(~seen, least)[:, None]
-
-
-def _protected(columns: Columns, keys: Tensor, first: bool) -> Tensor:
-    mask = torch.zeros(keys.shape[:2], dtype=torch.bool, device=keys.device)
-    mask = mask.scatter(1, columns.end[:, None], True)
-    if first:
-        mask[:, 0] = True
-    return mask if columns.cross is None else mask.scatter(1, columns.cross[:, None], True)
-
-
-def _reduce(
-    method: Method, signals: Signals, hidden: Tensor, size: Tensor, groups: tuple[Group, ...]
-) -> tuple[Tensor, Tensor, Match | None, Tensor]:
-    """Match and merge every group of rows; returns tokens, sizes, the match of an only group, and the new columns."""
-    if len(groups) == 1:
-        match = method.match(signals, groups[0].removed)
-        hidden, size = merge(hidden, size, match)
-        return hidden, size, match, match.slot
-    width, tokens = max(group.tokens - group.removed for group in groups), hidden.shape[1]
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    for group in groups:
-        rows, count = group.rows, group.tokens
-        part, sizes = hidden[rows, :count], size[rows, :count]
-        slot = torch.arange(count, device=hidden.device).expand(len(part), -1)
-        if group.removed:
-            match = method.match(_of_rows(signals, rows, count), group.removed)
-            part, sizes = merge(part, sizes, match)
-            slot = match.slot
-        missing = width - part.shape[1]
-        parts.append(
-            (
-                nn.functional.pad(part, (0, 0, 0, missing)),
-                nn.functional.pad(sizes, (0, missing), value=1.0),
-                nn.functional.pad(slot, (0, tokens - count), value=width - 1),
-            )
-        )
-    back = torch.cat([group.rows for group in groups if group.rows is not None]).argsort()
-    hidden, size, slot = (torch.cat(pieces)[back] for pieces in zip(*parts, strict=True))
-    return hidden, size, None, slot
-
-
-def _of_rows(signals: Signals, rows: Tensor | None, count: int) -> Signals:
-    importance = None if signals.importance is None else signals.importance[rows, :count]
-    protected: Any = signals.protected
-    return replace(signals, keys=signals.keys[rows, :count], importance=importance, protected=protected[rows, :count])
-
-
-def _in_columns(hidden: Tensor, source: Tensor, place: Tensor | None, real: Tensor | None, tokens: int) -> Tensor:
-    """States in the columns of the input; the cross token has none."""
-    if place is None or real is None:
-        return unmerge(hidden, source[:, :tokens])
-    source = source.gather(1, place.clamp(max=source.shape[1] - 1))
-    return unmerge(hidden, source) * real[..., None].to(hidden.dtype)
-
-
-def _row(hidden: Tensor, index: Tensor) -> Tensor:
-    """(B, T, D), (B,) -> (B, D)."""
-    return hidden.gather(1, index[:, None, None].expand(-1, 1, hidden.shape[-1]))[:, 0]
-
-
-def _with_row(hidden: Tensor, index: Tensor, value: Tensor) -> Tensor:
-    rows = index[:, None, None].expand(-1, 1, hidden.shape[-1])
-    return hidden.scatter(1, rows, value[:, None].to(hidden.dtype))
-
-
-def text_trace(step: Step | None, size: Tensor, source: Tensor) -> LayerTrace:
-    """A trace entry of a text tower whose rows have different numbers of tokens."""
-    return LayerTrace(step, size, source)
-
-
-def _trace(match: Match | None, size: Tensor | None, source: Tensor, hidden: Tensor) -> LayerTrace:
+def text_trace(match: Match | None, size: Tensor | None, source: Tensor, hidden: Tensor) -> LayerTrace:
+    """A trace entry, also where nothing was merged yet."""
     return LayerTrace(match, torch.ones(hidden.shape[:2], device=hidden.device) if size is None else size, source)

@@ -5,6 +5,7 @@ from mllm_crossget.ops.importance import (
     attend_with_importance,
     attention_importance,
     cosine_importance,
+    importance_of_map,
     ragged_query_weights,
 )
 from mllm_crossget.ops.matching import (
@@ -49,6 +50,7 @@ __all__ = [
     "cosine_importance",
     "graph_scores",
     "guidance_loss",
+    "importance_of_map",
     "last_behind_pooled",
     "lowest",
     "merge",

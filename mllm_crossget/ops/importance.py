@@ -1,12 +1,15 @@
 """Which tokens matter: cheap column sums of the attention map, and similarity to one query.
 
-No function here holds the maps of all heads: one T x T map per thread at most. B batch, H heads, T tokens, D width.
+No function here holds the maps of all heads unless they are small. B batch, H heads, G several images and heads, Q
+queries, T tokens, D width.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+_GROUP_CPU, _GROUP_GPU = 2**19, 2**28  # bytes of the maps that are worked on together
 
 
 def query_weights(tokens: int, cross_token: bool, like: Tensor) -> Tensor:
@@ -55,11 +58,13 @@ def attention_importance(
         (B, T) float32; no gradient.
     """
     batch, heads, tokens, _ = query_BHTD.shape
-    total = torch.zeros(batch, tokens, dtype=torch.float32, device=key_BHTD.device)
-    for part in _head_groups(batch, heads):
-        attention = attention_map(query_BHTD[:, part], key_BHTD[:, part], scaling, bias_BT)
-        total = total + _received(attention, batch, cross_token, weights_BT)
-    return total / heads
+    query, key = query_BHTD.flatten(0, 1), key_BHTD.flatten(0, 1)
+    weights, bias = _for_heads(query_BHTD, bias_BT, cross_token, weights_BT)
+    columns = [
+        torch.bmm(weights[part], _softmax(query[part], key[part], scaling, _part(bias, part)))
+        for part in _groups(batch * heads, tokens, query.device)
+    ]
+    return torch.cat(columns).view(batch, heads, tokens).mean(dim=1)
 
 
 @torch.no_grad()
@@ -78,14 +83,15 @@ def attend_with_importance(
     float32 importance; no gradient.
     """
     batch, heads, tokens, _ = query_BHTD.shape
-    total = torch.zeros(batch, tokens, dtype=torch.float32, device=key_BHTD.device)
-    outputs = []
-    for part in _head_groups(batch, heads):
-        attention = attention_map(query_BHTD[:, part], key_BHTD[:, part], scaling, bias_BT)
-        total = total + _received(attention, batch, cross_token, weights_BT)
-        values = value_BHTD[:, part].flatten(0, 1)
-        outputs.append(torch.bmm(attention.to(values.dtype), values).unflatten(0, (batch, -1)))
-    return torch.cat(outputs, dim=1).transpose(1, 2), total / heads
+    query, key, value = (projection.flatten(0, 1) for projection in (query_BHTD, key_BHTD, value_BHTD))
+    weights, bias = _for_heads(query_BHTD, bias_BT, cross_token, weights_BT)
+    outputs, columns = [], []
+    for part in _groups(batch * heads, tokens, query.device):
+        attention = _softmax(query[part], key[part], scaling, _part(bias, part))
+        columns.append(torch.bmm(weights[part], attention))
+        outputs.append(torch.bmm(attention.to(value.dtype), value[part]))
+    importance = torch.cat(columns).view(batch, heads, tokens).mean(dim=1)
+    return torch.cat(outputs).view(batch, heads, tokens, -1).transpose(1, 2), importance
 
 
 def importance_of_map(attention_BHTT: Tensor, cross_token: bool = True, weights_BT: Tensor | None = None) -> Tensor:
@@ -103,31 +109,48 @@ def cosine_importance(key_BTC: Tensor, query_BC: Tensor) -> Tensor:
     return torch.cosine_similarity(key_BTC.float(), query_BC.float()[:, None], dim=-1)
 
 
-def _head_groups(batch: int, heads: int) -> list[slice]:
-    """Heads to work on together: one for every thread that a batch of images leaves idle, never all of them."""
-    threads = 1 if torch.compiler.is_compiling() else torch.get_num_threads()  # a compiler fuses better without groups
-    together = max(1, min(threads // batch, heads // 4))
-    return [slice(first, first + together) for first in range(0, heads, together)]
-
-
-def _received(attention_GTT: Tensor, batch: int, cross_token: bool, weights_BT: Tensor | None) -> Tensor:
-    """(B·heads, T, T) -> (B, T) weighted column sums, added over the heads."""
-    if weights_BT is None:
-        weights = query_weights(attention_GTT.shape[-1], cross_token, attention_GTT).expand(len(attention_GTT), 1, -1)
-    else:
-        weights = weights_BT.repeat_interleave(len(attention_GTT) // batch, dim=0)[:, None]
-    columns = torch.bmm(weights, attention_GTT)
-    return columns.view(batch, -1, attention_GTT.shape[-1]).sum(dim=1)
-
-
 def attention_map(query_BHTD: Tensor, key_BHTD: Tensor, scaling: float, bias_BT: Tensor | None) -> Tensor:
     """(B·H, queries, T) softmax in float32; products in the inputs' precision, as transformers' eager attention."""
-    batch, heads, tokens, _ = key_BHTD.shape  # queries may be fewer
-    queries, keys = query_BHTD.flatten(0, 1), key_BHTD.flatten(0, 1).mT
-    if bias_BT is None:
-        return torch.bmm(queries * scaling, keys).float().softmax(dim=-1)
-    rows = bias_BT[:, None] if bias_BT.ndim == 2 else bias_BT
-    bias = rows[:, None].expand(-1, heads, -1, -1).reshape(batch * heads, -1, tokens)
-    if query_BHTD.dtype == torch.float32:
-        return torch.baddbmm(bias.expand(-1, queries.shape[1], -1), queries, keys, alpha=scaling).softmax(dim=-1)
-    return (torch.bmm(queries * scaling, keys).float() + bias).softmax(dim=-1)
+    bias = None
+    if bias_BT is not None:  # of every key, or (B, queries, T) of every query and key
+        rows = bias_BT[:, None] if bias_BT.ndim == 2 else bias_BT
+        bias = rows.repeat_interleave(key_BHTD.shape[1], dim=0)
+    return _softmax(query_BHTD.flatten(0, 1), key_BHTD.flatten(0, 1), scaling, bias)
+
+
+def _groups(maps: int, tokens: int, device: torch.device) -> list[slice]:
+    """Maps (one per image and head) to work on together. On a CPU one for every thread, which then stays in its cache
+    (measured: as fast as torch's fused attention), or some small ones; on a GPU, which wants few launches, as many as
+    its memory can spare. A compiler fuses better without groups."""
+    if torch.compiler.is_compiling():
+        return [slice(0, maps)]
+    if device.type == "cpu":
+        together = max(torch.get_num_threads(), _GROUP_CPU // (4 * tokens * tokens))
+    else:
+        together = max(1, _GROUP_GPU // (4 * tokens * tokens))
+    return [slice(first, first + together) for first in range(0, maps, together)]
+
+
+def _for_heads(
+    query_BHTD: Tensor, bias_BT: Tensor | None, cross_token: bool, weights_BT: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """(B·H, 1, T) weights of the queries and biases of the keys."""
+    batch, heads, tokens, _ = query_BHTD.shape
+    if weights_BT is None:
+        weights_BT = query_weights(tokens, cross_token, query_BHTD).expand(batch, -1)
+    weights = weights_BT.repeat_interleave(heads, dim=0)[:, None]
+    return weights, None if bias_BT is None else bias_BT.repeat_interleave(heads, dim=0)[:, None]
+
+
+def _part(bias: Tensor | None, part: slice) -> Tensor | None:
+    return None if bias is None else bias[part]
+
+
+def _softmax(query_GQD: Tensor, key_GTD: Tensor, scaling: float, bias_G1T: Tensor | None) -> Tensor:
+    """(G, Q, T) softmax in float32; products in the inputs' precision."""
+    if bias_G1T is None:
+        return torch.bmm(query_GQD * scaling, key_GTD.mT).float().softmax(dim=-1)
+    if query_GQD.dtype == torch.float32:
+        bias = bias_G1T.expand(-1, query_GQD.shape[1], -1)
+        return torch.baddbmm(bias, query_GQD, key_GTD.mT, alpha=scaling).softmax(dim=-1)
+    return (torch.bmm(query_GQD * scaling, key_GTD.mT).float() + bias_G1T).softmax(dim=-1)

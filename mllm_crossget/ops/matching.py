@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_TINY = 1e-12  # keeps a zero key from becoming NaN; far below the norm of any real key
+from mllm_crossget.ops.graph import SimilarityMap, image_groups, normalised, ranks, similarity_graph
 
 
 class Match(NamedTuple):
@@ -22,8 +22,7 @@ class Match(NamedTuple):
         dst: (B, R) the token each of them goes into, in the numbering before the merge.
         kept: (B, T-R) tokens that stay, in the order of the output.
         slot: (B, T) the output row every token ends up in.
-        coefficient: (B, T) factor of every token in the merged sum, or None for a plain size-weighted mean.
-        weight: (B, R, 2) shares of source and destination where the method has them, else None.
+        weight: (B, R, 2) shares of source and destination; None for a plain size-weighted mean.
         pruned: the sources are thrown away: neither their values nor their sizes enter the destination.
     """
 
@@ -31,7 +30,6 @@ class Match(NamedTuple):
     dst: Tensor
     kept: Tensor
     slot: Tensor
-    coefficient: Tensor | None = None
     weight: Tensor | None = None
     pruned: bool = False
 
@@ -54,8 +52,7 @@ def complete_graph_soft_matching(
             it that ``r`` fits every row.
 
     Returns:
-        A ``Match`` with ``weight`` = softmax over (importance of source, importance of destination) and the
-        coefficients of the reference's ensemble.
+        A ``Match`` with ``weight`` = softmax over (importance of source, importance of destination).
 
     Raises:
         ValueError: ``r`` is negative or more than half of the unprotected tokens.
@@ -64,12 +61,27 @@ def complete_graph_soft_matching(
     _check_r(r, tokens, 0 if isinstance(protected, Tensor) else len(set(protected)))
     shielded = _protected_mask(protected, batch, tokens, keys_BTD.device)
     importance = importance_BT.float()
-    similarity, score = graph_scores(keys_BTD, importance, shielded)
-    src = score.argsort(dim=-1, stable=True)[:, :r].sort(dim=-1).values
-    dst = _most_similar_survivor(similarity, src)
+    groups = image_groups(batch, tokens, keys_BTD.device)
+    pairs = [_pairs(keys_BTD[part], importance[part], shielded[part], r) for part in groups]
+    src, dst = (torch.cat(side) if len(groups) > 1 else side[0] for side in zip(*pairs, strict=True))
     weight = torch.stack([importance.gather(1, src), importance.gather(1, dst)], dim=-1).softmax(dim=-1)
     kept, slot = _layout(src, dst, tokens)
-    return Match(src, dst, kept, slot, _ensemble_coefficients(weight, src, dst, tokens), weight)
+    return Match(src, dst, kept, slot, weight)
+
+
+def _pairs(keys: Tensor, importance: Tensor, shielded: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """(B, R) sources, ascending, and the survivor that each goes into."""
+    graph = similarity_graph(keys, shielded)
+    score = _scores(importance, graph.best_below(ranks(graph.best())), shielded)
+    src = score.argsort(dim=-1, stable=True)[:, :r].sort(dim=-1).values
+    return src, graph.best_survivor(src)
+
+
+def _scores(importance: Tensor, best_below: Tensor, shielded: Tensor) -> Tensor:
+    score = importance - best_below
+    # NaN (from NaN pixels) must not outrank the protection: make it finite first, protect after.
+    score = torch.nan_to_num(score, nan=torch.finfo(score.dtype).max, posinf=torch.inf)
+    return score.masked_fill(shielded, torch.inf)
 
 
 @torch.no_grad()
@@ -85,11 +97,9 @@ def graph_scores(keys_BTD: Tensor, importance_BT: Tensor, shielded_BT: Tensor) -
         (B, T, T) similarity, -inf on the diagonal and on shielded rows and columns, and (B, T) the score: importance
         minus the similarity to the best of the tokens that rank below; +inf for those that cannot leave.
     """
-    similarity = _similarity(keys_BTD, shielded_BT)
-    score = importance_BT - _similarity_to_lower_ranked(similarity)
-    # NaN (from NaN pixels) must not outrank the protection: make it finite first, protect after.
-    score = torch.nan_to_num(score, nan=torch.finfo(score.dtype).max, posinf=torch.inf)
-    return similarity, score.masked_fill(shielded_BT, torch.inf)
+    graph = SimilarityMap(keys_BTD, shielded_BT)
+    best_below = graph.best_below(ranks(graph.best()))
+    return graph.similarity, _scores(importance_BT, best_below, shielded_BT)
 
 
 @torch.no_grad()
@@ -120,7 +130,7 @@ def bipartite_soft_matching(
     """
     batch, tokens, _ = metric_BTD.shape
     _check_r(r, tokens, class_token + distill_token)
-    metric = _normalised(metric_BTD)
+    metric = normalised(metric_BTD)
     even = torch.arange(0, tokens, 2, device=metric.device)
     odd = torch.arange(1, tokens, 2, device=metric.device)
     scores = metric[:, even] @ metric[:, odd].mT
@@ -187,11 +197,6 @@ def _check_r(r: int, tokens: int, protected: int) -> None:
         )
 
 
-def _normalised(keys: Tensor) -> Tensor:
-    keys = keys.float()
-    return keys / keys.norm(dim=-1, keepdim=True).clamp_min(_TINY)
-
-
 def _protected_mask(protected: Sequence[int] | Tensor, batch: int, tokens: int, device: torch.device | None) -> Tensor:
     if isinstance(protected, Tensor):
         return protected
@@ -199,32 +204,6 @@ def _protected_mask(protected: Sequence[int] | Tensor, batch: int, tokens: int, 
     for index in protected:
         mask[index] = True
     return mask.expand(batch, tokens)
-
-
-def _similarity(keys: Tensor, shielded: Tensor) -> Tensor:
-    """(B, T, T) cosine similarity; -inf on the diagonal and on protected rows and columns."""
-    keys = _normalised(keys)
-    similarity = keys @ keys.mT
-    # Kernels may round S_ij and S_ji differently; the tie rule needs them equal.
-    similarity = torch.maximum(similarity, similarity.mT)
-    similarity.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
-    return similarity.masked_fill_(shielded[:, :, None], -torch.inf).masked_fill_(shielded[:, None, :], -torch.inf)
-
-
-def _similarity_to_lower_ranked(similarity: Tensor) -> Tensor:
-    """(B, T) best similarity of every token to the tokens that rank below it; -inf where there is none."""
-    order = similarity.amax(dim=-1).argsort(dim=-1, descending=True, stable=True)
-    places = torch.arange(order.shape[1], dtype=torch.int32, device=order.device).expand_as(order)
-    rank = torch.empty_like(order, dtype=torch.int32).scatter_(1, order, places)
-    not_below = rank[:, None, :] <= rank[:, :, None]
-    return similarity.masked_fill(not_below, -torch.inf).amax(dim=-1)
-
-
-def _most_similar_survivor(similarity: Tensor, src: Tensor) -> Tensor:
-    batch, tokens, _ = similarity.shape
-    rows = similarity.gather(1, src[:, :, None].expand(-1, -1, tokens))
-    leaving = torch.zeros(batch, tokens, dtype=torch.bool, device=src.device).scatter_(1, src, True)
-    return rows.masked_fill_(leaving[:, None, :], -torch.inf).argmax(dim=-1)
 
 
 def _layout(src: Tensor, dst: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
@@ -239,13 +218,6 @@ def _slots(kept: Tensor, src: Tensor, dst: Tensor, tokens: int) -> Tensor:
     rows = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
     slot = torch.zeros(kept.shape[0], tokens, dtype=torch.int64, device=kept.device).scatter_(1, kept, rows)
     return slot.scatter_(1, src, slot.gather(1, dst))
-
-
-def _ensemble_coefficients(weight: Tensor, src: Tensor, dst: Tensor, tokens: int) -> Tensor:
-    """Reference ensemble: sources enter with 2α, a destination with 1 + Σ(2β - 1) over its sources."""
-    coefficient = torch.ones(src.shape[0], tokens, dtype=weight.dtype, device=weight.device)
-    coefficient = coefficient.scatter_add_(1, dst, 2 * weight[..., 1] - 1)
-    return coefficient.scatter_(1, src, 2 * weight[..., 0])
 
 
 def _hashed(count: int, seed: int, device: torch.device | None) -> Tensor:

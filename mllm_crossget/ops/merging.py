@@ -9,10 +9,11 @@ from mllm_crossget.ops.matching import Match
 
 
 def merge(x_BTD: Tensor, size_BT: Tensor, match: Match) -> tuple[Tensor, Tensor]:
-    """Merge tokens (ToMe's size-weighted mean; CrossGET section 3.3 where the match carries coefficients).
+    """Merge tokens (ToMe's size-weighted mean; CrossGET section 3.3 where the match carries weights).
 
-    With x̃ = size·x, an output token is Σ coefficient·x̃ over its members, divided by the sum of their sizes. Gradients
-    flow through ``x`` alone. Sums run in float32, so half precision does not overflow on large groups.
+    An output token is Σ c·size·x over its members, divided by the sum of their sizes. c is 1; with the weights (α, β)
+    of a pair it is 2α for a source and 1 + Σ(2β - 1) for a destination. Gradients flow through ``x`` alone. Sums run in
+    float32, so half precision does not overflow; tokens that take part in no merge are copied as they are.
 
     Args:
         x_BTD: (B, T, D) tokens.
@@ -25,16 +26,34 @@ def merge(x_BTD: Tensor, size_BT: Tensor, match: Match) -> tuple[Tensor, Tensor]
     size = size_BT.float()
     kept = _rows(x_BTD, match.kept)
     kept_size = size.gather(1, match.kept)
-    if match.pruned:
+    if match.pruned or not match.src.shape[1]:
         return kept, kept_size
     slot = match.slot.gather(1, match.src)
     new_size = kept_size.scatter_add(1, slot, size.gather(1, match.src))
-    factor = size if match.coefficient is None else size * match.coefficient
-    merged = kept.float() * (factor.gather(1, match.kept) / new_size)[..., None]
-    share = (factor.gather(1, match.src) / new_size.gather(1, slot))[..., None]
-    leaving = _rows(x_BTD, match.src).float() * share
-    merged = merged.scatter_add(1, slot[..., None].expand_as(leaving), leaving)
-    return merged.to(x_BTD.dtype), new_size
+    entering, staying = _factors(kept_size, new_size, size.gather(1, match.src), slot, match.weight)
+    source = _rows(x_BTD, match.src).float() * entering[..., None]
+    destination = _rows(x_BTD, match.dst).float() * staying[..., None]
+    # Several sources of one destination are summed in the place of the first of them; the others repeat its value, and
+    # must not repeat its gradient.
+    places = torch.arange(slot.shape[1], device=slot.device).expand_as(slot)
+    first = torch.zeros_like(match.kept).scatter_reduce(1, slot, places, "amin", include_self=False).gather(1, slot)
+    first = first[..., None].expand_as(source)
+    merged = destination + torch.zeros_like(source).scatter_add(1, first, source)
+    merged = torch.where(first == places[..., None], merged, merged.detach().gather(1, first)).to(x_BTD.dtype)
+    offset = torch.arange(0, kept_size.numel(), kept_size.shape[1], device=slot.device)[:, None]
+    kept.view(-1, kept.shape[-1]).index_copy_(0, (slot + offset).flatten(), merged.flatten(0, 1))
+    return kept, new_size
+
+
+def _factors(
+    kept_size: Tensor, new_size: Tensor, source_size: Tensor, slot: Tensor, weight: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(B, R) factors of every source and of its destination. Only the rows that change are touched."""
+    entering, staying = source_size, kept_size
+    if weight is not None:
+        entering = 2 * weight[..., 0] * entering
+        staying = torch.ones_like(kept_size).scatter_add(1, slot, 2 * weight[..., 1] - 1) * staying
+    return entering / new_size.gather(1, slot), (staying / new_size).gather(1, slot)
 
 
 def compose_source(source_BN: Tensor | None, match: Match) -> Tensor:

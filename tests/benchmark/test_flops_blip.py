@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Blip2VisionModel, OPTConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Blip2ForImageTextRetrieval,
+    Blip2VisionModel,
+    Blip2VisionModelWithProjection,
+    OPTConfig,
+)
 
 from mllm_crossget import CrossGetConfig, RandomConfig, accelerate_mllm
 from mllm_crossget.benchmark.flops import model_flops
@@ -18,6 +24,7 @@ from mllm_crossget.hooks.cross_tokens import CrossTokens
 from mllm_crossget.hooks.journal import Journal
 from mllm_crossget.hooks.tower import hook_tower
 from tests.benchmark.test_flops import counted, nearly
+from tests.families.case_blip2 import retrieval
 from tests.families.tiny_blip import QUERIES, blip2_batch, blip_batch, row_of, tiny_blip, tiny_blip2
 from tests.methods import FIXED
 
@@ -61,6 +68,39 @@ def test_captioning_of_blip(new_tokens: int) -> None:
     expected = model_flops(model.config, config, text_tokens=1, new_tokens=new_tokens)
     options = {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens, "do_sample": False}
     assert counted(lambda: model.generate(pixel_values=pixels, **options)) == nearly(expected.total)
+
+
+@pytest.mark.parametrize("kind", [Blip2ForImageTextRetrieval, Blip2VisionModelWithProjection])
+def test_embeddings_of_blip2(kind: type) -> None:
+    model = retrieval(kind, "sdpa").requires_grad_(False)
+    batch = one_row(model)
+    model.config.architectures = [kind.__name__]
+    config = CrossGetConfig(r=2)
+    accelerate_mllm(model, config)
+    text = batch["input_ids"].shape[1] - QUERIES
+    expected = model_flops(model.config, config, text_tokens=text, one_softmax=True)
+    if kind is Blip2VisionModelWithProjection:
+        batch = {"pixel_values": batch["pixel_values"]}
+    assert counted(lambda: model(**batch)) == nearly(expected.total)
+
+
+@pytest.mark.parametrize("dial", [{"r": 2}, {"text_r": 2}, {"r": 2, "text_r": [3, 1, 0]}], ids=str)
+@pytest.mark.parametrize("method", FIXED)
+@pytest.mark.parametrize("task", ["questions", "retrieval", "both towers"])
+def test_text_encoders_of_blip(task: str, method: str, dial: dict) -> None:
+    model = tiny_blip(task)
+    model.config.architectures = [type(model).__name__]
+    batch = row_of(blip_batch(model, rows=3), 2)
+    config = method_class(method)(**dial)
+    accelerate_mllm(model, config)
+    text = batch["input_ids"].shape[1]
+    counts = {"text_tokens": text, "one_softmax": True}
+    if task == "questions":
+        options = {"min_new_tokens": 4, "max_new_tokens": 4, "do_sample": False}
+        expected = model_flops(model.config, config, new_tokens=4, **counts)
+        assert counted(lambda: model.generate(**batch, **options)) == nearly(expected.total)
+    else:
+        assert counted(lambda: model(**batch)) == nearly(model_flops(model.config, config, **counts).total)
 
 
 def test_opt_with_a_narrow_embedding() -> None:

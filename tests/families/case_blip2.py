@@ -1,12 +1,14 @@
-"""BLIP-2 with OPT and T5, InstructBLIP with Llama and T5, InstructBlipVideo with Llama."""
+"""BLIP-2 with OPT and T5 and without a language model, InstructBLIP with Llama and T5, InstructBlipVideo with Llama."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from transformers import Blip2ForImageTextRetrieval, Blip2VisionModelWithProjection
 
 from tests.families.cases import Batch, Case, add_case
-from tests.families.tiny_blip import IMAGE, answer_ids, blip2_batch, row_of, tiny_blip2
+from tests.families.tiny_blip import IMAGE, answer_ids, blip2_batch, configuration, row_of, tiny_blip2
+from tests.tiny import _randomise, pixels
 
 
 def answers(model: nn.Module, batch: Batch) -> list[Tensor]:
@@ -44,5 +46,39 @@ for model_type, text in (
             answers=answers,
             loss=loss,
             generates=True,
+        )
+    )
+
+
+def retrieval(kind: type, attention: str) -> nn.Module:
+    config = configuration("blip-2", "opt", image_text_hidden_size=16)
+    config.qformer_config.use_qformer_text_input = True
+    config._attn_implementation = attention
+    model = kind(config).eval()
+    _randomise(model, 0)
+    return model
+
+
+def matched(model: nn.Module, batch: Batch) -> list[Tensor]:
+    return list(model(**batch, use_image_text_matching_head=True).logits_per_image)
+
+
+for name, kind, batch_of, ask in (
+    ("retrieval", Blip2ForImageTextRetrieval, lambda model: blip2_batch(model, side="right"), matched),
+    (
+        "projection",
+        Blip2VisionModelWithProjection,
+        lambda model: {"pixel_values": pixels(model, 3)},
+        lambda model, batch: list(model(**batch).image_embeds),
+    ),
+):
+    add_case(
+        Case(
+            name=f"blip-2-{name}",
+            model_type=f"blip-2:{name}",
+            build=lambda attention, kind=kind: retrieval(kind, attention),
+            batch=batch_of,
+            row=row_of,
+            answers=ask,
         )
     )

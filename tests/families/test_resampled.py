@@ -7,6 +7,7 @@ import torch
 
 from mllm_crossget import accelerate_mllm, trace_merges
 from tests.families import case_aria, case_idefics2
+from tests.families.models import image_pixels
 
 ARIA, IDEFICS2 = case_aria.tiny_aria, case_idefics2.tiny_idefics2
 FAMILIES = pytest.mark.parametrize(
@@ -55,6 +56,26 @@ def test_images_keep_a_share_of_their_own_patches(build, batch_of, mask) -> None
     shares = [entry.size.shape[1] / float(entry.size[0].sum()) for entry in trace[3::4]]
     assert len(shares) == 3
     assert all(0.45 <= share <= 0.6 for share in shares)
+
+
+@torch.no_grad()
+def test_states_and_maps_of_images_of_several_sizes_are_each_images_own() -> None:
+    tower = accelerate_mllm(ARIA("eager"), keep_ratio=0.5).model.vision_tower
+    mask = torch.zeros(3, 5, 5, dtype=torch.bool)
+    for image, (rows, columns) in enumerate([(2, 5), (5, 5), (5, 3)]):
+        mask[image, :rows, :columns] = True
+    pixels, flags = image_pixels(3, size=70), {"output_hidden_states": True, "output_attentions": True}
+    together = tower(pixels, patch_attention_mask=mask, **flags)
+    for image in range(3):
+        one = slice(image, image + 1)
+        alone = tower(pixels[one], patch_attention_mask=mask[one], **flags)
+        for padded, own in zip(together.hidden_states, alone.hidden_states, strict=True):
+            torch.testing.assert_close(padded[one, : own.shape[1]], own, atol=1e-5, rtol=1e-4)
+            assert not padded[image, own.shape[1] :].any()
+        for padded, own in zip(together.attentions, alone.attentions, strict=True):
+            length = own.shape[-1]
+            torch.testing.assert_close(padded[one, :, :length, :length], own, atol=1e-5, rtol=1e-4)
+            assert padded[image].sum() == pytest.approx(float(own.sum()))
 
 
 def test_errors_say_what_to_do() -> None:

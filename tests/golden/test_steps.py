@@ -87,7 +87,7 @@ def check_clip_text_step(golden, name):
         expect_match(golden, step, match)
         merged, new_size = merge(x, size, match)
         golden.expect(f"{step}.x_out", merged.transpose(0, 1), STEP)
-        ids = merge(ids[..., None], size, match._replace(coefficient=None))[0][..., 0]
+        ids = merge(ids[..., None], size, match._replace(weight=None))[0][..., 0]
         size = new_size
         golden.expect(f"{step}.token_id_out", ids, STEP)
         golden.expect(f"{step}.eot_pos_out", ids.argmax(dim=1), STEP)

@@ -163,7 +163,7 @@ def test_thresholds_that_everything_passes_are_the_fixed_method(tower) -> None:
         randomise_cross_tokens(model)
     images = pixels(fixed, 3)
     for ours, expected in zip(features(free, images), features(fixed, images), strict=True):
-        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(ours, expected, atol=5e-5, rtol=1e-4)
 
 
 @methods

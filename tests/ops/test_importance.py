@@ -93,7 +93,7 @@ def test_importance_adds_up():
     torch.testing.assert_close(without.sum(dim=1), torch.full((2,), 1.0))
 
 
-@pytest.fixture(params=[1, 6, 64])
+@pytest.fixture(params=[1, 6])
 def threads(request):
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
@@ -104,15 +104,14 @@ def threads(request):
 @pytest.mark.parametrize("operation", ["importance", "attend"])
 @pytest.mark.parametrize("batch", [1, 2])
 def test_no_tensor_holds_the_maps_of_all_heads(operation, batch, threads):
-    heads, tokens, width = 8, 48, 4
+    heads, tokens, width = 16, 370, 4  # a map is larger than what may be grouped
     query, key, value, scaling, bias = make(batch, heads, tokens, width)
     with Largest() as largest:
         if operation == "importance":
             attention_importance(query, key, scaling, bias)
         else:
             attend_with_importance(query, key, value, scaling, bias)
-    at_once = 1 if threads == 1 else heads // 4
-    assert largest.numel <= at_once * batch * tokens * tokens
+    assert largest.numel == min(threads, batch * heads) * tokens * tokens
     with Largest() as everything:  # the check itself can fail
         (query @ key.mT).softmax(dim=-1)
     assert everything.numel == batch * heads * tokens * tokens

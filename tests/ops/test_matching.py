@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mllm_crossget.ops import bipartite_soft_matching, complete_graph_soft_matching, random_matching
-from mllm_crossget.ops.matching import _similarity
+from mllm_crossget.ops.graph import SimilarityMap
 from tests import reference
 
 PROPERTY = settings(max_examples=40, deadline=None, derandomize=True)
@@ -56,7 +56,7 @@ def test_bipartite_equals_the_oracle(problem, class_token, distill_token, keep_o
     for row in range(len(keys)):
         expected = reference.bipartite_matching(keys[row], r, class_token, distill_token, keep_order)
         assert_decision(match, row, expected)
-    assert match.coefficient is None
+    assert match.weight is None
 
 
 @PROPERTY
@@ -129,11 +129,16 @@ def gpu():
 
 
 @pytest.mark.parametrize("device", ["cpu", gpu()])
-def test_similarity_is_symmetric_to_the_bit(device):
-    """The tie rule lives on it: the two halves of a pair must see the same number."""
-    keys = torch.randn(3, 577, 64, device=device)
-    similarity = _similarity(keys, torch.zeros(3, 577, dtype=torch.bool, device=device))
-    assert torch.equal(similarity, similarity.mT)
+def test_the_two_halves_of_a_pair_see_the_same_number(device):
+    """The tie rule lives on it, whatever the kernels round."""
+    graph = SimilarityMap(torch.randn(3, 577, 64, device=device), torch.zeros(3, 577, dtype=torch.bool, device=device))
+    nearest = graph.similarity.argmax(dim=-1)
+    mutual = nearest.gather(1, nearest) == torch.arange(577, device=device)
+    # A map whose lower half was rounded differently.
+    graph.similarity = graph.similarity + 1e-6 * torch.ones_like(graph.similarity[0]).tril()
+    best = graph.best()
+    assert mutual.sum() > 100
+    assert torch.equal(best[mutual], best.gather(1, nearest)[mutual])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -141,7 +146,7 @@ def test_half_precision_is_ranked_in_float32(dtype):
     keys, importance = torch.randn(32, 64, 8).to(dtype), torch.rand(32, 64).to(dtype)
     half = complete_graph_soft_matching(keys, importance, 24, (0, 63))
     full = complete_graph_soft_matching(keys.float(), importance.float(), 24, (0, 63))
-    assert all(torch.equal(a, b) for a, b in zip(half[:6], full[:6], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(half[:5], full[:5], strict=True))
     assert half.weight.dtype == torch.float32
     half, full = bipartite_soft_matching(keys, 24, True), bipartite_soft_matching(keys.float(), 24, True)
     assert all(torch.equal(a, b) for a, b in zip(half[:4], full[:4], strict=True))
@@ -244,4 +249,3 @@ def test_decisions_carry_no_gradient():
     keys, importance = torch.randn(2, 12, 4, requires_grad=True), torch.rand(2, 12, requires_grad=True)
     match = complete_graph_soft_matching(keys, importance, 4)
     assert not match.weight.requires_grad
-    assert not match.coefficient.requires_grad

@@ -30,7 +30,7 @@ def make(batch, tokens, width, r, kind, protected=(0,)):
 
 def expected(x, size, match, importance, row):
     decision = reference.Decision(*(part[row].tolist() for part in match[:3]))
-    if match.coefficient is None:
+    if match.weight is None:
         return reference.mean_merge(x[row], size[row], decision)
     weights = reference.pair_weights(importance[row], decision)
     return reference.ensemble_merge(x[row], size[row], decision, weights)
@@ -161,7 +161,7 @@ def test_a_row_of_a_batch_equals_the_row_alone():
     x, size, match, _ = make(4, 21, 8, 7, "crossget")
     merged, new_size = merge(x, size, match)
     for row in range(4):
-        alone = type(match)(*(part[row : row + 1] for part in match[:6]))
+        alone = type(match)(*(part[row : row + 1] for part in match[:5]))
         value, count = merge(x[row : row + 1], size[row : row + 1], alone)
         assert torch.equal(value[0], merged[row])
         assert torch.equal(count[0], new_size[row])

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from mllm_crossget import CrossGetConfig, RandomConfig, ToMeConfig
 from mllm_crossget.config import method_class, method_names
 from mllm_crossget.families.llava import geometry as llava_geometry
-from mllm_crossget.schedule import TowerGeometry, make_schedule, ramp, removable
+from mllm_crossget.schedule import MergeGeometry, TowerGeometry, make_schedule, ramp, removable
 from tests import reference
 from tests.tiny import tiny_llava
 
@@ -199,3 +199,30 @@ def test_ramps_refuse_what_they_cannot_express():
         ramp(4, 6, 2.0)
     with pytest.raises(ValueError, match="at most 4 integers"):
         ramp(4, [1] * 5)
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 24])
+def test_merging_in_every_nth_layer_reaches_the_same_number(every):
+    geometry = TowerGeometry(patches=576, prefix=1, layers=24, read=23)
+    schedule = make_schedule(CrossGetConfig(visual_tokens=300, merge_every=every), geometry)
+    assert schedule.features == 300
+    assert sum(schedule.removals) == 577 - 300
+    assert all(removed == 0 for layer, removed in enumerate(schedule.removals) if layer % every)
+    by_r = make_schedule(CrossGetConfig(r=5, merge_every=every), geometry)
+    assert by_r.removals == tuple(5 if layer % every == 0 else 0 for layer in range(24))
+
+
+def test_merge_every_is_refused_where_it_says_nothing():
+    geometry = TowerGeometry(patches=64, prefix=1, layers=4, read=4)
+    with pytest.raises(ValueError, match="halving in each of 2 layers leaves 16 of 64"):
+        make_schedule(ToMeConfig(visual_tokens=8, merge_every=2), geometry)
+    with pytest.raises(ValueError, match="merged behind its projector"):
+        make_schedule(ToMeConfig(visual_tokens=8, merge_every=2), MergeGeometry(64))
+    with pytest.raises(ValueError, match="which layers merge"):
+        ToMeConfig(r=[2, 0], merge_every=2)
+    with pytest.raises(ValueError, match="decided in every layer"):
+        CrossGetConfig(dynamic=True, merge_every=2)
+    for wrong in (0, -1):
+        with pytest.raises(ValueError, match="merge_every"):
+            ToMeConfig(merge_every=wrong)
+    assert ToMeConfig.from_dict(ToMeConfig(keep_ratio=0.5, merge_every=2).to_dict()).merge_every == 2

@@ -1,0 +1,228 @@
+"""Batches of requests that are of similar length *after* merging, and their answers in the order of the requests.
+
+A batch is padded to its longest row. What counts is the length that the language model sees: two prompts of equal
+length differ after merging if one of them has an image and the other one has not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+
+from mllm_crossget.hooks.handle import base_model, handle_of
+from mllm_crossget.hooks.inputs import expected_counts, image_counts, present, token_of
+from mllm_crossget.hooks.prompt import plan_compaction
+
+Answer = TypeVar("Answer")
+Request = Mapping[str, Any]
+
+
+@torch.no_grad()
+def compact_lengths(model: nn.Module, inputs: Request, *, exact: bool = False) -> list[int]:
+    """Tokens of every row that the language model gets: without padding and without removed placeholders.
+
+    Args:
+        model: accelerated or not.
+        inputs: what the processor returns for one or several rows; pixels are only looked at for their shape.
+        exact: where the number of visual tokens depends on what is in an image (``dynamic=True``, "madtp", images cut
+            into tiles), it is the settings' average share; True encodes the images to find it. With ``reuse_vision``
+            that is not lost, as the answer then needs no encoder.
+
+    Raises:
+        ValueError: placeholders that do not fit the images.
+    """
+    ids = inputs["input_ids"]
+    mask = inputs.get("attention_mask")
+    mask = torch.ones_like(ids) if mask is None else mask
+    handle, target = handle_of(model), base_model(model)
+    kwargs = dict(inputs)
+    if handle is None or handle.method.is_identity or not present(handle, kwargs):
+        return mask.sum(dim=1).tolist()
+    counts = image_counts if exact else expected_counts
+    images = {
+        token_of(target, modality): counts(target, handle, modality, kwargs) for modality in present(handle, kwargs)
+    }
+    return plan_compaction(ids, mask, images, left=True).real.sum(dim=1).tolist()
+
+
+class CompactBatchSampler(Sampler[list[int]]):
+    """Groups requests of similar length, for ``DataLoader(batch_sampler=...)``: each of them once, the longest first.
+
+    The same batches at every pass, so that a batch that does not fit into the memory is the first one. (For training,
+    where batches must be random, transformers' ``LengthGroupedSampler`` takes these lengths too.)
+
+    Args:
+        lengths: tokens of every request, see ``compact_lengths``.
+        max_tokens: bound of rows times (longest row + ``new_tokens``) in a batch. A request that is longer than the
+            bound has a batch of its own.
+        max_rows: bound of the rows in a batch; give one of the two at least.
+        new_tokens: longest answer.
+
+    Raises:
+        ValueError: no bound, or one below 1.
+
+    Example:
+        >>> batches = CompactBatchSampler(lengths, max_tokens=16_384, new_tokens=64)
+        >>> answers = [answer(batch) for batch in DataLoader(dataset, batch_sampler=batches, collate_fn=processor_call)]
+        >>> in_order = batches.restore(answers)
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        *,
+        max_tokens: int | None = None,
+        max_rows: int | None = None,
+        new_tokens: int = 0,
+    ) -> None:
+        bounds = {"max_tokens": max_tokens, "max_rows": max_rows}
+        if max_tokens is None and max_rows is None:
+            raise ValueError("give max_tokens (rows times longest row), max_rows, or both")
+        wrong = {name: bound for name, bound in bounds.items() if bound is not None and bound < 1}
+        if wrong:
+            raise ValueError(f"bounds must be at least 1, got {wrong}")
+        self.lengths = [int(length) for length in lengths]
+        self.max_tokens, self.max_rows, self.new_tokens = max_tokens, max_rows, new_tokens
+        self.batches = self._grouped()
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (list(batch) for batch in self.batches)
+
+    @property
+    def padding(self) -> float:
+        """Share of the prompts' columns that is padding, from 0 to 1."""
+        cells = sum(len(batch) * max(self.lengths[index] for index in batch) for batch in self.batches)
+        return 1 - sum(self.lengths) / cells if cells else 0.0
+
+    def restore(self, answers: Iterable[Iterable[Answer]]) -> list[Answer]:
+        """Answers, batch by batch, in the order of the requests. Raises ``ValueError`` if some are missing."""
+        flat = [answer for batch in answers for answer in batch]
+        order = [index for batch in self.batches for index in batch]
+        if len(flat) != len(order):
+            raise ValueError(f"{len(flat)} answers for {len(order)} requests; give those of every batch")
+        placed = dict(zip(order, flat, strict=True))
+        return [placed[index] for index in range(len(order))]
+
+    def _grouped(self) -> list[list[int]]:
+        batches: list[list[int]] = []
+        longest = 0
+        for index in sorted(range(len(self.lengths)), key=lambda index: -self.lengths[index]):
+            rows = len(batches[-1]) + 1 if batches else 0
+            full = self.max_rows is not None and rows > self.max_rows
+            if not batches or full or (self.max_tokens is not None and rows * longest > self.max_tokens):
+                batches.append([])
+                longest = self.lengths[index] + self.new_tokens
+            batches[-1].append(index)
+        return batches
+
+
+def join_requests(requests: Sequence[Request], pad_token_id: int = 0) -> dict[str, Any]:
+    """One batch of requests that the processor made one by one, padded on the left.
+
+    What has the shape of ``input_ids`` is padded on the left: ids with ``pad_token_id``, all else with zeros. Other
+    tensors (pixels, sizes, grids) follow one another; where their shapes differ (images of more or fewer tiles) zeros
+    are put behind, as the processors do.
+
+    Args:
+        requests: each with ``input_ids`` and ``attention_mask`` (rows, columns); a request may lack images.
+        pad_token_id: the model's.
+
+    Raises:
+        ValueError: no request, or one without a mask.
+    """
+    if not requests:
+        raise ValueError("no requests to join")
+    if any("attention_mask" not in request for request in requests):
+        raise ValueError("a request has no attention_mask; pass what the processor returns")
+    columns = max(request["input_ids"].shape[1] for request in requests)
+    joined: dict[str, Any] = {}
+    for name in dict.fromkeys(name for request in requests for name in request):
+        parts = []
+        for request in requests:
+            value = request.get(name)
+            if isinstance(value, Tensor) and value.shape == request["input_ids"].shape:
+                fill = pad_token_id if name == "input_ids" else 0
+                value = nn.functional.pad(value, (columns - value.shape[1], 0), value=fill)
+            if value is not None:
+                parts.append(torch.as_tensor(value))
+        most = [max(part.shape[axis] for part in parts) for axis in range(parts[0].ndim)]
+        joined[name] = torch.cat([_padded(part, most[1:]) for part in parts])
+    return joined
+
+
+@torch.no_grad()
+def generate_in_batches(
+    model: Any,
+    requests: Sequence[Request],
+    *,
+    max_tokens: int | None = None,
+    max_rows: int | None = None,
+    exact_lengths: bool = False,
+    **options: Any,
+) -> list[Tensor]:
+    """Answer many requests in batches of similar compact length.
+
+    Args:
+        model: a model with ``generate``, accelerated or not.
+        requests: what the processor returns for each, one row, on any device.
+        max_tokens, max_rows: bounds of a batch, see ``CompactBatchSampler``.
+        exact_lengths: see ``exact`` of ``compact_lengths``.
+        options: of ``generate``, such as ``max_new_tokens=64``.
+
+    Returns:
+        New tokens of every request, (tokens,) each, in the order of the requests, up to and with the end token. They
+        are those of one request at a time, up to rounding.
+
+    Raises:
+        ValueError: no bound; several answers per request; a request of several rows.
+
+    Example:
+        >>> requests = [processor(images=image, text=text, return_tensors="pt") for image, text in questions]
+        >>> answers = generate_in_batches(model, requests, max_tokens=16_384, max_new_tokens=64)
+        >>> processor.batch_decode(answers, skip_special_tokens=True)
+    """
+    if (options.get("num_return_sequences") or 1) > 1 or options.get("return_dict_in_generate"):
+        raise ValueError(
+            "one answer per request, as tokens: leave num_return_sequences and return_dict_in_generate out"
+        )
+    rows = {len(request["input_ids"]) for request in requests}
+    if not rows <= {1}:
+        raise ValueError(f"requests of {sorted(rows)} rows; process every request by itself")
+    lengths = [compact_lengths(model, request, exact=exact_lengths)[0] for request in requests]
+    new_tokens = int(options.get("max_new_tokens") or 0)
+    batches = CompactBatchSampler(lengths, max_tokens=max_tokens, max_rows=max_rows, new_tokens=new_tokens)
+    target: Any = base_model(model)
+    settings = target.generation_config
+    pad = options.get("pad_token_id", settings.pad_token_id)
+    ends = options.get("eos_token_id", settings.eos_token_id)
+    ends = ends if isinstance(ends, (list, tuple)) else [ends]
+    answers = []
+    for batch in batches:
+        joined = join_requests([requests[index] for index in batch], 0 if pad is None else pad)
+        joined = {name: value.to(target.device) for name, value in joined.items()}
+        sequences = model.generate(**joined, **options)
+        prompt = 0 if target.config.is_encoder_decoder else joined["input_ids"].shape[1]
+        answers.append([_until_end(row, ends, pad) for row in sequences[:, prompt:]])
+    return batches.restore(answers)
+
+
+def _until_end(tokens: Tensor, ends: Sequence[int | None], pad: int | None) -> Tensor:
+    """An answer up to its end token, or else without the padding behind it."""
+    values = tokens.tolist()
+    stop = next((place + 1 for place, token in enumerate(values) if token in ends), len(values))
+    while stop == len(values) and pad is not None and values and values[-1] == pad and pad not in ends:
+        stop, values = stop - 1, values[:-1]
+    return tokens[:stop]
+
+
+def _padded(values: Tensor, most: Sequence[int]) -> Tensor:
+    """Zeros behind all but the first dimension, up to ``most``."""
+    missing = [size - own for size, own in zip(most, values.shape[1:], strict=True)]
+    return nn.functional.pad(values, [side for size in reversed(missing) for side in (0, size)])

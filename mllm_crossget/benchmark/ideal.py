@@ -1,0 +1,35 @@
+"""A tower whose tokens disappear for nothing: what the reduction itself costs is what it takes above this."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mllm_crossget.families.base import Family, module_at
+from mllm_crossget.schedule import Schedule
+
+
+def has_ideal(model: nn.Module, family: Family) -> bool:
+    """Whether the vision tower is one that ``ideal_tower`` knows: CLIP's."""
+    tower = module_at(model, family.tower or "")
+    return hasattr(tower, "pre_layrnorm") and hasattr(tower, "encoder")
+
+
+def ideal_tower(tower: Any, pixels: Tensor, schedule: Schedule) -> Tensor:
+    """The tower's own layers on the schedule's token counts; the last tokens are cut off by a view.
+
+    Args:
+        tower: a CLIP vision tower.
+        pixels: (B, 3, height, width).
+        schedule: tokens after every layer, and whether a cross token travels along.
+    """
+    hidden = tower.pre_layrnorm(tower.embeddings(pixels))
+    if schedule.cross:
+        hidden = torch.cat([hidden, hidden[:, :1]], dim=1)
+    for layer, left in zip(tower.encoder.layers, schedule.tokens[1:], strict=True):
+        hidden = hidden + layer.self_attn(layer.layer_norm1(hidden), None)[0]
+        hidden = hidden[:, :left]
+        hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
+    return hidden

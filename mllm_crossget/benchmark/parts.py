@@ -1,0 +1,103 @@
+"""Where the time of one ``generate`` goes: seconds in the vision tower, between tower and language model, in the
+prefill and in decoding, measured in one and the same run."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from mllm_crossget.families.base import Family, module_at
+
+PARTS = ("encoder", "projector", "prefill", "decode", "rest")
+
+
+@dataclass
+class PartClock:
+    """Reads the clock where a part begins and ends; on a GPU by events in its stream, which hold nothing up.
+
+    Args:
+        device: that the model is on.
+    """
+
+    device: torch.device
+    _marks: dict[str, list[tuple[Any, Any]]] = field(default_factory=lambda: defaultdict(list))
+    _open: dict[str, Any] = field(default_factory=dict)
+
+    @contextmanager
+    def watching(self, modules: dict[str, list[nn.Module]]) -> Iterator[None]:
+        """Time these modules' forwards, by part, while the block runs."""
+        handles = []
+        for part, members in modules.items():
+            for module in members:
+                handles.append(module.register_forward_pre_hook(self._starter(part), with_kwargs=True))
+                handles.append(module.register_forward_hook(self._stopper(part), with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def seconds(self, total: float) -> dict[str, float]:
+        """Seconds by part of a run that took ``total`` seconds, and forget them. The language model's first forward is
+        the prefill, all others are decoding; what lies outside of the parts is the "rest"."""
+        spent = {part: [self._between(*mark) for mark in marks] for part, marks in self._marks.items()}
+        self._marks.clear()
+        language = spent.pop("language", [])
+        found = {part: sum(values) for part, values in spent.items()}
+        found |= {"prefill": sum(language[:1]), "decode": sum(language[1:])}
+        found["rest"] = total - sum(found.values())
+        return {part: found.get(part, 0.0) for part in PARTS}
+
+    def _starter(self, part: str) -> Any:
+        def start(module: nn.Module, args: Any, kwargs: Any) -> None:
+            self._open[part] = self._now()
+
+        return start
+
+    def _stopper(self, part: str) -> Any:
+        def stop(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            self._marks[part].append((self._open.pop(part), self._now()))
+
+        return stop
+
+    def _now(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _between(self, start: Any, end: Any) -> float:
+        if self.device.type != "cuda":
+            return float(end - start)
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1000
+
+
+def parts_of(model: nn.Module, family: Family) -> dict[str, list[nn.Module]]:
+    """The modules of a model by part; "language" is split by ``PartClock.seconds``.
+
+    Raises:
+        ValueError: a family without a vision tower or without a language model.
+    """
+    if family.tower is None or family.language_model is None:
+        raise ValueError(f"{family.model_type}: the harness times models with a vision tower and a language model")
+    between = [module_at(model, path) for path in _BETWEEN.get(family.model_type, (family.projector,)) if path]
+    return {
+        "encoder": [module_at(model, family.tower)],
+        "projector": between,
+        "language": [module_at(model, family.language_model)],
+    }
+
+
+_BETWEEN = {
+    "blip-2": ("qformer", "language_projection"),
+    "instructblip": ("qformer", "language_projection"),
+}

@@ -1,0 +1,197 @@
+"""``mllm-crossget bench``: seconds, memory and their ceiling, of a model with and without a reduction.
+
+All settings live in one process as copies of one model that share its weights, and take turns in every round; ratios
+are taken within a round. The weights are random unless a folder or a repository is given, which changes no time.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import AutoModelForImageTextToText
+
+from mllm_crossget.api import accelerate_mllm
+from mllm_crossget.benchmark.geometries import GEOMETRIES, resolve
+from mllm_crossget.benchmark.ideal import has_ideal, ideal_tower
+from mllm_crossget.benchmark.inputs import prompt_inputs
+from mllm_crossget.benchmark.memory import peak_bytes
+from mllm_crossget.benchmark.parts import PartClock, parts_of
+from mllm_crossget.benchmark.report import Case, Setting, append, draw, report, speed_table
+from mllm_crossget.benchmark.roofline import Device, Sizes, probe, sizes_of
+from mllm_crossget.benchmark.timing import environment, seconds_of
+from mllm_crossget.config import method_class
+from mllm_crossget.families.base import Family, family_of, module_at
+from mllm_crossget.schedule import make_schedule
+
+
+@dataclass
+class BenchOptions:
+    """What to time.
+
+    Args:
+        geometry: a built-in geometry, which gets random weights, or a local folder or repository of the hub.
+        methods: reduction methods.
+        keep_ratios: shares of the visual tokens to keep; 0 leaves them out.
+        r: removals per layer, as a setting beside the keep ratios.
+        batch_sizes: prompts with one image each.
+        text_tokens: words of a prompt.
+        new_tokens: lengths of the answers; 1 is the time to the first token.
+        llm_layers: keep only so many layers of the language model, for small machines.
+        rounds: measured rounds; one more comes first and is not counted.
+        dtype: "float32", "bfloat16" or "float16".
+        attn_implementation: "sdpa", "eager" or "flash_attention_2", of the whole model.
+        compile: compile the layers of the vision tower as one graph.
+        memory: also measure the peak memory, in one more run of every setting.
+        output: file that gets one JSON line per setting, batch size and answer length; lines are appended.
+        plot: picture of the speed-ups beside their ceilings to write.
+    """
+
+    geometry: str = "llava-1.5-7b"
+    methods: list[str] = field(default_factory=lambda: ["crossget"])
+    keep_ratios: list[float] = field(default_factory=lambda: [0.5, 0.25, 0.11])
+    r: int | None = None
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 8])
+    text_tokens: int = 60
+    new_tokens: list[int] = field(default_factory=lambda: [1])
+    llm_layers: int | None = None
+    rounds: int = 7
+    dtype: str = "float32"
+    attn_implementation: str = "sdpa"
+    compile: bool = False
+    memory: bool = False
+    output: str | None = None
+    plot: str | None = None
+
+
+def run(options: BenchOptions) -> int:
+    """Measure, print a table, append the JSON lines, draw the plot; returns 0."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = getattr(torch, options.dtype)
+    model, family = load(options, device, dtype)
+    settings = make_settings(model, family, options, device)
+    speeds = probe(device, dtype)
+    lines: list[dict[str, Any]] = []
+    for batch in options.batch_sizes:
+        for new_tokens in options.new_tokens:
+            made = measure(settings, family, options, batch, new_tokens, speeds)
+            append(options.output, made)
+            lines += made
+    Console().print(speed_table(f"{options.geometry}, {options.dtype}, {options.attn_implementation}", lines))
+    if options.plot is not None:
+        draw(lines, options.plot)
+    return 0
+
+
+def load(options: BenchOptions, device: torch.device, dtype: torch.dtype) -> tuple[Any, Family]:
+    """The model to time, in evaluation mode.
+
+    Raises:
+        ValueError: an unknown geometry, or a model that is not supported.
+    """
+    kind: Any = AutoModelForImageTextToText
+    attention = {"dtype": dtype, "attn_implementation": options.attn_implementation}
+    config = resolve(options.geometry)
+    family = family_of(config)
+    if family is None:
+        raise ValueError(f"{options.geometry}: model type {config.model_type!r} is not supported")
+    if options.llm_layers is not None:
+        config.text_config.num_hidden_layers = options.llm_layers
+    if options.geometry.lower() in GEOMETRIES:
+        with torch.device(device):
+            model = kind.from_config(config, **attention)
+    else:
+        model = kind.from_pretrained(options.geometry, config=config, **attention).to(device)
+    return model.eval(), family
+
+
+def make_settings(model: nn.Module, family: Family, options: BenchOptions, device: torch.device) -> list[Setting]:
+    """The untouched model first, then every method at every dial."""
+    dials: list[dict[str, Any]] = [{"keep_ratio": keep} for keep in options.keep_ratios if keep]
+    dials += [{"r": options.r}] if options.r is not None else []
+    wanted: list[tuple[str, Any]] = [("untouched", method_class(options.methods[0])(keep_ratio=1.0))]
+    for name in options.methods:
+        wanted += [(f"{name} {key}={value}", method_class(name)(**{key: value}))
+                   for dial in dials for key, value in dial.items()]  # fmt: skip
+    settings = []
+    for name, method in wanted:
+        twin = with_shared_weights(model)
+        if not method.is_identity:
+            accelerate_mllm(twin, method)
+        if options.compile:
+            encoder_of(twin, family).compile(fullgraph=True)
+        schedule = make_schedule(method, family.geometry(vars(model)["config"]))
+        settings.append(Setting(name, method, twin, schedule, PartClock(device)))
+    return settings
+
+
+def with_shared_weights(model: nn.Module) -> Any:
+    """A copy of the modules around the same parameters and buffers."""
+    tensors: Sequence[Tensor] = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def encoder_of(model: nn.Module, family: Family) -> nn.Module:
+    """The module that loops over the vision tower's layers."""
+    tower = module_at(model, family.tower or "")
+    return getattr(tower, "encoder", tower)
+
+
+@torch.inference_mode()
+def measure(
+    settings: list[Setting], family: Family, options: BenchOptions, batch: int, new_tokens: int, speeds: Device
+) -> list[dict[str, Any]]:
+    """Let the settings take turns; one line per setting."""
+    model, device = settings[0].model, settings[0].clock.device
+    dtype = getattr(torch, options.dtype)
+    inputs = prompt_inputs(vars(model)["config"], family, batch, options.text_tokens, device, dtype)
+    for setting in settings:
+        setting.runs = []
+    label = f"batch {batch}, {new_tokens} new tokens"
+    for turn in tqdm(range(options.rounds + 1), desc=label, leave=False):
+        for setting in settings:
+            found = timed_run(setting, family, inputs, new_tokens)
+            if has_ideal(model, family):
+                found["ideal_encoder"] = timed_ideal(model, family, setting, inputs)
+            if turn:
+                setting.runs.append(found)
+    case = Case(family, options.text_tokens, batch, new_tokens, speeds, _sizes(model, family, dtype))
+    shared = {"geometry": options.geometry, "options": asdict(options), "environment": environment()}
+    lines = []
+    for setting, line in zip(settings, report(settings, case), strict=True):
+        if options.memory:
+            work = partial(generate, setting.model, inputs, new_tokens)
+            line["peak_bytes"] = peak_bytes(work, device)
+        lines.append({**shared, **line})
+    return lines
+
+
+def timed_run(setting: Setting, family: Family, inputs: dict[str, Tensor], new_tokens: int) -> dict[str, float]:
+    """Seconds of one ``generate``: in all, and by part."""
+    with setting.clock.watching(parts_of(setting.model, family)):
+        total = seconds_of(lambda: generate(setting.model, inputs, new_tokens), setting.clock.device)
+    return {"total": total, **setting.clock.seconds(total)}
+
+
+def timed_ideal(model: nn.Module, family: Family, setting: Setting, inputs: dict[str, Tensor]) -> float:
+    """Seconds of a tower with this setting's counts whose tokens are cut off for nothing."""
+    tower, pixels = module_at(model, family.tower or ""), inputs["pixel_values"].flatten(0, -4)
+    return seconds_of(lambda: ideal_tower(tower, pixels, setting.schedule), setting.clock.device)
+
+
+def generate(model: Any, inputs: dict[str, Tensor], new_tokens: int) -> Tensor:
+    """An answer of exactly ``new_tokens`` tokens."""
+    lengths = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
+    answer: Tensor = model.generate(**inputs, **lengths, do_sample=False, pad_token_id=0)
+    return answer
+
+
+def _sizes(model: Any, family: Family, dtype: torch.dtype) -> Sizes:
+    return sizes_of(parts_of(model, family), model.get_output_embeddings(), model.config.get_text_config(), dtype)

@@ -1,0 +1,181 @@
+"""The complete graph of token similarities, and the three questions that the matching asks of it.
+
+``SimilarityMap`` holds one map per image. ``SimilarityTiles`` makes the similarities again for every question, some of
+the rows at a time: more work, but memory that does not grow with the square of the tokens. Shape suffixes: B batch, T
+tokens, R sources, D width.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+_TINY = 1e-12  # keeps a zero key from becoming NaN; far below the norm of any real key
+# Bytes of one image's map beyond which it is made in tiles: 256 MiB, 8192 tokens.
+LARGEST_MAP = 2**28
+TILE = 2**26  # bytes of one tile
+# Bytes of the maps of the images that are matched together.
+_GROUP_CPU, _GROUP_GPU = 2**20, 2**28
+_PENALTY = 4.0
+_FUSED = "MLLM_CROSSGET_FUSED_MATCHING"
+
+
+class Graph(Protocol):
+    """Similarities between all tokens of an image: cosine of their keys, -inf from a token to itself and from and to
+    shielded tokens."""
+
+    def best(self) -> Tensor:
+        """(B, T) similarity of every token to the token most like it."""
+
+    def best_below(self, rank_BT: Tensor) -> Tensor:
+        """(B, T) the same among tokens of a higher rank number; -inf where there is none."""
+
+    def best_survivor(self, src_BR: Tensor) -> Tensor:
+        """(B, R) the token most like every source that is no source itself; equal ones: lower index."""
+
+
+def similarity_graph(keys_BTD: Tensor, shielded_BT: Tensor) -> Graph:
+    """A map where it fits into ``LARGEST_MAP``, else tiles. With the environment variable
+    MLLM_CROSSGET_FUSED_MATCHING=1, on a GPU: Triton kernels.
+
+    Args:
+        keys_BTD: (B, T, D) metric tokens, any float dtype; compared in float32.
+        shielded_BT: (B, T) True for tokens that neither leave nor receive.
+
+    Raises:
+        ImportError: the kernels are asked for and Triton is missing.
+    """
+    if os.environ.get(_FUSED) == "1" and keys_BTD.is_cuda:
+        from mllm_crossget.kernels.graph import FusedSimilarity
+
+        return FusedSimilarity(_finite_keys(keys_BTD), shielded_BT)
+    tokens = keys_BTD.shape[1]
+    if 4 * tokens * tokens > LARGEST_MAP:
+        return SimilarityTiles(keys_BTD, shielded_BT)
+    return SimilarityMap(keys_BTD, shielded_BT)
+
+
+def image_groups(batch: int, tokens: int, device: torch.device) -> list[slice]:
+    """Images to match together: on a CPU as many as its caches hold the maps of; on a GPU, which wants few launches, as
+    many as its memory can spare."""
+    together = batch
+    if not torch.compiler.is_compiling():  # a compiler would unroll the loop
+        together = max(1, (_GROUP_CPU if device.type == "cpu" else _GROUP_GPU) // (4 * tokens * tokens))
+    return [slice(first, first + together) for first in range(0, batch, together)]
+
+
+def normalised(keys: Tensor) -> Tensor:
+    """Keys of length 1 in float32; a zero key stays zero."""
+    keys = keys.float()
+    return keys / keys.norm(dim=-1, keepdim=True).clamp_min(_TINY)
+
+
+def ranks(best_BT: Tensor) -> Tensor:
+    """(B, T) place of every token, 0 for the largest value, as float32. Equal values: lower index first."""
+    order = best_BT.argsort(dim=-1, descending=True, stable=True)
+    places = torch.arange(order.shape[1], dtype=torch.float32, device=order.device).expand_as(order)
+    return torch.empty_like(order, dtype=torch.float32).scatter_(1, order, places)
+
+
+def similarity_map(keys_BTD: Tensor, shielded_BT: Tensor) -> Tensor:
+    """(B, T, T) cosine similarity, up to rounding symmetric; -inf on the diagonal and on shielded rows and columns."""
+    left, right = _shielding_factors(keys_BTD, shielded_BT)
+    similarity = left @ right.mT
+    similarity.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
+    return similarity
+
+
+def best_of_map(similarity_BTT: Tensor) -> Tensor:
+    """(B, T) largest similarity of every token. Kernels may round S_ij and S_ji differently, but the tie rule needs two
+    tokens that are nearest to each other to have equal values: hence along rows and along columns."""
+    return torch.maximum(similarity_BTT.amax(dim=-1), similarity_BTT.amax(dim=-2))
+
+
+def best_below_in_rows(rows_BRT: Tensor, rank_BR: Tensor, rank_BT: Tensor) -> Tensor:
+    """(B, R) largest similarity of some rows to tokens of a higher rank number; -inf where there is none.
+
+    Sums instead of a mask, which would cost five times as much on a CPU: 0 for a token that ranks below, at most -4 for
+    the others; similarities are at most 1 apart from 0.
+    """
+    penalty = (rank_BT[:, None] - (rank_BR + 1)[..., None]).clamp_(max=0.0)
+    best = torch.add(rows_BRT, penalty, alpha=_PENALTY, out=penalty).amax(dim=-1)
+    return best.masked_fill(best < -_PENALTY / 2, -torch.inf)
+
+
+def _finite_keys(keys: Tensor) -> Tensor:
+    return normalised(keys).nan_to_num(nan=0.0)  # NaN (from NaN pixels) must not outrank the protection
+
+
+def _shielding_factors(keys_BTD: Tensor, shielded_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Two (B, T, D + 2) factors whose product is the cosine plus -inf from and to shielded tokens: k·k + s·1 + 1·s."""
+    keys = _finite_keys(keys_BTD)
+    shield = torch.zeros_like(keys[..., :1]).masked_fill_(shielded_BT[..., None], -torch.inf)
+    ones = torch.ones_like(shield)
+    return torch.cat([keys, shield, ones], dim=-1), torch.cat([keys, ones, shield], dim=-1)
+
+
+class SimilarityMap:
+    """The graph as a map of T x T float32; a second one lives for a moment."""
+
+    def __init__(self, keys_BTD: Tensor, shielded_BT: Tensor) -> None:
+        self.similarity = similarity_map(keys_BTD, shielded_BT)
+
+    def best(self) -> Tensor:
+        """See ``Graph``."""
+        return best_of_map(self.similarity)
+
+    def best_below(self, rank_BT: Tensor) -> Tensor:
+        """See ``Graph``."""
+        return best_below_in_rows(self.similarity, rank_BT, rank_BT)
+
+    def best_survivor(self, src_BR: Tensor) -> Tensor:
+        """See ``Graph``."""
+        rows = self.similarity.gather(1, src_BR[:, :, None].expand(-1, -1, self.similarity.shape[2]))
+        return _best_column(rows, src_BR)
+
+
+class SimilarityTiles:
+    """The graph without a map: rows of it are computed as they are needed, once for every question."""
+
+    def __init__(self, keys_BTD: Tensor, shielded_BT: Tensor) -> None:
+        self._left, self._right = _shielding_factors(keys_BTD, shielded_BT)
+        batch, tokens, _ = keys_BTD.shape
+        self._rows = max(1, TILE // (4 * batch * tokens))
+        self._every = torch.arange(tokens, device=keys_BTD.device).expand(batch, -1)
+
+    def best(self) -> Tensor:
+        """See ``Graph``."""
+        along_rows = []
+        along_columns = torch.full(self._every.shape, -torch.inf, device=self._every.device)
+        for _, tile in self._tiles(self._every):
+            along_rows.append(tile.amax(dim=-1))
+            along_columns = torch.maximum(along_columns, tile.amax(dim=-2))
+        return torch.maximum(torch.cat(along_rows, dim=1), along_columns)
+
+    def best_below(self, rank_BT: Tensor) -> Tensor:
+        """See ``Graph``."""
+        tiles = self._tiles(self._every)
+        return torch.cat([best_below_in_rows(tile, rank_BT.gather(1, rows), rank_BT) for rows, tile in tiles], dim=1)
+
+    def best_survivor(self, src_BR: Tensor) -> Tensor:
+        """See ``Graph``."""
+        if not src_BR.shape[1]:
+            return src_BR
+        return torch.cat([_best_column(tile, src_BR) for _, tile in self._tiles(src_BR)], dim=1)
+
+    def _tiles(self, rows_BR: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Some of the rows, and their (B, rows, T) similarities."""
+        width = self._left.shape[2]
+        for rows in rows_BR.split(self._rows, dim=1):
+            tile = self._left.gather(1, rows[..., None].expand(-1, -1, width)) @ self._right.mT
+            yield rows, tile.scatter_(2, rows[..., None], -torch.inf)
+
+
+def _best_column(rows_BRT: Tensor, src_BR: Tensor) -> Tensor:
+    leaving = torch.zeros(len(rows_BRT), rows_BRT.shape[2], dtype=torch.bool, device=rows_BRT.device)
+    leaving = leaving.scatter_(1, src_BR, True)
+    return rows_BRT.masked_fill_(leaving[:, None, :], -torch.inf).argmax(dim=-1)

@@ -1,0 +1,139 @@
+"""The harness runs any model, its parts add up, and its ceilings follow from the device and the FLOPs."""
+
+import json
+
+import pytest
+import torch
+
+from mllm_crossget.benchmark import speed
+from mllm_crossget.benchmark.flops import model_flops
+from mllm_crossget.benchmark.geometries import resolve
+from mllm_crossget.benchmark.inputs import prompt_inputs
+from mllm_crossget.benchmark.parts import PARTS, PartClock, parts_of
+from mllm_crossget.benchmark.roofline import Device, Sizes, least_seconds, probe
+from mllm_crossget.benchmark.speed import BenchOptions, encoder_of, run, with_shared_weights
+from mllm_crossget.benchmark.timing import seconds_of, spread
+from mllm_crossget.cli import main
+from mllm_crossget.families.base import family_of
+from mllm_crossget.methods import CrossGetConfig, ToMeConfig
+from tests.families.tiny_blip import tiny_blip2
+from tests.tiny import tiny_llava
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    tiny_llava().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def lines(folder):
+    output = folder / "speed.jsonl"
+    words = ["bench", "--geometry", str(folder), "--keep_ratios", "0.5", "0.25", "--methods", "crossget", "tome"]
+    words += ["--batch_sizes", "1", "2", "--new_tokens", "1", "3", "--rounds", "2", "--text_tokens", "6", "--memory"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speed, "probe", lambda device, dtype: Device(1e11, 1e10))  # large matrices take seconds
+        assert main([*words, "--output", str(output), "--plot", str(folder / "speed.png")]) == 0
+    return [json.loads(line) for line in output.read_text().splitlines()]
+
+
+def test_one_line_per_setting_batch_and_answer(lines, folder):
+    names = ["untouched", "crossget keep_ratio=0.5", "crossget keep_ratio=0.25", "tome keep_ratio=0.5",
+             "tome keep_ratio=0.25"]  # fmt: skip
+    cases = [(batch, new, name) for batch in (1, 2) for new in (1, 3) for name in names]
+    assert [(line["batch"], line["new_tokens"], line["setting"]) for line in lines] == cases
+    assert (folder / "speed.png").stat().st_size > 1000
+
+
+def test_parts_add_up_to_the_whole(lines):
+    for line in lines:
+        seconds = line["seconds"]
+        assert set(seconds) == {"total", "ideal_encoder", *PARTS}
+        assert all(value["min"] >= 0 for value in seconds.values())
+        assert (seconds["decode"]["max"] == 0) == (line["new_tokens"] == 1)
+        for part in ("encoder", "projector", "prefill"):
+            assert 0 < seconds[part]["median"] < seconds["total"]["max"]
+        assert ("tokens_per_second" in line) == (line["new_tokens"] == 3)
+        assert line["peak_bytes"] > 0
+
+
+def test_what_is_compared_with_the_untouched_model(lines, folder):
+    config = tiny_llava().config
+    for line in lines:
+        untouched = next(other for other in lines if other["setting"] == "untouched")
+        keeps = line["method"].get("keep_ratio")
+        method = {"crossget": CrossGetConfig, "tome": ToMeConfig}[line["method"]["method"]](keep_ratio=keeps)
+        before, after = (model_flops(config, kind, text_tokens=6) for kind in (CrossGetConfig(keep_ratio=1.0), method))
+        expected = (before.total - before.lm_head) / (after.total - after.lm_head - after.reducer)
+        assert line["encoder_and_prefill"]["flop_ratio"] == pytest.approx(expected)
+        assert line["cache_bytes"] / line["batch"] < untouched["cache_bytes"] * (1.2 if keeps == 1 else 0.9)
+        if keeps == 1:
+            assert line["whole"]["speed_up"]["median"] == line["whole"]["ceiling"] == 1.0
+        else:
+            assert line["whole"]["ceiling"] > 1
+            assert line["visual_tokens"] < line["visual_tokens_untouched"]
+
+
+def test_copies_share_the_weights_and_nothing_else():
+    model = tiny_llava()
+    twin = with_shared_weights(model)
+    assert [p.data_ptr() for p in twin.parameters()] == [p.data_ptr() for p in model.parameters()]
+    assert not {id(module) for module in twin.modules()} & {id(module) for module in model.modules()}
+    assert encoder_of(twin, family_of(model.config)) is twin.model.vision_tower.encoder
+
+
+@pytest.mark.parametrize("make", [tiny_llava, tiny_blip2])
+def test_the_clock_sees_every_part(make):
+    model = make().eval()
+    family = family_of(model.config, [type(model).__name__])
+    inputs = prompt_inputs(model.config, family, 2, 5, CPU, torch.float32)
+    clock = PartClock(CPU)
+    with clock.watching(parts_of(model, family)), torch.no_grad():
+        total = seconds_of(lambda: model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False))
+    found = clock.seconds(total)
+    assert all(found[part] > 0 for part in ("encoder", "projector", "prefill", "decode"))
+    assert sum(found.values()) == pytest.approx(total)
+    watched = [module for members in parts_of(model, family).values() for module in members]
+    assert not any(module._forward_pre_hooks for module in watched)
+    assert clock.seconds(1.0) == {"encoder": 0, "projector": 0, "prefill": 0, "decode": 0, "rest": 1.0}
+
+
+def test_tiles_are_written_as_the_processor_would():
+    config = resolve("llava-next-7b")
+    inputs = prompt_inputs(config, family_of(config), 1, 8, CPU, torch.float32)
+    assert inputs["pixel_values"].shape == (1, 5, 3, 336, 336)
+    assert inputs["image_sizes"].tolist() == [[672, 672]]
+    assert (inputs["input_ids"] == config.image_token_id).sum() == 2928  # 5 x 576 patches and 48 newlines
+
+
+def test_a_model_without_prompts_of_its_own_is_refused():
+    config = resolve("qwen2.5-vl-7b")
+    with pytest.raises(ValueError, match="qwen2_5_vl"):
+        prompt_inputs(config, family_of(config), 1, 8, CPU, torch.float32)
+    with pytest.raises(ValueError, match="no built-in geometry"):
+        run(BenchOptions(geometry="no-such-model"))
+
+
+def test_the_roofline_is_the_slower_of_computing_and_reading():
+    config = resolve("llava-1.5-7b")
+    flops = model_flops(config, ToMeConfig(keep_ratio=1.0), text_tokens=60, new_tokens=3)
+    sizes = Sizes(encoder=600, language=13000, cache=10)
+    slow_memory, slow_products = Device(1e30, 100.0), Device(1e12, 1e30)
+    steps = 2 * (13000 + 4 * 10 * (636 + 1.5))
+    assert least_seconds(slow_memory, flops, sizes, 4, 636, 3) == pytest.approx((600 + 13000 + steps) / 100)
+    total = 4 * (flops.total - flops.reducer)
+    assert least_seconds(slow_products, flops, sizes, 4, 636, 3) == pytest.approx(total / 1e12)
+
+
+def test_a_device_is_probed():
+    found = probe(CPU, torch.float32, side=256)
+    assert 1e8 < found.flops < 1e16
+    assert 1e7 < found.bandwidth < 1e14
+
+
+def test_spread():
+    found = spread([3.0, 1.0, 2.0, 5.0, 4.0])
+    assert found == {"median": 3.0, "p10": 1.4, "p90": 4.6, "min": 1.0, "max": 5.0, "rounds": 5}
