@@ -19,6 +19,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from recovery_summary import Bootstrap, described, load, right
 
+COLOURS = ("0.5", "0.25", "0.125")
 PAIRS = {
     "CrossGET, training-free": "crossget",
     "MADTP without alignment tokens": "madtp-untrained",
@@ -65,15 +66,16 @@ def table(report: dict[str, Any]) -> str:
     lines = [
         f"Untouched: {100 * report['untouched']['accuracy']:.1f} % of {report['untouched']['asked']} questions.",
         "",
-        "| method | average kept | fixed % | by content % | difference (95 %) | tokens: 1 digit, 9 digits |",
-        "|---|---|---|---|---|---|",
+        "| method | kept | tokens: fixed, mean | fixed % | by content % | difference (95 %) | with 1 digit, with 9 |",
+        "|---|---|---|---|---|---|---|",
     ]
     for title, budgets in report["methods"].items():
         for keep, entry in budgets.items():
             change = entry["dynamic_minus_fixed"]
             ends = [np.mean(entry["tokens_by_digits"][count]) for count in ("1", "9")]
             lines.append(
-                f"| {title} | {keep} | {100 * entry['fixed']['value']:.1f} | {100 * entry['dynamic']['value']:.1f} | "
+                f"| {title} | {keep} | {entry['fixed_tokens']:.0f}, {np.mean(entry['mean_tokens']):.1f} | "
+                f"{100 * entry['fixed']['value']:.1f} | {100 * entry['dynamic']['value']:.1f} | "
                 f"{100 * change['value']:+.1f} ({100 * change['low']:+.1f} to {100 * change['high']:+.1f}) | "
                 f"{ends[0]:.0f}, {ends[1]:.0f} |"
             )
@@ -84,7 +86,8 @@ def plot(report: dict[str, Any], path: Path) -> None:
     """Tokens kept against the digits in a scene, one panel per method; bands are the range over seeds."""
     figure, panels = plt.subplots(1, len(report["methods"]), figsize=(11, 3.4), sharey=True, squeeze=False)
     for axes, (title, budgets) in zip(panels[0], report["methods"].items(), strict=True):
-        for number, (keep, entry) in enumerate(budgets.items()):
+        for keep, entry in budgets.items():
+            number = COLOURS.index(keep) if keep in COLOURS else len(COLOURS)
             digits = [int(count) for count in entry["tokens_by_digits"]]
             kept = np.array(list(entry["tokens_by_digits"].values()))
             axes.plot(digits, kept.mean(axis=1), marker="o", markersize=3, color=f"C{number}", label=f"keep {keep}")
