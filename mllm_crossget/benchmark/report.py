@@ -113,6 +113,10 @@ def _line(setting: Setting, untouched: Setting, case: Case) -> dict[str, Any]:
     if "ideal_encoder" in setting.runs[0]:
         over = [(other["encoder"] - other["ideal_encoder"]) / one["encoder"] for one, other in pairs]
         line["reducer_overhead"] = spread(over)
+        # The same layers on the same numbers of tokens, had the reduction cost nothing.
+        line["share_of_ideal"] = spread(
+            [1 - (other["encoder"] - other["ideal_encoder"]) / _to_answer(other) for other in setting.runs]
+        )
     if case.new_tokens > 1:
         decoded = case.batch * (case.new_tokens - 1)
         line["tokens_per_second"] = spread([decoded / run["decode"] for run in setting.runs])
