@@ -30,8 +30,8 @@ _TIMM = "its vision tower is a timm model, which has no transformer layers of tr
 _NOT_WRITTEN = "merging behind its projector, as for Aya Vision, is not written and tested for it"
 _GLM = (
     "its tower packs all images into one sequence and a convolution merges 2x2 blocks of the patch grid, so tokens "
-    "cannot merge inside; merging behind it, as for Qwen-VL, is not written and tested for it, and its videos share the "
-    "placeholder of images"
+    "cannot merge inside; merging behind it, as for Qwen-VL, is not written and tested for it, and its videos share "
+    "the placeholder of images"
 )
 _CODEBOOK = (
     "it has no vision transformer: a convolutional encoder turns images into words of a codebook, and the language "
