@@ -209,7 +209,7 @@ def trace_merges(model: nn.Module, *, tower: str = "vision") -> Iterator[list[La
 
     Args:
         model: the accelerated model.
-        tower: "vision", or "text" for the text tower of a dual encoder.
+        tower: "vision", or "text" for the text tower of a dual encoder and BLIP's text encoder.
 
     Yields a list to which each forward of the tower appends one ``LayerTrace`` per layer.
 
