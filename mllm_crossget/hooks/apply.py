@@ -29,6 +29,9 @@ from mllm_crossget.methods.base import Method
 from mllm_crossget.methods.madtp import MadtpConfig
 from mllm_crossget.schedule import Geometry, MergeGeometry, TowerGeometry, make_schedule
 
+_LONGEST = "_previous_max_cache_length"
+"""Where ``generate`` remembers the longest static cache that a model has needed, so as not to compile again."""
+
 
 def apply_method(
     model: nn.Module, family: Family, geometry: Geometry, method: Method, tokens: dict[str, nn.Module]
@@ -129,6 +132,8 @@ def _hook_language(model: Any, handle: Handle) -> None:
 
 def _hook_top(model: Any, handle: Handle) -> None:
     family, journal = handle.family, handle.journal
+    if _LONGEST in vars(model):  # else static caches would keep the length of longer, full prompts
+        journal.set_attribute(model, _LONGEST, -1)
     if family.features_owner is not None:
         owner = module_at(model, family.features_owner)
         counted = any(modality.counts is not None for modality in family.modalities)
