@@ -167,6 +167,8 @@ def _kind_of(layer: Any) -> tuple[torch.dtype, torch.device]:
     """A layer's floating dtype, and the device where it computes."""
     parameter = next(p for p in layer.parameters() if p.is_floating_point())
     device = parameter.device
-    if device.type == "meta" and hasattr(layer, "_hf_hook"):  # offloaded by accelerate
-        device = torch.device(layer._hf_hook.execution_device)
+    if device.type == "meta":  # offloaded by accelerate: a hook on the layer or on its parts says where it computes
+        hooks = [module.__dict__["_hf_hook"] for module in layer.modules() if "_hf_hook" in module.__dict__]
+        places = [getattr(one, "execution_device", None) for hook in hooks for one in getattr(hook, "hooks", (hook,))]
+        device = next((torch.device(place) for place in places if place is not None), device)
     return parameter.dtype, device
