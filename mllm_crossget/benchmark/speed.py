@@ -46,6 +46,7 @@ class BenchOptions:
         new_tokens: lengths of the answers; 1 is the time to the first token.
         llm_layers: keep only so many layers of the language model, for small machines.
         rounds: measured rounds; one more comes first and is not counted.
+        tower_rounds: rounds of the vision towers alone, for what the reduction itself costs.
         dtype: "float32", "bfloat16" or "float16".
         attn_implementation: "sdpa", "eager" or "flash_attention_2", of the whole model.
         compile: compile the layers of the vision tower as one graph.
@@ -63,6 +64,7 @@ class BenchOptions:
     new_tokens: list[int] = field(default_factory=lambda: [1])
     llm_layers: int | None = None
     rounds: int = 7
+    tower_rounds: int = 9
     dtype: str = "float32"
     attn_implementation: str = "sdpa"
     compile: bool = False
@@ -158,10 +160,10 @@ def measure(
     for turn in tqdm(range(options.rounds + 1), desc=label, leave=False):
         for setting in settings:
             found = timed_run(setting, family, inputs, new_tokens)
-            if has_ideal(model, family):
-                found["ideal_encoder"] = timed_ideal(model, family, setting, inputs)
             if turn:
                 setting.runs.append(found)
+    if has_ideal(model, family):
+        time_towers(settings, family, inputs["pixel_values"].flatten(0, -4), options.tower_rounds)
     case = Case(family, options.text_tokens, batch, new_tokens, speeds, _sizes(model, family, dtype))
     shared = {"geometry": options.geometry, "options": asdict(options), "environment": environment()}
     lines = []
@@ -180,10 +182,23 @@ def timed_run(setting: Setting, family: Family, inputs: dict[str, Tensor], new_t
     return {"total": total, **setting.clock.seconds(total)}
 
 
-def timed_ideal(model: nn.Module, family: Family, setting: Setting, inputs: dict[str, Tensor]) -> float:
-    """Seconds of a tower with this setting's counts whose tokens are cut off for nothing."""
-    tower, pixels = module_at(model, family.tower or ""), inputs["pixel_values"].flatten(0, -4)
-    return seconds_of(lambda: ideal_tower(tower, pixels, setting.schedule), setting.clock.device)
+def time_towers(settings: list[Setting], family: Family, pixels: Tensor, rounds: int) -> None:
+    """Fill in what the reduction costs each setting, as shares of the untouched tower: a tower, and right in front of
+    or behind it the same layers on the same counts with their tokens cut off for nothing."""
+    untouched, device = settings[0], settings[0].clock.device
+    towers = [module_at(setting.model, family.tower or "") for setting in settings]
+    for setting in settings:
+        setting.overheads = []
+    for turn in tqdm(range(rounds + 1), desc=f"towers, {len(pixels)} images", leave=False):
+        plain = seconds_of(lambda: towers[0](pixels), device)
+        for setting, tower in zip(settings, towers, strict=True):
+            if setting is untouched:
+                continue
+            work = [partial(tower, pixels), partial(ideal_tower, towers[0], pixels, setting.schedule)]
+            order = (0, 1) if turn % 2 else (1, 0)
+            seconds = {which: seconds_of(work[which], device) for which in order}
+            if turn:
+                setting.overheads.append((seconds[0] - seconds[1]) / plain)
 
 
 def generate(model: Any, inputs: dict[str, Tensor], new_tokens: int) -> Tensor:

@@ -33,7 +33,21 @@ def folder(tmp_path_factory):
 def lines(folder):
     output = folder / "speed.jsonl"
     words = ["bench", "--geometry", str(folder), "--keep_ratios", "0.5", "0.25", "--methods", "crossget", "tome"]
-    words += ["--batch_sizes", "1", "2", "--new_tokens", "1", "3", "--rounds", "2", "--text_tokens", "6", "--memory"]
+    words += [
+        "--batch_sizes",
+        "1",
+        "2",
+        "--new_tokens",
+        "1",
+        "3",
+        "--rounds",
+        "2",
+        "--tower_rounds",
+        "3",
+        "--text_tokens",
+        "6",
+        "--memory",
+    ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(speed, "probe", lambda device, dtype: Device(1e11, 1e10))  # large matrices take seconds
         assert main([*words, "--output", str(output), "--plot", str(folder / "speed.png")]) == 0
@@ -51,13 +65,17 @@ def test_one_line_per_setting_batch_and_answer(lines, folder):
 def test_parts_add_up_to_the_whole(lines):
     for line in lines:
         seconds = line["seconds"]
-        assert set(seconds) == {"total", "ideal_encoder", *PARTS}
+        assert set(seconds) == {"total", *PARTS}
         assert all(value["min"] >= 0 for value in seconds.values())
         assert (seconds["decode"]["max"] == 0) == (line["new_tokens"] == 1)
         for part in ("encoder", "projector", "prefill"):
             assert 0 < seconds[part]["median"] < seconds["total"]["max"]
         assert ("tokens_per_second" in line) == (line["new_tokens"] == 3)
         assert line["peak_bytes"] > 0
+        assert ("reducer_overhead" in line) == (line["setting"] != "untouched")
+        if "reducer_overhead" in line:
+            assert line["reducer_overhead"]["rounds"] == 3
+            assert line["encoder_and_prefill"]["share_of_ideal"] < 1.5
 
 
 def test_what_is_compared_with_the_untouched_model(lines, folder):
