@@ -119,7 +119,7 @@ def _line(setting: Setting, untouched: Setting, case: Case) -> dict[str, Any]:
             line["reducer_overhead"]["median"] * encoder / spread([_to_answer(run) for run in setting.runs])["median"]
         )
         # The same layers on the same numbers of tokens, had the reduction cost nothing, are this share of the time.
-        line["encoder_and_prefill"]["share_of_ideal"] = 1 - lost
+        line["encoder_and_prefill"]["share_of_ideal"] = 1 - line["reducer_overhead"]["median"] * encoder / needed
     if case.new_tokens > 1:
         decoded = case.batch * (case.new_tokens - 1)
         line["tokens_per_second"] = spread([decoded / run["decode"] for run in setting.runs])
