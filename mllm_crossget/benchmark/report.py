@@ -115,9 +115,7 @@ def _line(setting: Setting, untouched: Setting, case: Case) -> dict[str, Any]:
     if setting.overheads:
         line["reducer_overhead"] = spread(setting.overheads)
         encoder = spread([run["encoder"] for run in untouched.runs])["median"]
-        lost = (
-            line["reducer_overhead"]["median"] * encoder / spread([_to_answer(run) for run in setting.runs])["median"]
-        )
+        needed = spread([_to_answer(run) for run in setting.runs])["median"]
         # The same layers on the same numbers of tokens, had the reduction cost nothing, are this share of the time.
         line["encoder_and_prefill"]["share_of_ideal"] = 1 - line["reducer_overhead"]["median"] * encoder / needed
     if case.new_tokens > 1:
