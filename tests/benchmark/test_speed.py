@@ -11,7 +11,7 @@ from mllm_crossget.benchmark.geometries import resolve
 from mllm_crossget.benchmark.inputs import prompt_inputs
 from mllm_crossget.benchmark.parts import PARTS, PartClock, parts_of
 from mllm_crossget.benchmark.roofline import Device, Sizes, least_seconds, probe
-from mllm_crossget.benchmark.speed import BenchOptions, encoder_of, run, with_shared_weights
+from mllm_crossget.benchmark.speed import BenchOptions, encoder_of, load, make_settings, run, with_shared_weights
 from mllm_crossget.benchmark.timing import seconds_of, spread
 from mllm_crossget.cli import main
 from mllm_crossget.families.base import family_of
@@ -60,6 +60,17 @@ def test_one_line_per_setting_batch_and_answer(lines, folder):
     cases = [(batch, new, name) for batch in (1, 2) for new in (1, 3) for name in names]
     assert [(line["batch"], line["new_tokens"], line["setting"]) for line in lines] == cases
     assert (folder / "speed.png").stat().st_size > 1000
+
+
+def test_compiled_towers_take_turns_with_the_others(folder):
+    options = BenchOptions(geometry=str(folder), compile=True, keep_ratios=[0.75], vision_layers=2, llm_layers=1)
+    model, family = load(options, CPU, torch.float32)
+    assert (len(model.model.vision_tower.encoder.layers), len(model.model.language_model.layers)) == (2, 1)
+    settings = make_settings(model, family, options, CPU)
+    names = ["untouched", "untouched, compiled", "crossget keep_ratio=0.75", "crossget keep_ratio=0.75, compiled"]
+    assert [setting.name for setting in settings] == names
+    compiled = [encoder_of(s.model, family)._compiled_call_impl is not None for s in settings]
+    assert compiled == [False, True, False, True]
 
 
 def test_parts_add_up_to_the_whole(lines):
