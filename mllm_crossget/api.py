@@ -210,7 +210,7 @@ def trace_merges(model: nn.Module, *, tower: str = "vision") -> Iterator[list[La
 
     Args:
         model: the accelerated model.
-        tower: "vision", or "text" for the text tower of a dual encoder.
+        tower: "vision", or "text" for the text tower of a dual encoder and BLIP's text encoder.
 
     Yields a list to which each forward of the tower appends one ``LayerTrace`` per layer.
 
@@ -291,8 +291,14 @@ def _check_structure(model: nn.Module, family: Family, tower: bool) -> None:
         _check_layers(model, "text", module_at(module_at(model, text.path), text.encoder), text.names)
         if text.reader:
             _check_layers(model, "text", module_at(module_at(model, text.reader), text.encoder), text.names)
-    if any(type(parameter).__name__ == "DTensor" for parameter in model.parameters()):
+    if any("FSDPModule" in [kind.__name__ for kind in type(module).__mro__] for module in model.modules()):
         raise ValueError("the model is sharded already (fully_shard): call accelerate_mllm before sharding it")
+    vision = module_at(model, family.tower).parameters() if tower and family.tower is not None else ()
+    if any(type(parameter).__name__ == "DTensor" for parameter in vision):
+        raise ValueError(
+            f"the vision tower of {type(model).__name__} is sharded by a tensor-parallel plan, so no process sees all "
+            "of its heads; use a plan that shards the language model alone"
+        )
 
 
 def _check_layers(model: nn.Module, tower: str, encoder: nn.Module, names: LayerNames | BertNames) -> None:

@@ -206,7 +206,8 @@ def generate_in_batches(
     answers = []
     for batch in batches:
         joined = join_requests([requests[index] for index in batch], 0 if pad is None else pad)
-        joined = {name: value.to(target.device) for name, value in joined.items()}
+        if target.device.type != "meta":  # offloaded: accelerate moves the inputs
+            joined = {name: value.to(target.device) for name, value in joined.items()}
         sequences = model.generate(**joined, **options)
         prompt = 0 if target.config.is_encoder_decoder else joined["input_ids"].shape[1]
         answers.append([_until_end(row, ends, pad) for row in sequences[:, prompt:]])

@@ -42,21 +42,72 @@ def demo_table(report: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"{report['questions']} questions, batch 32 for the time; {machine(report)}."])
 
 
-def overhead_table(report: dict[str, Any]) -> str:
-    lines = [
-        "| batch | untouched tower [s] | with CrossGET [s] | reducer overhead (min – max) | speed-up of the tower |",
-        "|---|---|---|---|---|",
+def speed_table(lines: list[dict[str, Any]]) -> str:
+    rows = [
+        "| batch | new tokens | setting | visual tokens | reducer, share of the untouched encoder (p10 – p90) "
+        "| encoder + prefill, speed-up (p10 – p90) | share of the FLOP ratio (of the same layers without reducer) "
+        "| whole `generate` | roofline ceiling |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for result in report["results"]:
-        overhead, seconds = result["overhead"], result["seconds"]
-        lines.append(
-            f"| {result['batch']} | {seconds['untouched']['median_s']:.2f} | {seconds['reduced']['median_s']:.2f} | "
-            f"{overhead['median']:.1%} ({overhead['min']:.1%} – {overhead['max']:.1%}) | "
-            f"{result['speed_up']['median']:.2f} × |"
+    for line in lines:
+        first, whole, over = line["encoder_and_prefill"], line["whole"], line.get("reducer_overhead")
+        seconds = line["seconds"]
+        if line["setting"] == "untouched":
+            cells = ["–", f"{seconds['encoder']['median']:.2f} s + {seconds['prefill']['median']:.2f} s", "–",
+                     f"{seconds['total']['median']:.2f} s", f"{line['least_seconds']:.2f} s"]  # fmt: skip
+        else:
+            speed_up, share, ideal = first["speed_up"], first["share_of_flop_ratio"], first["share_of_ideal"]
+            cells = [
+                f"{over['median']:.1%} ({over['p10']:.1%} – {over['p90']:.1%})",
+                f"{speed_up['median']:.2f} × ({speed_up['p10']:.2f} – {speed_up['p90']:.2f})",
+                f"{share:.0%} ({ideal:.0%})",
+                f"{whole['speed_up']['median']:.2f} ×",
+                f"{whole['ceiling']:.2f} ×",
+            ]
+        case = [str(line[name]) for name in ("batch", "new_tokens", "setting", "visual_tokens")]
+        rows.append(f"| {' | '.join([*case, *cells])} |")
+    options, speed = lines[0]["options"], lines[0]["device_speed"]
+    layers = options["llm_layers"]
+    note = (
+        f"{options['geometry']}{f', {layers} layers of the language model' if layers else ''}, random weights, "
+        f"{options['dtype']}, {options['attn_implementation']}, {options['text_tokens']} words per prompt, warm; "
+        f"{', '.join(rounds(lines))}. Ceiling from {speed['flops'] / 1e9:.0f} GFLOP/s in a matrix product and "
+        f"{speed['bytes_per_second'] / 1e9:.0f} GB/s read; {machine(lines[0])}."
+    )
+    return "\n".join([*rows, "", note])
+
+
+def rounds(lines: list[dict[str, Any]]) -> list[str]:
+    """Rounds by batch size, as some are too long for many."""
+    counts = {line["batch"]: line["seconds"]["total"]["rounds"] for line in lines}
+    return [f"{count} alternating rounds at batch {batch}" for batch, count in counts.items()]
+
+
+def reducer_table(report: dict[str, Any]) -> str:
+    rows = [
+        "| images | tokens | formula as written [ms] | ours [ms] | faster (min – max) | maps of T × T per image "
+        "| attention with importance, above attention alone |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for matching, importance in zip(report["matching"], report["importance"], strict=True):
+        seconds, faster, maps = matching["seconds"], matching["faster"], matching["maps_per_image"]
+        above = importance["above"]["groups of maps"]
+        rows.append(
+            f"| {matching['batch']} | {matching['tokens']} | {1e3 * seconds['literal']['median']:.2f} | "
+            f"{1e3 * seconds['ours']['median']:.2f} | {faster['median']:.1f} × ({faster['min']:.1f} – "
+            f"{faster['max']:.1f}) | {maps['literal']:.1f} → {maps['ours']:.1f} | {above['median']:.2f} × "
+            f"({above['min']:.2f} – {above['max']:.2f}) |"
         )
-    options = report["options"]
-    note = f"r = {options['r']}, {options['dtype']}, {options['rounds']} alternating rounds; {machine(report)}."
-    return "\n".join([*lines, "", note])
+    scaling = report["scaling"]
+    sizes = "; ".join(
+        f"{row['tokens']} tokens {1e3 * row['seconds']['median']:.1f} ms and {row['peak_bytes'] / 2**20:.0f} MiB"
+        for row in scaling["rows"]
+    )
+    note = (
+        f"Matching and merging of one image: {sizes}. Time grows with the power {scaling['growth_of_time']:.2f} of the "
+        f"tokens. {machine(report)}."
+    )
+    return "\n".join([*rows, "", note])
 
 
 def recovery_table(summary: dict[str, Any]) -> str:
@@ -129,15 +180,22 @@ ARMS = {
 }
 TABLES = {
     "demo": (demo_table, "demo/demo.json"),
-    "overhead": (overhead_table, "overhead.json"),
+    "speed": (speed_table, "speed/cpu.jsonl"),
+    "reducer": (reducer_table, "speed/reducer.json"),
     "retrieval": (retrieval_table, "retrieval/summary.json"),
     "recovery": (recovery_table, "recovery/summary.json"),
 }
 
 
+def read(path: Path) -> Any:
+    """One JSON value, or a list of them from a file of lines."""
+    text = path.read_text()
+    return [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
+
+
 def rendered(text: str) -> str:
     """The README with every marked table made anew; a table without its file is an error."""
-    tables = {name: make(json.loads((RESULTS / file).read_text())) for name, (make, file) in TABLES.items()}
+    tables = {name: make(read(RESULTS / file)) for name, (make, file) in TABLES.items()}
     for name, table in {**tables, "families": markdown_tables()}.items():
         block = f"<!-- table:{name} -->\n{table}\n<!-- /table:{name} -->"
         pattern = rf"<!-- table:{name} -->.*?<!-- /table:{name} -->"

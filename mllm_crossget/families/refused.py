@@ -1,38 +1,109 @@
 """Model types that cannot be served, each with the reason; ``unsupported_reason`` and the table of families say it.
 
-What each reason says was read in transformers 5.23; the class to look at is named.
+What each reason rests on was read in transformers 5.23; a name from the file that was read stands beside it, and a test
+looks whether it is still there.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from mllm_crossget.families.base import refuse_family
 
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a model type is refused.
+
+    Args:
+        reason: for messages and tables.
+        evidence: what to look for in transformers' ``modeling_<model type>.py``.
+        file: the model type whose file that is, where it is another one.
+    """
+
+    reason: str
+    evidence: str
+    file: str = ""
+
+
 _TIMM = "its vision tower is a timm model, which has no transformer layers of transformers' to merge tokens in"
+_NOT_WRITTEN = "merging behind its projector, as for Aya Vision, is not written and tested for it"
+_GLM = (
+    "its tower packs all images into one sequence and a convolution merges 2x2 blocks of the patch grid, so tokens "
+    "cannot merge inside; merging behind it, as for Qwen-VL, is not written and tested for it, and its videos share "
+    "the placeholder of images"
+)
+_CODEBOOK = (
+    "it has no vision transformer: a convolutional encoder turns images into words of a codebook, and the language "
+    "model reads the embeddings of these words"
+)
 
 REFUSED = {
-    # Mistral3PatchMerger: unfold over the grid that image_sizes gives
-    "mistral3": (
+    "mistral3": Refusal(
         "its tower packs all images into one sequence with a block mask and positions from the patch grid, and squares "
-        "of patches are merged by that grid"
+        "of patches are merged by that grid",
+        "class Mistral3PatchMerger",
     ),
-    # MllamaVisionModel.num_patches, _prepare_cross_attention_mask(num_vision_tokens)
-    "mllama": (
+    "mllama": Refusal(
         "the language model cross-attends to tiles, with a mask that has a fixed number of patches for each; there are "
-        "no placeholders that could be fewer"
+        "no placeholders that could be fewer",
+        "num_vision_tokens: int",
     ),
-    "gemma3n": f"{_TIMM} (a convolutional network)",
-    "fast_vlm": f"{_TIMM} (mostly convolutions)",
-    "perception_lm": f"{_TIMM}, and the square grid of patches is pooled behind it",
-    # Ovis2VisionModel.forward: hidden_stride, "Token sequence length must be a perfect square"
-    "ovis2": (
+    "gemma3n": Refusal(f"{_TIMM} (MobileNet, mostly convolutions)", "self.vision_tower = AutoModel.from_config("),
+    "fast_vlm": Refusal(f"{_TIMM} (mostly convolutions)", "self.vision_tower = AutoModel.from_config("),
+    "perception_lm": Refusal(
+        f"{_TIMM}, and the square grid of patches is pooled behind it", "class PerceptionLMAdaptiveAvgPooling"
+    ),
+    "ovis2": Refusal(
         "its tower makes visual words from squares of the patch grid inside of its own forward, so merged tokens would "
-        "have no place"
+        "have no place",
+        "Token sequence length must be a perfect square",
     ),
-    "florence2": "its tower attends in windows and over channels and keeps the patch grid from stage to stage",
-    "fuyu": "it has no vision tower: patches go into the language model directly",
-    "chameleon": "it has no vision transformer: images become words of a codebook",
-    "emu3": "it has no vision transformer: images become words of a codebook",
+    "florence2": Refusal(
+        "its tower attends in windows and over channels and keeps the patch grid from stage to stage",
+        "class Florence2VisionChannelAttention",
+    ),
+    "fuyu": Refusal(
+        "it has no vision tower: one matrix takes patches of pixels to the width of the language model",
+        "self.vision_embed_tokens = nn.Linear(",
+    ),
+    "chameleon": Refusal(_CODEBOOK, "class ChameleonVQVAEEncoder("),
+    "emu3": Refusal(_CODEBOOK, "class Emu3VQVAEEncoder("),
+    "cohere2_vision": Refusal(
+        "squares of the patch grid are shuffled into channels in front of its projector, which takes the root of the "
+        f"number of tokens for the side of the grid, so tokens cannot merge inside its tower; {_NOT_WRITTEN}",
+        "height = width = int(seq_length**0.5)",
+    ),
+    "llama4": Refusal(
+        "its tower rotates queries and keys by their place in the patch grid and shuffles squares of it into channels, "
+        f"so tokens cannot merge inside; {_NOT_WRITTEN}, and it projects in forward, behind get_image_features",
+        "def vision_apply_rotary_emb(",
+    ),
+    "lfm2_vl": Refusal(
+        "its tower's tokens are unpadded and reshaped to each image's patch grid in front of the projector, which "
+        f"shuffles squares of it into channels, so tokens cannot merge inside; {_NOT_WRITTEN}",
+        "feature.reshape(1, feature_org_h, feature_org_w, -1)",
+    ),
+    "gemma4": Refusal(
+        "its tower pools patches by their place in the grid, which merged tokens no longer have, and gives the images' "
+        f"features packed into one row; {_NOT_WRITTEN}",
+        "def _avg_pool_by_positions(",
+    ),
+    "gemma4_unified": Refusal(
+        "it has no vision tower: a few matrices take patches of pixels to the width of the language model",
+        "class Gemma4UnifiedVisionEmbedder(",
+    ),
+    "glm4v": Refusal(_GLM, "self.downsample = nn.Conv2d("),
+    "glm4v_moe": Refusal(_GLM, "self.downsample = nn.Conv2d("),
+    "glm46v": Refusal(_GLM, "self.downsample = nn.Conv2d(", file="glm4v"),
+    "glm_ocr": Refusal(_GLM, "self.downsample = nn.Conv2d("),
+    "ernie4_5_vl_moe": Refusal(
+        "its tower packs all images into one sequence, a resampler merges 2x2 blocks of the patch grid and pairs of "
+        "frames, and the experts of its language model are chosen by a mask of the visual tokens; none of this is "
+        "written and tested for fewer tokens",
+        "class Ernie4_5_VLMoeVariableResolutionResamplerModel(",
+    ),
 }
 
-for _model_type, _reason in REFUSED.items():
-    refuse_family(_model_type, _reason)
+for _model_type, _refusal in REFUSED.items():
+    refuse_family(_model_type, _refusal.reason)

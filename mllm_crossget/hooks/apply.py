@@ -33,6 +33,9 @@ from mllm_crossget.methods.base import Method
 from mllm_crossget.methods.madtp import MadtpConfig
 from mllm_crossget.schedule import Geometry, MergeGeometry, TowerGeometry, make_schedule
 
+_LONGEST = "_previous_max_cache_length"
+"""Where ``generate`` remembers the longest static cache that a model has needed, so as not to compile again."""
+
 
 def apply_method(
     model: nn.Module, family: Family, geometry: Geometry, method: Method, tokens: dict[str, nn.Module]
@@ -184,6 +187,8 @@ def _hook_language(model: Any, handle: Handle) -> None:
 
 def _hook_top(model: Any, handle: Handle) -> None:
     family, journal = handle.family, handle.journal
+    if _LONGEST in vars(model):  # else static caches would keep the length of longer, full prompts
+        journal.set_attribute(model, _LONGEST, -1)
     if family.features_owner is not None:
         owner = module_at(model, family.features_owner)
         counted = any(modality.counts is not None for modality in family.modalities)
@@ -220,6 +225,8 @@ def _kind_of(layer: Any) -> tuple[torch.dtype, torch.device]:
     """A layer's floating dtype, and the device where it computes."""
     parameter = next(p for p in layer.parameters() if p.is_floating_point())
     device = parameter.device
-    if device.type == "meta" and hasattr(layer, "_hf_hook"):  # offloaded by accelerate
-        device = torch.device(layer._hf_hook.execution_device)
+    if device.type == "meta":  # offloaded by accelerate: a hook on the layer or on its parts says where it computes
+        hooks = [module.__dict__["_hf_hook"] for module in layer.modules() if "_hf_hook" in module.__dict__]
+        places = [getattr(one, "execution_device", None) for hook in hooks for one in getattr(hook, "hooks", (hook,))]
+        device = next((torch.device(place) for place in places if place is not None), device)
     return parameter.dtype, device

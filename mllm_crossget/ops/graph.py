@@ -8,7 +8,7 @@ tokens, R sources, D width.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -38,13 +38,14 @@ class Graph(Protocol):
         """(B, R) the token most like every source that is no source itself; equal ones: lower index."""
 
 
-def similarity_graph(keys_BTD: Tensor, shielded_BT: Tensor) -> Graph:
+def similarity_graph(keys_BTD: Tensor, shielded_BT: Tensor, workspace: Tensor | None = None) -> Graph:
     """A map where it fits into ``LARGEST_MAP``, else tiles. With the environment variable
     MLLM_CROSSGET_FUSED_MATCHING=1, on a GPU: Triton kernels.
 
     Args:
         keys_BTD: (B, T, D) metric tokens, any float dtype; compared in float32.
         shielded_BT: (B, T) True for tokens that neither leave nor receive.
+        workspace: (2, B or more, T, T) float32 memory to use for maps, or None.
 
     Raises:
         ImportError: the kernels are asked for and Triton is missing.
@@ -56,7 +57,7 @@ def similarity_graph(keys_BTD: Tensor, shielded_BT: Tensor) -> Graph:
     tokens = keys_BTD.shape[1]
     if 4 * tokens * tokens > LARGEST_MAP:
         return SimilarityTiles(keys_BTD, shielded_BT)
-    return SimilarityMap(keys_BTD, shielded_BT)
+    return SimilarityMap(keys_BTD, shielded_BT, workspace)
 
 
 def image_groups(batch: int, tokens: int, device: torch.device) -> list[slice]:
@@ -81,10 +82,18 @@ def ranks(best_BT: Tensor) -> Tensor:
     return torch.empty_like(order, dtype=torch.float32).scatter_(1, order, places)
 
 
-def similarity_map(keys_BTD: Tensor, shielded_BT: Tensor) -> Tensor:
+def maps_workspace(groups: list[slice], tokens: int, device: torch.device) -> Tensor | None:
+    """Memory for the maps of the groups, one after the other: made anew for each they would cost as much as half of the
+    matching. None for one group, or for maps too large to be made."""
+    if len(groups) == 1 or 4 * tokens * tokens > LARGEST_MAP:
+        return None
+    return torch.empty(2, groups[0].stop, tokens, tokens, dtype=torch.float32, device=device)
+
+
+def similarity_map(keys_BTD: Tensor, shielded_BT: Tensor, out: Tensor | None = None) -> Tensor:
     """(B, T, T) cosine similarity, up to rounding symmetric; -inf on the diagonal and on shielded rows and columns."""
     left, right = _shielding_factors(keys_BTD, shielded_BT)
-    similarity = left @ right.mT
+    similarity = torch.bmm(left, right.mT) if out is None else torch.bmm(left, right.mT, out=out)
     similarity.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
     return similarity
 
@@ -95,13 +104,15 @@ def best_of_map(similarity_BTT: Tensor) -> Tensor:
     return torch.maximum(similarity_BTT.amax(dim=-1), similarity_BTT.amax(dim=-2))
 
 
-def best_below_in_rows(rows_BRT: Tensor, rank_BR: Tensor, rank_BT: Tensor) -> Tensor:
+def best_below_in_rows(rows_BRT: Tensor, rank_BR: Tensor, rank_BT: Tensor, out: Tensor | None = None) -> Tensor:
     """(B, R) largest similarity of some rows to tokens of a higher rank number; -inf where there is none.
 
     Sums instead of a mask, which would cost five times as much on a CPU: 0 for a token that ranks below, at most -4 for
     the others; similarities are at most 1 apart from 0.
     """
-    penalty = (rank_BT[:, None] - (rank_BR + 1)[..., None]).clamp_(max=0.0)
+    above = (rank_BR + 1)[..., None]
+    penalty = rank_BT[:, None] - above if out is None else torch.sub(rank_BT[:, None], above, out=out)
+    penalty = penalty.clamp_(max=0.0)
     best = torch.add(rows_BRT, penalty, alpha=_PENALTY, out=penalty).amax(dim=-1)
     return best.masked_fill(best < -_PENALTY / 2, -torch.inf)
 
@@ -121,8 +132,12 @@ def _shielding_factors(keys_BTD: Tensor, shielded_BT: Tensor) -> tuple[Tensor, T
 class SimilarityMap:
     """The graph as a map of T x T float32; a second one lives for a moment."""
 
-    def __init__(self, keys_BTD: Tensor, shielded_BT: Tensor) -> None:
-        self.similarity = similarity_map(keys_BTD, shielded_BT)
+    def __init__(self, keys_BTD: Tensor, shielded_BT: Tensor, workspace: Tensor | None = None) -> None:
+        memory: Sequence[Tensor | None] = (None, None)
+        if workspace is not None:
+            memory = workspace[:, : len(keys_BTD)].unbind()
+        self.similarity = similarity_map(keys_BTD, shielded_BT, memory[0])
+        self._second = memory[1]
 
     def best(self) -> Tensor:
         """See ``Graph``."""
@@ -130,7 +145,7 @@ class SimilarityMap:
 
     def best_below(self, rank_BT: Tensor) -> Tensor:
         """See ``Graph``."""
-        return best_below_in_rows(self.similarity, rank_BT, rank_BT)
+        return best_below_in_rows(self.similarity, rank_BT, rank_BT, self._second)
 
     def best_survivor(self, src_BR: Tensor) -> Tensor:
         """See ``Graph``."""

@@ -57,14 +57,7 @@ def attention_importance(
     Returns:
         (B, T) float32; no gradient.
     """
-    batch, heads, tokens, _ = query_BHTD.shape
-    query, key = query_BHTD.flatten(0, 1), key_BHTD.flatten(0, 1)
-    weights, bias = _for_heads(query_BHTD, bias_BT, cross_token, weights_BT)
-    columns = [
-        torch.bmm(weights[part], _softmax(query[part], key[part], scaling, _part(bias, part)))
-        for part in _groups(batch * heads, tokens, query.device)
-    ]
-    return torch.cat(columns).view(batch, heads, tokens).mean(dim=1)
+    return _attend(query_BHTD, key_BHTD, None, scaling, bias_BT, cross_token, weights_BT)[1]
 
 
 @torch.no_grad()
@@ -82,16 +75,8 @@ def attend_with_importance(
     Arguments as ``attention_importance``. Returns (B, T, H, D) output, the layout transformers expects, and (B, T)
     float32 importance; no gradient.
     """
-    batch, heads, tokens, _ = query_BHTD.shape
-    query, key, value = (projection.flatten(0, 1) for projection in (query_BHTD, key_BHTD, value_BHTD))
-    weights, bias = _for_heads(query_BHTD, bias_BT, cross_token, weights_BT)
-    outputs, columns = [], []
-    for part in _groups(batch * heads, tokens, query.device):
-        attention = _softmax(query[part], key[part], scaling, _part(bias, part))
-        columns.append(torch.bmm(weights[part], attention))
-        outputs.append(torch.bmm(attention.to(value.dtype), value[part]))
-    importance = torch.cat(columns).view(batch, heads, tokens).mean(dim=1)
-    return torch.cat(outputs).view(batch, heads, tokens, -1).transpose(1, 2), importance
+    output, importance = _attend(query_BHTD, key_BHTD, value_BHTD, scaling, bias_BT, cross_token, weights_BT)
+    return output.transpose(1, 2), importance
 
 
 def importance_of_map(attention_BHTT: Tensor, cross_token: bool = True, weights_BT: Tensor | None = None) -> Tensor:
@@ -118,6 +103,36 @@ def attention_map(query_BHTD: Tensor, key_BHTD: Tensor, scaling: float, bias_BT:
     return _softmax(query_BHTD.flatten(0, 1), key_BHTD.flatten(0, 1), scaling, bias)
 
 
+def _attend(
+    query_BHTD: Tensor,
+    key_BHTD: Tensor,
+    value_BHTD: Tensor | None,
+    scaling: float,
+    bias_BT: Tensor | None,
+    cross_token: bool,
+    weights_BT: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(B, H, T, D) output (empty without values) and (B, T) importance, some maps at a time."""
+    batch, heads, tokens, _ = query_BHTD.shape
+    query, key = query_BHTD.flatten(0, 1), key_BHTD.flatten(0, 1)
+    value = query[:, :, :0] if value_BHTD is None else value_BHTD.flatten(0, 1)
+    weights, bias = _for_heads(query_BHTD, bias_BT, cross_token, weights_BT)
+    groups = _groups(batch * heads, tokens, query.device)
+    if len(groups) == 1:
+        attention = _softmax(query, key, scaling, bias)
+        columns, output = torch.bmm(weights, attention), torch.bmm(attention.to(value.dtype), value)
+    else:  # into memory that is there already: a new map of some MB for every group costs as much as its softmax
+        columns = torch.empty_like(weights)
+        output = value.new_empty(value.shape)
+        workspace = query.new_empty(2, groups[0].stop, tokens, tokens, dtype=torch.float32)
+        for part in groups:
+            attention = _softmax(query[part], key[part], scaling, None if bias is None else bias[part], workspace)
+            torch.bmm(weights[part], attention, out=columns[part])
+            torch.bmm(attention.to(value.dtype), value[part], out=output[part])
+    importance = columns.view(batch, heads, tokens).mean(dim=1)
+    return output.view(batch, heads, tokens, -1), importance
+
+
 def _groups(maps: int, tokens: int, device: torch.device) -> list[slice]:
     """Maps (one per image and head) to work on together. On a CPU one for every thread, which then stays in its cache
     (measured: as fast as torch's fused attention), or some small ones; on a GPU, which wants few launches, as many as
@@ -142,15 +157,18 @@ def _for_heads(
     return weights, None if bias_BT is None else bias_BT.repeat_interleave(heads, dim=0)[:, None]
 
 
-def _part(bias: Tensor | None, part: slice) -> Tensor | None:
-    return None if bias is None else bias[part]
-
-
-def _softmax(query_GQD: Tensor, key_GTD: Tensor, scaling: float, bias_G1T: Tensor | None) -> Tensor:
-    """(G, Q, T) softmax in float32; products in the inputs' precision."""
+def _softmax(
+    query_GQD: Tensor, key_GTD: Tensor, scaling: float, bias_G1T: Tensor | None, workspace: Tensor | None = None
+) -> Tensor:
+    """(G, Q, T) softmax in float32; products in the inputs' precision. ``workspace`` holds two maps per group."""
+    if query_GQD.dtype != torch.float32:
+        logits = torch.bmm(query_GQD * scaling, key_GTD.mT).float()
+        return (logits if bias_G1T is None else logits + bias_G1T).softmax(dim=-1)
     if bias_G1T is None:
-        return torch.bmm(query_GQD * scaling, key_GTD.mT).float().softmax(dim=-1)
-    if query_GQD.dtype == torch.float32:
-        bias = bias_G1T.expand(-1, query_GQD.shape[1], -1)
+        bias_G1T = query_GQD.new_zeros(1)
+    bias = bias_G1T.expand(len(query_GQD), query_GQD.shape[1], key_GTD.shape[1])
+    if workspace is None:
         return torch.baddbmm(bias, query_GQD, key_GTD.mT, alpha=scaling).softmax(dim=-1)
-    return (torch.bmm(query_GQD * scaling, key_GTD.mT).float() + bias_G1T).softmax(dim=-1)
+    logits, attention = workspace[:, : len(query_GQD)]
+    torch.baddbmm(bias, query_GQD, key_GTD.mT, alpha=scaling, out=logits)
+    return torch.softmax(logits, dim=-1, out=attention)

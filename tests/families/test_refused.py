@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
+from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from mllm_crossget import accelerate_mllm, unsupported_reason
 from mllm_crossget.families.base import families, refused_families
@@ -19,6 +23,20 @@ def test_the_reason_is_said(model_type: str) -> None:
     model = nn.Linear(1, 1)
     model.config = CONFIG_MAPPING[model_type]()
     assert refused_families()[model_type] in unsupported_reason(model)
+
+
+@pytest.mark.parametrize("model_type", sorted(REFUSED))
+def test_what_the_reason_rests_on_is_in_transformers(model_type: str) -> None:
+    """A new version that serves a model in another way makes its refusal out of date: read it again."""
+    name = REFUSED[model_type].file or model_type
+    source = Path(transformers.__file__).parent / "models" / name / f"modeling_{name}.py"
+    assert REFUSED[model_type].evidence in source.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("model_type", ["gemma3n", "fast_vlm", "perception_lm"])
+def test_towers_of_timm(model_type: str) -> None:
+    tower = CONFIG_MAPPING[model_type]().vision_config.model_type
+    assert MODEL_MAPPING_NAMES[tower] == "TimmWrapperModel"
 
 
 def test_a_real_model_is_refused_and_left_alone() -> None:

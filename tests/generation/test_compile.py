@@ -9,9 +9,10 @@ import torch
 from transformers import StaticCache
 from transformers.generation import CompileConfig
 
+from mllm_crossget import accelerate_mllm
 from tests.generation.conftest import Case
 from tests.generation.oracle import assert_says
-from tests.tiny import prompt_batch
+from tests.tiny import prompt_batch, randomise_cross_tokens, tiny_llava
 
 NEW = 6
 GREEDY = {"max_new_tokens": NEW, "do_sample": False}
@@ -69,6 +70,35 @@ def test_generate_compiles_its_decode_steps(any_case: Case) -> None:
     out = model.generate(**batch, **GREEDY, cache_implementation="static", compile_config=config)
     assert_says(out, batch, expected)
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize(("order", "learned"), [("compile first", False), ("accelerate first", True)])
+def test_prefill_of_a_compiled_language_model(order, learned) -> None:
+    """One graph without a break for the whole language model, images in two of three rows."""
+    eager, model = (tiny_llava() for _ in range(2))
+    graphs, backend = counting_backend()
+    if order == "compile first":
+        model.model.language_model.compile(backend=backend, fullgraph=True)
+    for one in (eager, model):
+        accelerate_mllm(one, keep_ratio=0.5)
+        if learned:
+            randomise_cross_tokens(one)
+    if order == "accelerate first":
+        model.model.language_model.compile(backend=backend, fullgraph=True)
+    batch = prompt_batch(model, (2, 0, 1))
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch).logits, eager(**batch).logits)
+    assert len(graphs) == 1
+
+
+@pytest.mark.slow
+def test_prefill_compiled_by_inductor() -> None:
+    eager, model = (accelerate_mllm(tiny_llava(), keep_ratio=0.5) for _ in range(2))
+    model.model.language_model.compile(fullgraph=True)
+    batch = prompt_batch(model, (2, 0, 1))
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch).logits, eager(**batch).logits, atol=1e-4, rtol=1e-4)
+    assert torch.equal(model.generate(**batch, **GREEDY), eager.generate(**batch, **GREEDY))
 
 
 def _step(lengths, step, tokens, cache, batch):

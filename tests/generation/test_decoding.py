@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from mllm_crossget import accelerate_mllm
+from mllm_crossget import accelerate_mllm, accelerated, compact_lengths
 from tests.generation.conftest import Case, encodes_images_first, make_case
 from tests.generation.oracle import assert_says, strip_end
-from tests.tiny import prompt_batch, randomise_cross_tokens
+from tests.tiny import prompt_batch, randomise_cross_tokens, tiny_llava
 
 NEW = 8
 GREEDY = {"max_new_tokens": NEW, "do_sample": False}
@@ -148,6 +148,30 @@ def test_static_cache_is_sized_for_the_compact_prompt(any_case: Case) -> None:
     assert_says(out.sequences, batch, expected)
     length = max(len(row.ids) for row in any_case.oracle.rows(any_case.model, batch)) + NEW - 1
     assert out.past_key_values.layers[0].keys.shape[2] == length
+
+
+@pytest.mark.parametrize(
+    "settings", [{"keep_ratio": 0.5}, {"keep_ratio": 0.25}, {"method": "tome", "visual_tokens": 4}]
+)
+def test_static_cache_forgets_the_length_of_longer_prompts(settings) -> None:
+    """transformers keeps the longest static cache that a model has needed, so as not to compile again."""
+    model = tiny_llava()
+    batch = prompt_batch(model, (2, 0, 1))
+    options = {**GREEDY, "cache_implementation": "static", "return_dict_in_generate": True, "disable_compile": True}
+
+    def columns() -> int:
+        return model.generate(**batch, **options).past_key_values.layers[0].keys.shape[2]
+
+    full = columns()
+    assert full == batch["input_ids"].shape[1] + NEW - 1
+    with accelerated(model, keep_ratio=0.75):
+        more = columns()
+        with accelerated(model, **settings):
+            fewer = columns()
+            longest = max(compact_lengths(model, batch))
+    assert (more, fewer) == (full - 8, longest + NEW - 1)
+    assert fewer < more
+    assert columns() == full
 
 
 def test_dynamic_cache_holds_the_compact_prompt(any_case: Case) -> None:
