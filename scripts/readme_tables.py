@@ -156,6 +156,38 @@ def retrieval_table(summary: dict[str, Any]) -> str:
     return "\n".join([*lines, "", note])
 
 
+def dynamic_table(summary: dict[str, Any]) -> str:
+    rows = [
+        "| method | average kept | same number for every image | number by content | difference (95 % interval) "
+        "| tokens, scenes with one digit → with nine |",
+        "|---|---|---|---|---|---|",
+    ]
+    for method, budgets in summary["methods"].items():
+        for keep, entry in budgets.items():
+            gap, digits = entry["dynamic_minus_fixed"], entry["tokens_by_digits"]
+            few, many = (sum(digits[count]) / len(digits[count]) for count in ("1", "9"))
+            tokens = sum(entry["mean_tokens"]) / len(entry["mean_tokens"])
+            rows.append(
+                f"| {method} | {keep} ({tokens:.1f} against {entry['fixed_tokens']:.0f} tokens) | "
+                f"{entry['fixed']['value']:.1%} | {entry['dynamic']['value']:.1%} | {100 * gap['value']:+.1f} "
+                f"({100 * gap['low']:+.1f} – {100 * gap['high']:+.1f}) points | {few:.0f} → {many:.0f} |"
+            )
+    untouched = summary["untouched"]
+    note = f"{untouched['asked']} held-out questions, three seeds of calibration and training; untouched {share(untouched)}."
+    return "\n".join([*rows, "", note])
+
+
+def two_images_table(summary: dict[str, Any]) -> str:
+    names = {"untouched": "untouched, LoRA", "crossget": "CrossGET, LoRA", "madtp": "MADTP, LoRA"}
+    rows = ["| model | GFLOPs saved | accuracy by seed | lost (95 % interval) |", "|---|---|---|---|"]
+    for arm, entry in summary["arms"].items():
+        lost = entry["lost"]
+        by_seed = ", ".join(f"{value:.1%}" for value in entry["by_seed"])
+        gap = f"{100 * lost['value']:.1f} ({100 * lost['low']:.1f} – {100 * lost['high']:.1f}) points"
+        rows.append(f"| {names[arm]} | {entry['flops_saved']:.0%} | {by_seed} | {'–' if arm == 'untouched' else gap} |")
+    return "\n".join(rows)
+
+
 def interval(value: dict[str, float]) -> str:
     return f"{value['value']:.1%} ({value['low']:.1%} – {value['high']:.1%})"
 
@@ -183,6 +215,8 @@ TABLES = {
     "speed": (speed_table, "speed/cpu.jsonl"),
     "reducer": (reducer_table, "speed/reducer.json"),
     "retrieval": (retrieval_table, "retrieval/summary.json"),
+    "dynamic": (dynamic_table, "dynamic/summary.json"),
+    "two_images": (two_images_table, "two_images/summary.json"),
     "recovery": (recovery_table, "recovery/summary.json"),
 }
 
