@@ -1,110 +1,208 @@
 """Tokens by content against the same number for every image, at equal average tokens, on the embedded model.
 
-Training-free. Methods that choose per image are calibrated on scenes like the test set's that are not asked about.
-Writes one JSON file: accuracy with bootstrap intervals over scenes, paired differences to the fixed budget of CrossGET,
-and the tokens kept by the number of digits in a scene.
+    python eval/dynamic.py             # all runs that have no result file yet
+    python eval/dynamic_summary.py     # intervals, table and picture
 
-    python eval/dynamic.py --questions 600
+CrossGET training-free, MADTP without alignment tokens, and MADTP with briefly trained ones (the rest of the model stays
+as it is). Every method that chooses per image stands beside the same method with one number for all images, which got
+the same training. Methods are calibrated on scenes like the test set's that are not asked about; seeds are of these
+scenes and of the training. Beside the answers every run counts the tokens kept of scenes with one to nine digits, more
+and fewer than any training scene of the model's questions has. One JSON per run in ``eval/results/dynamic``.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import os
+import platform
+import tempfile
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+import transformers
+from recovery import SceneQuestions
+from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from mllm_crossget import CrossGetConfig, MadtpConfig, accelerate_mllm, calibrate
-from mllm_crossget.benchmark.timing import environment
-from mllm_crossget.embedded import Question, answer, held_out_questions, load_embedded
-from mllm_crossget.embedded.scenes import render, sample_layouts, to_image
-from mllm_crossget.hooks.handle import handle_of
+from mllm_crossget.embedded import Question, answer, held_out_questions, load_embedded, score
+from mllm_crossget.embedded.scenes import Layout, render, sample_layouts, to_image
+from mllm_crossget.hooks.handle import handle_of, live_cross_tokens
 from mllm_crossget.methods import Method
+from mllm_crossget.methods.dynamic import NOTHING
+from mllm_crossget.training import BudgetCallback, Collator, CrossGetTrainer
+from mllm_crossget.training.options import TrainerSettings
 
-METHODS = {
-    "crossget": lambda keep: CrossGetConfig(keep_ratio=keep),
-    "crossget dynamic": lambda keep: CrossGetConfig(dynamic=True, keep_ratio=keep),
-    "madtp untrained": lambda keep: MadtpConfig(alignment_tokens=0, keep_ratio=keep),
-}
+PATCHES, CELLS = 144, 9
+ARMS = ("crossget-fixed", "crossget-dynamic", "madtp-untrained-fixed", "madtp-untrained-dynamic",
+        "madtp-fixed", "madtp-dynamic")  # fmt: skip
 
 
 @dataclass
 class Options:
-    """What is compared.
+    """Options of the experiment."""
 
-    Args:
-        questions: how many of the held-out questions; 0 for all.
-        seeds: sets of calibration scenes; every seed is one run of the methods that need them.
-        calibration: scenes in a set.
-        resamples: of the bootstrap.
-        output: the JSON file.
-    """
-
-    questions: int = 600
-    seeds: int = 1
-    calibration: int = 400
-    resamples: int = 2000
-    output: str = "eval/results/dynamic.json"
+    arms: list[str] = field(default_factory=lambda: list(ARMS), metadata={"help": f"of {ARMS}"})
+    keep_ratios: list[float] = field(default_factory=lambda: [0.25, 0.125, 0.5], metadata={"help": "average kept"})
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "of calibration and training"})
+    questions: int = field(default=900, metadata={"help": "of the held-out ones"})
+    calibration: int = field(default=400, metadata={"help": "scenes that thresholds are found on"})
+    steps: int = field(default=200, metadata={"help": "optimiser steps of the alignment tokens"})
+    batch: int = field(default=8, metadata={"help": "questions in a step"})
+    learning_rate: float = field(default=1e-3, metadata={"help": "peak; warm-up of 5 %, then cosine to 0"})
+    counted: int = field(default=48, metadata={"help": "scenes of every number of digits whose tokens are counted"})
+    threads: int = field(default=1, metadata={"help": "CPU threads"})
+    output: str = field(default="eval/results/dynamic", metadata={"help": "folder of the results"})
 
 
-def main(options: Options) -> None:
-    """Answer with every method, budget and seed, and write the file."""
+def method_of(arm: str, keep_ratio: float) -> Method:
+    """The settings of an arm. MADTP with one number for all images: nothing leaves by its score, a cap does it."""
+    if arm.startswith("crossget"):
+        return CrossGetConfig(keep_ratio=keep_ratio, dynamic=arm.endswith("dynamic"))
+    tokens = 0 if "untrained" in arm else 100
+    fixed = {"threshold": [NOTHING], "max_visual_tokens": round(keep_ratio * PATCHES)}
+    return MadtpConfig(keep_ratio=keep_ratio, alignment_tokens=tokens, **({} if arm.endswith("dynamic") else fixed))
+
+
+def is_trained(arm: str) -> bool:
+    """Whether the arm's alignment tokens learn."""
+    return arm in ("madtp-fixed", "madtp-dynamic")
+
+
+def test_scenes(count: int, seed: int) -> list[Any]:
+    """Pictures like those of the test set, of no question."""
+    layouts = sample_layouts(count, "test", torch.Generator().manual_seed(1000 + seed))
+    return [to_image(image) for image in render(layouts)[0]]
+
+
+def scenes_of_digits(count: int) -> dict[int, list[Any]]:
+    """``count`` pictures each with one to nine digits: full scenes from which all but so many digits are taken away."""
+    generator = torch.Generator().manual_seed(4242)
+    drawn = sample_layouts(count * 12, "test", generator, crowded=True)
+    full = drawn.present.all(dim=1).nonzero().flatten()[:count]
+    if len(full) < count:
+        raise RuntimeError(f"only {len(full)} of {count} scenes have a digit in every cell")
+    chosen = Layout(**{name: value[full] for name, value in vars(drawn).items()})
+    order = torch.rand(len(full), CELLS, generator=generator).argsort(dim=1)
+    found = {}
+    for digits in range(1, CELLS + 1):
+        cell = torch.where(order < digits, chosen.cell, CELLS)
+        layout = Layout(**{**vars(chosen), "cell": cell})
+        found[digits] = [to_image(image) for image in render(layout)[0]]
+    return found
+
+
+@torch.inference_mode()
+def kept_tokens(model: Any, processor: Any, images: list[Any]) -> list[int]:
+    """Tokens of every picture that the language model gets."""
+    values = processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
+    kept = []
+    for part in values.split(64):
+        kept += [len(one) for one in model.model.get_image_features(part, return_dict=True).pooler_output]
+    return kept
+
+
+def train(options: Options, model: Any, processor: Any, seed: int) -> list[dict[str, float]]:
+    """The alignment tokens and their maps alone; returns every 50th step's log."""
+    model.requires_grad_(False)
+    live_cross_tokens(model)["alignment"].requires_grad_(True)
+    layouts = sample_layouts(64, "train", torch.Generator().manual_seed(500 + seed))
+    callbacks = []
+    if handle_of(model).method.needs_calibration:  # type: ignore[union-attr]
+        callbacks = [BudgetCallback(render(layouts)[0] * 2 - 1, every=50)]
+    with tempfile.TemporaryDirectory() as folder:
+        args = TrainerSettings(
+            output_dir=folder,
+            max_steps=options.steps,
+            per_device_train_batch_size=options.batch,
+            learning_rate=options.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=0.05,
+            logging_steps=50,
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+            bf16=True,
+            disable_tqdm=True,
+            train_sampling_strategy="sequential",
+            seed=seed,
+            enable_jit_checkpoint=False,
+        )
+        trainer = CrossGetTrainer(
+            model=model,
+            args=args,
+            train_dataset=SceneQuestions(options.steps * options.batch, seed, processor),
+            data_collator=Collator(model, processor.tokenizer.pad_token_id),
+            callbacks=callbacks,
+        )
+        trainer.train()
+    names = ("step", "loss", "task_loss", "alignment_loss", "grad_norm")
+    log = [{name: entry[name] for name in names if name in entry} for entry in trainer.state.log_history]
+    return [entry for entry in log if "task_loss" in entry]
+
+
+def run_once(
+    options: Options, arm: str, keep_ratio: float, seed: int, questions: list[Question], by_digits: dict[int, list[Any]]
+) -> dict[str, Any]:
+    """Train (where the arm does), calibrate, answer and count."""
+    torch.manual_seed(seed)
     model, processor = load_embedded()
-    questions = held_out_questions(options.questions or None)
-    scene = torch.tensor([question.scene_index for question in questions])
-    rows, fixed = [], {}
-    for keep in (0.5, 0.25, 0.125):
-        for name, make in METHODS.items():
-            for seed in range(options.seeds if make(keep).is_dynamic else 1):
-                row, right = _run(model, processor, questions, make(keep), seed, options)
-                row = {"setting": name, "keep_ratio": keep, "seed": seed, **row}
-                row["accuracy"] = _bootstrap(right, scene, options.resamples)
-                if name == "crossget":
-                    fixed[keep] = right
-                else:
-                    row["minus_fixed"] = _bootstrap(right - fixed[keep], scene, options.resamples)
-                rows.append(row)
-                print(json.dumps(row))
-    path = Path(options.output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    report = {"options": vars(options), "environment": environment(), "questions": len(questions), "rows": rows}
-    path.write_text(json.dumps(report, indent=2) + "\n")
+    model.set_attn_implementation("eager" if is_trained(arm) else "sdpa")
+    method = method_of(arm, keep_ratio)
+    if arm != "untouched":
+        accelerate_mllm(model, method)
+    started, log = time.monotonic(), []
+    if is_trained(arm):
+        log = train(options, model, processor, seed)
+    seconds = time.monotonic() - started
+    model.set_attn_implementation("sdpa")
+    if arm.endswith("dynamic"):
+        calibrate(model, test_scenes(options.calibration, seed), processor)
+    said = answer(model.eval(), processor, questions)
+    asked = list({question.scene_index: question for question in questions}.values())
+    digits = {count: kept_tokens(model, processor, images) for count, images in by_digits.items()}
+    tokens = kept_tokens(model, processor, [one.image for one in asked])
+    return {
+        "arm": arm,
+        "keep_ratio": keep_ratio,
+        "seed": seed,
+        "training_seconds": round(seconds, 1),
+        "score": score(questions, said).as_dict(),
+        "right": "".join("1" if text == one.answer else "0" for text, one in zip(said, questions, strict=True)),
+        "scenes": [question.scene_index for question in questions],
+        "tokens": {"mean": sum(tokens) / len(tokens), "least": min(tokens), "most": max(tokens)},
+        "tokens_by_digits": {count: sum(kept) / len(kept) for count, kept in digits.items()},
+        "log": log,
+        "options": vars(options),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                     "transformers": transformers.__version__},
+    }  # fmt: skip
 
 
-def _run(
-    model: Any, processor: Any, questions: list[Question], method: Method, seed: int, options: Options
-) -> tuple[dict[str, Any], Tensor]:
-    """Kept tokens and, per question, 1 for a right answer."""
-    accelerate_mllm(model, method)
-    if method.is_dynamic:
-        layouts = sample_layouts(options.calibration, "test", torch.Generator().manual_seed(1000 + seed))
-        calibrate(model, [to_image(image) for image in render(layouts)[0]], processor)
-    said = answer(model, processor, questions)
-    right = torch.tensor([float(text == question.answer) for text, question in zip(said, questions, strict=True)])
-    scenes = list({question.scene_index: question for question in questions}.values())
-    values = processor.image_processor(images=[one.image for one in scenes], return_tensors="pt")["pixel_values"]
-    with torch.inference_mode():
-        features = model.model.get_image_features(values, return_dict=True).pooler_output
-    kept = torch.tensor([float(len(image)) for image in features])
-    digits = torch.tensor([len(one.scene.items) for one in scenes])
-    by_digits = {int(count): round(kept[digits == count].mean().item(), 2) for count in digits.unique()}
-    asked = handle_of(model).schedule.features  # type: ignore[union-attr]
-    return {"asked_tokens": asked, "mean_tokens": round(kept.mean().item(), 2), "tokens_by_digits": by_digits}, right
-
-
-def _bootstrap(values: Tensor, scene: Tensor, resamples: int) -> dict[str, float]:
-    """Mean with its 95 % interval; whole scenes are drawn, since questions about one scene hang together."""
-    sums = torch.zeros(int(scene.max()) + 1).index_add_(0, scene, values)
-    counts = torch.zeros_like(sums).index_add_(0, scene, torch.ones_like(values))
-    drawn = torch.randint(len(sums), (resamples, len(sums)), generator=torch.Generator().manual_seed(0))
-    means = sums[drawn].sum(dim=1) / counts[drawn].sum(dim=1)
-    low, high = means.quantile(torch.tensor([0.025, 0.975])).tolist()
-    return {"mean": round(values.mean().item(), 4), "low": round(low, 4), "high": round(high, 4)}
+def main() -> None:
+    """Make the runs that have no result yet, one JSON each."""
+    (options,) = HfArgumentParser(Options, description=__doc__).parse_args_into_dataclasses()  # type: ignore[arg-type]
+    torch.set_num_threads(options.threads)
+    folder = Path(options.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = [("untouched", 1.0, 0)]
+    for keep_ratio in options.keep_ratios:
+        for arm in options.arms:
+            wanted += [(arm, keep_ratio, seed) for seed in options.seeds if is_trained(arm) or "dynamic" in arm]
+            wanted += [] if is_trained(arm) or "dynamic" in arm else [(arm, keep_ratio, 0)]
+    runs = [(folder / f"{arm}_{keep:g}_{seed}.json", arm, keep, seed) for arm, keep, seed in wanted]
+    runs.sort(key=lambda run: is_trained(run[1]))  # the quick ones first
+    todo = [run for run in runs if not run[0].exists()]
+    questions, by_digits = held_out_questions(options.questions), scenes_of_digits(options.counted)
+    for path, arm, keep_ratio, seed in tqdm(todo, desc="runs"):
+        result = run_once(options, arm, keep_ratio, seed, questions, by_digits)
+        text = json.dumps(result)
+        path.with_suffix(".part").write_text(text + "\n")
+        os.replace(path.with_suffix(".part"), path)
 
 
 if __name__ == "__main__":
-    main(HfArgumentParser(Options, description=__doc__).parse_args_into_dataclasses()[0])
+    main()

@@ -31,6 +31,7 @@ from mllm_crossget.hooks.reuse import check_reuse, use_cache
 from mllm_crossget.hooks.tower import LayerTrace
 from mllm_crossget.hooks.vision_cache import VisionCache
 from mllm_crossget.methods.base import Method
+from mllm_crossget.methods.madtp import MadtpConfig
 from mllm_crossget.schedule import MergeGeometry, make_schedule, make_text_schedule
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -325,6 +326,12 @@ def _check_dials(method: Method, family: Family, model: Any) -> None:
     elif method.reduces_text:
         geometry = text.geometry(model.config)
         make_text_schedule(method, geometry, geometry.context)
+    if text is not None and method.reduces_text and isinstance(method, MadtpConfig) and not text.causal:
+        reason = "is read from its last column" if text.appends else "is a BERT, and its pruning is not implemented"
+        raise ValueError(
+            f"MADTP prunes CLIP's text tower, but not that of {type(model).__name__}, which {reason}; leave "
+            "text_keep_ratio and text_r out, or use CrossGetConfig"
+        )
     if family.tower is not None:
         make_schedule(method, family.geometry(model.config))
     elif method.reduces_vision:

@@ -9,7 +9,7 @@ from torch import nn
 from mllm_crossget import ReductionConfig, accelerate_mllm, calibrate, method_names
 from mllm_crossget.config import method_class
 from mllm_crossget.hooks.handle import handle_of
-from tests.tiny import pixels
+from tests.tiny import pixels, text_batch
 
 METHODS: dict[str, dict[str, Any]] = {name: {"method": name} for name in method_names()}
 METHODS["crossget-dynamic"] = {"method": "crossget", "dynamic": True}
@@ -26,6 +26,8 @@ def prepare(model: nn.Module, *args: Any, **settings: Any) -> nn.Module:
 
 def calibrated(model: nn.Module) -> nn.Module:
     """The model, calibrated on random images where its method chooses per image."""
-    if handle_of(model).method.is_dynamic:
-        calibrate(model, pixels(model, 12, seed=5))
+    handle = handle_of(model)
+    if handle.method.is_dynamic:
+        texts = text_batch(model) if handle.method.method == "madtp" and handle.text_tower is not None else None
+        calibrate(model, pixels(model, 12, seed=5) if handle.tower is not None else None, texts=texts)
     return model

@@ -240,3 +240,25 @@ def pool_least_important(x_ND: Tensor, importance_N: Tensor, leaving: int) -> Te
         return x_ND
     total = sum(importance_N[i].item() for i in pooled)
     return torch.stack([*kept, sum(x_ND[i] * (importance_N[i].item() / total) for i in pooled)])
+
+
+def guidance(image_LND: list[Tensor], text_LND: list[Tensor], space_KD: Tensor) -> float:
+    """MADTP's alignment loss of one image and its text, in float64.
+
+    Both sides are lists, by layer, of tokens in the alignment tokens' space.
+    """
+    space = space_KD.double()
+
+    def found(layers: list[Tensor], k: int) -> Tensor:
+        total = torch.zeros(space.shape[1], dtype=torch.float64)
+        for tokens in layers:
+            weights = [math.exp((token @ space[k]).item() / math.sqrt(len(token))) for token in tokens.double()]
+            for weight, token in zip(weights, tokens.double(), strict=True):
+                total += weight / sum(weights) * token
+        return total
+
+    apart = []
+    for k in range(len(space)):
+        image, text = found(image_LND, k), found(text_LND, k)
+        apart.append(1 - (image @ text).item() / (image.norm() * text.norm()).item())
+    return sum(apart) / len(apart)

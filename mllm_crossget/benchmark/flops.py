@@ -67,6 +67,7 @@ def model_flops(
     new_tokens: int = 0,
     images: int = 1,
     one_softmax: bool = False,
+    schedule: Schedule | None = None,
 ) -> Flops:
     """FLOPs of a model for one prompt, with one image by default, under a reduction; ``keep_ratio=1`` gives the
     untouched model.
@@ -80,6 +81,7 @@ def model_flops(
             ``Family.tiles`` says, none of whose rows of patches loses its newline.
         one_softmax: how the importance is computed. False: from a second QKᵀ beside a fused attention kernel (GPU, or
             with gradients). True: attention and importance share one map (CPU without gradients).
+        schedule: token counts that were measured, instead of those that follow from the dial.
 
     Returns:
         The parts. For a vision tower on its own, those of the language side are 0.
@@ -93,7 +95,7 @@ def model_flops(
         text = _text_tower(config, family.text_tower, method, text_tokens, 0)[0] if family.text_tower else 0
         return Flops(0, 0, 0, _projection(config, family), text, 0, 0)
     geometry = family.geometry(config)
-    schedule = make_schedule(method, geometry)
+    schedule = make_schedule(method, geometry) if schedule is None else schedule
     runs = images * tiles_of(config, family).count
     visual = visual_tokens(config, family, schedule)
     prefill, lm_head, decode = _language_flops(config, family, method, images * visual, text_tokens, new_tokens)
@@ -198,7 +200,9 @@ def _reducer(vision: Any, schedule: Schedule, method: Method, one_softmax: bool,
 def _pruning(vision: Any, schedule: Schedule, method: MadtpConfig) -> int:
     """MADTP: in every layer the match with the alignment tokens; where tokens leave, QKᵀ once more for the best head,
     and the class token's row of it. Token counts are averages, so that the squares are a little too small."""
-    width, prefix = vision.hidden_size, schedule.tokens[0] - (vision.image_size // vision.patch_size) ** 2
+    width, prefix = vision.hidden_size, 1  # a text's start mark
+    if hasattr(vision, "image_size"):
+        prefix = schedule.tokens[0] - (vision.image_size // vision.patch_size) ** 2
     space = method.alignment_width if method.alignment_maps else width
     total = 0
     for tokens, removed in zip(schedule.tokens, schedule.removals, strict=False):
@@ -219,7 +223,7 @@ def _tower_parts(
     return (
         _patch_embedding(vision, family),
         _encoder(vision, schedule),
-        _reducer(vision, schedule, method, one_softmax, cosine),
+        _reducer(vision, schedule, method, one_softmax, cosine) if method.reduces_vision else 0,
         _connector(config, family, schedule, text_tokens),
     )
 
@@ -273,7 +277,9 @@ def _text_tower(config: Any, tower: TextTower, method: Method, tokens: int, visu
         raise ValueError(f"text_tokens={tokens}: the text tower takes 1 to {geometry.context} tokens")
     text = config_at(config, tower.config)
     schedule = make_text_schedule(method, geometry, tokens)
-    total = _encoder(text, schedule) + _reducer(text, schedule, method, False, method.needs_importance)
+    total = _encoder(text, schedule)
+    if method.reduces_text:
+        total += _reducer(text, schedule, method, False, method.needs_importance)
     if tower.reads_image:
         width = text.hidden_size
         for left in schedule.tokens[1:]:

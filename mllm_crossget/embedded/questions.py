@@ -6,6 +6,7 @@ scene, a digit is asked after only where it occurs once, a place only where a di
 
 import random
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +45,25 @@ class Question:
     image: Image.Image
 
 
+@dataclass(frozen=True)
+class PairQuestion:
+    """One question about two pictures: does each of them show the digit?
+
+    Attributes:
+        kind: "both", "one" or "none": how many of the pictures show it.
+        text: the question.
+        answer: "yes" for "both", else "no".
+        scenes: what the pictures show, in words.
+        images: the pictures, 96 x 96 RGB.
+    """
+
+    kind: str
+    text: str
+    answer: str
+    scenes: tuple[Scene, Scene]
+    images: tuple[Image.Image, Image.Image]
+
+
 def ask(scene: Scene, kind: str, chance: random.Random) -> tuple[str, str] | None:
     """A random question of a kind about a scene and its answer; None where the scene has no unambiguous one."""
     if kind not in _ASKERS:
@@ -70,6 +90,46 @@ def held_out_questions(limit: int | None = None) -> list[Question]:
             if pair is not None and (kind != "caption" or index % _CAPTION_EVERY == 0):
                 questions.append(Question(kind, *pair, scene, index, image))
     return questions[:limit]
+
+
+def ask_of_pairs(scenes: Sequence[Scene], count: int, chance: random.Random) -> list[tuple[str, str, tuple[int, int]]]:
+    """Questions about two of the scenes each: text, answer, and which two, in order.
+
+    Every second answer is "yes"; of the others two thirds show the digit in one of the pictures, so that neither of
+    them alone tells the answer.
+    """
+    shown = [{item.digit for item in scene.items} for scene in scenes]
+    asked = []
+    for number in range(count):
+        digit = chance.randrange(10)
+        with_it = [place for place, digits in enumerate(shown) if digit in digits]
+        without = [place for place, digits in enumerate(shown) if digit not in digits]
+        both = number % 2 == 0
+        kind = "both" if both else chance.choice(("one", "one", "none"))
+        pools = {"both": (with_it, with_it), "one": (with_it, without), "none": (without, without)}[kind]
+        if not all(pools) or (pools[0] is pools[1] and len(pools[0]) < 2):
+            raise ValueError(f"{len(scenes)} scenes are too few to ask after a {digit} in two of them; give more")
+        first = chance.choice(pools[0])
+        pair = [first, chance.choice([place for place in pools[1] if place != first])]
+        chance.shuffle(pair)
+        asked.append((f"Is there a {digit} and a {digit}?", "yes" if both else "no", (pair[0], pair[1])))
+    return asked
+
+
+def pair_questions(count: int) -> list[PairQuestion]:
+    """A fixed set of questions about two pictures: digits and backgrounds that training never saw."""
+    if count < 1:
+        raise ValueError(f"count must be at least 1, got {count}")
+    layouts = sample_layouts(TEST_SCENES, "test", torch.Generator().manual_seed(TEST_SEED))
+    scenes, pixels = layouts.scenes(), render(layouts)[0]
+    found = []
+    for text, answer, (one, other) in ask_of_pairs(scenes, count, random.Random(TEST_SEED)):
+        digit = int(text.split()[3])
+        shown = sum(any(item.digit == digit for item in scenes[place].items) for place in (one, other))
+        images = (to_image(pixels[one]), to_image(pixels[other]))
+        kind = ("none", "one", "both")[shown]
+        found.append(PairQuestion(kind, text, answer, (scenes[one], scenes[other]), images))
+    return found
 
 
 def _digit_by_colour(scene: Scene, chance: random.Random) -> tuple[str, str]:

@@ -231,6 +231,10 @@ class Family:
         features_owner: path to the module whose ``get_image_features`` the top model calls, or None.
         features: how features reach the prompt, a name known to ``hooks.features``.
         dynamic: whether every image may keep its own number of tokens (methods that choose per image).
+        readers: paths of the models that cross-attend to the tower's tokens, behind its ``post_layernorm``, and heed
+            ``encoder_attention_mask``.
+        cross_attentions: for a reader that does not (BLIP's text models): path to its list of layers, and path from a
+            layer to the module that computes its cross-attention.
         modalities: visual inputs with placeholders in the prompt; empty where the language side gets as many tokens as
             without reduction, or has no prompt.
         positions: "contiguous", or "grid": image tokens have positions in time, height and width, and those that stay
@@ -271,6 +275,8 @@ class Family:
     features: str = "plain"
     positions: str = "contiguous"
     dynamic: bool = False
+    readers: tuple[str, ...] = ()
+    cross_attentions: tuple[str, str] | None = None
     modalities: tuple[Modality, ...] = ()
     tiles: Callable[[Any], Tiles] | None = None
     llm_tokens: Callable[[Any, int], int] | None = None

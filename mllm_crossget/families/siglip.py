@@ -60,6 +60,7 @@ SIGLIP = register_family(
         vision_projection=("vision_model.post_layernorm", "vision_model.head"),
         text_projection=("text_model.final_layer_norm", "text_model.head"),
         connector_flops=head_flops,
+        dynamic=True,
         classes=("SiglipModel",),
         cosine=True,
         text_tower=TextTower("text_model", "text_config", last_token, causal=False, first=False, takes_mask=False),

@@ -1,4 +1,4 @@
-"""MADTP's learned tokens that images and texts are compared with, and the maps of a tower's layers towards them."""
+"""MADTP's learned tokens that images and texts are compared with, and the maps of a model's layers towards them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from mllm_crossget.ops.alignment_attention import alignment_scores
 
+_SPREAD = 0.02  # of maps that begin to learn: what transformers starts linear layers with
+
 
 class AlignmentTokens(nn.Module):
-    """K learned vectors, and a linear map per layer into their space.
+    """K learned vectors, and linear maps of a tower's and a text side's layers into their space.
 
     The maps start at zero: untrained, all scores are zero and steer nothing. The tokens start as N(0, 1), as published,
     from a seed of their own. A module with a ``forward`` and not bare parameters, so that PEFT
@@ -19,10 +21,13 @@ class AlignmentTokens(nn.Module):
 
     Args:
         count: K.
-        width: of the tokens; ignored without maps.
+        width: of the tokens; the tower's without maps.
         layers: of the tower.
         tower_width: of the tower's tokens.
         maps: False compares the tower's tokens themselves.
+        text_maps: maps for a text side: one per layer (published for CLIP), or one that its layers share; 0 for a model
+            without text, or whose text is as wide as the alignment tokens and has no map.
+        text_width: of the text's tokens.
         dtype, device: of the parameters.
     """
 
@@ -33,21 +38,41 @@ class AlignmentTokens(nn.Module):
         layers: int,
         tower_width: int,
         maps: bool = True,
+        text_maps: int = 0,
+        text_width: int = 0,
         dtype: torch.dtype | None = None,
         device: Any = None,
     ) -> None:
         super().__init__()
-        width = width if maps else tower_width
         start = torch.randn(count, width, generator=torch.Generator().manual_seed(0))
         self.tokens = nn.Parameter(start.to(device=device, dtype=dtype))
-        self.maps: nn.ModuleList | None = None
-        if maps:
-            kind = {"dtype": dtype, "device": device}
-            self.maps = nn.ModuleList(nn.utils.skip_init(nn.Linear, tower_width, width, **kind) for _ in range(layers))
-            for parameter in self.maps.parameters():
-                nn.init.zeros_(parameter)
+        kind = {"dtype": dtype, "device": device}
+        self.maps = _zero_maps(layers, tower_width, width, kind) if maps else None
+        self.text_maps = _zero_maps(text_maps, text_width, width, kind) if text_maps else None
 
-    def forward(self, hidden_BND: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+    def forward(self, hidden_BND: Tensor, layer: int, text: bool = False) -> tuple[Tensor, Tensor]:
         """A layer's input -> (B, N, K) ``ops.alignment_scores`` and (B, N, width) the tokens that they are made of."""
-        mapped = hidden_BND if self.maps is None else self.maps[layer](hidden_BND)
+        maps = self.text_maps if text else self.maps
+        mapped = hidden_BND if maps is None else maps[min(layer, len(maps) - 1)](hidden_BND)
         return alignment_scores(mapped, self.tokens), mapped
+
+    @torch.no_grad()
+    def draw_maps(self) -> bool:
+        """Give maps that are all zero small random weights, from a seed of their own; whether that was done.
+
+        At zero neither side moves the other: the alignment loss would have no gradient.
+        """
+        maps = [one for several in (self.maps, self.text_maps) if several is not None for one in several]
+        if not maps or any(bool(parameter.any()) for one in maps for parameter in one.parameters()):
+            return False
+        generator = torch.Generator().manual_seed(1)
+        for one in maps:
+            one.weight.copy_(torch.randn(one.weight.shape, generator=generator) * _SPREAD)
+        return True
+
+
+def _zero_maps(count: int, inputs: int, outputs: int, kind: dict[str, Any]) -> nn.ModuleList:
+    maps = nn.ModuleList(nn.utils.skip_init(nn.Linear, inputs, outputs, **kind) for _ in range(count))
+    for parameter in maps.parameters():
+        nn.init.zeros_(parameter)
+    return maps

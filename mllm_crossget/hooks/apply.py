@@ -22,11 +22,13 @@ from mllm_crossget.hooks.pooling import hook_pooling
 from mllm_crossget.hooks.post_merge import hook_merge
 from mllm_crossget.hooks.question import hook_question
 from mllm_crossget.hooks.ragged_features import RaggedTower, install_ragged_features
+from mllm_crossget.hooks.ragged_reader import RaggedCrossAttention, RaggedReader, hook_reader
+from mllm_crossget.hooks.ragged_text import RaggedTextEncoder, RaggedTextLayer
 from mllm_crossget.hooks.ragged_tower import RaggedEncoder, RaggedLayer
 from mllm_crossget.hooks.text import hook_text
 from mllm_crossget.hooks.text_encoder import hook_text_encoder
 from mllm_crossget.hooks.text_tower import hook_text_tower
-from mllm_crossget.hooks.tower import hook_tower
+from mllm_crossget.hooks.tower import TowerState, hook_tower
 from mllm_crossget.methods.base import Method
 from mllm_crossget.methods.madtp import MadtpConfig
 from mllm_crossget.schedule import Geometry, MergeGeometry, TowerGeometry, make_schedule
@@ -59,6 +61,7 @@ def apply_method(
             if method.reduces_text:
                 _hook_text_tower(model, handle)
             _hook_language(model, handle)  # in front of a text encoder's own changes: it writes before a layer reads
+            _add_alignment_tokens(model, handle)
             _hook_top(model, handle)
     except BaseException:
         journal.rollback()
@@ -84,7 +87,18 @@ def _hook_vision(model: Any, handle: Handle, geometry: TowerGeometry) -> None:
     )
     if family.text_tower is not None and family.text_tower.appends and hasattr(tower, "head"):
         hook_pooling(handle.journal, tower.head, handle.tower)
-    _add_alignment_tokens(handle, encoder, layers, vision_config.hidden_size)
+    if handle.method.is_dynamic:
+        _hook_readers(model, handle, tower.post_layernorm)
+
+
+def _hook_readers(model: Any, handle: Handle, norm: nn.Module) -> None:
+    """What cross-attends to the tower leaves dead rows out."""
+    for path in handle.family.readers:
+        hook_reader(handle.journal, module_at(model, path), norm, RaggedReader)
+    if handle.family.cross_attentions is not None:
+        layers, inside = handle.family.cross_attentions
+        for layer in module_at(model, layers).children():
+            hook_reader(handle.journal, module_at(layer, inside), norm, RaggedCrossAttention)
 
 
 def _hook_text_tower(model: Any, handle: Handle) -> None:
@@ -103,24 +117,59 @@ def _hook_text_tower(model: Any, handle: Handle) -> None:
         layers = getattr(module_at(model, path), tower.names.layers)
         tokens = _cross_tokens(handle, "text", layers, text_model.config.hidden_size)
         handle.cross_paths["text"] = f"{path}.cross_tokens"
-    handle.text_tower = hook_text_tower(handle.journal, text_model, tower, handle.method, geometry, tokens)
+    mixins = (RaggedTextEncoder, RaggedTextLayer) if isinstance(handle.method, MadtpConfig) else None
+    handle.text_tower = hook_text_tower(handle.journal, text_model, tower, handle.method, geometry, tokens, mixins)
 
 
-def _add_alignment_tokens(handle: Handle, encoder: nn.Module, layers: Any, tower_width: int) -> None:
-    """MADTP's learned tokens: those the model had before, if they fit, or new ones."""
-    method = handle.method
-    if not isinstance(method, MadtpConfig) or not method.alignment_tokens:
+def _add_alignment_tokens(model: Any, handle: Handle) -> None:
+    """MADTP's learned tokens: those the model had before, if they fit, or new ones. They live in the vision tower, and
+    in the text tower where that alone is reduced."""
+    method, family, tower = handle.method, handle.family, handle.tower
+    path = handle.encoder_path or handle.text_encoder_path
+    if not isinstance(method, MadtpConfig) or not method.alignment_tokens or not path:
         return
+    encoder: Any = module_at(model, path)
+    seen = isinstance(tower, TowerState)
+    layers = getattr(encoder, tower.names.layers if isinstance(tower, TowerState) else "layers")
+    text_count, text_width = _text_side(model, handle)
+    tower_width = config_at(model.config, family.vision_config).hidden_size if seen else text_width
     width = method.alignment_width if method.alignment_maps else tower_width
-    old: Any = handle.cross_tokens.get("alignment")
-    if old is None or tuple(old.tokens.shape) != (method.alignment_tokens, width):
-        handle.cross_tokens["alignment"] = AlignmentTokens(
-            method.alignment_tokens, width, len(layers), tower_width, method.alignment_maps, *_kind_of(layers[0])
-        )
+    made = AlignmentTokens(
+        method.alignment_tokens,
+        width,
+        len(layers) if seen else 0,
+        tower_width,
+        method.alignment_maps,
+        text_count if method.alignment_maps or text_width != width else 0,
+        text_width,
+        *_kind_of(layers[0]),
+    )
+    old = handle.cross_tokens.get("alignment")
+    if old is None or _shapes(old) != _shapes(made):
+        handle.cross_tokens["alignment"] = made
     handle.journal.add_module(encoder, "alignment_tokens", handle.cross_tokens["alignment"])
-    handle.cross_paths["alignment"] = f"{handle.encoder_path}.alignment_tokens"
-    if handle.tower is not None:
-        handle.tower.alignment_width = width
+    handle.cross_paths["alignment"] = f"{path}.alignment_tokens"
+    if isinstance(tower, TowerState):
+        tower.alignment_width = width
+    if handle.text_tower is not None:
+        handle.text_tower.alignment_owner, handle.text_tower.alignment_width = encoder, width
+
+
+def _text_side(model: Any, handle: Handle) -> tuple[int, int]:
+    """How many maps the text side has towards the alignment tokens, and from which width.
+
+    A dual encoder's text tower has one per layer, as published for CLIP; a language model one for all layers: as many
+    as layers would have 100 million weights in a LLaVA-1.5-7B.
+    """
+    side, tower = text_side_of(handle.family, model.config), handle.family.text_tower
+    if tower is not None and tower.appends:
+        text = config_at(model.config, tower.config)
+        return text.num_hidden_layers, text.hidden_size
+    return (0, 0) if side is None else (1, config_at(model.config, side.config).hidden_size)
+
+
+def _shapes(module: nn.Module) -> dict[str, torch.Size]:
+    return {name: parameter.shape for name, parameter in module.named_parameters()}
 
 
 def _hook_language(model: Any, handle: Handle) -> None:
@@ -151,7 +200,7 @@ def _hook_top(model: Any, handle: Handle) -> None:
             journal.swap_class(owner, CutFeatures if handle.schedule.drop_cross else FEATURES["plain"])
     if family.text_tower is not None and family.text_tower.appends and family.tower is not None:
         journal.swap_class(model, DualModel)
-    elif handle.method.is_dynamic and not family.tower:
+    elif handle.method.is_dynamic and family.tower == "":
         journal.swap_class(model, RaggedTower)
     else:
         journal.swap_class(model, ReducedModel if family.modalities else AlignedModel)

@@ -45,6 +45,9 @@ class AttentionSlot:
             averaged over heads (LLaVA flavour).
         query_weights: (B, T) weights of the queries in the importance where images have different numbers of tokens.
         pruning_prefix: tokens in front of the patches if ``received`` and ``class_received`` are wanted, else None.
+        pruning_bias: (B, T, T) additive mask of the attention that ``received`` is made of, where the queries see
+            different tokens; None: ``key_bias``.
+        pruning_alive: (B, T) the tokens that are no dead rows, beside ``pruning_bias``.
         keys, importance, received, class_received: what was recorded.
     """
 
@@ -55,6 +58,8 @@ class AttentionSlot:
     guide: Tensor | int | None = None
     query_weights: Tensor | None = None
     pruning_prefix: int | None = None
+    pruning_bias: Tensor | None = None
+    pruning_alive: Tensor | None = None
     keys: Tensor | None = None
     importance: Tensor | None = None
     received: Tensor | None = None
@@ -170,11 +175,15 @@ def _record_pruning(
     slot: AttentionSlot, prefix: int, query: Tensor, key: Tensor, output: Tensor, scaling: float
 ) -> None:
     """What a pruning decides by, with gradients; the maps of all heads never exist together."""
-    alive = None if slot.key_bias is None else slot.key_bias > -torch.inf
-    strongest = strongest_attention(query, key, scaling, slot.key_bias)
+    bias, rows = slot.key_bias, slot.key_bias
+    alive = None if bias is None else bias > -torch.inf
+    if slot.pruning_bias is not None:
+        bias, rows = slot.pruning_bias, slot.pruning_bias[:, :1]
+        alive = slot.pruning_alive
+    strongest = strongest_attention(query, key, scaling, bias)
     slot.received = attention_received(strongest, prefix, alive)
     if prefix:
-        first = attention_map(query[:, :, :1], key, scaling, slot.key_bias).unflatten(0, query.shape[:2])[:, :, 0]
+        first = attention_map(query[:, :, :1], key, scaling, rows).unflatten(0, query.shape[:2])[:, :, 0]
         slot.class_received = class_attention(first, output, prefix)
 
 

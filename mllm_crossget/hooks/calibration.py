@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,9 +14,11 @@ from torch import Tensor, nn
 
 from mllm_crossget.families.base import module_at
 from mllm_crossget.hooks.handle import Handle, base_model, handle_of
+from mllm_crossget.hooks.post_merge import MergeState
 from mllm_crossget.hooks.ragged_tower import recorded_sizes
 from mllm_crossget.hooks.tower import TowerState
 from mllm_crossget.methods.dynamic import NOTHING, DynamicMethod
+from mllm_crossget.methods.madtp import MadtpConfig
 
 _TOLERANCE = 0.02
 
@@ -63,18 +66,20 @@ def _nearest(value_at: Callable[[int], int], count: int, wanted: int) -> int:
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, images: Any, processor: Any = None) -> DynamicMethod:
+def calibrate(model: nn.Module, images: Any = None, processor: Any = None, *, texts: Any = None) -> DynamicMethod:
     """Find the thresholds of a dynamic method, so that images like these keep the asked number of tokens on average.
 
     One pass of the vision tower over all images at once: each layer's threshold is set where the images together lose
     what the fixed schedule of the same dial removes there. Average tokens are thus those of the fixed schedule in every
-    layer, and so are average costs. Calibrate again after training, which moves the scores.
+    layer, and so are average costs. Likewise for the text tower of a dual encoder that MADTP prunes. Calibrate again
+    after training, which moves the scores.
 
     Args:
         model: accelerated with ``CrossGetConfig(dynamic=True, ...)`` or ``MadtpConfig(...)``.
         images: (images, channels, height, width) pixel values as the processor makes them; or pictures, with
             ``processor``. Some dozens of what the model will see.
-        processor: a transformers processor or image processor, for pictures.
+        processor: a transformers processor or image processor, for pictures and for texts that are strings.
+        texts: for MADTP with a text dial: strings, or ``input_ids`` and ``attention_mask`` as the tokenizer makes them.
 
     Returns:
         The settings with the thresholds, which the model now runs with; ``save_crossget`` writes them.
@@ -82,34 +87,68 @@ def calibrate(model: nn.Module, images: Any, processor: Any = None) -> DynamicMe
     Raises:
         ValueError: the model is not accelerated with a dynamic method, the settings cannot be calibrated, or the
             average cannot be met; the model keeps its settings.
-        TypeError: no images.
+        TypeError: no images, or no texts, where the settings need them.
 
     Example:
         >>> accelerate_mllm(model, CrossGetConfig(dynamic=True, keep_ratio=0.25))
         >>> calibrate(model, pixel_values)
     """
-    handle, state, method = _checked(model)
-    pixels = _pixels(images, processor)
-    tower = module_at(base_model(model), handle.family.tower)
-    encoder = module_at(base_model(model), handle.encoder_path)
-    modes = [(module, module.training) for module in tower.modules()]
-    tower.eval()
-    state.calibration = calibration = Calibration()
-    try:
-        with recorded_sizes(encoder) as sizes:
-            tower(pixels)
-    finally:
-        state.calibration = None
-        for module, training in modes:
-            module.training = training
-    _check_average(handle, method, sizes[handle.geometry.read - 1])
-    handle.method = state.method = settings = dataclasses.replace(method, threshold=calibration.thresholds)
+    handle, method = _checked(model)
+    text = handle.text_tower if isinstance(method, MadtpConfig) else None
+    if texts is not None and text is None:
+        raise ValueError("texts were given, but no text tower is pruned: give MadtpConfig a text_keep_ratio or text_r")
+    if images is None and texts is None:
+        raise TypeError("give images, or texts for a text tower that MADTP prunes")
+    found: dict[str, list[float]] = {}
+    if images is not None:
+        found["threshold"] = _on_images(model, handle, method, _pixels(images, processor))
+    if texts is not None and text is not None:
+        found["text_threshold"] = _on_texts(model, handle, _tokens(texts, processor))
+    settings = dataclasses.replace(method, **found)
+    for state in (handle, handle.tower, handle.text_tower):
+        if state is not None:
+            state.method = settings
     return settings
 
 
-def _checked(model: nn.Module) -> tuple[Handle, TowerState, DynamicMethod]:
+def _on_images(model: nn.Module, handle: Handle, method: DynamicMethod, pixels: Tensor) -> list[float]:
+    state = handle.tower
+    if not isinstance(state, TowerState):
+        raise ValueError(f"{method} leaves the vision tower alone; calibrate it on texts")
+    tower = module_at(base_model(model), handle.family.tower or "")
+    encoder = module_at(base_model(model), handle.encoder_path)
+    with _calibrating(tower, state) as calibration, recorded_sizes(encoder) as sizes:
+        tower(pixels)
+    _check_average(handle, method, sizes[handle.geometry.read - 1])
+    return calibration.thresholds
+
+
+def _on_texts(model: nn.Module, handle: Handle, tokens: dict[str, Tensor]) -> list[float]:
+    if handle.family.text_tower is None or handle.text_tower is None:
+        raise ValueError(f"{handle.method} leaves the text tower alone")
+    text_model = module_at(base_model(model), handle.family.text_tower.path)
+    with _calibrating(text_model, handle.text_tower) as calibration:
+        text_model(**tokens)
+    return calibration.thresholds
+
+
+@contextmanager
+def _calibrating(module: nn.Module, state: Any) -> Iterator[Calibration]:
+    """Evaluation mode, with a calibration in the state; both taken back afterwards."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    state.calibration = calibration = Calibration()
+    try:
+        yield calibration
+    finally:
+        state.calibration = None
+        for part, training in modes:
+            part.training = training
+
+
+def _checked(model: nn.Module) -> tuple[Handle, DynamicMethod]:
     handle = handle_of(model)
-    if handle is None or not isinstance(handle.tower, TowerState) or not handle.method.is_dynamic:
+    if handle is None or not handle.method.is_dynamic or isinstance(handle.tower, MergeState):
         settings = "not accelerated" if handle is None else f"accelerated with {handle.method}"
         raise ValueError(
             f"the model is {settings}; calibrate finds the thresholds of a dynamic method: call "
@@ -118,7 +157,18 @@ def _checked(model: nn.Module) -> tuple[Handle, TowerState, DynamicMethod]:
     method = handle.method
     if not isinstance(method, DynamicMethod) or vars(method).get("reference"):
         raise ValueError("reference=True decides by temperature, not by thresholds; there is nothing to calibrate")
-    return handle, handle.tower, method
+    return handle, method
+
+
+def _tokens(texts: Any, processor: Any) -> dict[str, Tensor]:
+    if isinstance(texts, (list, tuple)) and texts and all(isinstance(text, str) for text in texts):
+        if processor is None:
+            raise TypeError("give processor=... with texts that are strings")
+        tokenizer = getattr(processor, "tokenizer", processor)
+        texts = tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
+    if not hasattr(texts, "keys") or not isinstance(texts["input_ids"], Tensor) or texts["input_ids"].ndim != 2:
+        raise TypeError(f"texts must be strings, or hold input_ids (texts, tokens), got {type(texts).__name__}")
+    return {name: texts[name] for name in ("input_ids", "attention_mask") if name in texts}
 
 
 def _pixels(images: Any, processor: Any) -> Tensor:

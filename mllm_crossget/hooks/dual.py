@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from mllm_crossget.families.base import module_at
 from mllm_crossget.hooks.alignment import add_alignment_loss
 from mllm_crossget.hooks.cross_tokens import recorded_cross_tokens
+from mllm_crossget.hooks.guidance import guides, with_pair_guidance
 from mllm_crossget.hooks.handle import HANDLE, Handle
 from mllm_crossget.hooks.saving import SavedModel
+from mllm_crossget.hooks.text import positional_names
 
 
 class DualModel(SavedModel):
@@ -21,6 +23,10 @@ class DualModel(SavedModel):
         """As the original. In training, where both towers are reduced with cross tokens, the output has a field
         ``alignment_loss`` (unweighted). Rows are pairs: with other numbers of images and texts the loss is 0."""
         handle: Handle = self.__dict__[HANDLE]
+        if guides(self, handle) and handle.encoder_path:
+            if args:
+                kwargs.update(zip(positional_names(type(self)), args, strict=False))
+            return with_pair_guidance(self, super().forward, handle, kwargs)
         paired = {"vision", "text"} <= handle.cross_paths.keys()
         if not (self.training and paired):
             return super().forward(*args, **kwargs)

@@ -15,6 +15,7 @@ from mllm_crossget.hooks.alignment import add_alignment_loss
 from mllm_crossget.hooks.cross_tokens import recorded_cross_tokens
 from mllm_crossget.hooks.features import forget_ahead
 from mllm_crossget.hooks.generation import PromptView, option_reader, shift_lengths, with_user_view
+from mllm_crossget.hooks.guidance import guides, recording, with_guidance
 from mllm_crossget.hooks.handle import HANDLE, Handle
 from mllm_crossget.hooks.inputs import (
     cached_columns,
@@ -42,7 +43,7 @@ class AlignedModel(SavedModel):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the original; in training, with a field ``alignment_loss`` where the family has such a loss."""
         handle: Handle = self.__dict__[HANDLE]
-        if not _aligns(self, handle):
+        if not (_aligns(self, handle) or guides(self, handle)):
             return super().forward(*args, **kwargs)
         if args:
             kwargs.update(zip(positional_names(type(self)), args, strict=False))
@@ -65,7 +66,7 @@ class ReducedModel(SavedModel):
         cache = kwargs.get("past_key_values")
         layout = getattr(cache, LAYOUT, None)
         if present(handle, kwargs) and is_full_prompt(self, handle, kwargs):
-            with forget_ahead(self, handle.family), _recording(self, handle):
+            with forget_ahead(self, handle.family), _recording(self, handle), recording(self, handle):
                 return _forward_shrunk(self, super().forward, handle, kwargs)
         if layout is not None:
             follow_layout(layout, kwargs)
@@ -184,7 +185,9 @@ def _recording(model: nn.Module, handle: Handle) -> AbstractContextManager[Any]:
 
 
 def _with_alignment(model: nn.Module, forward: Any, handle: Handle, kwargs: dict[str, Any]) -> Any:
-    """Run the stock forward; in training, add the alignment loss of the cross tokens (not to tuples)."""
+    """Run the stock forward; in training, add the alignment loss of cross or alignment tokens (not to tuples)."""
+    if guides(model, handle):
+        return with_guidance(model, forward, handle, kwargs)
     if not _aligns(model, handle):
         return forward(**kwargs)
     family = handle.family

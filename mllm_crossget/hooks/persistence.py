@@ -30,7 +30,7 @@ def cross_state(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> 
 
     Returns:
         ``vision.cross`` and ``text.cross``, each (layers, width); ``alignment.tokens`` (K, width) and the layers' maps
-        ``alignment.maps.0.weight``, ... On the CPU.
+        ``alignment.maps.0.weight``, ``alignment.text_maps.0.weight``, ... On the CPU.
     """
     values = {}
     paths = base_model(model).__dict__[HANDLE].cross_paths
@@ -50,9 +50,10 @@ def learned_tensors(place: str, module: Any) -> list[tuple[str, str, Tensor]]:
     if place != "alignment":
         return [(f"{place}.cross", "weight", module.weight)]
     tensors = [("alignment.tokens", "tokens", module.tokens)]
-    for index, layer in enumerate(module.maps or []):
-        for name in ("weight", "bias"):
-            tensors.append((f"alignment.maps.{index}.{name}", f"maps.{index}.{name}", getattr(layer, name)))
+    for kind in ("maps", "text_maps"):
+        for index, layer in enumerate(getattr(module, kind) or []):
+            for name in ("weight", "bias"):
+                tensors.append((f"alignment.{kind}.{index}.{name}", f"{kind}.{index}.{name}", getattr(layer, name)))
     return tensors
 
 

@@ -29,8 +29,10 @@ class WeightedPooling(nn.Module):
         """(B, T, D) -> (B, D); as the original where nothing was merged."""
         state: TowerState = self.__dict__[_STATE]
         size, state.sizes = state.sizes, None
-        if size is None or not state.method.proportional_attention:
+        weighs = state.method.proportional_attention
+        if size is None or not (weighs or bool((size == 0).any())):
             return super().forward(hidden_state, *args, **kwargs)
+        size = size if weighs else (size > 0).to(size.dtype)
         batch, tokens = size.shape
         heads = self.attention.num_heads
         bias = size.log().to(hidden_state.dtype)[:, None, None].expand(-1, heads, 1, -1).reshape(-1, 1, tokens)

@@ -55,7 +55,14 @@ def recorded_sizes(encoder: nn.Module) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def recorded_alignment(encoder: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect what the alignment tokens find in each layer's input: (B, K, width) per layer, with gradients."""
+    """Collect what the alignment tokens find in each layer's input: (B, K, width) per layer, with gradients.
+
+    Inside another such block the outer one's list goes on: images may be encoded in front of the forward that reads
+    them.
+    """
+    if _FEATURES in encoder.__dict__:
+        yield encoder.__dict__[_FEATURES]
+        return
     features: list[Tensor] = []
     encoder.__dict__[_FEATURES] = features
     try:
@@ -91,6 +98,8 @@ class RaggedEncoder(nn.Module):
             _record(self, hidden, size)
             if state.trace is not None:
                 state.trace.append(layer_trace(step, size, source, hidden, schedule.tokens[0]))
+        if state.keeps_sizes:
+            state.sizes = size
         if written and RECORD in self.__dict__:
             self.__dict__[RECORD].append(torch.stack(written))
         if size is not None:
@@ -132,8 +141,9 @@ class RaggedLayer(nn.Module):
             hidden_states = _with_last(hidden_states, size, cross)
         reduces = state.calibration is not None or method.removes_in(index)
         slot = _slot(state, size, cross is not None, reduces)
+        masked = {} if attention_mask is None else {"attention_mask": attention_mask}  # not every attention takes one
         with open_slot(attention, slot):
-            attended = attention(getattr(self, names.norm1)(hidden_states), attention_mask=attention_mask)[0]
+            attended = attention(getattr(self, names.norm1)(hidden_states), **masked)[0]
         hidden_states = hidden_states + attended
         step = None
         if reduces:
@@ -208,10 +218,14 @@ def _alignment(encoder: Any, hidden: Tensor, size: Tensor | None, index: int) ->
         return None
     prefix = state.geometry.prefix
     scores, mapped = encoder.alignment_tokens(hidden[:, prefix:], index)
-    if _FEATURES in encoder.__dict__:
-        alive = None if size is None else size[:, prefix:] > 0
-        encoder.__dict__[_FEATURES].append(alignment_features(scores, mapped, alive)[1])
+    record_features(encoder, scores, mapped, None if size is None else size[:, prefix:] > 0)
     return scores
+
+
+def record_features(encoder: Any, scores: Tensor, mapped: Tensor, alive: Tensor | None) -> None:
+    """What the alignment tokens find in a layer's input, for ``recorded_alignment``."""
+    if _FEATURES in encoder.__dict__:
+        encoder.__dict__[_FEATURES].append(alignment_features(scores, mapped, alive)[1])
 
 
 def _record(encoder: nn.Module, hidden: Tensor, size: Tensor | None) -> None:

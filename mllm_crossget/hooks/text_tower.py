@@ -41,7 +41,7 @@ from mllm_crossget.ops.matching import Match
 from mllm_crossget.schedule import Schedule, TextGeometry, make_text_schedule
 
 _STATE = "_mllm_crossget_text_tower"
-_KEYWORD = "crossget_texts"
+KEYWORD = "crossget_texts"
 _MASKS = ("sdpa", "eager")  # attention implementations that take a mask of any form
 
 
@@ -54,6 +54,10 @@ class TextTowerState:
         tower: the family's description of the tower.
         config: the text model's own configuration.
         trace: a list to append one ``LayerTrace`` per layer to, or None.
+        alignment_owner: the module whose ``alignment_tokens`` the texts are compared with, or None. Looked up there,
+            because PEFT replaces them.
+        alignment_width: of these tokens; 0 for none.
+        calibration: finds the layers' thresholds while ``calibrate`` runs, else None.
     """
 
     method: Method
@@ -61,6 +65,9 @@ class TextTowerState:
     tower: TextTower
     config: Any
     trace: list[LayerTrace] | None = None
+    alignment_owner: Any = None
+    alignment_width: int = 0
+    calibration: Any = None
     schedules: dict[int, Schedule] = field(default_factory=dict)
 
     def schedule(self, tokens: int) -> Schedule:
@@ -77,21 +84,31 @@ def hook_text_tower(
     method: Method,
     geometry: TextGeometry,
     cross_tokens: nn.Module | None,
+    mixins: tuple[type[nn.Module], type[nn.Module]] | None = None,
 ) -> TextTowerState:
-    """Make a text model, its encoder and its layers reduce tokens; every change is written into ``journal``."""
+    """Make a text model, its encoder and its layers reduce tokens; every change is written into ``journal``.
+
+    ``mixins`` are for the encoder and for its layers, by default those for merging.
+    """
+    of_encoder, of_layer = mixins or (ReducedTextEncoder, ReducedTextLayer)
     state = TextTowerState(method, geometry, tower, model.config)
     state.schedule(geometry.context)
     encoder = model.get_submodule(tower.encoder)
     if cross_tokens is not None:
         journal.add_module(encoder, "cross_tokens", cross_tokens)
-    for layer in getattr(encoder, _names(state).layers):
+    for layer in getattr(encoder, layer_names(state).layers):
         journal.set_attribute(layer, _STATE, state)
-        hook_attention(journal, getattr(layer, _names(state).attention))
-        journal.swap_class(layer, ReducedTextLayer)
-    for module, mixin in ((encoder, ReducedTextEncoder), (model, ReducedTextModel)):
+        hook_attention(journal, getattr(layer, layer_names(state).attention))
+        journal.swap_class(layer, of_layer)
+    for module, mixin in ((encoder, of_encoder), (model, ReducedTextModel)):
         journal.set_attribute(module, _STATE, state)
         journal.swap_class(module, mixin)
     return state
+
+
+def text_state(module: nn.Module) -> TextTowerState:
+    """The state of a hooked text model, of its encoder, or of one of its layers."""
+    return module.__dict__[_STATE]
 
 
 class ReducedTextModel(nn.Module):
@@ -106,7 +123,7 @@ class ReducedTextModel(nn.Module):
         if ids is None:
             return super().forward(**kwargs)
         state: TextTowerState = self.__dict__[_STATE]
-        kwargs[_KEYWORD] = _texts(state, ids.view(-1, ids.shape[-1]), kwargs.get("attention_mask"))
+        kwargs[KEYWORD] = _texts(state, ids.view(-1, ids.shape[-1]), kwargs.get("attention_mask"))
         kwargs["attention_mask"] = None
         return super().forward(**kwargs)
 
@@ -117,7 +134,7 @@ class ReducedTextEncoder(nn.Module):
     def forward(self, inputs_embeds: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> BaseModelOutput:
         """(B, T, D) embeddings in, (B, T, D) states in the columns of the input in ``last_hidden_state`` out."""
         state: TextTowerState = self.__dict__[_STATE]
-        texts: Texts | None = kwargs.get(_KEYWORD)
+        texts: Texts | None = kwargs.get(KEYWORD)
         if texts is None:
             raise RuntimeError("a reduced text encoder was called without its text model, which knows the end marks")
         hidden, end, lengths, place = compact(inputs_embeds, texts)
@@ -129,7 +146,7 @@ class ReducedTextEncoder(nn.Module):
         originals = [group.tokens - (vectors is not None) for group in columns.groups]
         written: list[Tensor] = []
         size = None
-        for index, layer in enumerate(getattr(self, _names(state).layers)):
+        for index, layer in enumerate(getattr(self, layer_names(state).layers)):
             removals = [state.schedule(tokens).removals[index] for tokens in originals]
             columns = with_removals(columns, removals)
             cross = None
@@ -176,7 +193,7 @@ class ReducedTextLayer(nn.Module):
         if columns is None:
             raise RuntimeError("a layer of a reduced text tower was called without its encoder")
         state: TextTowerState = self.__dict__[_STATE]
-        names, method = _names(state), state.method
+        names, method = layer_names(state), state.method
         attention = getattr(self, names.attention)
         if cross is not None and columns.cross is not None:
             hidden_states = with_row(hidden_states, columns.cross, cross)
@@ -203,7 +220,8 @@ class ReducedTextLayer(nn.Module):
         return hidden_states, size, match, moved
 
 
-def _names(state: TextTowerState) -> LayerNames:
+def layer_names(state: TextTowerState) -> LayerNames:
+    """Attribute names inside the tower. Raises ``TypeError`` for a BERT."""
     if not isinstance(state.tower.names, LayerNames):
         raise TypeError("this text tower has post-norm layers; see hooks.text_encoder")
     return state.tower.names

@@ -69,10 +69,12 @@ class CrossGetConfig(DynamicMethod):
     @property
     def is_dynamic(self) -> bool:
         """Whether the number of tokens is chosen per image."""
-        return self.dynamic and not self.is_identity
+        return self.dynamic and self.reduces_vision
 
     def uses_cosine(self, published: bool) -> bool:
-        """As asked for, or as published."""
+        """As asked for, or as published; dynamic counts follow the attention received."""
+        if self.dynamic:
+            return False
         return published if self.importance == "published" else self.importance == "cosine"
 
     def match(self, signals: Signals, r: int) -> Match:

@@ -65,7 +65,7 @@ class DynamicMethod(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.threshold is not None:
-            self.threshold = _checked_thresholds(self.threshold)
+            self.threshold = checked_thresholds("threshold", self.threshold)
         most = self.max_visual_tokens
         if most is not None and (isinstance(most, bool) or not isinstance(most, int)):
             raise TypeError(f"max_visual_tokens must be an integer, got {most!r}")
@@ -117,10 +117,11 @@ class DynamicMethod(Method):
         return (scores <= threshold).sum(dim=1)
 
 
-def _checked_thresholds(value: Any) -> list[float]:
+def checked_thresholds(name: str, value: Any) -> list[float]:
+    """A list with one finite number per layer. Raises ``TypeError`` or ``ValueError`` that names the field."""
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-        raise TypeError(f"threshold must be a list with one number per layer, got {value!r}")
+        raise TypeError(f"{name} must be a list with one number per layer, got {value!r}")
     bad = [one for one in value if isinstance(one, bool) or not isinstance(one, (int, float)) or not math.isfinite(one)]
     if bad:
-        raise ValueError(f"threshold must be finite numbers, got {bad[0]!r}; {NOTHING} lets no token leave")
+        raise ValueError(f"{name} must be finite numbers, got {bad[0]!r}; {NOTHING} lets no token leave")
     return [float(one) for one in value]

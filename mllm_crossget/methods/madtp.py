@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mllm_crossget.config import register_method
-from mllm_crossget.methods.dynamic import DynamicMethod, RaggedSignals
+from mllm_crossget.methods.dynamic import NOTHING, DynamicMethod, RaggedSignals, checked_thresholds
 from mllm_crossget.ops.pruning import alignment_threshold, token_alignment
 from mllm_crossget.ops.ragged import Step, lowest, pooling_step
 
@@ -29,6 +29,11 @@ class MadtpConfig(DynamicMethod):
         alignment_width: of the alignment tokens (published: 768).
         alignment_maps: a linear map per layer into that width (published for CLIP). False compares the layer's input
             itself (published for BLIP); the width is then the tower's.
+        alignment_weight: factor of the alignment loss when training (published: 0.1): images and their texts are to
+            match the alignment tokens alike. 0 leaves these to the task's loss, which reaches them through the pooled
+            token.
+        text_threshold: as ``threshold``, for the layers of a dual encoder's text tower, as ``calibrate`` finds them on
+            texts.
         temperature: of the softmax that gives every alignment token its share of the threshold; higher prunes more.
         reference: decide as the official code: the threshold as it is, one count for the whole batch, the largest, and
             plain products as alignment. Only to reproduce published numbers: results depend on the batch. The dial has
@@ -42,6 +47,8 @@ class MadtpConfig(DynamicMethod):
     alignment_tokens: int = 100
     alignment_width: int = 768
     alignment_maps: bool = True
+    alignment_weight: float = 0.1
+    text_threshold: list[float] | None = None
     temperature: float = 1.0
     reference: bool = False
     min_keep: int = 1
@@ -52,10 +59,16 @@ class MadtpConfig(DynamicMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.text_threshold is not None:
+            self.text_threshold = checked_thresholds("text_threshold", self.text_threshold)
         for name, least in (("alignment_tokens", 0), ("alignment_width", 1), ("min_keep", 0)):
             _check_integer(name, getattr(self, name), least)
         if isinstance(self.temperature, bool) or not isinstance(self.temperature, (int, float)):
             raise TypeError(f"temperature must be a number, got {self.temperature!r}")
+        if isinstance(self.alignment_weight, bool) or not isinstance(self.alignment_weight, (int, float)):
+            raise TypeError(f"alignment_weight must be a number, got {self.alignment_weight!r}")
+        if not self.alignment_weight >= 0:
+            raise ValueError(f"alignment_weight must be at least 0, got {self.alignment_weight!r}")
         if not (self.temperature > 0 or (self.reference and self.temperature == 0)):
             raise ValueError(f"temperature must be positive (or 0 with reference=True), got {self.temperature!r}")
 
@@ -73,10 +86,22 @@ class MadtpConfig(DynamicMethod):
         """See ``DynamicMethod``; in reference mode the same for every layer."""
         return 0.0 if self.reference else super().layer_threshold(layer)
 
+    def text_layer_threshold(self, layer: int) -> float:
+        """As ``layer_threshold``, for a layer of the text tower."""
+        if self.reference:
+            return 0.0
+        if self.text_threshold is None:
+            raise ValueError(
+                "MadtpConfig is not calibrated for texts: the number of tokens per text follows from thresholds that "
+                "are found on some texts; call calibrate(model, images, texts=texts), or give text_threshold=[...]"
+            )
+        return self.text_threshold[layer] if layer < len(self.text_threshold) else NOTHING
+
     @property
     def needs_calibration(self) -> bool:
         """See ``DynamicMethod``; never in reference mode."""
-        return not self.reference and super().needs_calibration
+        missing = super().needs_calibration and self.reduces_vision
+        return not self.reference and (missing or (self.reduces_text and self.text_threshold is None))
 
     def scores(self, signals: RaggedSignals) -> tuple[Tensor, Tensor]:
         """Importance over the alignment's threshold (minus it in reference mode), and the importance (section 3.3)."""

@@ -1,6 +1,6 @@
 """Tensor operations of token reduction: which tokens to merge, how to merge them, which of them matter. torch only."""
 
-from mllm_crossget.ops.alignment_attention import alignment_features, alignment_scores
+from mllm_crossget.ops.alignment_attention import alignment_features, alignment_scores, guidance_loss
 from mllm_crossget.ops.importance import (
     attend_with_importance,
     attention_importance,
@@ -23,7 +23,15 @@ from mllm_crossget.ops.pruning import (
     strongest_attention,
     token_alignment,
 )
-from mllm_crossget.ops.ragged import Step, carry_mask, lowest, merge_step, pooling_step, reduce_tokens
+from mllm_crossget.ops.ragged import (
+    Step,
+    carry_mask,
+    last_behind_pooled,
+    lowest,
+    merge_step,
+    pooling_step,
+    reduce_tokens,
+)
 
 __all__ = [
     "Match",
@@ -41,7 +49,9 @@ __all__ = [
     "compose_source",
     "cosine_importance",
     "graph_scores",
+    "guidance_loss",
     "importance_of_map",
+    "last_behind_pooled",
     "lowest",
     "merge",
     "merge_step",

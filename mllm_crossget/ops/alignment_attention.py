@@ -7,6 +7,7 @@ tokens, D their width.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -32,3 +33,20 @@ def alignment_features(scores_BNK: Tensor, tokens_BND: Tensor, alive_BN: Tensor 
         logits = logits.masked_fill(~alive_BN[:, None], -torch.inf)
     weights = logits.softmax(dim=-1)
     return weights, weights @ tokens_BND
+
+
+def guidance_loss(image_NKD: Tensor, text_BKD: Tensor, row_of_image_N: Tensor) -> Tensor:
+    """How far apart images and their texts are in what the alignment tokens find in them (MADTP's ``loss_fdt``).
+
+    Args:
+        image_NKD: (images, K, D) ``alignment_features`` of every image, summed over the layers of its tower.
+        text_BKD: (rows, K, D) likewise of every row's text.
+        row_of_image_N: (images,) row that belongs to each image; rows without an image do not enter.
+
+    Returns:
+        A scalar, float32: the mean of 1 - cosine over images and alignment tokens; 0 without images.
+    """
+    if row_of_image_N.numel() == 0:
+        return (image_NKD.float().sum() + text_BKD.float().sum()) * 0.0
+    text = text_BKD.float()[row_of_image_N.to(text_BKD.device)].to(image_NKD.device)
+    return (1 - F.cosine_similarity(image_NKD.float(), text, dim=-1)).mean()

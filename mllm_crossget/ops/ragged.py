@@ -93,6 +93,24 @@ def pooling_step(importance_BT: Tensor, size_BT: Tensor, leaving_BT: Tensor) -> 
     return Step(slot, torch.where(leaving_BT, weight, (size_BT > 0).to(weight.dtype)), size)
 
 
+def last_behind_pooled(step: Step, count_B: Tensor, pooled_B: Tensor) -> Step:
+    """The same pooling with the pooled token in front of the last token that stays, not behind it.
+
+    Args:
+        step: of ``pooling_step``, in which every row's last token stays.
+        count_B: (B,) tokens of every row in front of the step.
+        pooled_B: (B,) rows that have a pooled token.
+    """
+    last = step.slot.gather(1, count_B[:, None] - 1)  # the pooled token's row is the next one
+    swapped = torch.where(step.slot == last, last + 1, torch.where(step.slot == last + 1, last, step.slot))
+    dead = torch.arange(step.slot.shape[1], device=count_B.device) >= count_B[:, None]
+    slot = torch.where(pooled_B[:, None] & ~dead, swapped, step.slot)
+    order = torch.arange(step.size.shape[1], device=count_B.device).expand(len(last), -1)
+    order = torch.where(order == last, last + 1, torch.where(order == last + 1, last, order))
+    order = order.clamp(max=step.size.shape[1] - 1)
+    return Step(slot, step.share, torch.where(pooled_B[:, None], step.size.gather(1, order), step.size))
+
+
 def _rows_of(size_BT: Tensor, leaving_BT: Tensor) -> tuple[Tensor, Tensor]:
     """(B, T) row after the step of every token that stays (0 for the others), (B,) how many stay."""
     stays = (size_BT > 0) & ~leaving_BT

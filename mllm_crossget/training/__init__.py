@@ -21,6 +21,7 @@ from mllm_crossget.training.adapters import (
     prepare_quantized,
     quantization_config,
 )
+from mllm_crossget.training.budget import PUBLISHED_BUDGETS, Budget, BudgetCallback, budget_of, method_for
 from mllm_crossget.training.checkpoints import checkpoint_problem, last_complete_checkpoint
 from mllm_crossget.training.data import BadSampleError, Collator, TrainingData, load_records
 from mllm_crossget.training.finetune import run
@@ -30,12 +31,16 @@ from mllm_crossget.training.sampler import ModalityLengthSampler
 from mllm_crossget.training.trainer import CrossGetTrainer
 
 __all__ = [
+    "PUBLISHED_BUDGETS",
     "BadSampleError",
+    "Budget",
+    "BudgetCallback",
     "Collator",
     "CrossGetTrainer",
     "ModalityLengthSampler",
     "TrainOptions",
     "TrainingData",
+    "budget_of",
     "check_adapter",
     "checkpoint_problem",
     "contrastive_loss",
@@ -44,6 +49,7 @@ __all__ = [
     "load_finetuned",
     "load_records",
     "lora_config",
+    "method_for",
     "prepare_quantized",
     "quantization_config",
     "run",

@@ -20,7 +20,7 @@ from mllm_crossget.api import supported_family
 from mllm_crossget.checkpoint import load_crossget
 from mllm_crossget.config import CONFIG_NAME, find_file
 from mllm_crossget.families.base import language_layers_of, module_at
-from mllm_crossget.hooks.handle import base_model, handle_of
+from mllm_crossget.hooks.handle import Handle, base_model, handle_of
 
 _ADAPTER_NAME = "adapter_model.safetensors"
 _PROJECTOR_MODES = ("lora", "full")
@@ -44,7 +44,8 @@ def lora_config(
         r, alpha, dropout: of LoRA; the defaults are those of LLaVA's and CrossGET's LoRA scripts.
         projector: None leaves it frozen, "lora" adapts it, "full" trains all of it (as the official scripts).
         vision_tower: whether the layers of the vision tower get LoRA too.
-        cross_tokens: whether the cross tokens are trained and saved with the adapter.
+        cross_tokens: whether the cross tokens (MADTP: the alignment tokens and their maps) are trained and saved with
+            the adapter.
         options: further fields of ``peft.LoraConfig``.
 
     Raises:
@@ -67,7 +68,7 @@ def lora_config(
     places += [handle.encoder_path] if vision_tower else []
     places += [handle.family.projector or ""] if projector == "lora" else []
     pattern = "|".join(_linear_layers(target, place) for place in places)
-    saved = ["cross_tokens"] if cross_tokens and handle.schedule.cross else []
+    saved = learned_modules(handle) if cross_tokens else []
     saved += [(handle.family.projector or "").rpartition(".")[2]] if projector == "full" else []
     return LoraConfig(
         r=r,
@@ -80,10 +81,21 @@ def lora_config(
     )
 
 
+def learned_modules(handle: Handle) -> list[str]:
+    """Names, as PEFT's ``modules_to_save`` takes them, of the learned modules that an accelerated model has."""
+    return sorted({path.rpartition(".")[2] for path in handle.cross_paths.values()})
+
+
 def _linear_layers(model: nn.Module, place: str) -> str:
     """A regular expression for the linear layers under a path; quantised ones are subclasses of ``nn.Linear``."""
     inside = module_at(model, place).named_modules()
-    leaves = sorted({name.rpartition(".")[2] for name, module in inside if isinstance(module, nn.Linear)})
+    leaves = sorted(
+        {
+            name.rpartition(".")[2]
+            for name, module in inside
+            if isinstance(module, nn.Linear) and "alignment_tokens." not in name
+        }
+    )
     if not leaves:
         raise ValueError(f"there is no linear layer under {place!r}; its layers cannot be adapted with LoRA")
     return rf"{re.escape(place)}\.(.*\.)?({'|'.join(map(re.escape, leaves))})"
@@ -136,7 +148,7 @@ def prepare_quantized(model: nn.Module, *, gradient_checkpointing: bool = False)
 
 
 def check_adapter(model: nn.Module, name_or_path: str | Path, **hub_kwargs: Any) -> None:
-    """Raise ``ValueError`` if an adapter holds cross tokens and the model has no place for them.
+    """Raise ``ValueError`` if an adapter holds cross or alignment tokens and the model has no place for them.
 
     PEFT and transformers drop them without a word in that case. Call it before ``PeftModel.from_pretrained``.
 
@@ -147,14 +159,16 @@ def check_adapter(model: nn.Module, name_or_path: str | Path, **hub_kwargs: Any)
     """
     path = find_file(name_or_path, _ADAPTER_NAME, **hub_kwargs)
     with safe_open(path, "pt") as file:
-        holds_cross_tokens = any("cross_tokens" in name for name in file.keys())  # noqa: SIM118 - not a mapping
+        names = list(file.keys())
     handle = handle_of(model)
-    if holds_cross_tokens and (handle is None or not handle.schedule.cross):
-        state = "is not accelerated" if handle is None else f"is accelerated with {handle.method.method!r} alone"
-        raise ValueError(
-            f"{path} holds cross tokens, but the model {state}, so they would be dropped silently: use "
-            "load_finetuned(model, folder), or load_crossget(model, folder) first"
-        )
+    places = [] if handle is None else learned_modules(handle)
+    for kind in ("cross_tokens", "alignment_tokens"):
+        if kind not in places and any(kind in name for name in names):
+            state = "is not accelerated" if handle is None else f"is accelerated with {handle.method.method!r} alone"
+            raise ValueError(
+                f"{path} holds {kind.replace('_', ' ')}, but the model {state}, so they would be dropped silently: use "
+                "load_finetuned(model, folder), or load_crossget(model, folder) first"
+            )
 
 
 def load_finetuned(model: nn.Module, name_or_path: str | Path, **hub_kwargs: Any) -> PeftModel:

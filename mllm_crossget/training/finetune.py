@@ -21,6 +21,7 @@ from mllm_crossget.families.base import module_at
 from mllm_crossget.hooks.handle import Handle, handle_of, live_cross_tokens
 from mllm_crossget.methods.base import Method
 from mllm_crossget.training.adapters import lora_config, prepare_quantized, quantization_config
+from mllm_crossget.training.budget import Budget, BudgetCallback, budget_of, method_for
 from mllm_crossget.training.checkpoints import checkpoint_problem, last_complete_checkpoint
 from mllm_crossget.training.data import Collator, TrainingData, bad_samples, load_records
 from mllm_crossget.training.options import TrainerSettings, TrainOptions
@@ -63,6 +64,9 @@ def make_trainer(options: TrainOptions, method: Method, args: TrainerSettings) -
     _start_deepspeed_on_cpu(args)
     set_seed(args.seed)
     model, processor = load_base(options, args)
+    budget = None if options.budget is None else budget_of(options.budget)
+    if budget is not None:
+        method = method_for(model.config, method, budget)
     model = accelerate_mllm(model, method)
     model = prepare_for_tuning(model, options, args)
     data = [
@@ -79,6 +83,7 @@ def make_trainer(options: TrainOptions, method: Method, args: TrainerSettings) -
         train_cross_tokens=options.train_cross_tokens,
         distillation_weight=options.distillation_weight,
         distillation_temperature=options.distillation_temperature,
+        callbacks=_callbacks(options, method, data[0], budget),
     )
 
 
@@ -156,6 +161,21 @@ def _data(path: str, processor: Any, options: TrainOptions, output_dir: Path, mo
         prompt_template=options.prompt_template,
         model=model,
     )
+
+
+def _callbacks(
+    options: TrainOptions, method: Method, data: TrainingData | None, budget: Budget | None
+) -> list[BudgetCallback]:
+    """What keeps a method that chooses per image at its budget; its images are spread over the training data."""
+    if not method.is_dynamic or data is None:
+        return []
+    pictured = [index for index, has_image in enumerate(data.has_image) if has_image]
+    step = max(1, len(pictured) // options.calibration_images)
+    chosen = pictured[::step][: options.calibration_images]
+    if not chosen:
+        raise ValueError("the training data has no image to calibrate the number of tokens on")
+    images = torch.cat([data[index]["pixel_values"] for index in chosen])
+    return [BudgetCallback(images, options.calibration_every, budget)]
 
 
 def _start_deepspeed_on_cpu(args: TrainerSettings) -> None:

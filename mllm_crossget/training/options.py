@@ -36,6 +36,10 @@ class TrainOptions:
         prompt_template: what stands around the question for models that know no chat (BLIP-2), such as
             "Question: {} Answer:".
         on_bad_sample: "skip" (counted, ids in bad_samples.jsonl) or "stop".
+        budget: for the dial, in place of keep_ratio, visual_tokens and r: a share of FLOPs to save, such as 0.8, or a
+            published target, such as nlvr2-0.8; for one image and 60 tokens of text.
+        calibration_images: of the training data, that a method which chooses per image is calibrated on.
+        calibration_every: steps between two calibrations.
         distillation_weight: factor of the distillation towards the unaccelerated model, 0 is off.
         distillation_temperature: softens its distributions.
     """
@@ -57,6 +61,9 @@ class TrainOptions:
     image_aspect: str = "pad"
     prompt_template: str = "{}"
     on_bad_sample: str = "skip"
+    budget: str | None = None
+    calibration_images: int = 64
+    calibration_every: int = 100
     distillation_weight: float = 0.0
     distillation_temperature: float = 1.0
 
@@ -72,6 +79,9 @@ class TrainOptions:
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
+        for name in ("calibration_images", "calibration_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.bits != 16 and self.tuning == "full":
             raise ValueError(f"bits={self.bits} freezes the weights; use tuning=lora, or bits=16 for full tuning")
 

@@ -19,6 +19,7 @@ from mllm_crossget.checkpoint import load_crossget
 from mllm_crossget.config import method_class
 from mllm_crossget.hooks.handle import Handle, base_model, handle_of, live_cross_tokens
 from mllm_crossget.hooks.persistence import write_files
+from mllm_crossget.training.budget import BudgetCallback, take_settings
 from mllm_crossget.training.checkpoints import last_complete_checkpoint
 from mllm_crossget.training.losses import alignment_term, distillation_loss, teacher_logits
 from mllm_crossget.training.pairs import answers_apart, prompt_tokens_per_image
@@ -32,8 +33,8 @@ class CrossGetTrainer(Trainer):
     """``transformers.Trainer`` for an accelerated model: task loss + weight · alignment loss (+ distillation).
 
     Logs, beside Trainer's own, ``task_loss``, ``alignment_loss`` (unweighted), ``distillation_loss``,
-    ``visual_tokens`` (per image) and ``flops_saved`` (share of one forward pass). Right under gradient accumulation,
-    ``num_items_in_batch`` and data parallelism, as the terms are scaled like the task loss.
+    ``visual_tokens`` (per image, on average) and ``flops_saved`` (share of one forward pass). Right under gradient
+    accumulation, ``num_items_in_batch`` and data parallelism, as the terms are scaled like the task loss.
 
     Args:
         train_cross_tokens: whether the cross tokens learn. With False they stay as they are.
@@ -68,6 +69,7 @@ class CrossGetTrainer(Trainer):
             self.model_accepts_loss_kwargs = False  # T5 averages its loss over the micro-batch whatever it is told
         _check_model(self.model, train_cross_tokens)
         _check_arguments(self)
+        _start_alignment(self.model, train_cross_tokens)
 
     def compute_loss(
         self,
@@ -135,7 +137,7 @@ class CrossGetTrainer(Trainer):
         total = dict(zip(names, values.tolist(), strict=True))
         summary = {name: total[name] / total["steps"] for name in _TERMS if name in self._window}
         handle = _handle(self.model)
-        if total["images"]:
+        if total["images"] and not vars(handle.method).get("reference"):  # which has no dial that would tell
             text = round((total["tokens"] - total["images"] * prompt_tokens_per_image(self.model)) / total["rows"])
             summary["visual_tokens"] = handle.schedule.features
             summary["flops_saved"] = flops_saved(self.model, max(1, text))
@@ -173,6 +175,7 @@ class CrossGetTrainer(Trainer):
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
         if sharded or self._saves_adapter:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+            take_settings(target, resume_from_checkpoint)
             return
         # Trainer itself would find nothing: transformers 5 renames a LLaVA's weights on disk.
         stock = AutoModelForImageTextToText.from_pretrained(resume_from_checkpoint, dtype=target.dtype)
@@ -209,22 +212,29 @@ def _handle(model: nn.Module) -> Handle:
 
 
 def _check_model(model: nn.Module, train_cross_tokens: bool) -> None:
-    handle = _handle(model)
-    if not handle.schedule.cross:
-        return
-    for place, module in live_cross_tokens(model).items():
+    handle, live = _handle(model), live_cross_tokens(model)
+    for place in handle.cross_paths:
+        module, name = live[place], "alignment_tokens" if place == "alignment" else "cross_tokens"
+        said = "alignment tokens" if place == "alignment" else f"{place} cross tokens"
         if not train_cross_tokens:
             module.requires_grad_(False)
         elif not all(parameter.requires_grad for parameter in module.parameters() if _counts(module, parameter)):
             raise ValueError(
-                f"the {place} cross tokens are frozen: give PEFT modules_to_save=['cross_tokens'] (lora_config does), "
+                f"the {said} are frozen: give PEFT modules_to_save=['{name}'] (lora_config does), "
                 "after accelerate_mllm, or pass train_cross_tokens=False to leave them as they are"
             )
         elif base_model(model) is not model and not isinstance(module, ModulesToSaveWrapper):
             raise ValueError(
-                f"the {place} cross tokens are not part of the adapter and would not be saved with it: call "
-                "accelerate_mllm before get_peft_model, with modules_to_save=['cross_tokens'] (lora_config does)"
+                f"the {said} are not part of the adapter and would not be saved with it: call "
+                f"accelerate_mllm before get_peft_model, with modules_to_save=['{name}'] (lora_config does)"
             )
+
+
+def _start_alignment(model: nn.Module, train_cross_tokens: bool) -> None:
+    """Maps that never learned cannot begin at zero."""
+    alignment: Any = live_cross_tokens(model).get("alignment")
+    if alignment is not None and train_cross_tokens and "alignment" in _handle(model).cross_paths:
+        alignment.draw_maps()
 
 
 def _counts(module: nn.Module, parameter: nn.Parameter) -> bool:
@@ -235,6 +245,12 @@ def _counts(module: nn.Module, parameter: nn.Parameter) -> bool:
 
 def _check_arguments(trainer: CrossGetTrainer) -> None:
     args, active = trainer.args, trainer.accelerator.distributed_type
+    kept = any(isinstance(callback, BudgetCallback) for callback in trainer.callback_handler.callbacks)
+    if getattr(_handle(trainer.model).method, "needs_calibration", False) and not kept:
+        raise ValueError(
+            "the model chooses the number of tokens per image and is not calibrated: pass "
+            "callbacks=[BudgetCallback(pixel_values)], which keeps the average while it learns, or calibrate it first"
+        )
     if args.label_smoothing_factor:
         raise ValueError(
             f"label_smoothing_factor={args.label_smoothing_factor}: transformers smooths the loss of this model "
@@ -246,6 +262,11 @@ def _check_arguments(trainer: CrossGetTrainer) -> None:
         raise ValueError("distillation compares next-token logits of a decoder; this language model has an encoder too")
     plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
     sharded = active == DistributedType.FSDP or (plugin is not None and plugin.zero_stage == 3)
+    if _handle(trainer.model).method.is_dynamic and sharded:
+        raise ValueError(
+            "methods that choose the number of tokens per image are calibrated during training, which needs whole "
+            "weights in every process; use DDP, ZeRO-2 or a single process"
+        )
     if trainer.distillation_weight and sharded:
         raise ValueError("distillation needs whole weights in every process; use DDP, ZeRO-2 or a single process")
     for asked, kind, name in (
@@ -260,11 +281,14 @@ def _check_arguments(trainer: CrossGetTrainer) -> None:
 
 
 def _cross_tokens_in(state: dict[str, Tensor], handle: Handle) -> dict[str, Tensor]:
-    """The cross tokens of a gathered state dict under the names of a model without PEFT."""
+    """The learned tokens of a gathered state dict under the names of a model without PEFT."""
     found = {}
     for path in handle.cross_paths.values():
-        pattern = re.compile(rf"(^|\.){re.escape(path)}\.(modules_to_save\.[^.]+\.)?weight$")
-        found.update({f"{path}.weight": tensor for name, tensor in state.items() if pattern.search(name)})
+        pattern = re.compile(rf"(?:^|\.){re.escape(path)}\.(?:modules_to_save\.[^.]+\.)?((?!original_module\.).+)$")
+        for name, tensor in state.items():
+            match = pattern.search(name)
+            if match:
+                found[f"{path}.{match[1]}"] = tensor
     return found
 
 

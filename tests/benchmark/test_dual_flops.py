@@ -7,11 +7,13 @@ import torch
 from torch import nn
 from transformers import AutoModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
-from mllm_crossget import CrossGetConfig, ToMeConfig, accelerate_mllm
+from mllm_crossget import CrossGetConfig, MadtpConfig, ToMeConfig, accelerate_mllm
 from mllm_crossget.benchmark.flops import model_flops, text_tower_flops
 from mllm_crossget.benchmark.geometries import resolve
 from mllm_crossget.benchmark.inspect_model import inspection
 from mllm_crossget.config import ReductionConfig, method_class
+from mllm_crossget.families.base import family_of
+from mllm_crossget.schedule import make_text_schedule
 from tests.benchmark.test_flops import counted
 from tests.methods import FIXED
 from tests.tiny import pixels, text_batch, tiny_dual, tiny_llava
@@ -92,6 +94,34 @@ def test_inspection_shows_both_towers() -> None:
     assert report["tokens_by_layer"] == [198 - 16 * layer for layer in range(12)] + [12]
     assert report["text_tokens_by_layer"] == [78 - 6 * layer for layer in range(12)] + [8]
     assert 0.4 < report["flops"]["ratio"] < 0.7
+
+
+def test_a_tower_that_is_left_alone_costs_what_it_does_untouched() -> None:
+    """Also with MADTP, whose alignment tokens look at every layer of a tower that it prunes."""
+    config = tiny_dual().config
+    parts = {
+        name: model_flops(config, MadtpConfig(**dials), text_tokens=12)
+        for name, dials in (
+            ("untouched", {"keep_ratio": 1.0}),
+            ("vision", {"keep_ratio": 0.5}),
+            ("text", {"text_keep_ratio": 0.5}),
+            ("silent text", {"text_keep_ratio": 0.5, "alignment_tokens": 0}),
+        )
+    }
+    untouched = parts["untouched"]
+    assert untouched.reducer == parts["text"].reducer == 0
+    assert parts["vision"].reducer > 0
+    assert parts["vision"].prefill == untouched.prefill
+    assert parts["text"].encoder == untouched.encoder
+    assert parts["silent text"].prefill < untouched.prefill < parts["text"].prefill  # 100 tokens for 12 words
+    text = config.text_config
+    alignment = sum(2 * (n - 1) * 768 * (text.hidden_size + 100) for n in _text_tokens(config)[:-1])
+    assert parts["text"].prefill - parts["silent text"].prefill == alignment
+
+
+def _text_tokens(config) -> tuple[int, ...]:
+    geometry = family_of(config).text_tower.geometry(config)
+    return make_text_schedule(MadtpConfig(text_keep_ratio=0.5), geometry, 12).tokens
 
 
 def test_errors_say_what_is_allowed() -> None:

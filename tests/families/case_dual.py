@@ -56,8 +56,22 @@ for kind in ("clip", "siglip"):
             answers=answers,
             dial={"keep_ratio": 0.5, "text_keep_ratio": 0.5},
             loss=loss,
+            skip_methods={"madtp": "its text tower is not causal"} if kind == "siglip" else {},
         )
     )
+
+add_case(
+    Case(
+        name="siglip-vision-dial",
+        model_type="siglip",
+        build=lambda attention: tiny_dual("siglip", attention=attention),
+        batch=batch,
+        row=row,
+        answers=answers,
+        loss=loss,
+        skip_methods=dict.fromkeys(("crossget", "random", "tome"), "with both dials above"),
+    )
+)
 
 add_case(
     Case(

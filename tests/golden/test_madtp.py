@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch import nn
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel
 
 from mllm_crossget import MadtpConfig, accelerate_mllm, trace_merges
 from mllm_crossget.hooks.ragged_tower import recorded_alignment
@@ -49,6 +49,41 @@ def clip_weights(golden: Golden) -> tuple[dict, dict]:
         module, _, kind = inside.rpartition(".")
         if module == "query_model.q_map.0":
             maps[f"maps.{layer}.{kind}"] = tensor
+        elif inside.startswith("attn.in_proj"):
+            split(weights, inside, f"{place}.self_attn", tensor)
+        else:
+            weights[f"{place}.{inner[module]}.{kind}"] = tensor
+    return weights, maps
+
+
+def dual_weights(golden: Golden) -> tuple[dict, dict]:
+    """transformers' names for the whole model, and the maps of both towers towards the alignment tokens."""
+    vision, maps = clip_weights(golden)
+    weights = {f"vision_model.{name}": tensor for name, tensor in vision.items()}
+    weights["visual_projection.weight"] = golden.input("weights.visual.proj").T
+    top = {
+        "token_embedding.weight": "embeddings.token_embedding.weight",
+        "positional_embedding": "embeddings.position_embedding.weight",
+        "ln_final.weight": "final_layer_norm.weight",
+        "ln_final.bias": "final_layer_norm.bias",
+    }
+    inner = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
+             "attn.out_proj": "self_attn.out_proj"}  # fmt: skip
+    for name, tensor in golden.weights().items():
+        part, _, rest = name.partition(".")
+        if part != "text":
+            continue
+        if rest == "text_projection":
+            weights["text_projection.weight"] = tensor.T
+            continue
+        if rest in top:
+            weights[f"text_model.{top[rest]}"] = tensor
+            continue
+        _, _, layer, inside = rest.split(".", 3)
+        place = f"text_model.encoder.layers.{layer}"
+        module, _, kind = inside.rpartition(".")
+        if module == "query_model.q_map.0":
+            maps[f"text_maps.{layer}.{kind}"] = tensor
         elif inside.startswith("attn.in_proj"):
             split(weights, inside, f"{place}.self_attn", tensor)
         else:
@@ -107,6 +142,60 @@ def clip_tower(golden: Golden, run: str, attention: str = "sdpa") -> CLIPVisionM
     accelerate_mllm(model, method)
     model.encoder.alignment_tokens.load_state_dict({"tokens": golden.input("space_dict"), **maps})
     return model
+
+
+def dual_model(golden: Golden, run: str, attention: str = "sdpa", text_dial: bool = True) -> CLIPModel:
+    number = {name: golden.number(f"config.{name}") for name in ("width", "twidth", "layers", "out", "ctx", "vocab")}
+    shared = {"num_hidden_layers": number["layers"], "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
+              "projection_dim": number["out"]}  # fmt: skip
+    vision = {**shared, "hidden_size": number["width"], "intermediate_size": 4 * number["width"],
+              "num_attention_heads": golden.number("config.heads"), "image_size": golden.number("config.img"),
+              "patch_size": golden.number("config.patch")}  # fmt: skip
+    text = {**shared, "hidden_size": number["twidth"], "intermediate_size": 4 * number["twidth"],
+            "num_attention_heads": golden.number("config.theads"), "vocab_size": number["vocab"],
+            "eos_token_id": number["vocab"] - 1, "bos_token_id": number["vocab"] - 2, "pad_token_id": 0,
+            "max_position_embeddings": number["ctx"]}  # fmt: skip
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=number["out"])
+    model = CLIPModel._from_config(config, attn_implementation=attention).eval()
+    weights, maps = dual_weights(golden)
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    assert (missing, unexpected) == (["logit_scale"], [])
+    method = MadtpConfig(
+        reference=True, temperature=float(run[1:]), keep_ratio=0.5, text_keep_ratio=0.5 if text_dial else None,
+        alignment_tokens=golden.number("config.K"), alignment_width=golden.number("config.sd"),
+    )  # fmt: skip
+    accelerate_mllm(model, method)
+    tokens = model.vision_model.encoder.alignment_tokens
+    tokens.load_state_dict({"tokens": golden.input("space_dict"), **maps})
+    return model
+
+
+def check_dual(golden: Golden, run: str, attention: str = "sdpa", text_dial: bool = True) -> None:
+    model = dual_model(golden, run, attention, text_dial).train()
+    inputs = {name: golden.input(name) for name in ("input_ids", "pixel_values")}
+    text_encoder = model.text_model.encoder
+    with recorded_alignment(model.vision_model.encoder) as seen, recorded_alignment(text_encoder) as written:
+        if text_dial:
+            with trace_merges(model, tower="text") as trace:
+                output = model(**inputs)
+            for layer, entry in enumerate(trace):
+                if f"{run}.text.patch_tokens_after.{layer}" in golden:
+                    left = torch.tensor(entry.size.shape[1] - 1)
+                    golden.expect(f"{run}.text.patch_tokens_after.{layer}", left, 0.0)
+            golden.expect(f"{run}.sd_txt_ft", torch.stack(written).sum(dim=0), END_TO_END)
+        else:
+            output = model(**inputs)
+        golden.expect(f"{run}.sd_img_ft", torch.stack(seen).sum(dim=0), END_TO_END)
+    golden.expect(f"{run}.loss_fdt", output.alignment_loss, LOSS)
+    output.alignment_loss.backward()
+    tokens = model.vision_model.encoder.alignment_tokens.tokens
+    golden.expect(f"{run}.grad_fdt.space_dict", tokens.grad, GRADIENT)
+    with torch.no_grad():
+        model.eval()
+        pooled = model.get_image_features(pixel_values=inputs["pixel_values"]).pooler_output
+        golden.expect(f"{run}.image_embeds", pooled, END_TO_END)
+        read = model.get_text_features(input_ids=inputs["input_ids"]).pooler_output
+        golden.expect(f"{run}.text_embeds_ref_readout", read, END_TO_END)
 
 
 def blip_tower(golden: Golden, run: str, attention: str = "sdpa") -> CLIPVisionModel:
@@ -189,6 +278,16 @@ def test_clip_tower(run, attention):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("run", CLIP_RUNS)
+def test_both_clip_towers_with_loss_and_gradient(run, attention):
+    check_dual(Golden(CLIP), run, attention)
+
+
+def test_loss_with_a_text_tower_that_is_not_pruned():
+    check_dual(Golden(CLIP), "T0", text_dial=False)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("run", BLIP_RUNS)
 def test_blip_tower(run, attention):
     check_blip(Golden(BLIP), run, attention)
@@ -207,11 +306,9 @@ def test_towers_without_alignment_are_plain(file):
         golden.expect("plain.last_hidden_state", model.post_layernorm(output.last_hidden_state), END_TO_END)
 
 
-def test_every_vision_tensor_is_compared():
-    """The text sides (``text.*``, and gradients through both towers) are not."""
+def test_every_tensor_is_compared():
     golden = Golden(CLIP)
     for run in CLIP_RUNS:
         check_clip(golden, run)
-    left = golden.unused("config.*", "input_ids", "*.text.*", "*.text_embeds*", "*.grad_fdt.*", "plain.*",
-                         "T0.grad_imgsum.*")  # fmt: skip
-    assert left == []
+        check_dual(golden, run)
+    assert golden.unused("config.*", "plain.*", "T0.grad_imgsum.*") == []
