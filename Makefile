@@ -12,7 +12,7 @@ help:
 	@echo "make test    install the tools as well and run the tests"
 	@echo "make eval    install lmms-eval as well, without torchvision, and run the tests that need it"
 	@echo "make style   linter, formatter and type checker, without changing a file"
-	@echo "make bench   FLOPs of LLaVA-1.5-7B and -13B before and after, and seconds of the vision tower here"
+	@echo "make bench   FLOPs of LLaVA-1.5-7B and -13B before and after, and seconds here, with 4 layers of its language model"
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/mllm-crossget demo
@@ -31,7 +31,8 @@ style: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-demo
 	$(BIN)/mllm-crossget inspect llava-1.5-7b --r 13
 	$(BIN)/mllm-crossget inspect llava-1.5-13b --r 13
-	$(BIN)/mllm-crossget bench
+	$(BIN)/mllm-crossget bench --llm_layers 4
+	$(BIN)/mllm-crossget bench-reducer
 
 # The stamps are as old as the last installation: nothing is installed again until pyproject.toml changes.
 $(BIN)/python:

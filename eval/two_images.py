@@ -53,11 +53,11 @@ class Options:
 
     arms: list[str] = field(default_factory=lambda: list(ARMS), metadata={"help": f"of {tuple(ARMS)}"})
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "of data and adapters"})
-    steps: int = field(default=600, metadata={"help": "optimiser steps of every run"})
+    steps: int = field(default=300, metadata={"help": "optimiser steps of every run"})
     batch: int = field(default=8, metadata={"help": "questions in a step"})
     learning_rate: float = field(default=2e-3, metadata={"help": "peak; warm-up of 5 %, then cosine to 0"})
     lora_r: int = field(default=16, metadata={"help": "rank; the scale is 2"})
-    questions: int = field(default=600, metadata={"help": "about pictures of the test set's kind"})
+    questions: int = field(default=500, metadata={"help": "about pictures of the test set's kind"})
     threads: int = field(default=1, metadata={"help": "CPU threads"})
     output: str = field(default="eval/results/two_images", metadata={"help": "folder of the results"})
 

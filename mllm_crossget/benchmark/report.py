@@ -31,6 +31,7 @@ class Setting:
         schedule: token counts of an image.
         clock: reads its times.
         runs: seconds by part, one entry per measured round.
+        overheads: what the reduction costs, as shares of the untouched tower, one entry per round of the towers alone.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Setting:
     schedule: Schedule
     clock: PartClock
     runs: list[dict[str, float]] = field(default_factory=list)
+    overheads: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def _line(setting: Setting, untouched: Setting, case: Case) -> dict[str, Any]:
     ceiling = case.least(untouched) / case.least(setting)
     by_flops = _flops_to_answer(case.flops(untouched)) / _flops_to_answer(case.flops(setting))
     visual = case.visual(setting)
-    line = {
+    line: dict[str, Any] = {
         "setting": setting.name,
         "batch": case.batch,
         "new_tokens": case.new_tokens,
@@ -110,13 +112,12 @@ def _line(setting: Setting, untouched: Setting, case: Case) -> dict[str, Any]:
         "device_speed": {"flops": case.speeds.flops, "bytes_per_second": case.speeds.bandwidth},
         "cache_bytes": case.batch * case.sizes.cache * (case.text_tokens + visual + case.new_tokens - 1),
     }
-    if "ideal_encoder" in setting.runs[0]:
-        over = [(other["encoder"] - other["ideal_encoder"]) / one["encoder"] for one, other in pairs]
-        line["reducer_overhead"] = spread(over)
-        # The same layers on the same numbers of tokens, had the reduction cost nothing.
-        line["share_of_ideal"] = spread(
-            [1 - (other["encoder"] - other["ideal_encoder"]) / _to_answer(other) for other in setting.runs]
-        )
+    if setting.overheads:
+        line["reducer_overhead"] = spread(setting.overheads)
+        encoder = spread([run["encoder"] for run in untouched.runs])["median"]
+        needed = spread([_to_answer(run) for run in setting.runs])["median"]
+        # The same layers on the same numbers of tokens, had the reduction cost nothing, are this share of the time.
+        line["encoder_and_prefill"]["share_of_ideal"] = 1 - line["reducer_overhead"]["median"] * encoder / needed
     if case.new_tokens > 1:
         decoded = case.batch * (case.new_tokens - 1)
         line["tokens_per_second"] = spread([decoded / run["decode"] for run in setting.runs])

@@ -44,11 +44,12 @@ class BenchOptions:
         batch_sizes: prompts with one image each.
         text_tokens: words of a prompt.
         new_tokens: lengths of the answers; 1 is the time to the first token.
-        llm_layers: keep only so many layers of the language model, for small machines.
+        llm_layers, vision_layers: keep only so many layers of the language model and of the tower, for small machines.
         rounds: measured rounds; one more comes first and is not counted.
+        tower_rounds: rounds of the vision towers alone, for what the reduction itself costs.
         dtype: "float32", "bfloat16" or "float16".
         attn_implementation: "sdpa", "eager" or "flash_attention_2", of the whole model.
-        compile: compile the layers of the vision tower as one graph.
+        compile: time every setting also with the layers of its vision tower compiled into one graph.
         memory: also measure the peak memory, in one more run of every setting.
         output: file that gets one JSON line per setting, batch size and answer length; lines are appended.
         plot: picture of the speed-ups beside their ceilings to write.
@@ -62,7 +63,9 @@ class BenchOptions:
     text_tokens: int = 60
     new_tokens: list[int] = field(default_factory=lambda: [1])
     llm_layers: int | None = None
+    vision_layers: int | None = None
     rounds: int = 7
+    tower_rounds: int = 9
     dtype: str = "float32"
     attn_implementation: str = "sdpa"
     compile: bool = False
@@ -104,6 +107,8 @@ def load(options: BenchOptions, device: torch.device, dtype: torch.dtype) -> tup
         raise ValueError(f"{options.geometry}: model type {config.model_type!r} is not supported")
     if options.llm_layers is not None:
         config.text_config.num_hidden_layers = options.llm_layers
+    if options.vision_layers is not None:
+        config.vision_config.num_hidden_layers = options.vision_layers
     if options.geometry.lower() in GEOMETRIES:
         with torch.device(device):
             model = kind.from_config(config, **attention)
@@ -120,16 +125,19 @@ def make_settings(model: nn.Module, family: Family, options: BenchOptions, devic
     for name in options.methods:
         wanted += [(f"{name} {key}={value}", method_class(name)(**{key: value}))
                    for dial in dials for key, value in dial.items()]  # fmt: skip
-    settings = []
-    for name, method in wanted:
-        twin = with_shared_weights(model)
-        if not method.is_identity:
-            accelerate_mllm(twin, method)
-        if options.compile:
-            encoder_of(twin, family).compile(fullgraph=True)
-        schedule = make_schedule(method, family.geometry(vars(model)["config"]))
-        settings.append(Setting(name, method, twin, schedule, PartClock(device)))
-    return settings
+    ways = (False, True) if options.compile else (False,)
+    return [_setting(model, family, name, method, compiled, device) for name, method in wanted for compiled in ways]
+
+
+def _setting(model: nn.Module, family: Family, name: str, method: Any, compiled: bool, device: torch.device) -> Setting:
+    twin = with_shared_weights(model)
+    if not method.is_identity:
+        accelerate_mllm(twin, method)
+    if compiled:
+        encoder_of(twin, family).compile(fullgraph=True)
+        name = f"{name}, compiled"
+    schedule = make_schedule(method, family.geometry(vars(model)["config"]))
+    return Setting(name, method, twin, schedule, PartClock(device))
 
 
 def with_shared_weights(model: nn.Module) -> Any:
@@ -158,10 +166,10 @@ def measure(
     for turn in tqdm(range(options.rounds + 1), desc=label, leave=False):
         for setting in settings:
             found = timed_run(setting, family, inputs, new_tokens)
-            if has_ideal(model, family):
-                found["ideal_encoder"] = timed_ideal(model, family, setting, inputs)
             if turn:
                 setting.runs.append(found)
+    if has_ideal(model, family):
+        time_towers(settings, family, inputs["pixel_values"].flatten(0, -4), options.tower_rounds)
     case = Case(family, options.text_tokens, batch, new_tokens, speeds, _sizes(model, family, dtype))
     shared = {"geometry": options.geometry, "options": asdict(options), "environment": environment()}
     lines = []
@@ -180,10 +188,23 @@ def timed_run(setting: Setting, family: Family, inputs: dict[str, Tensor], new_t
     return {"total": total, **setting.clock.seconds(total)}
 
 
-def timed_ideal(model: nn.Module, family: Family, setting: Setting, inputs: dict[str, Tensor]) -> float:
-    """Seconds of a tower with this setting's counts whose tokens are cut off for nothing."""
-    tower, pixels = module_at(model, family.tower or ""), inputs["pixel_values"].flatten(0, -4)
-    return seconds_of(lambda: ideal_tower(tower, pixels, setting.schedule), setting.clock.device)
+def time_towers(settings: list[Setting], family: Family, pixels: Tensor, rounds: int) -> None:
+    """Fill in what the reduction costs each setting, as shares of the untouched tower: a tower, and right in front of
+    or behind it the same layers on the same counts with their tokens cut off for nothing."""
+    untouched, device = settings[0], settings[0].clock.device
+    towers = [module_at(setting.model, family.tower or "") for setting in settings]
+    for setting in settings:
+        setting.overheads = []
+    for turn in tqdm(range(rounds + 1), desc=f"towers, {len(pixels)} images", leave=False):
+        plain = seconds_of(lambda: towers[0](pixels), device)
+        for setting, tower in zip(settings, towers, strict=True):
+            if setting is untouched:
+                continue
+            work = [partial(tower, pixels), partial(ideal_tower, towers[0], pixels, setting.schedule)]
+            order = (0, 1) if turn % 2 else (1, 0)
+            seconds = {which: seconds_of(work[which], device) for which in order}
+            if turn:
+                setting.overheads.append((seconds[0] - seconds[1]) / plain)
 
 
 def generate(model: Any, inputs: dict[str, Tensor], new_tokens: int) -> Tensor:

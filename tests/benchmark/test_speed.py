@@ -11,7 +11,7 @@ from mllm_crossget.benchmark.geometries import resolve
 from mllm_crossget.benchmark.inputs import prompt_inputs
 from mllm_crossget.benchmark.parts import PARTS, PartClock, parts_of
 from mllm_crossget.benchmark.roofline import Device, Sizes, least_seconds, probe
-from mllm_crossget.benchmark.speed import BenchOptions, encoder_of, run, with_shared_weights
+from mllm_crossget.benchmark.speed import BenchOptions, encoder_of, load, make_settings, run, with_shared_weights
 from mllm_crossget.benchmark.timing import seconds_of, spread
 from mllm_crossget.cli import main
 from mllm_crossget.families.base import family_of
@@ -33,7 +33,21 @@ def folder(tmp_path_factory):
 def lines(folder):
     output = folder / "speed.jsonl"
     words = ["bench", "--geometry", str(folder), "--keep_ratios", "0.5", "0.25", "--methods", "crossget", "tome"]
-    words += ["--batch_sizes", "1", "2", "--new_tokens", "1", "3", "--rounds", "2", "--text_tokens", "6", "--memory"]
+    words += [
+        "--batch_sizes",
+        "1",
+        "2",
+        "--new_tokens",
+        "1",
+        "3",
+        "--rounds",
+        "2",
+        "--tower_rounds",
+        "3",
+        "--text_tokens",
+        "6",
+        "--memory",
+    ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(speed, "probe", lambda device, dtype: Device(1e11, 1e10))  # large matrices take seconds
         assert main([*words, "--output", str(output), "--plot", str(folder / "speed.png")]) == 0
@@ -48,16 +62,31 @@ def test_one_line_per_setting_batch_and_answer(lines, folder):
     assert (folder / "speed.png").stat().st_size > 1000
 
 
+def test_compiled_towers_take_turns_with_the_others(folder):
+    options = BenchOptions(geometry=str(folder), compile=True, keep_ratios=[0.75], vision_layers=2, llm_layers=1)
+    model, family = load(options, CPU, torch.float32)
+    assert (len(model.model.vision_tower.encoder.layers), len(model.model.language_model.layers)) == (2, 1)
+    settings = make_settings(model, family, options, CPU)
+    names = ["untouched", "untouched, compiled", "crossget keep_ratio=0.75", "crossget keep_ratio=0.75, compiled"]
+    assert [setting.name for setting in settings] == names
+    compiled = [encoder_of(s.model, family)._compiled_call_impl is not None for s in settings]
+    assert compiled == [False, True, False, True]
+
+
 def test_parts_add_up_to_the_whole(lines):
     for line in lines:
         seconds = line["seconds"]
-        assert set(seconds) == {"total", "ideal_encoder", *PARTS}
+        assert set(seconds) == {"total", *PARTS}
         assert all(value["min"] >= 0 for value in seconds.values())
         assert (seconds["decode"]["max"] == 0) == (line["new_tokens"] == 1)
         for part in ("encoder", "projector", "prefill"):
             assert 0 < seconds[part]["median"] < seconds["total"]["max"]
         assert ("tokens_per_second" in line) == (line["new_tokens"] == 3)
         assert line["peak_bytes"] > 0
+        assert ("reducer_overhead" in line) == (line["setting"] != "untouched")
+        if "reducer_overhead" in line:
+            assert line["reducer_overhead"]["rounds"] == 3
+            assert line["encoder_and_prefill"]["share_of_ideal"] < 1.5
 
 
 def test_what_is_compared_with_the_untouched_model(lines, folder):
