@@ -327,8 +327,9 @@ def _check_dials(method: Method, family: Family, model: Any) -> None:
         geometry = text.geometry(model.config)
         make_text_schedule(method, geometry, geometry.context)
     if text is not None and method.reduces_text and isinstance(method, MadtpConfig) and not text.causal:
+        reason = "is read from its last column" if text.appends else "is a BERT, and its pruning is not implemented"
         raise ValueError(
-            f"MADTP prunes CLIP's text tower, but not that of {type(model).__name__}, which is not causal; leave "
+            f"MADTP prunes CLIP's text tower, but not that of {type(model).__name__}, which {reason}; leave "
             "text_keep_ratio and text_r out, or use CrossGetConfig"
         )
     if family.tower is not None:

@@ -278,7 +278,8 @@ def _text_tower(config: Any, tower: TextTower, method: Method, tokens: int, visu
     text = config_at(config, tower.config)
     schedule = make_text_schedule(method, geometry, tokens)
     total = _encoder(text, schedule)
-    total += _reducer(text, schedule, method, False, method.needs_importance) if method.reduces_text else 0
+    if method.reduces_text:
+        total += _reducer(text, schedule, method, False, method.needs_importance)
     if tower.reads_image:
         width = text.hidden_size
         for left in schedule.tokens[1:]:

@@ -82,7 +82,6 @@ def _reads_image(text: str) -> dict[str, Any]:
         "text_side": lambda config: TextSide(text, "encoder.layer"),
         "vision_projection": (_POST_NORM, f"{text}.encoder.layer.0.crossattention.self.value"),
         "cross_attentions": (f"{text}.encoder.layer", "crossattention.self"),
-        "dynamic": True,
     }
 
 
@@ -97,6 +96,7 @@ BLIP = register_family(
         exact="rows alone or together; the caption is not merged; no reference vectors exist",
         language_layers=lambda config: ("text_decoder.bert.encoder.layer",),
         language_flops=language_flops,
+        dynamic=True,
         **_reads_image("text_decoder.bert"),
     )
 )
@@ -113,6 +113,7 @@ BLIP_QUESTIONS = register_family(
         exact="rows alone or together; a merged word counts as often as it has words; no reference vectors exist",
         language_layers=lambda config: ("text_encoder.encoder.layer", "text_decoder.bert.encoder.layer"),
         language_flops=language_flops,
+        dynamic=True,
         text_tower=_text_encoder("text_encoder", reader="text_decoder.bert"),
         classes=("BlipForQuestionAnswering",),
         variant="questions",

@@ -170,15 +170,21 @@ BLIP2_PROJECTION = register_family(
         towers=(vision_type("blip-2"),),
         note="inside the vision tower; the Q-Former attends to the merged tokens and gives 32 embeddings",
         exact="as BLIP-2, without an alignment loss",
+        dynamic=True,
+        readers=("qformer",),
         connector_flops=embedding_flops,
         classes=("Blip2VisionModelWithProjection",),
         variant="projection",
     )
 )
 
+# Its matching head reads text and image together, and transformers then makes a mask for the image with rows for the
+# text too, which the Q-Former's cross-attention of the queries alone cannot take: all images keep the same number.
 BLIP2_RETRIEVAL = register_family(
     dataclasses.replace(
         BLIP2_PROJECTION,
+        dynamic=False,
+        readers=(),
         connector_text_flops=text_embedding_flops,
         classes=("Blip2ForImageTextRetrieval",),
         variant="retrieval",

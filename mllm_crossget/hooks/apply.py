@@ -60,8 +60,8 @@ def apply_method(
                 _hook_vision(model, handle, geometry)
             if method.reduces_text:
                 _hook_text_tower(model, handle)
-            _add_alignment_tokens(model, handle)
             _hook_language(model, handle)  # in front of a text encoder's own changes: it writes before a layer reads
+            _add_alignment_tokens(model, handle)
             _hook_top(model, handle)
     except BaseException:
         journal.rollback()

@@ -17,12 +17,11 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from mllm_crossget.hooks.attention import AttentionSlot, open_slot
 from mllm_crossget.hooks.ragged_tower import record_features
-from mllm_crossget.hooks.text_rows import Texts, compact
-from mllm_crossget.hooks.text_tower import KEYWORD, TextTowerState, text_state
+from mllm_crossget.hooks.text_rows import Texts, compact, in_columns
+from mllm_crossget.hooks.text_tower import KEYWORD, TextTowerState, layer_names, text_state
 from mllm_crossget.hooks.tower import LayerTrace
 from mllm_crossget.methods.dynamic import RaggedSignals
 from mllm_crossget.methods.madtp import MadtpConfig
-from mllm_crossget.ops.merging import unmerge
 from mllm_crossget.ops.ragged import Step, last_behind_pooled, reduce_tokens
 
 
@@ -48,7 +47,7 @@ class RaggedTextEncoder(nn.Module):
         starts = (size > 0).sum(dim=1).tolist()
         source = torch.arange(hidden.shape[1], device=hidden.device).expand(batch, -1)
         least = int(texts.end.max()) + 2
-        for index, layer in enumerate(getattr(self, state.tower.names.layers)):
+        for index, layer in enumerate(getattr(self, layer_names(state).layers)):
             wanted = [state.schedule(tokens).tokens[index + 1] for tokens in starts] if state.calibration else None
             alignment = _alignment(self, state, hidden, size, index)
             hidden, size, step = layer(hidden, None, size, alignment, index, least, wanted)
@@ -58,7 +57,7 @@ class RaggedTextEncoder(nn.Module):
                 state.trace.append(LayerTrace(step, size, source))
         if reference:
             return BaseModelOutput(last_hidden_state=nn.functional.pad(hidden, (0, 0, 0, columns - hidden.shape[1])))
-        return BaseModelOutput(last_hidden_state=_in_columns(hidden, source, place, texts.real))
+        return BaseModelOutput(last_hidden_state=in_columns(hidden, source, place, texts.real, columns))
 
 
 class RaggedTextLayer(nn.Module):
@@ -91,7 +90,7 @@ class RaggedTextLayer(nn.Module):
         state = text_state(self)
         if size is None:
             raise RuntimeError("a layer of a reduced text tower was called without its encoder")
-        names, method = state.tower.names, _method(state)
+        names, method = layer_names(state), _method(state)
         bias = text_bias(size, state.tower.causal, hidden_states.dtype)
         slot = AttentionSlot(record_keys=True, pruning_prefix=1, pruning_bias=bias, pruning_alive=size > 0)
         attention = getattr(self, names.attention)
@@ -170,11 +169,3 @@ def _alignment(encoder: Any, state: TextTowerState, hidden: Tensor, size: Tensor
     scores, mapped = state.alignment_owner.alignment_tokens(hidden[:, 1:], index, True)
     record_features(encoder, scores, mapped, size[:, 1:] > 0)
     return scores
-
-
-def _in_columns(hidden: Tensor, source: Tensor, place: Tensor | None, real: Tensor | None) -> Tensor:
-    """States in the columns of the input; zeros where nothing real was."""
-    if place is None or real is None:
-        return unmerge(hidden, source)
-    source = source.gather(1, place.clamp(max=source.shape[1] - 1))
-    return unmerge(hidden, source) * real[..., None].to(hidden.dtype)

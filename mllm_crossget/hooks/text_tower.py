@@ -96,9 +96,9 @@ def hook_text_tower(
     encoder = model.get_submodule(tower.encoder)
     if cross_tokens is not None:
         journal.add_module(encoder, "cross_tokens", cross_tokens)
-    for layer in getattr(encoder, _names(state).layers):
+    for layer in getattr(encoder, layer_names(state).layers):
         journal.set_attribute(layer, _STATE, state)
-        hook_attention(journal, getattr(layer, _names(state).attention))
+        hook_attention(journal, getattr(layer, layer_names(state).attention))
         journal.swap_class(layer, of_layer)
     for module, mixin in ((encoder, of_encoder), (model, ReducedTextModel)):
         journal.set_attribute(module, _STATE, state)
@@ -146,7 +146,7 @@ class ReducedTextEncoder(nn.Module):
         originals = [group.tokens - (vectors is not None) for group in columns.groups]
         written: list[Tensor] = []
         size = None
-        for index, layer in enumerate(getattr(self, _names(state).layers)):
+        for index, layer in enumerate(getattr(self, layer_names(state).layers)):
             removals = [state.schedule(tokens).removals[index] for tokens in originals]
             columns = with_removals(columns, removals)
             cross = None
@@ -193,7 +193,7 @@ class ReducedTextLayer(nn.Module):
         if columns is None:
             raise RuntimeError("a layer of a reduced text tower was called without its encoder")
         state: TextTowerState = self.__dict__[_STATE]
-        names, method = _names(state), state.method
+        names, method = layer_names(state), state.method
         attention = getattr(self, names.attention)
         if cross is not None and columns.cross is not None:
             hidden_states = with_row(hidden_states, columns.cross, cross)
@@ -220,7 +220,8 @@ class ReducedTextLayer(nn.Module):
         return hidden_states, size, match, moved
 
 
-def _names(state: TextTowerState) -> LayerNames:
+def layer_names(state: TextTowerState) -> LayerNames:
+    """Attribute names inside the tower. Raises ``TypeError`` for a BERT."""
     if not isinstance(state.tower.names, LayerNames):
         raise TypeError("this text tower has post-norm layers; see hooks.text_encoder")
     return state.tower.names

@@ -95,11 +95,13 @@ def cosine_importance(key_BTC: Tensor, query_BC: Tensor) -> Tensor:
 
 
 def attention_map(query_BHTD: Tensor, key_BHTD: Tensor, scaling: float, bias_BT: Tensor | None) -> Tensor:
-    """(B·H, queries, T) softmax in float32; products in the inputs' precision, as transformers' eager attention."""
-    bias = None
-    if bias_BT is not None:  # of every key, or (B, queries, T) of every query and key
-        rows = bias_BT[:, None] if bias_BT.ndim == 2 else bias_BT
-        bias = rows.repeat_interleave(key_BHTD.shape[1], dim=0)
+    """(B·H, queries, T) softmax in float32; products in the inputs' precision, as transformers' eager attention.
+
+    ``bias_BT`` may be (B, queries, T) too, where queries see different keys.
+    """
+    if bias_BT is not None and bias_BT.ndim == 2:
+        bias_BT = bias_BT[:, None]
+    bias = None if bias_BT is None else bias_BT.repeat_interleave(key_BHTD.shape[1], dim=0)
     return _softmax(query_BHTD.flatten(0, 1), key_BHTD.flatten(0, 1), scaling, bias)
 
 
