@@ -173,7 +173,8 @@ def dynamic_table(summary: dict[str, Any]) -> str:
                 f"({100 * gap['low']:+.1f} – {100 * gap['high']:+.1f}) points | {few:.0f} → {many:.0f} |"
             )
     untouched = summary["untouched"]
-    note = f"{untouched['asked']} held-out questions, three seeds of calibration and training; untouched {share(untouched)}."
+    asked = f"{untouched['asked']} held-out questions"
+    note = f"{asked}, three seeds of calibration and training; untouched {share(untouched)}."
     return "\n".join([*rows, "", note])
 
 

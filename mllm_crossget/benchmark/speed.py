@@ -28,7 +28,7 @@ from mllm_crossget.benchmark.report import Case, Setting, append, draw, report, 
 from mllm_crossget.benchmark.roofline import Device, Sizes, probe, sizes_of
 from mllm_crossget.benchmark.timing import environment, seconds_of
 from mllm_crossget.config import method_class
-from mllm_crossget.families.base import Family, family_of, module_at
+from mllm_crossget.families.base import Family, config_at, family_of, module_at
 from mllm_crossget.schedule import make_schedule
 
 
@@ -134,7 +134,12 @@ def _setting(model: nn.Module, family: Family, name: str, method: Any, compiled:
     if not method.is_identity:
         accelerate_mllm(twin, method)
     if compiled:
-        encoder_of(twin, family).compile(fullgraph=True)
+        # The forward, not the module: the clock's hooks stay outside of the graph.
+        tower = module_at(twin, family.tower or "")
+        size = config_at(vars(twin)["config"], family.vision_config).image_size
+        with torch.no_grad():  # transformers puts its hooks for hidden states in place at the first call, with a lock
+            tower(torch.zeros(1, 3, size, size, device=device, dtype=twin.dtype), output_hidden_states=True)
+        tower.forward = torch.compile(tower.forward, fullgraph=True)
         name = f"{name}, compiled"
     schedule = make_schedule(method, family.geometry(vars(model)["config"]))
     return Setting(name, method, twin, schedule, PartClock(device))
@@ -144,12 +149,6 @@ def with_shared_weights(model: nn.Module) -> Any:
     """A copy of the modules around the same parameters and buffers."""
     tensors: Sequence[Tensor] = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-
-
-def encoder_of(model: nn.Module, family: Family) -> nn.Module:
-    """The module that loops over the vision tower's layers."""
-    tower = module_at(model, family.tower or "")
-    return getattr(tower, "encoder", tower)
 
 
 @torch.inference_mode()
