@@ -58,9 +58,10 @@ def speed_table(lines: list[dict[str, Any]]) -> str:
         else:
             speed_up, share, ideal = first["speed_up"], first["share_of_flop_ratio"], first["share_of_ideal"]
             cells = [
-                f"{over['median']:.1%} ({over['p10']:.1%} – {over['p90']:.1%})",
+                # Too few rounds say nothing of a difference between two towers.
+                f"{over['median']:.1%} ({over['p10']:.1%} – {over['p90']:.1%})" if over["rounds"] >= 3 else "–",
                 f"{speed_up['median']:.2f} × ({speed_up['p10']:.2f} – {speed_up['p90']:.2f})",
-                f"{share:.0%} ({ideal:.0%})",
+                f"{share:.0%} ({ideal:.0%})" if over["rounds"] >= 3 else f"{share:.0%}",
                 f"{whole['speed_up']['median']:.2f} ×",
                 f"{whole['ceiling']:.2f} ×",
             ]
@@ -78,9 +79,24 @@ def speed_table(lines: list[dict[str, Any]]) -> str:
 
 
 def rounds(lines: list[dict[str, Any]]) -> list[str]:
-    """Rounds by batch size, as some are too long for many."""
-    counts = {line["batch"]: line["seconds"]["total"]["rounds"] for line in lines}
-    return [f"{count} alternating rounds at batch {batch}" for batch, count in counts.items()]
+    """Rounds by case, as some are too long for many."""
+    counts = {(line["batch"], line["new_tokens"]): line["seconds"]["total"]["rounds"] for line in lines}
+    return [f"{count} rounds at batch {batch}, {new} new" for (batch, new), count in counts.items()]
+
+
+def compiled_line(lines: list[dict[str, Any]]) -> str:
+    seconds = {line["setting"]: line["seconds"]["encoder"] for line in lines}
+    pairs = [(name, seconds[name], seconds[f"{name}, compiled"]) for name in seconds if f"{name}, compiled" in seconds]
+    told = [
+        f"{name}: {plain['median']:.3f} s ({plain['p10']:.3f} – {plain['p90']:.3f}) eager, {fast['median']:.3f} s "
+        f"({fast['p10']:.3f} – {fast['p90']:.3f}) compiled"
+        for name, plain, fast in pairs
+    ]
+    options = lines[0]["options"]
+    return (
+        f"Tower of {options['geometry']} cut to {options['vision_layers']} layers, batch 1, {options['dtype']}, "
+        f"{pairs[0][1]['rounds']} rounds in turns. {'; '.join(told)}. {machine(lines[0])}."
+    )
 
 
 def reducer_table(report: dict[str, Any]) -> str:
@@ -214,6 +230,7 @@ ARMS = {
 TABLES = {
     "demo": (demo_table, "demo/demo.json"),
     "speed": (speed_table, "speed/cpu.jsonl"),
+    "compiled": (compiled_line, "speed/compiled.jsonl"),
     "reducer": (reducer_table, "speed/reducer.json"),
     "retrieval": (retrieval_table, "retrieval/summary.json"),
     "dynamic": (dynamic_table, "dynamic/summary.json"),
