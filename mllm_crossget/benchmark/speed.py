@@ -87,7 +87,10 @@ def run(options: BenchOptions) -> int:
             made = measure(settings, family, options, batch, new_tokens, speeds)
             append(options.output, made)
             lines += made
-    Console().print(speed_table(f"{options.geometry}, {options.dtype}, {options.attn_implementation}", lines))
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)  # a pipe has no width, and eleven columns do not fit into rich's 80
+    console.print(speed_table(f"{options.geometry}, {options.dtype}, {options.attn_implementation}", lines))
     if options.plot is not None:
         draw(lines, options.plot)
     return 0
