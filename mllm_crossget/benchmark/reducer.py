@@ -210,7 +210,7 @@ def _ratio(numerator: Timing, denominator: Timing) -> dict[str, float]:
 
 def tables(report: dict[str, Any]) -> list[Table]:
     """The report for a terminal."""
-    matching = Table("batch", "tokens", "literal [ms]", "ours [ms]", "faster (min – max)", "maps per image",
+    matching = Table("batch", "tokens", "literal (ms)", "ours (ms)", "faster (min – max)", "maps per image",
                      title="Matching")  # fmt: skip
     for row in report["matching"]:
         times, faster = row["seconds"], row["faster"]
@@ -226,7 +226,7 @@ def tables(report: dict[str, Any]) -> list[Table]:
         importance.add_row(
             str(row["batch"]), str(row["tokens"]), *(f"{row['above'][way]['median']:.2f} x" for way in ways)
         )
-    scaling = Table("tokens", "time [ms]", "memory [MiB]", title="Matching and merging of one image")
+    scaling = Table("tokens", "time (ms)", "memory (MiB)", title="Matching and merging of one image")
     for row in report["scaling"]["rows"]:
         scaling.add_row(str(row["tokens"]), f"{1e3 * row['seconds']['median']:.2f}", f"{row['peak_bytes'] / 2**20:.1f}")
     return [matching, importance, scaling]

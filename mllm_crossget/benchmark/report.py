@@ -146,7 +146,7 @@ def speed_table(title: str, lines: Sequence[dict[str, Any]]) -> Table:
     """The lines for a terminal."""
     table = Table("setting", title=title)
     for heading in (
-        "batch", "new", "visual", "encoder [s]", "prefill [s]", "decode [s]", "reducer (p10 – p90)",
+        "batch", "new", "visual", "encoder (s)", "prefill (s)", "decode (s)", "reducer (p10 – p90)",
         "encoder + prefill", "of FLOP ratio", "whole", "ceiling",
     ):  # fmt: skip
         table.add_column(heading, justify="right")
