@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import Any
 
 import torch
 import transformers
-from recovery import SceneQuestions
+from recovery import SceneQuestions, fit
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
@@ -33,8 +32,7 @@ from mllm_crossget.embedded.scenes import Layout, render, sample_layouts, to_ima
 from mllm_crossget.hooks.handle import handle_of, live_cross_tokens
 from mllm_crossget.methods import Method
 from mllm_crossget.methods.dynamic import NOTHING
-from mllm_crossget.training import BudgetCallback, Collator, CrossGetTrainer
-from mllm_crossget.training.options import TrainerSettings
+from mllm_crossget.training import BudgetCallback
 
 PATCHES, CELLS = 144, 9
 ARMS = ("crossget-fixed", "crossget-dynamic", "madtp-untrained-fixed", "madtp-untrained-dynamic",
@@ -52,7 +50,7 @@ class Options:
     calibration: int = field(default=400, metadata={"help": "scenes that thresholds are found on"})
     steps: int = field(default=200, metadata={"help": "optimiser steps of the alignment tokens"})
     batch: int = field(default=8, metadata={"help": "questions in a step"})
-    learning_rate: float = field(default=1e-3, metadata={"help": "peak; warm-up of 5 %, then cosine to 0"})
+    learning_rate: float = field(default=1e-3, metadata={"help": "peak; warm-up of 5 %%, then cosine to 0"})
     counted: int = field(default=48, metadata={"help": "scenes of every number of digits whose tokens are counted"})
     threads: int = field(default=1, metadata={"help": "CPU threads"})
     output: str = field(default="eval/results/dynamic", metadata={"help": "folder of the results"})
@@ -113,35 +111,8 @@ def train(options: Options, model: Any, processor: Any, seed: int) -> list[dict[
     callbacks = []
     if handle_of(model).method.needs_calibration:  # type: ignore[union-attr]
         callbacks = [BudgetCallback(render(layouts)[0] * 2 - 1, every=50)]
-    with tempfile.TemporaryDirectory() as folder:
-        args = TrainerSettings(
-            output_dir=folder,
-            max_steps=options.steps,
-            per_device_train_batch_size=options.batch,
-            learning_rate=options.learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=0.05,
-            logging_steps=50,
-            save_strategy="no",
-            report_to="none",
-            use_cpu=True,
-            bf16=True,
-            disable_tqdm=True,
-            train_sampling_strategy="sequential",
-            seed=seed,
-            enable_jit_checkpoint=False,
-        )
-        trainer = CrossGetTrainer(
-            model=model,
-            args=args,
-            train_dataset=SceneQuestions(options.steps * options.batch, seed, processor),
-            data_collator=Collator(model, processor.tokenizer.pad_token_id),
-            callbacks=callbacks,
-        )
-        trainer.train()
-    names = ("step", "loss", "task_loss", "alignment_loss", "grad_norm")
-    log = [{name: entry[name] for name in names if name in entry} for entry in trainer.state.log_history]
-    return [entry for entry in log if "task_loss" in entry]
+    data = SceneQuestions(options.steps * options.batch, seed, processor)
+    return fit(model, data, options, options.learning_rate, callbacks=callbacks)
 
 
 def run_once(

@@ -50,7 +50,7 @@ class Options:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "of data and adapters"})
     steps: int = field(default=1500, metadata={"help": "optimiser steps of every trained run"})
     batch: int = field(default=16, metadata={"help": "questions in a step"})
-    learning_rate: float = field(default=2e-3, metadata={"help": "peak; linear warm-up of 5 %, then cosine to 0"})
+    learning_rate: float = field(default=2e-3, metadata={"help": "peak; linear warm-up of 5 %%, then cosine to 0"})
     cross_learning_rate: float = field(default=1e-2, metadata={"help": "peak where cross tokens learn alone"})
     lora_r: int = field(default=16, metadata={"help": "rank"})
     lora_alpha: int = field(default=32, metadata={"help": "scale is alpha / rank"})
@@ -66,8 +66,10 @@ class Options:
     output: str = field(default="eval/results/recovery", metadata={"help": "folder of the results"})
 
 
-class SceneQuestions(Dataset[dict[str, Tensor]]):
-    """Questions about fresh training scenes, one scene each, encoded; everything follows from (seed, index)."""
+class DrawnQuestions(Dataset[dict[str, Tensor]]):
+    """Questions drawn some at a time, in order; everything follows from (seed, index)."""
+
+    chunk_size: int
 
     def __init__(self, size: int, seed: int, processor: Any) -> None:
         self.size, self.seed, self.processor = size, seed, processor
@@ -77,10 +79,19 @@ class SceneQuestions(Dataset[dict[str, Tensor]]):
         return self.size
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        chunk, place = divmod(index, BATCH_OF_SCENES)
+        chunk, place = divmod(index, self.chunk_size)
         if self.kept[0] != chunk:
             self.kept = (chunk, self._chunk(chunk))
         return self.kept[1][place]
+
+    def _chunk(self, chunk: int) -> list[dict[str, Tensor]]:
+        raise NotImplementedError
+
+
+class SceneQuestions(DrawnQuestions):
+    """Questions about fresh training scenes, one scene each, encoded."""
+
+    chunk_size = BATCH_OF_SCENES
 
     def _chunk(self, chunk: int) -> list[dict[str, Tensor]]:
         seed = (self.seed + 1) * 1_000_003 + chunk
@@ -172,12 +183,35 @@ def train(options: Options, model: Any, processor: Any, arm: str, seed: int) -> 
             cross_tokens=uses_cross,
         )
         model = get_peft_model(model, config)
+    data = SceneQuestions(options.steps * options.batch, seed, processor)
+    rate = options.cross_learning_rate if arm == "cross" else options.learning_rate
+    log = fit(
+        model,
+        data,
+        options,
+        rate,
+        train_cross_tokens=uses_cross,
+        distillation_weight=options.distillation_weight,
+    )
+    return model, log
+
+
+def fit(model: Any, data: DrawnQuestions, options: Any, learning_rate: float, **trainer: Any) -> list[dict[str, float]]:
+    """Train in bfloat16 on the CPU with a cosine; returns every 50th step's log.
+
+    Args:
+        model: what requires gradients learns.
+        data: in the order of its indices.
+        options: with ``steps`` and ``batch``.
+        learning_rate: its peak.
+        trainer: further arguments of ``CrossGetTrainer``.
+    """
     with tempfile.TemporaryDirectory() as folder:
         args = TrainerSettings(
             output_dir=folder,
             max_steps=options.steps,
             per_device_train_batch_size=options.batch,
-            learning_rate=options.cross_learning_rate if arm == "cross" else options.learning_rate,
+            learning_rate=learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=0.05,
             logging_steps=50,
@@ -187,21 +221,15 @@ def train(options: Options, model: Any, processor: Any, arm: str, seed: int) -> 
             bf16=True,
             disable_tqdm=True,
             train_sampling_strategy="sequential",
-            seed=seed,
+            seed=data.seed,
             enable_jit_checkpoint=False,
         )
-        trainer = CrossGetTrainer(
-            model=model,
-            args=args,
-            train_dataset=SceneQuestions(options.steps * options.batch, seed, processor),
-            data_collator=Collator(model, processor.tokenizer.pad_token_id),
-            train_cross_tokens=uses_cross,
-            distillation_weight=options.distillation_weight,
-        )
-        trainer.train()
+        collator = Collator(model, data.processor.tokenizer.pad_token_id)
+        run = CrossGetTrainer(model=model, args=args, train_dataset=data, data_collator=collator, **trainer)
+        run.train()
     kept = ("step", "loss", "task_loss", "alignment_loss", "distillation_loss", "grad_norm")
-    log = [{name: entry[name] for name in kept if name in entry} for entry in trainer.state.log_history]
-    return model, [entry for entry in log if "task_loss" in entry]
+    log = [{name: entry[name] for name in kept if name in entry} for entry in run.state.log_history]
+    return [entry for entry in log if "task_loss" in entry]
 
 
 def result_path(options: Options, arm: str, keep_ratio: float, seed: int) -> Path:

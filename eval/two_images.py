@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,8 +21,8 @@ from typing import Any
 
 import torch
 from peft import get_peft_model
+from recovery import DrawnQuestions, fit
 from torch import Tensor
-from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
@@ -33,8 +32,7 @@ from mllm_crossget.embedded import Accuracy, load_embedded
 from mllm_crossget.embedded.questions import PairQuestion, ask_of_pairs, pair_questions
 from mllm_crossget.embedded.scenes import render, sample_layouts
 from mllm_crossget.methods import Method
-from mllm_crossget.training import BudgetCallback, Collator, CrossGetTrainer, lora_config
-from mllm_crossget.training.options import TrainerSettings
+from mllm_crossget.training import BudgetCallback, lora_config
 
 # Removals per layer that leave a fifth of the FLOPs for two pictures and 15 tokens of text: most of them early.
 REMOVALS = [64, 36, 20, 10, 4, 0, 0, 0]
@@ -55,28 +53,17 @@ class Options:
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "of data and adapters"})
     steps: int = field(default=300, metadata={"help": "optimiser steps of every run"})
     batch: int = field(default=8, metadata={"help": "questions in a step"})
-    learning_rate: float = field(default=2e-3, metadata={"help": "peak; warm-up of 5 %, then cosine to 0"})
+    learning_rate: float = field(default=2e-3, metadata={"help": "peak; warm-up of 5 %%, then cosine to 0"})
     lora_r: int = field(default=16, metadata={"help": "rank; the scale is 2"})
     questions: int = field(default=500, metadata={"help": "about pictures of the test set's kind"})
     threads: int = field(default=1, metadata={"help": "CPU threads"})
     output: str = field(default="eval/results/two_images", metadata={"help": "folder of the results"})
 
 
-class PairQuestions(Dataset[dict[str, Tensor]]):
-    """Questions about fresh pairs of training scenes, encoded; everything follows from (seed, index)."""
+class PairQuestions(DrawnQuestions):
+    """Questions about fresh pairs of training scenes, encoded."""
 
-    def __init__(self, size: int, seed: int, processor: Any) -> None:
-        self.size, self.seed, self.processor = size, seed, processor
-        self.kept: tuple[int, list[dict[str, Tensor]]] = (-1, [])
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        chunk, place = divmod(index, BATCH_OF_PAIRS)
-        if self.kept[0] != chunk:
-            self.kept = (chunk, self._chunk(chunk))
-        return self.kept[1][place]
+    chunk_size = BATCH_OF_PAIRS
 
     def _chunk(self, chunk: int) -> list[dict[str, Tensor]]:
         seed = (self.seed + 1) * 2_000_003 + chunk
@@ -129,35 +116,9 @@ def train(options: Options, model: Any, processor: Any, seed: int) -> tuple[Any,
         ),
     )
     layouts = sample_layouts(64, "train", torch.Generator().manual_seed(500 + seed))
-    with tempfile.TemporaryDirectory() as folder:
-        args = TrainerSettings(
-            output_dir=folder,
-            max_steps=options.steps,
-            per_device_train_batch_size=options.batch,
-            learning_rate=options.learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=0.05,
-            logging_steps=50,
-            save_strategy="no",
-            report_to="none",
-            use_cpu=True,
-            bf16=True,
-            disable_tqdm=True,
-            train_sampling_strategy="sequential",
-            seed=seed,
-            enable_jit_checkpoint=False,
-        )
-        trainer = CrossGetTrainer(
-            model=model,
-            args=args,
-            train_dataset=PairQuestions(options.steps * options.batch, seed, processor),
-            data_collator=Collator(model, processor.tokenizer.pad_token_id),
-            callbacks=[BudgetCallback(render(layouts)[0] * 2 - 1, every=50)] if _dynamic(model) else [],
-        )
-        trainer.train()
-    names = ("step", "loss", "task_loss", "alignment_loss", "grad_norm")
-    log = [{name: entry[name] for name in names if name in entry} for entry in trainer.state.log_history]
-    return model, [entry for entry in log if "task_loss" in entry]
+    callbacks = [BudgetCallback(render(layouts)[0] * 2 - 1, every=50)] if _dynamic(model) else []
+    data = PairQuestions(options.steps * options.batch, seed, processor)
+    return model, fit(model, data, options, options.learning_rate, callbacks=callbacks)
 
 
 def _dynamic(model: Any) -> bool:
@@ -210,6 +171,8 @@ def main() -> None:
         result = run_once(options, arm, seed, questions)
         path.with_suffix(".part").write_text(json.dumps(result) + "\n")
         os.replace(path.with_suffix(".part"), path)
+    if "untouched" not in options.arms:
+        return  # nothing to compare with
     report = summary([json.loads(path.read_text()) for path, _, _ in runs])
     (folder / "summary.json").write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report, indent=2))

@@ -83,8 +83,11 @@ def run(options: BenchOptions) -> int:
     speeds = probe(device, dtype)
     lines: list[dict[str, Any]] = []
     for batch in options.batch_sizes:
+        inputs = prompt_inputs(vars(model)["config"], family, batch, options.text_tokens, device, dtype)
+        if has_ideal(model, family):
+            time_towers(settings, family, inputs["pixel_values"].flatten(0, -4), options.tower_rounds)
         for new_tokens in options.new_tokens:
-            made = measure(settings, family, options, batch, new_tokens, speeds)
+            made = measure(settings, family, options, inputs, new_tokens, speeds)
             append(options.output, made)
             lines += made
     console = Console()
@@ -156,12 +159,16 @@ def with_shared_weights(model: nn.Module) -> Any:
 
 @torch.inference_mode()
 def measure(
-    settings: list[Setting], family: Family, options: BenchOptions, batch: int, new_tokens: int, speeds: Device
+    settings: list[Setting],
+    family: Family,
+    options: BenchOptions,
+    inputs: dict[str, Tensor],
+    new_tokens: int,
+    speeds: Device,
 ) -> list[dict[str, Any]]:
     """Let the settings take turns; one line per setting."""
     model, device = settings[0].model, settings[0].clock.device
-    dtype = getattr(torch, options.dtype)
-    inputs = prompt_inputs(vars(model)["config"], family, batch, options.text_tokens, device, dtype)
+    batch = len(inputs["input_ids"])
     for setting in settings:
         setting.runs = []
     label = f"batch {batch}, {new_tokens} new tokens"
@@ -170,9 +177,8 @@ def measure(
             found = timed_run(setting, family, inputs, new_tokens)
             if turn:
                 setting.runs.append(found)
-    if has_ideal(model, family):
-        time_towers(settings, family, inputs["pixel_values"].flatten(0, -4), options.tower_rounds)
-    case = Case(family, options.text_tokens, batch, new_tokens, speeds, _sizes(model, family, dtype))
+    sizes = _sizes(model, family, getattr(torch, options.dtype))
+    case = Case(family, options.text_tokens, batch, new_tokens, speeds, sizes)
     shared = {"geometry": options.geometry, "options": asdict(options), "environment": environment()}
     lines = []
     for setting, line in zip(settings, report(settings, case), strict=True):
@@ -190,6 +196,7 @@ def timed_run(setting: Setting, family: Family, inputs: dict[str, Tensor], new_t
     return {"total": total, **setting.clock.seconds(total)}
 
 
+@torch.inference_mode()
 def time_towers(settings: list[Setting], family: Family, pixels: Tensor, rounds: int) -> None:
     """Fill in what the reduction costs each setting, as shares of the untouched tower: a tower, and right in front of
     or behind it the same layers on the same counts with their tokens cut off for nothing."""

@@ -21,24 +21,24 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from mllm_crossget.families.base import BertNames, TextTower
-from mllm_crossget.hooks.attention import AttentionSlot, hook_attention, open_slot, reduced_attention
+from mllm_crossget.hooks.attention import hook_attention, open_slot, reduced_attention
 from mllm_crossget.hooks.journal import Journal
 from mllm_crossget.hooks.text import positional_names
 from mllm_crossget.hooks.text_rows import (
     Columns,
     Texts,
+    attention_slot,
     columns_of,
     compact,
     in_columns,
     mask_of,
+    match_and_merge,
     moved_columns,
-    protected_tokens,
-    reduce_rows,
     tokens_of_rows,
     with_removals,
 )
 from mllm_crossget.hooks.text_tower import TextTowerState, text_trace
-from mllm_crossget.methods.base import Method, Signals
+from mllm_crossget.methods.base import Method
 from mllm_crossget.ops.matching import Match
 from mllm_crossget.schedule import TextGeometry
 
@@ -173,22 +173,10 @@ class ReducedBertLayer(nn.Module):
         state: TextTowerState = self.__dict__[_STATE]
         names, method = _names(state), state.method
         attention = getattr(self, names.attention)
-        removes = any(group.removed for group in columns.groups)
-        slot = AttentionSlot(
-            key_bias=size.log() if size is not None and method.proportional_attention else None,
-            record_keys=removes,
-            record_importance=removes and method.needs_importance,
-            guide=columns.end if method.needs_importance else None,
-        )
+        slot = attention_slot(method, columns, size)
         with open_slot(getattr(attention, names.inner), slot):
             hidden_states = attention(hidden_states, attention_mask=attention_mask)[0]
-        match = moved = None
-        if removes:
-            keys, importance = slot.take()
-            signals = Signals(keys, importance, protected_tokens(columns, keys, first=False), in_order=True)
-            if size is None:
-                size = torch.ones(hidden_states.shape[:2], dtype=torch.float32, device=hidden_states.device)
-            hidden_states, size, match, moved = reduce_rows(method, signals, hidden_states, size, columns.groups)
+        hidden_states, size, match, moved = match_and_merge(method, slot, columns, hidden_states, size, first=False)
         if encoder_hidden_states is not None:
             crossing = getattr(self, names.crossing)
             hidden_states = crossing(

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mllm_crossget.hooks.attention import AttentionSlot
 from mllm_crossget.methods.base import Method, Signals
 from mllm_crossget.ops.matching import Match
 from mllm_crossget.ops.merging import merge, unmerge
@@ -99,6 +100,44 @@ def protected_tokens(columns: Columns, keys: Tensor, first: bool) -> Tensor:
     if first:
         mask[:, 0] = True
     return mask if columns.cross is None else mask.scatter(1, columns.cross[:, None], True)
+
+
+def attention_slot(method: Method, columns: Columns, size: Tensor | None) -> AttentionSlot:
+    """What a layer of a text tower asks of its attention. The importance, where a method wants one, is the cosine with
+    the query of the token that is read out."""
+    removes = any(group.removed for group in columns.groups)
+    return AttentionSlot(
+        key_bias=size.log() if size is not None and method.proportional_attention else None,
+        record_keys=removes,
+        record_importance=removes and method.needs_importance,
+        guide=columns.end if method.needs_importance else None,
+    )
+
+
+def match_and_merge(
+    method: Method, slot: AttentionSlot, columns: Columns, hidden: Tensor, size: Tensor | None, first: bool
+) -> tuple[Tensor, Tensor | None, Match | None, Tensor | None]:
+    """One layer's step behind its attention.
+
+    Args:
+        method: decides.
+        slot: what the attention recorded.
+        columns: where things are, and how many tokens leave.
+        hidden: (B, T, D).
+        size: (B, T) token sizes, None as long as nothing was merged.
+        first: whether the first token is protected beside the one that is read out.
+
+    Returns:
+        (B, T', D) tokens, their sizes (or None), the match (None if nothing was removed or rows differ in length) and
+        (B, T) the new column of every old one (None if nothing was removed).
+    """
+    if not slot.record_keys:
+        return hidden, size, None, None
+    keys, importance = slot.take()
+    signals = Signals(keys, importance, protected_tokens(columns, keys, first), in_order=True)
+    if size is None:
+        size = torch.ones(hidden.shape[:2], dtype=torch.float32, device=hidden.device)
+    return reduce_rows(method, signals, hidden, size, columns.groups)
 
 
 def reduce_rows(

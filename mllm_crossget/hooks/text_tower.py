@@ -17,26 +17,26 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from mllm_crossget.families.base import LayerNames, TextTower
-from mllm_crossget.hooks.attention import AttentionSlot, hook_attention, open_slot
+from mllm_crossget.hooks.attention import hook_attention, open_slot
 from mllm_crossget.hooks.cross_tokens import RECORD
 from mllm_crossget.hooks.journal import Journal
 from mllm_crossget.hooks.text import positional_names
 from mllm_crossget.hooks.text_rows import (
     Columns,
     Texts,
+    attention_slot,
     columns_of,
     compact,
     in_columns,
     mask_of,
+    match_and_merge,
     moved_columns,
-    protected_tokens,
-    reduce_rows,
     row_at,
     with_removals,
     with_row,
 )
 from mllm_crossget.hooks.tower import LayerTrace
-from mllm_crossget.methods.base import Method, Signals
+from mllm_crossget.methods.base import Method
 from mllm_crossget.ops.matching import Match
 from mllm_crossget.schedule import Schedule, TextGeometry, make_text_schedule
 
@@ -197,25 +197,12 @@ class ReducedTextLayer(nn.Module):
         attention = getattr(self, names.attention)
         if cross is not None and columns.cross is not None:
             hidden_states = with_row(hidden_states, columns.cross, cross)
-        removes = any(group.removed for group in columns.groups)
-        slot = AttentionSlot(
-            key_bias=size.log() if size is not None and method.proportional_attention else None,
-            record_keys=removes,
-            record_importance=removes and method.needs_importance,
-            guide=columns.end if method.needs_importance else None,
-        )
+        slot = attention_slot(method, columns, size)
         with open_slot(attention, slot):
             attended = attention(getattr(self, names.norm1)(hidden_states), attention_mask=attention_mask)[0]
         hidden_states = hidden_states + attended
-        match = moved = None
-        if removes:
-            keys, importance = slot.take()
-            protected = protected_tokens(columns, keys, state.tower.first)
-            if size is None:
-                size = torch.ones(hidden_states.shape[:2], dtype=torch.float32, device=hidden_states.device)
-            hidden_states, size, match, moved = reduce_rows(
-                method, Signals(keys, importance, protected, in_order=True), hidden_states, size, columns.groups
-            )
+        first = state.tower.first
+        hidden_states, size, match, moved = match_and_merge(method, slot, columns, hidden_states, size, first)
         hidden_states = hidden_states + getattr(self, names.mlp)(getattr(self, names.norm2)(hidden_states))
         return hidden_states, size, match, moved
 
