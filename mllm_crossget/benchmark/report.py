@@ -142,6 +142,11 @@ def append(path: str | None, lines: Sequence[dict[str, Any]]) -> None:
         file.writelines(json.dumps(line) + "\n" for line in lines)
 
 
+def read(path: str) -> list[dict[str, Any]]:
+    """All lines of a file that ``append`` wrote."""
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
 def speed_table(title: str, lines: Sequence[dict[str, Any]]) -> Table:
     """The lines for a terminal."""
     table = Table("setting", title=title)

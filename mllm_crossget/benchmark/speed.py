@@ -24,7 +24,7 @@ from mllm_crossget.benchmark.ideal import has_ideal, ideal_tower
 from mllm_crossget.benchmark.inputs import prompt_inputs
 from mllm_crossget.benchmark.memory import peak_bytes
 from mllm_crossget.benchmark.parts import PartClock, parts_of
-from mllm_crossget.benchmark.report import Case, Setting, append, draw, report, speed_table
+from mllm_crossget.benchmark.report import Case, Setting, append, draw, read, report, speed_table
 from mllm_crossget.benchmark.roofline import Device, Sizes, probe, sizes_of
 from mllm_crossget.benchmark.timing import environment, seconds_of
 from mllm_crossget.config import method_class
@@ -52,7 +52,7 @@ class BenchOptions:
         compile: time every setting also with the layers of its vision tower compiled into one graph.
         memory: also measure the peak memory, in one more run of every setting.
         output: file that gets one JSON line per setting, batch size and answer length; lines are appended.
-        plot: picture of the speed-ups beside their ceilings to write.
+        plot: picture to write of the speed-ups beside their ceilings, of all lines in ``output`` if that is given.
     """
 
     geometry: str = "llava-1.5-7b"
@@ -95,7 +95,7 @@ def run(options: BenchOptions) -> int:
         console = Console(width=160)  # a pipe has no width, and eleven columns do not fit into rich's 80
     console.print(speed_table(f"{options.geometry}, {options.dtype}, {options.attn_implementation}", lines))
     if options.plot is not None:
-        draw(lines, options.plot)
+        draw(lines if options.output is None else read(options.output), options.plot)
     return 0
 
 
