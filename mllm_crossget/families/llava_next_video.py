@@ -1,7 +1,7 @@
 """LLaVA-NeXT-Video: images as in ``llava_next``, and videos.
 
-A frame is pooled on its grid of patches, so a video keeps its number of features: every merged token is copied back to
-its patches in front of the pooling. For videos the tower is cheaper, the language model is not.
+A frame is pooled on its grid of patches: every merged token is copied back to its patches in front of the pooling, and
+the cells behind it are merged again, to the share that the tower keeps (``hooks.pooled_grid``).
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ VIDEO = Modality(
     encode="get_video_features",
     ndim=(5,),
     counts=video_counts,
-    keeps_count=True,
     parts=frame_counts,
 )
 
@@ -36,7 +35,7 @@ LLAVA_NEXT_VIDEO = register_family(
     dataclasses.replace(
         LLAVA_NEXT,
         model_type="llava_next_video",
-        exact=f"{EXACT}; videos keep their number of features",
+        exact=f"{EXACT}; cells of pooled frames are merged again, without cross tokens",
         features="video_grid",
         modalities=(IMAGE, VIDEO),
     )

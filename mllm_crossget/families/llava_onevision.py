@@ -4,10 +4,10 @@ Single images are packed as in ``llava_next``: a merged token stands once, where
 stood; newlines stay with rows that hold a token; the base image's cross token stands behind its tokens. A row with
 several images (``batch_num_images``) has one tile and one newline for each.
 
-Two inputs keep their number of features, because the stock model computes new vectors from the grid of patches: images
-of so many tiles that the grid is resized (``vision_aspect_ratio="anyres_max_9"`` with more than nine tiles), and
-videos, whose frames are pooled. There every token is copied back to its patches in front of that step; the tower is
-cheaper, the language model is not.
+Of two inputs the stock model computes new vectors from the grid of patches: images of so many tiles that the grid is
+resized (``vision_aspect_ratio="anyres_max_9"`` with more than nine tiles), and videos, whose frames are pooled. There
+every token is copied back to its patches in front of that step, and the cells behind it are merged again, to the share
+that the tower keeps (``hooks.pooled_grid``). A resized grid keeps newlines as above, a video its one newline.
 """
 
 from __future__ import annotations
@@ -60,7 +60,6 @@ VIDEO = Modality(
     encode="get_video_features",
     ndim=(5,),
     counts=video_counts,
-    keeps_count=True,
     parts=frame_counts,
 )
 
@@ -72,7 +71,7 @@ LLAVA_ONEVISION = register_family(
         geometry=grid_geometry,
         towers=TOWERS,
         note="inside the vision tower, tile by tile; each token stands where its first patch stood",
-        exact=f"{EXACT}; resized grids and videos keep their number of features",
+        exact=f"{EXACT}; cells of resized grids and of pooled frames are merged again, without cross tokens",
         language_model="model.language_model",
         projector="model.multi_modal_projector",
         vision_projection=("model.multi_modal_projector",),

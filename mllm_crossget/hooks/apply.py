@@ -10,6 +10,7 @@ from torch import nn
 from mllm_crossget.families.base import BertNames, Family, config_at, module_at, text_side_of, tower_kind
 from mllm_crossget.hooks import concatenated as _registers_concatenated_features  # noqa: F401
 from mllm_crossget.hooks import grid as _registers_grid_features  # noqa: F401
+from mllm_crossget.hooks import pooled_grid as _registers_pooled_grids  # noqa: F401
 from mllm_crossget.hooks import resampled as _registers_resampled_features  # noqa: F401
 from mllm_crossget.hooks.alignment_tokens import AlignmentTokens
 from mllm_crossget.hooks.cross_tokens import CrossTokens

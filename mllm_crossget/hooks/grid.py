@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +17,12 @@ from mllm_crossget.families.grid import layouts, reduced_layout
 from mllm_crossget.hooks.features import FEATURES, ReducedFeatures
 from mllm_crossget.hooks.journal import Journal
 from mllm_crossget.hooks.tower import kept_trace, trace_of
-from mllm_crossget.ops.merging import unmerge
 
-_PLACES = "_mllm_crossget_grid"
+PLACES = "_mllm_crossget_grid"
 
 
 @dataclass(frozen=True)
-class _Places:
+class Places:
     """Path from the features' owner to the encoder; layers that have run when it is read; patches of a tile, tokens in
     front of them in the tower (``start``), and how many of those are dropped behind it; whether a cross token is read
     behind the patches."""
@@ -40,11 +39,8 @@ class GridFeatures(ReducedFeatures):
     """Mixin for models that pack tiles (LLaVA-NeXT): each token once, where its first unpadded patch stands.
 
     Newlines stay while their row holds a token. The cross token of the base image stands behind the base image's
-    tokens, those of the other tiles are left out. Where the stock model resizes the grid, and for videos, whose frames
-    are pooled, every merged token is first copied back to its patches: geometry and count are the stock model's.
+    tokens, those of the other tiles are left out.
     """
-
-    unlimited: ClassVar[dict[str, Any]] = {}  # arguments of the packing under which it resizes nothing
 
     @classmethod
     def install(cls, journal: Journal, owner: nn.Module, handle: Any) -> None:
@@ -53,13 +49,13 @@ class GridFeatures(ReducedFeatures):
         path = handle.encoder_path.removeprefix(f"{handle.family.features_owner}.")
         dropped = geometry.prefix if geometry.drops_prefix else 0
         keeps_cross = schedule.cross and not schedule.drop_cross
-        places = _Places(path, geometry.read, geometry.patches, geometry.prefix, dropped, keeps_cross)
-        journal.set_attribute(owner, _PLACES, places)
+        places = Places(path, geometry.read, geometry.patches, geometry.prefix, dropped, keeps_cross)
+        journal.set_attribute(owner, PLACES, places)
         journal.swap_class(owner, cls)
 
     def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
         """As the original, with fewer features per image."""
-        with _reading(self):
+        with reading(self):
             return super().get_image_features(*args, **kwargs)
 
     def pack_image_features(self, image_features: Any, image_sizes: Any, *args: Any, **kwargs: Any) -> Any:
@@ -67,82 +63,35 @@ class GridFeatures(ReducedFeatures):
         stock = super().pack_image_features
         if not trace_of(self):
             return stock(image_features, image_sizes, *args, **kwargs)
-        places, newline = self.__dict__[_PLACES], kwargs.pop("image_newline", None)
+        places, newline = self.__dict__[PLACES], kwargs.pop("image_newline", None)
         tiles = [len(image) for image in image_features]
-        common = (stock, tiles, places.patches, image_sizes, *args)
-        lengths = [len(layout) for layout in layouts(*common, **kwargs)]
-        whole = layouts(*common, **{**kwargs, **self.unlimited})
-        packed = []
-        for index, source in enumerate(_sources(self).split(tiles)):
-            tokens = image_features[index]
-            if lengths[index] != len(whole[index]):  # the stock model resizes this one
-                patches = unmerge(tokens, source)
-                packed += stock([patches], image_sizes[index : index + 1], *args, image_newline=newline, **kwargs)[0]
-            else:
-                packed.append(_place(tokens, source, whole[index], newline, places))
+        made = layouts(stock, tiles, places.patches, image_sizes, *args, **kwargs)
+        sources = sources_of(self).split(tiles)
+        packed = [
+            place(tokens, source, layout, newline, places)
+            for tokens, source, layout in zip(image_features, sources, made, strict=True)
+        ]
         return packed, torch.tensor([len(image) for image in packed], device=image_features[0].device)
 
 
-class VideoGridFeatures(GridFeatures):
-    """The same for models that take videos too (LLaVA-NeXT-Video): as many features per video as without reduction."""
-
-    @classmethod
-    def install(cls, journal: Journal, owner: nn.Module, handle: Any) -> None:
-        """See ``ReducedFeatures.install``."""
-        super().install(journal, owner, handle)
-        resampler = getattr(owner, "vision_resampler", None)  # LLaVA-NeXT-Video's pooling of frames
-        if resampler is not None:
-            journal.set_attribute(resampler, _PLACES, owner.__dict__[_PLACES])
-            journal.swap_class(resampler, UnmergedInput)
-
-    def get_video_features(self, *args: Any, **kwargs: Any) -> Any:
-        """As the original, with as many features per video."""
-        with _reading(self):
-            return super().get_video_features(*args, **kwargs)
-
-
-class LimitedGridFeatures(VideoGridFeatures):
-    """For LLaVA-OneVision, which resizes grids of too many patches and pools frames in a method."""
-
-    unlimited: ClassVar[dict[str, Any]] = {"vision_aspect_ratio": "anyres_max_1000000"}
-
-    def apply_pooling(self, image_features: Tensor) -> Tensor:
-        """As the original (LLaVA-OneVision's pooling of frames), on the frames' patches."""
-        if trace_of(self):
-            image_features = unmerge(image_features, _sources(self))
-        return super().apply_pooling(image_features)
-
-
-class UnmergedInput(nn.Module):
-    """Mixin for a module that wants the patch grid (LLaVA-NeXT-Video's pooling): tokens go back to their patches."""
-
-    def forward(self, image_features: Tensor) -> Any:
-        """As the original."""
-        if trace_of(self):
-            image_features = unmerge(image_features, _sources(self))
-        return super().forward(image_features)
-
-
 FEATURES["grid"] = GridFeatures
-FEATURES["video_grid"] = VideoGridFeatures
-FEATURES["limited_grid"] = LimitedGridFeatures
 
 
-def _reading(owner: nn.Module) -> AbstractContextManager[None]:
+def reading(owner: nn.Module) -> AbstractContextManager[None]:
     """The owner and its pooling see what the tower merges."""
     resampler = getattr(owner, "vision_resampler", None)
     readers = (owner,) if resampler is None else (owner, resampler)
-    return kept_trace(module_at(owner, owner.__dict__[_PLACES].encoder), *readers)
+    return kept_trace(module_at(owner, owner.__dict__[PLACES].encoder), *readers)
 
 
-def _sources(module: nn.Module) -> Tensor:
+def sources_of(module: nn.Module) -> Tensor:
     """(tiles, patches) place of every patch's token among the features of its tile."""
-    places = module.__dict__[_PLACES]
+    places = module.__dict__[PLACES]
     source = trace_of(module)[places.read - 1].source
     return source[:, places.start : places.start + places.patches] - places.dropped
 
 
-def _place(tokens: Tensor, source: Tensor, layout: Tensor, newline: Tensor | None, places: _Places) -> Tensor:
+def place(tokens: Tensor, source: Tensor, layout: Tensor, newline: Tensor | None, places: Places) -> Tensor:
     """(features, D) of one image from its (tiles, tokens, D)."""
     tiles, per_tile, width = tokens.shape
     if newline is None:  # pragma: no cover - no stock caller

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +14,10 @@ from torch import Tensor, nn
 from mllm_crossget import CrossGetConfig, accelerate_mllm, trace_merges
 from mllm_crossget.families import llava_next, llava_next_video, llava_onevision
 from mllm_crossget.families.grid import NEWLINE, reduced_layout
+from mllm_crossget.hooks import pooled_grid
 from mllm_crossget.hooks.handle import handle_of
 from mllm_crossget.hooks.inputs import image_counts
+from mllm_crossget.hooks.post_merge import Merged, MergeState
 from mllm_crossget.hooks.tower import LayerTrace, kept_trace, trace_of
 from tests.families.case_llava_next import batch_of, tiny_llava_next
 from tests.families.case_llava_next_video import tiny_next_video
@@ -30,6 +34,11 @@ COUNTS = {
     "llava_next": llava_next.counts,
     "llava_next_video": llava_next.counts,
     "llava_onevision": llava_onevision.counts,
+}
+UNLIMITED = {
+    "llava_next": {},
+    "llava_next_video": {},
+    "llava_onevision": {"vision_aspect_ratio": "anyres_max_1000000"},
 }
 grids = pytest.mark.parametrize("family", sorted(BUILD))
 
@@ -70,6 +79,7 @@ def test_every_patch_once_on_random_images(family: str) -> None:
     """Features are made so that one can read from them which patches they hold; the stock packing says which patches
     are not padding."""
     model = accelerate_mllm(BUILD[family](), method="tome", visual_tokens=8)
+    plainly = BUILD[family]().model.pack_image_features
     draw = random.Random(family)
     options = {} if family == "llava_onevision" else {"vision_feature_select_strategy": "default"}
     seen = Counter()
@@ -89,14 +99,21 @@ def test_every_patch_once_on_random_images(family: str) -> None:
         plain = model.model.pack_image_features(unmerged(tiles), sizes, image_newline=newline, **options)[0]
         with kept_trace(model.model.vision_tower.encoder, owner):
             trace_of(owner).extend([LayerTrace(None, None, source_map(model, merges))] * 4)
-            packed, lengths = owner.pack_image_features(features, sizes, image_newline=newline, **options)
+            packed, lengths, again = with_second_merging(owner, features, sizes, image_newline=newline, **options)
+        whole = plainly(unmerged(tiles), sizes, image_newline=newline, **{**options, **UNLIMITED[family]})[0]
         assert COUNTS[family](model, images) == [len(image) for image in plain]
         assert lengths.tolist() == [len(image) for image in packed]
-        for image, stock in zip(packed, plain, strict=True):
-            resized = not torch.equal(stock, stock.round())
+        per_image = zip(packed, plain, whole, merges, features, sizes, strict=True)
+        for image, stock, unlimited, old, tokens, size in per_image:
+            resized = len(stock) != len(unlimited)
             seen["resized" if resized else "whole"] += 1
             if resized:
-                assert len(image) == len(stock)
+                patches = torch.stack([tile[torch.tensor(own)] for tile, own in zip(tokens, old, strict=True)])
+                grid = plainly([patches], size[None], image_newline=newline, **options)[0][0][PATCHES:]
+                base = by_hand(list(range(PATCHES)), old[0], 1)
+                expected = torch.cat([tokens[0, base], merged_again(grid, again)])
+                torch.testing.assert_close(image, expected)
+                assert len(expected) < len(stock) or len(stock) < 8
                 continue
             real, tokens = stock[stock[:, 0] >= 0], image[image[:, 0] >= 0]
             unpadded = real.sum(dim=0) > 0
@@ -107,6 +124,35 @@ def test_every_patch_once_on_random_images(family: str) -> None:
                 assert torch.equal(image, stock)
     assert seen["whole"] > CASES / 2
     assert (seen["resized"] > 20) == (family == "llava_onevision")
+
+
+def with_second_merging(owner: nn.Module, *args: Any, **options: Any) -> tuple[Any, Tensor, Callable[[int], Tensor]]:
+    """What packing returns, and a function of the number of cells: (1, cells) token of every cell of the next grid that
+    was merged behind resizing."""
+    state, found = vars(owner).get("_mllm_crossget_again", MergeState(CrossGetConfig(), ())), []
+    state.trace = found
+    packed, lengths = owner.pack_image_features(*args, **options)
+    state.trace = None
+
+    def next_source(cells: int) -> Tensor:
+        steps = [found.pop(0) for _ in state.schedule(cells).removals]
+        return steps[-1].source if steps else torch.arange(cells)[None]
+
+    return packed, lengths, next_source
+
+
+def merged_again(grid: Tensor, next_source: Callable[[int], Tensor]) -> Tensor:
+    """(L, D) cells and newlines -> means of the cells of every token, where its first cell stood."""
+    is_newline = (grid == -1).all(dim=1)
+    cells, layout, number = grid[~is_newline], [], 0
+    source = next_source(len(cells))
+    assert source.shape == (1, len(cells)), "every cell is in one token"
+    for newline in is_newline.tolist():
+        layout.append(NEWLINE if newline else number)
+        number += not newline
+    order = by_hand(layout, source[0].tolist(), 1)
+    rows = [cells[source[0] == token].mean(dim=0) if token != NEWLINE else grid[is_newline][0] for token in order]
+    return torch.stack(rows)
 
 
 def source_map(model: nn.Module, merges: list[list[list[int]]]) -> Tensor:
@@ -209,19 +255,50 @@ def test_nothing_merged_is_the_stock_model(family: str) -> None:
                 torch.testing.assert_close(image, expected)
 
 
-def test_videos_keep_their_features_and_geometry() -> None:
-    """Pooling sees every merged token at all of its patches."""
-    for build in (tiny_onevision, tiny_next_video):
-        video = image_pixels(2, 3)
+POOLED = (tiny_onevision, tiny_next_video)
+
+
+@torch.no_grad()
+def test_frames_are_pooled_as_in_the_stock_model_and_merged_behind_it() -> None:
+    """Pooling sees every merged token at all of its patches; what it makes is merged, each frame by itself."""
+    video = image_pixels(2, 3)
+    for build in POOLED:
         stock = video_features(build(), video)
         model = accelerate_mllm(build(), method="tome", r=0)
         torch.testing.assert_close(video_features(model, video), stock)
-        accelerate_mllm(model, keep_ratio=0.5)
-        reduced = video_features(model, video)
-        assert reduced.shape == stock.shape
-        assert not torch.allclose(reduced, stock, atol=1e-2)
+        accelerate_mllm(model, method="tome", keep_ratio=0.5)
+        frame = video_features(model, video[:, :1])
+        assert len(frame) == 2 * (2 + (build is tiny_onevision)), "two of four cells of every frame, and newlines"
+        together = video_features(model, video)
+        assert len(together) == 2 * (3 * 2 + (build is tiny_onevision))
+        torch.testing.assert_close(together[:2], frame[:2])
     assert llava_onevision.video_counts(tiny_onevision(), {"pixel_values_videos": video}) == [13, 13]
     assert llava_next_video.video_counts(tiny_next_video(), {"pixel_values_videos": video}) == [12, 12]
+
+
+@pytest.mark.parametrize("method", FIXED)
+@torch.no_grad()
+def test_every_pooled_cell_is_in_one_token(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second merging loses no cell: tokens are means of the pooled cells that they stand for."""
+    calls, merging = [], pooled_grid.merge_features
+
+    def seen(cells: Tensor, *args: Any) -> Merged:
+        calls.append((cells, merging(cells, *args)))
+        return calls[-1][1]
+
+    monkeypatch.setattr(pooled_grid, "merge_features", seen)
+    for build in POOLED:
+        model = accelerate_mllm(build(), method=method, keep_ratio=0.5)
+        features = video_features(model, image_pixels(5, 3))
+        ((cells, merged),) = calls
+        for frame, tokens, source in zip(cells, merged.features, merged.source, strict=True):
+            assert sorted(set(source.tolist())) == [0, 1]
+            if method == "crossget":  # its means are weighted by importance
+                continue
+            torch.testing.assert_close(tokens, torch.stack([frame[source == token].mean(dim=0) for token in (0, 1)]))
+        if build is tiny_onevision:
+            torch.testing.assert_close(features.view(5, 7, -1)[:, :6].flatten(0, 1), merged.features.flatten(0, 1))
+        calls.clear()
 
 
 def video_features(model: nn.Module, video: Tensor) -> Tensor:

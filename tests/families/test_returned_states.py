@@ -85,7 +85,7 @@ def features_per_image(case: Case, model: nn.Module, batch: Batch) -> dict[str, 
             owner = module_at(model, family.features_owner)
             arguments = {name: batch[name] for name in modality.arguments if name in batch}
             output = getattr(owner, modality.encode)(batch[modality.pixels], **arguments, return_dict=True)
-            found[modality.token] = [len(image) for image in features_of(output)]
+            found[modality.token] = [image.shape[:-1].numel() for image in features_of(output)]
     return found
 
 
@@ -205,6 +205,8 @@ def features_read(
             yield name, [(k, shape[1]) for k, shape in zip(after[token], like, strict=True)]
         elif len(like[0]) == 3:
             yield name, [(like[0][0], after[token][0], like[0][2])]
+        elif len(like[0]) == 1:  # transformers 5.23 flattens LLaVA-NeXT-Video's once too often
+            yield name, [(like[0][0] // sum(before[token]) * sum(after[token]),)]
         else:
             yield name, [(sum(after[token]), like[0][1])]
 

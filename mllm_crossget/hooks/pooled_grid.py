@@ -1,0 +1,116 @@
+"""Grids that the stock model makes new vectors from: frames are pooled, grids of too many tiles are resized.
+
+What the tower merged is copied back to its patches in front of that step, so that the geometry is the stock model's;
+behind it the cells of a frame, or of a resized grid, are merged again, each by itself, to the share that the tower
+kept. So the tower and the language model both work on fewer tokens. The second merging has no cross token
+(``hooks.post_merge``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mllm_crossget.families.grid import NEWLINE, layouts, reduced_layout
+from mllm_crossget.hooks.features import FEATURES, encoded_ahead
+from mllm_crossget.hooks.grid import PLACES, GridFeatures, place, reading, sources_of
+from mllm_crossget.hooks.journal import Journal
+from mllm_crossget.hooks.post_merge import MergeState, merge_features
+from mllm_crossget.hooks.tower import trace_of
+from mllm_crossget.methods.base import Method
+from mllm_crossget.ops.merging import unmerge
+
+_AGAIN = "_mllm_crossget_again"
+
+
+class VideoGridFeatures(GridFeatures):
+    """Mixin for models that pack tiles and pool the frames of videos (LLaVA-NeXT-Video)."""
+
+    @classmethod
+    def install(cls, journal: Journal, owner: nn.Module, handle: Any) -> None:
+        """See ``ReducedFeatures.install``."""
+        super().install(journal, owner, handle)
+        again = MergeState(_same_share(handle), ())
+        journal.set_attribute(owner, _AGAIN, again)
+        resampler = getattr(owner, "vision_resampler", None)  # LLaVA-NeXT-Video's pooling of frames
+        if resampler is not None:
+            journal.set_attribute(resampler, PLACES, owner.__dict__[PLACES])
+            journal.set_attribute(resampler, _AGAIN, again)
+            journal.swap_class(resampler, ReducedPooling)
+
+    def get_video_features(self, *args: Any, **kwargs: Any) -> Any:
+        """As the original, with fewer features per frame."""
+        ahead = encoded_ahead(self, "get_video_features", args, kwargs)
+        if ahead is not None:
+            return ahead
+        with reading(self):
+            return super().get_video_features(*args, **kwargs)
+
+
+class LimitedGridFeatures(VideoGridFeatures):
+    """For LLaVA-OneVision, which resizes grids of too many patches and pools frames in a method."""
+
+    unlimited: ClassVar[dict[str, Any]] = {"vision_aspect_ratio": "anyres_max_1000000"}
+
+    def apply_pooling(self, image_features: Tensor) -> Tensor:
+        """As the original (LLaVA-OneVision's pooling of frames), with fewer cells per frame."""
+        return _pooled(self, super().apply_pooling, image_features)
+
+    def pack_image_features(self, image_features: Any, image_sizes: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the original on features of a reduced tower: a list of (tiles, tokens, D)."""
+        stock = super(GridFeatures, self).pack_image_features
+        if not trace_of(self):
+            return stock(image_features, image_sizes, *args, **kwargs)
+        whole, lengths = super().pack_image_features(image_features, image_sizes, *args, **{**kwargs, **self.unlimited})
+        places, tiles = self.__dict__[PLACES], [len(image) for image in image_features]
+        plain = {name: value for name, value in kwargs.items() if name != "image_newline"}
+        common = (stock, tiles, places.patches, image_sizes, *args)
+        made, unlimited = layouts(*common, **plain), layouts(*common, **{**plain, **self.unlimited})
+        for index, source in enumerate(sources_of(self).split(tiles)):
+            if len(made[index]) != len(unlimited[index]):  # the stock model resizes this one
+                tokens, size = image_features[index], image_sizes[index : index + 1]
+                grid = stock([unmerge(tokens, source)], size, *args, **kwargs)[0][0][places.patches :]
+                base = place(tokens[:1], source[:1], made[index][: places.patches], kwargs["image_newline"], places)
+                is_newline = (made[index][places.patches :] == NEWLINE).to(grid.device)
+                whole[index] = torch.cat([base, _merged_grid(grid, is_newline, self.__dict__[_AGAIN])])
+        return whole, torch.tensor([len(image) for image in whole], device=lengths.device)
+
+
+class ReducedPooling(nn.Module):
+    """Mixin for a module that pools frames (LLaVA-NeXT-Video): fewer cells per frame."""
+
+    def forward(self, image_features: Tensor) -> Any:
+        """As the original on the frames' patches, then merged."""
+        return _pooled(self, super().forward, image_features)
+
+
+FEATURES["video_grid"] = VideoGridFeatures
+FEATURES["limited_grid"] = LimitedGridFeatures
+
+
+def _same_share(handle: Any) -> Method:
+    """The method with the share of tokens that the tower keeps as its dial."""
+    schedule = handle.schedule
+    share = min(1.0, (schedule.features - (schedule.cross and not schedule.drop_cross)) / schedule.placeholders)
+    return replace(handle.method, keep_ratio=share, visual_tokens=None, r=None, vision_r=None, merge_every=None)
+
+
+def _pooled(module: nn.Module, stock: Any, image_features: Tensor) -> Tensor:
+    """(frames, tokens, D) of a reduced tower -> (frames, cells that are left, D)."""
+    if not trace_of(module):
+        return stock(image_features)
+    return merge_features(stock(unmerge(image_features, sources_of(module))), [], module.__dict__[_AGAIN]).features
+
+
+def _merged_grid(grid: Tensor, is_newline: Tensor, state: MergeState) -> Tensor:
+    """(L, D) of a resized grid with newlines, merged: a token stands where its first cell stood, and a newline stays
+    while its row holds one."""
+    merged = merge_features(grid[~is_newline][None], [], state)
+    layout = torch.full((len(grid),), NEWLINE, device=grid.device)
+    layout[~is_newline] = torch.arange(len(grid) - int(is_newline.sum()), device=grid.device)
+    order = reduced_layout(layout, merged.source[0], 1)
+    rows = torch.cat([merged.features[0], grid[is_newline][:1]])
+    return rows[order]  # NEWLINE is the last row
