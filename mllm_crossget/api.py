@@ -19,6 +19,7 @@ from mllm_crossget.families.base import (
     config_at,
     families,
     family_of,
+    geometry_of_own_tower,
     module_at,
     refused_families,
     text_side_of,
@@ -272,6 +273,7 @@ def _check_structure(model: nn.Module, family: Family, tower: bool) -> None:
     """Everything that the hooks rely on is there, in the layers of the ``tower`` too if they are hooked. Raises
     ``ValueError`` that names what is missing."""
     paths = [family.tower, family.language_model, family.projector, family.features_owner]
+    paths += [modality.tower for modality in family.modalities]
     paths += [*family.vision_projection, *family.text_projection]
     side = text_side_of(family, model.config)
     paths += [side.model, f"{side.model}.{side.layers}"] if side is not None else []
@@ -285,7 +287,8 @@ def _check_structure(model: nn.Module, family: Family, tower: bool) -> None:
     if tower and family.tower is not None:
         vision_type = config_at(model.config, family.vision_config).model_type
         kind = tower_kind(vision_type, family.towers, type(model).__name__)
-        _check_layers(model, "vision", module_at(module_at(model, family.tower), kind.encoder), kind.names)
+        for path in (family.tower, *(modality.tower for modality in family.modalities if modality.tower)):
+            _check_layers(model, "vision", module_at(module_at(model, path), kind.encoder), kind.names)
     if family.text_tower is not None:
         text = family.text_tower
         _check_layers(model, "text", module_at(module_at(model, text.path), text.encoder), text.names)
@@ -334,6 +337,8 @@ def _check_dials(method: Method, family: Family, model: Any) -> None:
         )
     if family.tower is not None:
         make_schedule(method, family.geometry(model.config))
+        if any(modality.tower for modality in family.modalities):
+            make_schedule(method, geometry_of_own_tower(family, model.config))
     elif method.reduces_vision:
         raise ValueError(
             f"{type(model).__name__} has no vision tower: give text_keep_ratio or text_r instead of keep_ratio, "

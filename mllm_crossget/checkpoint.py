@@ -1,6 +1,6 @@
 """The small files of an accelerated model (``crossget_config.json``, ``crossget.safetensors``) and the official ones.
 
-Keys do not depend on module paths: ``vision.cross`` (layers, width) and ``text.cross`` (layers, width); for MADTP
+Keys do not depend on module paths: ``vision.cross``, ``text.cross``, ``video.cross`` (layers, width each); for MADTP
 ``alignment.tokens`` (K, width), ``alignment.maps.0.weight``, ``alignment.text_maps.0.weight`` and so on.
 """
 

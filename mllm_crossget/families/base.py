@@ -21,12 +21,12 @@ model returns, and its lengths for everything that is not named here):
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from mllm_crossget.schedule import Geometry, TextGeometry
+from mllm_crossget.schedule import Geometry, TextGeometry, TowerGeometry
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,11 @@ def register_tower(kind: TowerKind) -> TowerKind:
     return kind
 
 
+def all_of(tokens: int) -> int:
+    """Features of a part of so many placeholders in the untouched model."""
+    return tokens
+
+
 @dataclass(frozen=True)
 class Modality:
     """One kind of visual input with placeholders of its own in the prompt.
@@ -132,9 +137,11 @@ class Modality:
         ndim: dimensions that the pixels may have.
         arguments: further keyword arguments of the call that ``encode`` reads.
         counts: (model, keyword arguments) -> placeholders of every image that the untouched model needs, where they
-            differ from image to image; the features are then counted by encoding first. None: every image has the
-            schedule's count.
-        keeps_count: the language side gets as many features as without reduction.
+            differ from image to image; the features are then counted by encoding first, if there are no
+            ``reduced_counts``. None: every image has the schedule's count.
+        reduced_counts: (model, keyword arguments, placeholders of a part -> features of it) -> features of every image
+            of the reduced model, where they follow from the numbers of parts (frames); else None.
+        tower: path to a vision tower of its own, built like the family's; "" where it shares that one.
         parts: (model, keyword arguments) -> tower images (tiles, frames) of every image; None: one each.
     """
 
@@ -145,7 +152,8 @@ class Modality:
     ndim: tuple[int, ...] = (4,)
     arguments: tuple[str, ...] = ()
     counts: Callable[[Any, dict[str, Any]], list[int]] | None = None
-    keeps_count: bool = False
+    reduced_counts: Callable[[Any, dict[str, Any], Callable[[int], int]], list[int]] | None = None
+    tower: str = ""
     parts: Callable[[Any, dict[str, Any]], list[int]] | None = None
 
 
@@ -352,6 +360,12 @@ def language_layers_of(family: Family, config: Any) -> tuple[str, ...]:
     if family.language_layers is not None:
         return family.language_layers(config)
     return () if family.language_model is None else (f"{family.language_model}.layers",)
+
+
+def geometry_of_own_tower(family: Family, config: Any) -> Geometry:
+    """Geometry of a tower that one modality has of its own: its features are read with the class token."""
+    geometry = family.geometry(config)
+    return replace(geometry, drops_prefix=False) if isinstance(geometry, TowerGeometry) else geometry
 
 
 def module_at(root: nn.Module, path: str) -> nn.Module:

@@ -7,18 +7,19 @@ the cells behind it are merged again, to the share that the tower keeps (``hooks
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
-from mllm_crossget.families.base import Modality, register_family
+from mllm_crossget.families.base import Modality, all_of, register_family
 from mllm_crossget.families.llava_next import EXACT, IMAGE, LLAVA_NEXT
 from mllm_crossget.families.llava_onevision import frame_counts
 
 
-def video_counts(model: Any, kwargs: dict[str, Any]) -> list[int]:
+def video_counts(model: Any, kwargs: dict[str, Any], kept: Callable[[int], int] = all_of) -> list[int]:
     """Features of every video: the frames' patches, pooled in squares of ``spatial_pool_stride``."""
     config = model.config
     side = config.vision_config.image_size // config.vision_config.patch_size // config.spatial_pool_stride
-    return [frames * side * side for frames in frame_counts(model, kwargs)]
+    return [frames * kept(side * side) for frames in frame_counts(model, kwargs)]
 
 
 VIDEO = Modality(
@@ -28,6 +29,7 @@ VIDEO = Modality(
     encode="get_video_features",
     ndim=(5,),
     counts=video_counts,
+    reduced_counts=video_counts,
     parts=frame_counts,
 )
 

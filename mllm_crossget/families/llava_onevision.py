@@ -13,9 +13,10 @@ that the tower keeps (``hooks.pooled_grid``). A resized grid keeps newlines as a
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
-from mllm_crossget.families.base import Family, Modality, Tiles, register_family
+from mllm_crossget.families.base import Family, Modality, Tiles, all_of, register_family
 from mllm_crossget.families.grid import layouts
 from mllm_crossget.families.llava import TOWERS, two_layer_projector_flops
 from mllm_crossget.families.llava_next import EXACT, grid_geometry, parts, require_sizes, square_tiles
@@ -34,11 +35,11 @@ def counts(model: Any, kwargs: dict[str, Any]) -> list[int]:
     return [len(layout) for layout in made]
 
 
-def video_counts(model: Any, kwargs: dict[str, Any]) -> list[int]:
+def video_counts(model: Any, kwargs: dict[str, Any], kept: Callable[[int], int] = all_of) -> list[int]:
     """Features of every video: frames of half the height and width, and one newline."""
     vision = model.config.vision_config
     side = math.ceil(vision.image_size // vision.patch_size / 2)
-    return [frames * side * side + 1 for frames in frame_counts(model, kwargs)]
+    return [frames * kept(side * side) + 1 for frames in frame_counts(model, kwargs)]
 
 
 def frame_counts(model: Any, kwargs: dict[str, Any]) -> list[int]:
@@ -60,6 +61,7 @@ VIDEO = Modality(
     encode="get_video_features",
     ndim=(5,),
     counts=video_counts,
+    reduced_counts=video_counts,
     parts=frame_counts,
 )
 

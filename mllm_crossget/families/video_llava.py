@@ -1,14 +1,38 @@
 """VideoLlava: one CLIP tower for images, another one for the frames of videos.
 
-Images are reduced as in LLaVA. The tower of the videos is left as it is, so videos run as in the untouched model.
+Images are reduced as in LLaVA. So are frames, each by itself, in their own tower with cross tokens of its own; the
+stock model reads them with their class token, which stays. A frame keeps the same share of its tokens, or the same
+number where ``visual_tokens`` is given (its class token is one of them).
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
-from mllm_crossget.families.base import Modality, register_family
+from mllm_crossget.families.base import Modality, all_of, patches_per_image, register_family
 from mllm_crossget.families.llava import LLAVA
+from mllm_crossget.families.llava_onevision import frame_counts
+
+
+def video_counts(model: Any, kwargs: dict[str, Any], kept: Callable[[int], int] = all_of) -> list[int]:
+    """Features of every video: the frames' patches and class tokens."""
+    per_frame = 1 + patches_per_image(model.config.vision_config)
+    return [frames * kept(per_frame) for frames in frame_counts(model, kwargs)]
+
+
+VIDEO = Modality(
+    name="video",
+    pixels="pixel_values_videos",
+    token="video_token_id",
+    encode="get_video_features",
+    ndim=(5,),
+    counts=video_counts,
+    reduced_counts=video_counts,
+    tower="model.video_tower",
+    parts=frame_counts,
+)
 
 VIDEO_LLAVA = register_family(
     dataclasses.replace(
@@ -16,10 +40,11 @@ VIDEO_LLAVA = register_family(
         model_type="video_llava",
         tower="model.image_tower",
         towers=("clip_vision_model",),
-        note="inside the tower of the images; the language model gets the merged tokens",
-        exact="videos have a tower of their own, which is left as it is",
+        note="inside the towers of the images and of the videos; the language model gets the merged tokens",
+        exact="frames equal images of a LLaVA that reads its class token; rows of ragged batches alone or together",
+        features="two_towers",
         # transformers before 5.23 calls the pixels "pixel_values_images", as processors still do on request
-        modalities=(Modality(), Modality(pixels="pixel_values_images")),
+        modalities=(Modality(), Modality(pixels="pixel_values_images"), VIDEO),
         dynamic=False,
     )
 )

@@ -7,16 +7,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from mllm_crossget.families.base import BertNames, Family, config_at, module_at, text_side_of, tower_kind
+from mllm_crossget.families.base import (
+    BertNames,
+    Family,
+    config_at,
+    geometry_of_own_tower,
+    module_at,
+    text_side_of,
+    tower_kind,
+)
 from mllm_crossget.hooks import concatenated as _registers_concatenated_features  # noqa: F401
 from mllm_crossget.hooks import grid as _registers_grid_features  # noqa: F401
+from mllm_crossget.hooks import own_tower as _registers_own_towers  # noqa: F401
 from mllm_crossget.hooks import pooled_grid as _registers_pooled_grids  # noqa: F401
 from mllm_crossget.hooks import resampled as _registers_resampled_features  # noqa: F401
 from mllm_crossget.hooks.alignment_tokens import AlignmentTokens
 from mllm_crossget.hooks.cross_tokens import CrossTokens
 from mllm_crossget.hooks.dual import DualModel
 from mllm_crossget.hooks.features import FEATURES, CutFeatures
-from mllm_crossget.hooks.handle import HANDLE, Handle
+from mllm_crossget.hooks.handle import HANDLE, Handle, OwnTower
 from mllm_crossget.hooks.journal import Journal
 from mllm_crossget.hooks.model import AlignedModel, ReducedModel
 from mllm_crossget.hooks.pooling import hook_pooling
@@ -71,25 +80,36 @@ def apply_method(
 
 def _hook_vision(model: Any, handle: Handle, geometry: TowerGeometry) -> None:
     family = handle.family
-    vision_config = config_at(model.config, family.vision_config)
     tower: Any = module_at(model, family.tower or "")
-    kind = tower_kind(vision_config.model_type, family.towers, type(model).__name__)
-    encoder = module_at(tower, kind.encoder)
-    handle.encoder_path = ".".join(filter(None, (family.tower, kind.encoder)))
-    layers = getattr(encoder, kind.names.layers)
-    vision = None
-    if handle.schedule.cross:
-        vision = _cross_tokens(handle, "vision", layers, vision_config.hidden_size)
-        handle.cross_paths["vision"] = f"{handle.encoder_path}.cross_tokens"
-    mixins = (RaggedEncoder, RaggedLayer) if handle.method.is_dynamic else None
-    cosine = handle.method.uses_cosine(family.cosine)
-    handle.tower = hook_tower(
-        handle.journal, encoder, layers, kind.names, handle.method, geometry, vision, cosine, mixins
-    )
+    handle.encoder_path, handle.tower = _hook_encoder(model, handle, family.tower or "", "vision", geometry)
+    for modality in family.modalities:
+        if modality.tower:
+            own: Any = geometry_of_own_tower(family, model.config)
+            made = _hook_encoder(model, handle, modality.tower, modality.name, own)
+            handle.own_towers[modality.name] = OwnTower(made[0], make_schedule(handle.method, own), made[1])
     if family.text_tower is not None and family.text_tower.appends and hasattr(tower, "head"):
         hook_pooling(handle.journal, tower.head, handle.tower)
     if handle.method.is_dynamic:
         _hook_readers(model, handle, tower.post_layernorm)
+
+
+def _hook_encoder(model: Any, handle: Handle, path: str, place: str, geometry: TowerGeometry) -> tuple[str, TowerState]:
+    """Hook the layers of the tower at a path, with the cross tokens of a place; the path to them, and their state."""
+    family, method = handle.family, handle.method
+    vision_config = config_at(model.config, family.vision_config)
+    kind = tower_kind(vision_config.model_type, family.towers, type(model).__name__)
+    encoder = module_at(module_at(model, path), kind.encoder)
+    encoder_path = ".".join(filter(None, (path, kind.encoder)))
+    layers = getattr(encoder, kind.names.layers)
+    cross = None
+    if handle.schedule.cross:
+        cross = _cross_tokens(handle, place, layers, vision_config.hidden_size)
+        handle.cross_paths[place] = f"{encoder_path}.cross_tokens"
+    mixins = (RaggedEncoder, RaggedLayer) if method.is_dynamic else None
+    cosine = method.uses_cosine(family.cosine)
+    return encoder_path, hook_tower(
+        handle.journal, encoder, layers, kind.names, method, geometry, cosine=cosine, cross_tokens=cross, mixins=mixins
+    )
 
 
 def _hook_readers(model: Any, handle: Handle, norm: nn.Module) -> None:

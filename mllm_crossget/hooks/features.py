@@ -80,7 +80,7 @@ def encode_ahead(model: nn.Module, family: Family, modality: Modality, kwargs: d
     if output is None:
         output = getattr(owner, modality.encode)(pixels, **arguments, return_dict=True)
         owner.__dict__.setdefault(_AHEAD, {})[modality.encode] = (_identity(pixels), output)
-    return [image.shape[:-1].numel() for image in features_of(output)]  # a video is (frames, k, D) before 5.23
+    return [len(image) for image in features_of(output)]
 
 
 def ahead_of(model: nn.Module, family: Family, modality: Modality) -> Any:

@@ -19,17 +19,34 @@ HANDLE = "_mllm_crossget"
 
 
 @dataclass
+class OwnTower:
+    """The tower of one modality beside the vision tower (videos of VideoLlava).
+
+    Attributes:
+        encoder_path: path to the module that holds its layers.
+        schedule: counts for one frame.
+        state: of the hooked tower.
+    """
+
+    encoder_path: str
+    schedule: Schedule
+    state: TowerState
+
+
+@dataclass
 class Handle:
     """Attached to the top-level model.
 
     Attributes:
         method, family, geometry, schedule: the settings, and the counts that follow from them for this model.
         journal: the changes to the model.
-        cross_tokens: the learned modules by place ("vision", "text"), also while ``keep_ratio=1`` parks them.
+        cross_tokens: the learned modules by place ("vision", "text", "video"), also while ``keep_ratio=1`` parks them.
         cross_paths: where they are registered in the model, by place.
         encoder_path: path to the module that holds the vision layers.
         text_path: path to the module that writes text cross tokens, "" where there is none.
         tower: state of the hooked vision tower or of the merging behind the projector, None while ``keep_ratio=1``.
+        own_towers: towers that single modalities have beside it, by the modality's name.
+        again: state of the second merging, behind pooled frames and resized grids, or None.
         text_encoder_path, text_tower: the same for a text tower.
         vision_cache: encoded images for the next question about them, or None.
     """
@@ -44,6 +61,8 @@ class Handle:
     encoder_path: str = ""
     text_path: str = ""
     tower: TowerState | MergeState | None = None
+    own_towers: dict[str, OwnTower] = field(default_factory=dict)
+    again: MergeState | None = None
     text_encoder_path: str = ""
     text_tower: TextTowerState | None = None
     vision_cache: VisionCache | None = None

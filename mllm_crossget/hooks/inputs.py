@@ -160,11 +160,18 @@ def _known_features(model: nn.Module, handle: Handle, modality: Modality, kwargs
         return [len(image) for image in features]
     if handle.method.is_dynamic:
         return None
-    if modality.keeps_count and modality.counts is not None:
-        return modality.counts(model, kwargs)
+    if modality.reduced_counts is not None:
+        return modality.reduced_counts(model, kwargs, lambda tokens: _kept_of_part(handle, modality, tokens))
     if isinstance(handle.geometry, MergeGeometry):
         return _merged_counts(handle, _placeholders(model, handle, modality, kwargs))
     return None if modality.counts is not None else [handle.schedule.features] * len(kwargs[modality.pixels])
+
+
+def _kept_of_part(handle: Handle, modality: Modality, tokens: int) -> int:
+    """Features of a frame of ``tokens`` placeholders."""
+    if modality.name in handle.own_towers:
+        return handle.own_towers[modality.name].schedule.features
+    return tokens if handle.again is None else handle.again.schedule(tokens).features
 
 
 def _merged_counts(handle: Handle, placeholders: list[int]) -> list[int]:

@@ -66,7 +66,7 @@ class ReducedModel(SavedModel):
         cache = kwargs.get("past_key_values")
         layout = getattr(cache, LAYOUT, None)
         if present(handle, kwargs) and is_full_prompt(self, handle, kwargs):
-            with forget_ahead(self, handle.family), _recording(self, handle), recording(self, handle):
+            with forget_ahead(self, handle.family), _recording(self, handle, kwargs), recording(self, handle):
                 return _forward_shrunk(self, super().forward, handle, kwargs)
         if layout is not None:
             follow_layout(layout, kwargs)
@@ -177,11 +177,14 @@ def _aligns(model: nn.Module, handle: Handle) -> bool:
     return model.training and both and handle.text_path != "" and bool(handle.family.vision_projection)
 
 
-def _recording(model: nn.Module, handle: Handle) -> AbstractContextManager[Any]:
+def _recording(model: nn.Module, handle: Handle, kwargs: dict[str, Any]) -> AbstractContextManager[Any]:
     """Both sides' lists of cross tokens, or two empty ones where no alignment loss is wanted."""
     if not _aligns(model, handle):
         return nullcontext(([], []))
-    return recorded_cross_tokens(module_at(model, handle.encoder_path), module_at(model, handle.text_path))
+    first = next((modality.name for modality in present(handle, kwargs)), "")
+    own = handle.own_towers.get(first)
+    encoder_path = handle.encoder_path if own is None else own.encoder_path
+    return recorded_cross_tokens(module_at(model, encoder_path), module_at(model, handle.text_path))
 
 
 def _with_alignment(model: nn.Module, forward: Any, handle: Handle, kwargs: dict[str, Any]) -> Any:
@@ -191,7 +194,7 @@ def _with_alignment(model: nn.Module, forward: Any, handle: Handle, kwargs: dict
     if not _aligns(model, handle):
         return forward(**kwargs)
     family = handle.family
-    with forget_ahead(model, family), _recording(model, handle) as (vision, text):
+    with forget_ahead(model, family), _recording(model, handle, kwargs) as (vision, text):
         rows = images_per_row(model, handle, kwargs) if present(handle, kwargs) else None
         output = forward(**kwargs)
     if isinstance(output, tuple):

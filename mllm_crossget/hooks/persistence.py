@@ -29,7 +29,7 @@ def cross_state(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> 
         state: a state dict to take the values from (one that a distributed trainer gathered), else the modules'.
 
     Returns:
-        ``vision.cross`` and ``text.cross``, each (layers, width); ``alignment.tokens`` (K, width) and the layers' maps
+        ``vision.cross``, ``text.cross``, ``video.cross``, each (layers, width); ``alignment.tokens`` (K, width) and the layers' maps
         ``alignment.maps.0.weight``, ``alignment.text_maps.0.weight``, ... On the CPU.
     """
     values = {}

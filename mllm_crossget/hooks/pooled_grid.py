@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mllm_crossget.families.grid import NEWLINE, layouts, reduced_layout
-from mllm_crossget.hooks.features import FEATURES, encoded_ahead
+from mllm_crossget.hooks.features import FEATURES
 from mllm_crossget.hooks.grid import PLACES, GridFeatures, place, reading, sources_of
 from mllm_crossget.hooks.journal import Journal
 from mllm_crossget.hooks.post_merge import MergeState, merge_features
@@ -33,7 +33,7 @@ class VideoGridFeatures(GridFeatures):
     def install(cls, journal: Journal, owner: nn.Module, handle: Any) -> None:
         """See ``ReducedFeatures.install``."""
         super().install(journal, owner, handle)
-        again = MergeState(_same_share(handle), ())
+        again = handle.again = MergeState(_same_share(handle), ())
         journal.set_attribute(owner, _AGAIN, again)
         resampler = getattr(owner, "vision_resampler", None)  # LLaVA-NeXT-Video's pooling of frames
         if resampler is not None:
@@ -43,9 +43,6 @@ class VideoGridFeatures(GridFeatures):
 
     def get_video_features(self, *args: Any, **kwargs: Any) -> Any:
         """As the original, with fewer features per frame."""
-        ahead = encoded_ahead(self, "get_video_features", args, kwargs)
-        if ahead is not None:
-            return ahead
         with reading(self):
             return super().get_video_features(*args, **kwargs)
 

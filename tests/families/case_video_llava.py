@@ -76,5 +76,6 @@ add_case(
         answers=lambda model, batch: row_logits(model, batch, ("image_token_id", "video_token_id")),
         dial={"visual_tokens": 8},
         loss=loss_with_alignment,
+        generates=True,
     )
 )

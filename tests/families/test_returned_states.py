@@ -81,11 +81,15 @@ def features_per_image(case: Case, model: nn.Module, batch: Batch) -> dict[str, 
     of their token."""
     family, found = families()[case.model_type], {}
     for modality in family.modalities:
-        if modality.pixels in batch and not modality.keeps_count:
+        if modality.pixels in batch:
             owner = module_at(model, family.features_owner)
             arguments = {name: batch[name] for name in modality.arguments if name in batch}
             output = getattr(owner, modality.encode)(batch[modality.pixels], **arguments, return_dict=True)
-            found[modality.token] = [image.shape[:-1].numel() for image in features_of(output)]
+            counts = [image.shape[:-1].numel() for image in features_of(output)]
+            frames = batch[modality.pixels].shape[1]
+            if case.model_type == "llava_onevision" and modality.name == "video" and counts[0] % frames == 0:
+                counts = [count + 1 for count in counts]  # the newline: added by the caller before transformers 5.23
+            found[modality.token] = counts
     return found
 
 
