@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 
+from mllm_crossget.hooks.counts import expected_counts, image_counts, present, token_of
 from mllm_crossget.hooks.handle import base_model, handle_of
-from mllm_crossget.hooks.inputs import expected_counts, image_counts, present, token_of
 from mllm_crossget.hooks.prompt import plan_compaction
 
 Answer = TypeVar("Answer")

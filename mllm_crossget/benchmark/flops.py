@@ -16,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mllm_crossget.benchmark.language import language_costs
 from mllm_crossget.costs import attention_flops, linear_flops, pooling_head_flops
-from mllm_crossget.families.base import TOWERS, Family, TextTower, Tiles, config_at, families, family_of
+from mllm_crossget.families.base import TOWERS, Family, TextTower, config_at, families, family_of
+from mllm_crossget.families.modality import Tiles
 from mllm_crossget.methods.base import Method, Signals
 from mllm_crossget.methods.madtp import MadtpConfig
 from mllm_crossget.schedule import MergeGeometry, Schedule, make_schedule, make_text_schedule

@@ -26,6 +26,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from mllm_crossget.families.modality import Modality, Tiles
 from mllm_crossget.schedule import Geometry, TextGeometry, TowerGeometry
 
 
@@ -120,43 +121,6 @@ def register_tower(kind: TowerKind) -> TowerKind:
     return kind
 
 
-def all_of(tokens: int) -> int:
-    """Features of a part of so many placeholders in the untouched model."""
-    return tokens
-
-
-@dataclass(frozen=True)
-class Modality:
-    """One kind of visual input with placeholders of its own in the prompt.
-
-    Args:
-        name: its key in transformers' ``mm_encoder_outputs`` ("image", "video").
-        pixels: the keyword argument with the pixels.
-        token: name of the configuration's field with the placeholder's token id.
-        encode: method of the features' owner that encodes it.
-        ndim: dimensions that the pixels may have.
-        arguments: further keyword arguments of the call that ``encode`` reads.
-        counts: (model, keyword arguments) -> placeholders of every image that the untouched model needs, where they
-            differ from image to image; the features are then counted by encoding first, if there are no
-            ``reduced_counts``. None: every image has the schedule's count.
-        reduced_counts: (model, keyword arguments, placeholders of a part -> features of it) -> features of every image
-            of the reduced model, where they follow from the numbers of parts (frames); else None.
-        tower: path to a vision tower of its own, built like the family's; "" where it shares that one.
-        parts: (model, keyword arguments) -> tower images (tiles, frames) of every image; None: one each.
-    """
-
-    name: str = "image"
-    pixels: str = "pixel_values"
-    token: str = "image_token_id"
-    encode: str = "get_image_features"
-    ndim: tuple[int, ...] = (4,)
-    arguments: tuple[str, ...] = ()
-    counts: Callable[[Any, dict[str, Any]], list[int]] | None = None
-    reduced_counts: Callable[[Any, dict[str, Any], Callable[[int], int]], list[int]] | None = None
-    tower: str = ""
-    parts: Callable[[Any, dict[str, Any]], list[int]] | None = None
-
-
 @dataclass(frozen=True)
 class TextTower:
     """The text tower of a dual encoder, or a BERT that reads a text and an image.
@@ -198,19 +162,6 @@ class TextTower:
         """What a schedule needs to know, from the model's configuration."""
         text = config_at(config, self.config)
         return TextGeometry(text.num_hidden_layers, text.max_position_embeddings, 1 + self.first, self.appends)
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """How often the tower runs for one image, for costs. The cross token of the first tile alone is read.
-
-    Args:
-        count: tiles or frames.
-        newlines: vectors that the model adds to their features.
-    """
-
-    count: int = 1
-    newlines: int = 0
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from mllm_crossget.costs import linear_flops, vit_flops
-from mllm_crossget.families.base import Family, Modality, patches_per_image, register_family
+from mllm_crossget.families.base import Family, patches_per_image, register_family
+from mllm_crossget.families.modality import Modality
 from mllm_crossget.schedule import MergeGeometry
 
 _TOWER = "siglip_vision_model"

@@ -11,13 +11,13 @@ from typing import Any
 from mllm_crossget.costs import linear_flops
 from mllm_crossget.families.base import (
     Family,
-    Modality,
     TowerKind,
     patches_per_image,
     register_family,
     register_tower,
     tower_kind,
 )
+from mllm_crossget.families.modality import Modality
 from mllm_crossget.schedule import TowerGeometry
 
 JANUS_TOWER = register_tower(TowerKind("janus_vision_model", prefix=0))

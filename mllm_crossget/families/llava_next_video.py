@@ -10,9 +10,10 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from mllm_crossget.families.base import Modality, all_of, register_family
+from mllm_crossget.families.base import register_family
 from mllm_crossget.families.llava_next import EXACT, IMAGE, LLAVA_NEXT
 from mllm_crossget.families.llava_onevision import frame_counts
+from mllm_crossget.families.modality import Modality, all_of
 
 
 def video_counts(model: Any, kwargs: dict[str, Any], kept: Callable[[int], int] = all_of) -> list[int]:

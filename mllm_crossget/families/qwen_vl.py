@@ -12,7 +12,8 @@ from __future__ import annotations
 from typing import Any
 
 from mllm_crossget.costs import attention_flops, linear_flops
-from mllm_crossget.families.base import Family, Modality, register_family
+from mllm_crossget.families.base import Family, register_family
+from mllm_crossget.families.modality import Modality
 from mllm_crossget.schedule import MergeGeometry
 
 EXAMPLE_SIDE = 32

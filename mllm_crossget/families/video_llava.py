@@ -11,9 +11,10 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from mllm_crossget.families.base import Modality, all_of, patches_per_image, register_family
+from mllm_crossget.families.base import patches_per_image, register_family
 from mllm_crossget.families.llava import LLAVA
 from mllm_crossget.families.llava_onevision import frame_counts
+from mllm_crossget.families.modality import Modality, all_of
 
 
 def video_counts(model: Any, kwargs: dict[str, Any], kept: Callable[[int], int] = all_of) -> list[int]:

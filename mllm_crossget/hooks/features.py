@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mllm_crossget.families.base import Family, Modality, module_at
+from mllm_crossget.families.base import Family, module_at
+from mllm_crossget.families.modality import Modality
 from mllm_crossget.hooks.journal import Journal
 
 if TYPE_CHECKING:

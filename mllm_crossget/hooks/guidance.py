@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from mllm_crossget.families.base import module_at, text_side_of
 from mllm_crossget.hooks.alignment import aligned_output
+from mllm_crossget.hooks.counts import images_per_row, present, token_of
 from mllm_crossget.hooks.features import forget_ahead
 from mllm_crossget.hooks.handle import Handle, live_cross_tokens
-from mllm_crossget.hooks.inputs import images_per_row, present, token_of
 from mllm_crossget.hooks.ragged_tower import recorded_alignment
 from mllm_crossget.methods.madtp import MadtpConfig
 from mllm_crossget.ops.alignment_attention import alignment_features, guidance_loss

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mllm_crossget.families.base import Modality, module_at
-from mllm_crossget.hooks.features import encode_ahead
+from mllm_crossget.families.base import module_at
+from mllm_crossget.families.modality import Modality
+from mllm_crossget.hooks.counts import given_features, image_counts, known_features, placeholders_of, present, token_of
 from mllm_crossget.hooks.generation import prompt_mask
 from mllm_crossget.hooks.handle import Handle
 from mllm_crossget.hooks.positions import cells_that_stay, grid_positions, text_positions
 from mllm_crossget.hooks.prompt import Compaction, Layout, check_counts, outer_padding, plan_compaction
-from mllm_crossget.schedule import MergeGeometry
 
 # Arguments of a call that choose which features are read.
 _READ = (
@@ -68,21 +68,6 @@ def refuse_other_features(handle: Handle, config: Any, kwargs: dict[str, Any]) -
             )
 
 
-def _features(modality: Modality, kwargs: dict[str, Any]) -> Any:
-    """Precomputed features of a modality in a call, (images, ·, ·) or a list, or None."""
-    outputs = kwargs.get("mm_encoder_outputs") or {}
-    return None if outputs.get(modality.name) is None else outputs[modality.name].pooler_output
-
-
-def present(handle: Handle, kwargs: dict[str, Any]) -> list[Modality]:
-    """The modalities that a call brings, as pixels or as precomputed features."""
-    return [
-        modality
-        for modality in handle.family.modalities
-        if kwargs.get(modality.pixels) is not None or _features(modality, kwargs) is not None
-    ]
-
-
 def _check_pixels(model: nn.Module, handle: Handle, modality: Modality, pixels: Any) -> None:
     if not isinstance(pixels, Tensor) or pixels.ndim not in modality.ndim or not pixels.is_floating_point():
         kind = f"{tuple(pixels.shape)} {pixels.dtype}" if isinstance(pixels, Tensor) else type(pixels).__name__
@@ -114,15 +99,15 @@ def is_full_prompt(model: nn.Module, handle: Handle, kwargs: dict[str, Any]) -> 
 
 
 def _is_full(model: nn.Module, handle: Handle, modality: Modality, kwargs: dict[str, Any]) -> bool:
-    if _features(modality, kwargs) is None:
+    if given_features(modality, kwargs) is None:
         _check_pixels(model, handle, modality, kwargs[modality.pixels])
     total = int((kwargs["input_ids"] == token_of(model, modality)).sum())
-    features = _known_features(model, handle, modality, kwargs)
+    features = known_features(model, handle, modality, kwargs)
     compact = None if features is None else sum(features)
     if total == compact or features == []:
         _check_positions(model, handle, modality, kwargs, total)
         return False
-    needed = _placeholders(model, handle, modality, kwargs)
+    needed = placeholders_of(model, handle, modality, kwargs)
     return check_counts(total, sum(needed), compact, len(needed))
 
 
@@ -130,91 +115,11 @@ def _check_positions(model: nn.Module, handle: Handle, modality: Modality, kwarg
     """A prompt that is compact already does not say where in the grid its image tokens are."""
     if handle.family.positions != "grid" or kwargs.get("position_ids") is not None:
         return
-    if total != sum(_placeholders(model, handle, modality, kwargs)):
+    if total != sum(placeholders_of(model, handle, modality, kwargs)):
         raise ValueError(
             f"the prompt holds {total} image placeholders, as many as there are merged tokens, and no position_ids: "
             "the positions of the cells that stay follow from the full prompt; pass it as the processor makes it"
         )
-
-
-def token_of(model: nn.Module, modality: Modality) -> int:
-    """Token id of a modality's placeholder."""
-    return int(getattr(model.config, modality.token))
-
-
-def _placeholders(model: nn.Module, handle: Handle, modality: Modality, kwargs: dict[str, Any]) -> list[int]:
-    """Placeholders of every image that the untouched model needs."""
-    features = _features(modality, kwargs)
-    if features is not None and isinstance(handle.geometry, MergeGeometry) and handle.geometry.fixed:
-        images = sum(len(image) for image in features) // handle.schedule.features
-        return [handle.schedule.placeholders] * images
-    if modality.counts is not None:
-        return modality.counts(model, kwargs)
-    return [handle.schedule.placeholders] * len(kwargs[modality.pixels] if features is None else features)
-
-
-def _known_features(model: nn.Module, handle: Handle, modality: Modality, kwargs: dict[str, Any]) -> list[int] | None:
-    """Features of every image as far as they are known without encoding it."""
-    features = _features(modality, kwargs)
-    if features is not None:
-        return [len(image) for image in features]
-    if handle.method.is_dynamic:
-        return None
-    if modality.reduced_counts is not None:
-        return modality.reduced_counts(model, kwargs, lambda tokens: _kept_of_part(handle, modality, tokens))
-    if isinstance(handle.geometry, MergeGeometry):
-        return _merged_counts(handle, _placeholders(model, handle, modality, kwargs))
-    return None if modality.counts is not None else [handle.schedule.features] * len(kwargs[modality.pixels])
-
-
-def _kept_of_part(handle: Handle, modality: Modality, tokens: int) -> int:
-    """Features of a frame of ``tokens`` placeholders."""
-    if modality.name in handle.own_towers:
-        return handle.own_towers[modality.name].schedule.features
-    return tokens if handle.again is None else handle.again.schedule(tokens).features
-
-
-def _merged_counts(handle: Handle, placeholders: list[int]) -> list[int]:
-    return [handle.tower.schedule(tokens).features for tokens in placeholders]
-
-
-def image_counts(model: nn.Module, handle: Handle, modality: Modality, kwargs: dict[str, Any]) -> list[tuple[int, int]]:
-    """(placeholders of the user's prompt, features) of every image of a call; encodes the images where only that can
-    tell."""
-    placeholders = _placeholders(model, handle, modality, kwargs)
-    if isinstance(handle.geometry, MergeGeometry):
-        return list(zip(placeholders, _merged_counts(handle, placeholders), strict=True))
-    known = _known_features(model, handle, modality, kwargs)
-    features = encode_ahead(model, handle.family, modality, kwargs) if known is None else known
-    return list(zip(placeholders, features, strict=True))
-
-
-def expected_counts(
-    model: nn.Module, handle: Handle, modality: Modality, kwargs: dict[str, Any]
-) -> list[tuple[int, int]]:
-    """As ``image_counts`` without encoding: where only the image can tell, the settings' average share."""
-    placeholders = _placeholders(model, handle, modality, kwargs)
-    known = _known_features(model, handle, modality, kwargs)
-    if known is None:
-        share = handle.schedule.features / handle.schedule.placeholders
-        known = [min(count, round(count * share)) for count in placeholders]
-    return list(zip(placeholders, known, strict=True))
-
-
-def images_per_row(model: nn.Module, handle: Handle, kwargs: dict[str, Any]) -> Tensor:
-    """(B,) tower images (a tile or a frame counts as one) in every row of a compact prompt.
-
-    Only the first modality of the family that is there counts: one forward records the cross tokens of one encoding.
-    """
-    modality = present(handle, kwargs)[0]
-    features = _known_features(model, handle, modality, kwargs)
-    if features is None:
-        features = encode_ahead(model, handle.family, modality, kwargs)
-    parts = [1] * len(features) if modality.parts is None else modality.parts(model, kwargs)
-    ends = torch.tensor(features).cumsum(0)
-    rows = (kwargs["input_ids"] == token_of(model, modality)).sum(dim=1).cumsum(0).cpu()
-    row_of_image = torch.searchsorted(rows, ends)  # the first row that ends at or behind the image's last placeholder
-    return torch.zeros(len(rows), dtype=torch.int64).index_add(0, row_of_image, torch.tensor(parts))
 
 
 def _pad_id(model: nn.Module) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mllm_crossget.families.base import module_at
 from mllm_crossget.hooks.alignment import add_alignment_loss
+from mllm_crossget.hooks.counts import images_per_row, present
 from mllm_crossget.hooks.cross_tokens import recorded_cross_tokens
 from mllm_crossget.hooks.features import forget_ahead
 from mllm_crossget.hooks.generation import PromptView, option_reader, shift_lengths, with_user_view
@@ -21,10 +22,8 @@ from mllm_crossget.hooks.inputs import (
     cached_columns,
     empty_layout,
     follow_layout,
-    images_per_row,
     is_full_prompt,
     mask_2d,
-    present,
     refuse_inputs,
     refuse_other_features,
     require_ids,

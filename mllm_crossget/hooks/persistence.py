@@ -29,8 +29,8 @@ def cross_state(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> 
         state: a state dict to take the values from (one that a distributed trainer gathered), else the modules'.
 
     Returns:
-        ``vision.cross``, ``text.cross``, ``video.cross``, each (layers, width); ``alignment.tokens`` (K, width) and the layers' maps
-        ``alignment.maps.0.weight``, ``alignment.text_maps.0.weight``, ... On the CPU.
+        ``vision.cross``, ``text.cross``, ``video.cross``, each (layers, width); ``alignment.tokens`` (K, width) and the
+        layers' maps ``alignment.maps.0.weight``, ``alignment.text_maps.0.weight``, ... On the CPU.
     """
     values = {}
     paths = base_model(model).__dict__[HANDLE].cross_paths

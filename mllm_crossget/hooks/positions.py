@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mllm_crossget.families.base import Family, Modality, module_at
+from mllm_crossget.families.base import Family, module_at
+from mllm_crossget.families.modality import Modality
 from mllm_crossget.hooks.features import ahead_of, encode_ahead
 from mllm_crossget.hooks.post_merge import kept_cells
 from mllm_crossget.hooks.prompt import Compaction

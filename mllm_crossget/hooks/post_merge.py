@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mllm_crossget.families.base import Modality
+from mllm_crossget.families.modality import Modality
 from mllm_crossget.hooks.features import FEATURES, FeaturesMixin, encoded_ahead, features_of, with_features
 from mllm_crossget.hooks.journal import Journal
 from mllm_crossget.hooks.tower import LayerTrace

@@ -17,9 +17,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from mllm_crossget import accelerate_mllm
 from mllm_crossget.config import method_class
 from mllm_crossget.families.base import families
+from mllm_crossget.hooks.counts import image_counts
 from mllm_crossget.hooks.features import FEATURES
 from mllm_crossget.hooks.handle import Handle
-from mllm_crossget.hooks.inputs import empty_layout, image_counts, shrink_new_columns
+from mllm_crossget.hooks.inputs import empty_layout, shrink_new_columns
 from mllm_crossget.hooks.journal import Journal
 from mllm_crossget.hooks.post_merge import hook_merge, kept_cells
 from mllm_crossget.schedule import make_schedule

@@ -15,8 +15,8 @@ from mllm_crossget import CrossGetConfig, accelerate_mllm, trace_merges
 from mllm_crossget.families import llava_next, llava_next_video, llava_onevision
 from mllm_crossget.families.grid import NEWLINE, reduced_layout
 from mllm_crossget.hooks import pooled_grid
+from mllm_crossget.hooks.counts import image_counts
 from mllm_crossget.hooks.handle import handle_of
-from mllm_crossget.hooks.inputs import image_counts
 from mllm_crossget.hooks.post_merge import Merged, MergeState
 from mllm_crossget.hooks.tower import LayerTrace, kept_trace, trace_of
 from tests.families.case_llava_next import batch_of, tiny_llava_next
