@@ -14,13 +14,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from mllm_crossget.ops.rows import select_rows
+
 _TINY = 1e-12  # keeps a zero key from becoming NaN; far below the norm of any real key
 # Bytes of one image's map beyond which it is made in tiles: 256 MiB, 8192 tokens.
 LARGEST_MAP = 2**28
 TILE = 2**26  # bytes of one tile
 # Bytes of the maps of the images that are matched together.
 _GROUP_CPU, _GROUP_GPU = 2**20, 2**28
-_PENALTY = 4.0
+_CEILING = 8.0
 _FUSED = "MLLM_CROSSGET_FUSED_MATCHING"
 
 
@@ -107,14 +109,13 @@ def best_of_map(similarity_BTT: Tensor) -> Tensor:
 def best_below_in_rows(rows_BRT: Tensor, rank_BR: Tensor, rank_BT: Tensor, out: Tensor | None = None) -> Tensor:
     """(B, R) largest similarity of some rows to tokens of a higher rank number; -inf where there is none.
 
-    Sums instead of a mask, which would cost five times as much on a CPU: 0 for a token that ranks below, at most -4 for
-    the others; similarities are at most 1 apart from 0.
+    A ceiling instead of a mask, which would cost five times as much on a CPU: at least 4 for a token that ranks below,
+    at most -4 for the others; similarities are at most 1 apart from 0.
     """
-    above = (rank_BR + 1)[..., None]
-    penalty = rank_BT[:, None] - above if out is None else torch.sub(rank_BT[:, None], above, out=out)
-    penalty = penalty.clamp_(max=0.0)
-    best = torch.add(rows_BRT, penalty, alpha=_PENALTY, out=penalty).amax(dim=-1)
-    return best.masked_fill(best < -_PENALTY / 2, -torch.inf)
+    below, own = (rank_BT * _CEILING)[:, None], (rank_BR * _CEILING + _CEILING / 2)[..., None]
+    ceiling = below - own if out is None else torch.sub(below, own, out=out)
+    best = torch.minimum(rows_BRT, ceiling, out=ceiling).amax(dim=-1)
+    return best.masked_fill(best < -_CEILING / 4, -torch.inf)
 
 
 def _finite_keys(keys: Tensor) -> Tensor:
@@ -149,8 +150,7 @@ class SimilarityMap:
 
     def best_survivor(self, src_BR: Tensor) -> Tensor:
         """See ``Graph``."""
-        rows = self.similarity.gather(1, src_BR[:, :, None].expand(-1, -1, self.similarity.shape[2]))
-        return _best_column(rows, src_BR)
+        return _best_column(select_rows(self.similarity, src_BR), src_BR)
 
 
 class SimilarityTiles:
@@ -184,13 +184,11 @@ class SimilarityTiles:
 
     def _tiles(self, rows_BR: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Some of the rows, and their (B, rows, T) similarities."""
-        width = self._left.shape[2]
         for rows in rows_BR.split(self._rows, dim=1):
-            tile = self._left.gather(1, rows[..., None].expand(-1, -1, width)) @ self._right.mT
+            tile = select_rows(self._left, rows) @ self._right.mT
             yield rows, tile.scatter_(2, rows[..., None], -torch.inf)
 
 
 def _best_column(rows_BRT: Tensor, src_BR: Tensor) -> Tensor:
-    leaving = torch.zeros(len(rows_BRT), rows_BRT.shape[2], dtype=torch.bool, device=rows_BRT.device)
-    leaving = leaving.scatter_(1, src_BR, True)
-    return rows_BRT.masked_fill_(leaving[:, None, :], -torch.inf).argmax(dim=-1)
+    leaving = torch.zeros(len(rows_BRT), rows_BRT.shape[2], dtype=rows_BRT.dtype, device=rows_BRT.device)
+    return rows_BRT.add_(leaving.scatter_(1, src_BR, -torch.inf)[:, None]).argmax(dim=-1)

@@ -116,47 +116,49 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     """(B, H, T, D) output (empty without values) and (B, T) importance, some maps at a time."""
     batch, heads, tokens, _ = query_BHTD.shape
-    query, key = query_BHTD.flatten(0, 1), key_BHTD.flatten(0, 1)
-    value = query[:, :, :0] if value_BHTD is None else value_BHTD.flatten(0, 1)
-    weights, bias = _for_heads(query_BHTD, bias_BT, cross_token, weights_BT)
-    groups = _groups(batch * heads, tokens, query.device)
-    if len(groups) == 1:
-        attention = _softmax(query, key, scaling, bias)
-        columns, output = torch.bmm(weights, attention), torch.bmm(attention.to(value.dtype), value)
-    else:  # into memory that is there already: a new map of some MB for every group costs as much as its softmax
-        columns = torch.empty_like(weights)
-        output = value.new_empty(value.shape)
-        workspace = query.new_empty(2, groups[0].stop, tokens, tokens, dtype=torch.float32)
-        for part in groups:
-            attention = _softmax(query[part], key[part], scaling, None if bias is None else bias[part], workspace)
-            torch.bmm(weights[part], attention, out=columns[part])
-            torch.bmm(attention.to(value.dtype), value[part], out=output[part])
-    importance = columns.view(batch, heads, tokens).mean(dim=1)
-    return output.view(batch, heads, tokens, -1), importance
+    if value_BHTD is None:
+        value_BHTD = query_BHTD[..., :0]
+    if weights_BT is None:
+        weights_BT = query_weights(tokens, cross_token, query_BHTD).expand(batch, -1)
+    columns = query_BHTD.new_empty(batch, heads, 1, tokens, dtype=torch.float32)
+    output = value_BHTD.new_empty(batch, heads, tokens, value_BHTD.shape[-1])
+    groups = _groups(batch, heads, tokens, query_BHTD.device)
+    workspace = None
+    if len(groups) > 1:  # into memory that is there already: a new map for every group costs as much as its softmax
+        most = columns[groups[0]].shape[:2].numel()
+        workspace = columns.new_empty(2, most, tokens, tokens)
+    for part in groups:
+        query, key, value = (values[part].flatten(0, 1) for values in (query_BHTD, key_BHTD, value_BHTD))
+        of_heads = columns[part].shape[:2]
+        bias = None if bias_BT is None else _for_heads(bias_BT[part[0]], of_heads)
+        attention = _softmax(query, key, scaling, bias, workspace)
+        torch.bmm(_for_heads(weights_BT[part[0]], of_heads), attention, out=columns[part].flatten(0, 1))
+        torch.bmm(attention.to(value.dtype), value, out=output[part].flatten(0, 1))
+    return output, columns.mean(dim=1)[:, 0]
 
 
-def _groups(maps: int, tokens: int, device: torch.device) -> list[slice]:
-    """Maps (one per image and head) to work on together. On a CPU one for every thread, which then stays in its cache
-    (measured: as fast as torch's fused attention), or some small ones; on a GPU, which wants few launches, as many as
-    its memory can spare. A compiler fuses better without groups."""
+def _groups(batch: int, heads: int, tokens: int, device: torch.device) -> list[tuple[slice, slice]]:
+    """Images and heads whose maps are worked on together: heads of one image, or all heads of some images. On a CPU one
+    map for every thread, which then stays in its cache (measured: as fast as torch's fused attention), or some small
+    ones; on a GPU, which wants few launches, as many as its memory can spare. A compiler fuses better without groups.
+    """
     if torch.compiler.is_compiling():
-        return [slice(0, maps)]
+        return [(slice(0, batch), slice(0, heads))]
     if device.type == "cpu":
         together = max(torch.get_num_threads(), _GROUP_CPU // (4 * tokens * tokens))
     else:
         together = max(1, _GROUP_GPU // (4 * tokens * tokens))
-    return [slice(first, first + together) for first in range(0, maps, together)]
+    images, own = max(1, together // heads), min(together, heads)
+    return [
+        (slice(image, image + images), slice(head, head + own))
+        for image in range(0, batch, images)
+        for head in range(0, heads, own)
+    ]
 
 
-def _for_heads(
-    query_BHTD: Tensor, bias_BT: Tensor | None, cross_token: bool, weights_BT: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """(B·H, 1, T) weights of the queries and biases of the keys."""
-    batch, heads, tokens, _ = query_BHTD.shape
-    if weights_BT is None:
-        weights_BT = query_weights(tokens, cross_token, query_BHTD).expand(batch, -1)
-    weights = weights_BT.repeat_interleave(heads, dim=0)[:, None]
-    return weights, None if bias_BT is None else bias_BT.repeat_interleave(heads, dim=0)[:, None]
+def _for_heads(values_BT: Tensor, of_heads: torch.Size) -> Tensor:
+    """(B·H, 1, T) the values of each image for all of its heads; ``of_heads`` is (B, H)."""
+    return values_BT[:, None, None].expand(*of_heads, 1, -1).flatten(0, 1)
 
 
 def _softmax(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mllm_crossget.ops.matching import Match
+from mllm_crossget.ops.rows import select_rows
 
 
 def merge(x_BTD: Tensor, size_BT: Tensor, match: Match) -> tuple[Tensor, Tensor]:
@@ -24,15 +25,15 @@ def merge(x_BTD: Tensor, size_BT: Tensor, match: Match) -> tuple[Tensor, Tensor]
         (B, T-R, D) tokens in ``x``'s dtype and (B, T-R) sizes in float32.
     """
     size = size_BT.float()
-    kept = _rows(x_BTD, match.kept)
+    kept = select_rows(x_BTD, match.kept)
     kept_size = size.gather(1, match.kept)
     if match.pruned or not match.src.shape[1]:
         return kept, kept_size
     slot = match.slot.gather(1, match.src)
     new_size = kept_size.scatter_add(1, slot, size.gather(1, match.src))
     entering, staying = _factors(kept_size, new_size, size.gather(1, match.src), slot, match.weight)
-    source = _rows(x_BTD, match.src).float() * entering[..., None]
-    destination = _rows(x_BTD, match.dst).float() * staying[..., None]
+    source = select_rows(x_BTD, match.src).float() * entering[..., None]
+    destination = select_rows(x_BTD, match.dst).float() * staying[..., None]
     # Several sources of one destination are summed in the place of the first of them; the others repeat its value, and
     # must not repeat its gradient.
     places = torch.arange(slot.shape[1], device=slot.device).expand_as(slot)
@@ -72,10 +73,3 @@ def compose_source(source_BN: Tensor | None, match: Match) -> Tensor:
 def unmerge(x_BTD: Tensor, source_BN: Tensor) -> Tensor:
     """Give every original token the value of the token it was merged into: (B, T, D), (B, N) -> (B, N, D)."""
     return x_BTD.gather(1, source_BN[..., None].expand(-1, -1, x_BTD.shape[-1]))
-
-
-def _rows(x_BTD: Tensor, index_BR: Tensor) -> Tensor:
-    """(B, R, D) tokens by index; whole rows are copied, several times faster than ``gather`` on a CPU."""
-    batch, tokens, width = x_BTD.shape
-    offset = torch.arange(0, batch * tokens, tokens, device=index_BR.device)[:, None]
-    return x_BTD.reshape(-1, width).index_select(0, (index_BR + offset).flatten()).view(batch, -1, width)
