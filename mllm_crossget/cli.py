@@ -62,6 +62,12 @@ COMMANDS: dict[str, Command] = {
         "mllm_crossget.benchmark.reducer:run",
         "time matching, importance and merging alone, against the number of tokens",
     ),
+    "bench-reuse": Command(
+        "mllm_crossget.benchmark.reuse:ReuseOptions",
+        "mllm_crossget.benchmark.reuse:run",
+        "time the second question about an image whose features were kept",
+        takes_method=True,
+    ),
     "demo": Command(
         "mllm_crossget.embedded.demo:DemoOptions",
         "mllm_crossget.embedded.demo:run",

@@ -68,12 +68,12 @@ def run(options: ReducerOptions) -> int:
     return 0
 
 
-def literal_matching(keys_BTD: Tensor, importance_BT: Tensor, r: int) -> tuple[Tensor, Tensor]:
+def literal_matching(keys_BTD: Tensor, importance_BT: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
     """Complete-graph soft matching as its formula is written: every step of it a whole map.
 
     Similarities; rank of each token by its best one; a triangle of -inf, scattered along rows and columns into the
-    order of the tokens, hides those that do not rank below; scores; sources; their best partner among all others. First
-    and last token are protected.
+    order of the tokens, hides those that do not rank below; scores; sources; their best partner among all others; the
+    weights of every pair. First and last token are protected.
 
     Args:
         keys_BTD: (B, T, D) keys.
@@ -81,7 +81,7 @@ def literal_matching(keys_BTD: Tensor, importance_BT: Tensor, r: int) -> tuple[T
         r: tokens to remove.
 
     Returns:
-        (B, R) sources in the order of their scores, and their destinations.
+        (B, R) sources in the order of their scores, their destinations, and (B, R, 2) weights.
     """
     batch, tokens, _ = keys_BTD.shape
     square = (batch, tokens, tokens)
@@ -100,7 +100,8 @@ def literal_matching(keys_BTD: Tensor, importance_BT: Tensor, r: int) -> tuple[T
     src, others = order[:, :r], order[:, r:].sort(dim=-1).values
     rows = similarity.gather(1, src[:, :, None].expand(-1, -1, tokens))
     partner = rows.gather(2, others[:, None].expand(-1, r, -1)).max(dim=-1).indices
-    return src, others.gather(1, partner)
+    dst = others.gather(1, partner)
+    return src, dst, torch.stack([importance_BT.gather(1, src), importance_BT.gather(1, dst)], dim=-1).softmax(dim=-1)
 
 
 def importance_by_second_pass(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor]:

@@ -14,11 +14,12 @@ from mllm_crossget.ops import attend_with_importance, complete_graph_soft_matchi
 def test_the_literal_formula_is_the_same_matching(shape):
     batch, tokens, r = shape
     keys, importance = torch.randn(batch, tokens, 16), torch.rand(batch, tokens)
-    src, dst = literal_matching(keys, importance, r)
+    src, dst, weight = literal_matching(keys, importance, r)
     order = src.argsort(dim=1)
     match = complete_graph_soft_matching(keys, importance, r, (0, tokens - 1))
     assert torch.equal(src.gather(1, order), match.src)
     assert torch.equal(dst.gather(1, order), match.dst)
+    torch.testing.assert_close(weight.gather(1, order[..., None].expand(-1, -1, 2)), match.weight)
 
 
 def test_a_second_pass_gives_the_same_importance():

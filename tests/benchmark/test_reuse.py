@@ -1,0 +1,31 @@
+"""What a second question costs, and that a stream of images stays within the cache's bound."""
+
+import json
+
+from mllm_crossget.benchmark.reuse import many_images
+from mllm_crossget.cli import main
+from mllm_crossget.hooks.vision_cache import MEBIBYTE
+from tests.tiny import tiny_llava
+
+
+def test_the_command_times_both_questions(tmp_path):
+    tiny_llava().save_pretrained(tmp_path / "model")
+    path = tmp_path / "reuse.json"
+    words = ["bench-reuse", "--geometry", str(tmp_path / "model"), "--keep_ratio", "0.5", "--text_tokens", "6"]
+    assert main([*words, "--rounds", "3", "--images", "60", "--output", str(path)]) == 0
+    report = json.loads(path.read_text())
+    assert report["questions"]["equal_answers"]
+    seconds = {name: times["median"] for name, times in report["questions"]["seconds"].items()}
+    assert seconds["encoder, second question"] < seconds["encoder, first question"]
+    assert report["method"]["keep_ratio"] == 0.5
+    assert report["memory"]["encoded"] == 60
+
+
+def test_images_stay_within_the_bound():
+    """An image of 36 tokens of 128 float32 takes 18 KiB: a MiB holds 56 of them."""
+    memory = many_images(120, 1, batch=40)
+    assert memory["bound_bytes"] == MEBIBYTE
+    assert memory["largest_bytes"] <= MEBIBYTE
+    assert 50 <= memory["images_kept"] <= 56
+    assert memory["encoded"] == 120
+    assert memory["resident_bytes_after_a_tenth"] <= memory["resident_bytes_at_the_end"]
