@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,13 +20,15 @@ from accelerate.utils import DistributedType
 from peft import get_peft_model
 from transformers import AutoModelForImageTextToText
 
-from mllm_crossget import CrossGetConfig, accelerate_mllm
-from mllm_crossget.training import Collator, CrossGetTrainer, lora_config
+from mllm_crossget import CrossGetConfig, MadtpConfig, accelerate_mllm
+from mllm_crossget.training import BudgetCallback, Collator, CrossGetTrainer, lora_config
 from tests.tiny import tiny_llava
 from tests.training.toy import ToySamples, losses, toy_arguments
 
 CONFIGS = Path(__file__).parents[2] / "scripts" / "configs"
 GLOBAL_BATCH = 8
+METHODS = {"ddp-madtp": partial(MadtpConfig, alignment_tokens=4, alignment_width=8),
+           "ddp-dynamic": partial(CrossGetConfig, dynamic=True)}  # fmt: skip
 
 
 def arguments(backend, folder, processes, steps):
@@ -55,6 +58,10 @@ def arguments(backend, folder, processes, steps):
     return args
 
 
+def pictures(data):
+    return torch.cat([data[index]["pixel_values"] for index in range(16)])
+
+
 def run(backend, folder, processes, steps=50, text_only=0):
     torch.set_num_threads(1)
     folder = Path(folder)
@@ -64,7 +71,7 @@ def run(backend, folder, processes, steps=50, text_only=0):
         tiny_llava().save_pretrained(base)
     args = arguments(backend, folder, processes, steps)
     model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
-    accelerate_mllm(model, CrossGetConfig(keep_ratio=0.5, alignment_weight=0.1))
+    accelerate_mllm(model, METHODS.get(backend, CrossGetConfig)(keep_ratio=0.5, alignment_weight=0.1))
     torch.manual_seed(0)
     model = get_peft_model(model, lora_config(model, r=4, alpha=8, dropout=0.0))
     trainer = CrossGetTrainer(
@@ -72,6 +79,7 @@ def run(backend, folder, processes, steps=50, text_only=0):
         args=args,
         train_dataset=data,
         data_collator=Collator(model, pad_token_id=0),
+        callbacks=[BudgetCallback(pictures(data), every=5)] if backend in METHODS else [],
     )
     trainer.train()
     if args.process_index == 0:

@@ -31,14 +31,14 @@ def one_process(tmp_path_factory):
     return folder
 
 
-def same_trajectory(folder, reference, kind):
+def same_trajectory(folder, reference, kind, steps=STEPS):
     found, wanted = (json.loads((path / "losses.json").read_text()) for path in (folder, reference))
     assert found["kind"] == kind  # else these tests would pass on plain DDP
     for name in ("loss", "task_loss", "alignment_loss", "grad_norm"):
-        assert len(found[name]) == STEPS
+        assert len(found[name]) == steps
         assert found[name] == pytest.approx(wanted[name], rel=TOLERANCE, abs=TOLERANCE), name
     for file in ("crossget.safetensors", "adapter_model.safetensors"):
-        saved, expected = (load_file(path / f"checkpoint-{STEPS}" / file) for path in (folder, reference))
+        saved, expected = (load_file(path / f"checkpoint-{steps}" / file) for path in (folder, reference))
         assert saved.keys() == expected.keys()
         for name, tensor in saved.items():
             assert tensor.abs().sum() > 0 or "lora_B" in name
@@ -48,6 +48,17 @@ def same_trajectory(folder, reference, kind):
 def test_ddp(tmp_path, one_process):
     torchrun("ddp", tmp_path, STEPS)  # not a fork of the test process, whose threads a child would miss
     same_trajectory(tmp_path, one_process, "MULTI_CPU")
+
+
+@pytest.mark.parametrize("method", ["ddp-madtp", "ddp-dynamic"])
+def test_ddp_with_a_number_of_tokens_per_image(tmp_path, method):
+    """Thresholds are found again on the way, by each process for itself."""
+    run(method, tmp_path / "one", 1, 12)
+    torchrun(method, tmp_path, 12)
+    same_trajectory(tmp_path, tmp_path / "one", "MULTI_CPU", 12)
+    settings = [json.loads((path / "checkpoint-12/crossget_config.json").read_text())
+                for path in (tmp_path, tmp_path / "one")]  # fmt: skip
+    assert settings[0]["threshold"] == pytest.approx(settings[1]["threshold"], abs=1e-5)
 
 
 def test_a_backend_that_is_not_active_is_an_error(tmp_path):
