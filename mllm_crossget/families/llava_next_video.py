@@ -12,8 +12,9 @@ from typing import Any
 
 from mllm_crossget.families.base import register_family
 from mllm_crossget.families.llava_next import EXACT, IMAGE, LLAVA_NEXT
+from mllm_crossget.families.llava_onevision import VIDEO as FRAMES
 from mllm_crossget.families.llava_onevision import frame_counts
-from mllm_crossget.families.modality import Modality, all_of
+from mllm_crossget.families.modality import all_of
 
 
 def video_counts(model: Any, kwargs: dict[str, Any], kept: Callable[[int], int] = all_of) -> list[int]:
@@ -23,16 +24,7 @@ def video_counts(model: Any, kwargs: dict[str, Any], kept: Callable[[int], int] 
     return [frames * kept(side * side) for frames in frame_counts(model, kwargs)]
 
 
-VIDEO = Modality(
-    name="video",
-    pixels="pixel_values_videos",
-    token="video_token_id",
-    encode="get_video_features",
-    ndim=(5,),
-    counts=video_counts,
-    reduced_counts=video_counts,
-    parts=frame_counts,
-)
+VIDEO = dataclasses.replace(FRAMES, counts=video_counts, reduced_counts=video_counts)
 
 LLAVA_NEXT_VIDEO = register_family(
     dataclasses.replace(

@@ -13,6 +13,7 @@ from typing import Any
 
 from mllm_crossget.families.base import patches_per_image, register_family
 from mllm_crossget.families.llava import LLAVA
+from mllm_crossget.families.llava_onevision import VIDEO as FRAMES
 from mllm_crossget.families.llava_onevision import frame_counts
 from mllm_crossget.families.modality import Modality, all_of
 
@@ -23,17 +24,7 @@ def video_counts(model: Any, kwargs: dict[str, Any], kept: Callable[[int], int] 
     return [frames * kept(per_frame) for frames in frame_counts(model, kwargs)]
 
 
-VIDEO = Modality(
-    name="video",
-    pixels="pixel_values_videos",
-    token="video_token_id",
-    encode="get_video_features",
-    ndim=(5,),
-    counts=video_counts,
-    reduced_counts=video_counts,
-    tower="model.video_tower",
-    parts=frame_counts,
-)
+VIDEO = dataclasses.replace(FRAMES, counts=video_counts, reduced_counts=video_counts, tower="model.video_tower")
 
 VIDEO_LLAVA = register_family(
     dataclasses.replace(
