@@ -1,6 +1,6 @@
 """mllm_crossget: fewer visual tokens in Hugging Face vision-language models (CrossGET, ICML 2024)."""
 
-from mllm_crossget.api import accelerate_mllm, accelerated, restore_mllm, reuse_vision, trace_merges, unsupported_reason
+from mllm_crossget.api import accelerate_mllm, accelerated, restore_mllm, reuse_vision, trace_merges
 from mllm_crossget.batching import CompactBatchSampler, compact_lengths, generate_in_batches, join_requests
 from mllm_crossget.checkpoint import load_crossget, load_official_cross_tokens, save_crossget
 from mllm_crossget.config import ReductionConfig, method_names
@@ -9,6 +9,7 @@ from mllm_crossget.hooks.vision_cache import VisionCache
 from mllm_crossget.methods import CrossGetConfig, MadtpConfig, RandomConfig, ToMeConfig
 from mllm_crossget.retrieval import retrieval_ranks, retrieval_recall
 from mllm_crossget.schedule import ramp
+from mllm_crossget.support import unsupported_reason
 
 __version__ = "0.1.0"
 

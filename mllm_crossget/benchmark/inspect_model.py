@@ -13,13 +13,13 @@ from rich.table import Table
 from torch import nn
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModel, AutoModelForImageTextToText
 
-from mllm_crossget.api import unsupported_reason
 from mllm_crossget.benchmark.flops import Flops, model_flops, tiles_of, visual_tokens
 from mllm_crossget.benchmark.geometries import resolve
 from mllm_crossget.config import DIALS
 from mllm_crossget.families.base import TextTower, config_at, family_of
 from mllm_crossget.methods.base import Method
 from mllm_crossget.schedule import Schedule, TowerGeometry, make_schedule, make_text_schedule
+from mllm_crossget.support import unsupported_reason
 
 
 @dataclass

@@ -57,12 +57,13 @@ class ReuseOptions:
 
 def run(options: ReuseOptions, method: Method) -> int:
     """Measure, print a table, write the JSON; returns 0."""
+    memory = many_images(options.images, options.cache_mebibytes) if options.images else None
     report = {
         "options": asdict(options),
         "method": method.to_dict(),
         "environment": environment(),
         "questions": questions(options, method),
-        "memory": many_images(options.images, options.cache_mebibytes) if options.images else None,
+        "memory": memory,
     }
     Console().print(table(report))
     if options.output is not None:
@@ -128,7 +129,7 @@ def many_images(images: int, mebibytes: int, batch: int = 50) -> dict[str, Any]:
         pixels = torch.randn(min(batch, images - start), 3, 96, 96, generator=noise)
         model.model.get_image_features(pixels, return_dict=True)
         largest = max(largest, cache.used_bytes)
-        resident.append(_peak_resident_bytes())
+        resident.append(_resident_bytes())
     return {
         "images": images,
         "bound_bytes": cache.max_bytes,
@@ -159,11 +160,16 @@ def table(report: dict[str, Any]) -> Table:
 
 
 def _other_words(ids: Tensor, image: int) -> Tensor:
-    """Another question about the same image."""
-    return torch.where(ids == image, ids, (ids + 1).clamp(max=999))
+    """Another question about the same image: the words in reverse."""
+    other = ids.clone()
+    other[ids != image] = ids[ids != image].flip(0)
+    return other
 
 
-def _peak_resident_bytes() -> int:
-    """The most memory that this process has had so far."""
+def _resident_bytes() -> int:
+    """Memory that this process has now; on other systems than Linux the most that it has had so far."""
+    now = Path("/proc/self/statm")
+    if now.exists():
+        return int(now.read_text().split()[1]) * resource.getpagesize()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak

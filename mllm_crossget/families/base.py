@@ -21,13 +21,13 @@ model returns, and its lengths for everything that is not named here):
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from mllm_crossget.families.modality import Modality, Tiles
-from mllm_crossget.schedule import Geometry, TextGeometry, TowerGeometry
+from mllm_crossget.schedule import Geometry, TextGeometry
 
 
 @dataclass(frozen=True)
@@ -311,12 +311,6 @@ def language_layers_of(family: Family, config: Any) -> tuple[str, ...]:
     if family.language_layers is not None:
         return family.language_layers(config)
     return () if family.language_model is None else (f"{family.language_model}.layers",)
-
-
-def geometry_of_own_tower(family: Family, config: Any) -> Geometry:
-    """Geometry of a tower that one modality has of its own: its features are read with the class token."""
-    geometry = family.geometry(config)
-    return replace(geometry, drops_prefix=False) if isinstance(geometry, TowerGeometry) else geometry
 
 
 def module_at(root: nn.Module, path: str) -> nn.Module:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from mllm_crossget.schedule import TowerGeometry
+
 
 def all_of(tokens: int) -> int:
     """Features of a part of so many placeholders in the untouched model."""
@@ -28,7 +30,8 @@ class Modality:
             ``reduced_counts``. None: every image has the schedule's count.
         reduced_counts: (model, keyword arguments, placeholders of a part -> features of it) -> features of every image
             of the reduced model, where they follow from the numbers of parts (frames); else None.
-        tower: path to a vision tower of its own, built like the family's; "" where it shares that one.
+        tower: path to a vision tower of its own, with layers like the family's; "" where it shares that one.
+        geometry: configuration -> geometry of that tower.
         parts: (model, keyword arguments) -> tower images (tiles, frames) of every image; None: one each.
     """
 
@@ -41,6 +44,7 @@ class Modality:
     counts: Callable[[Any, dict[str, Any]], list[int]] | None = None
     reduced_counts: Callable[[Any, dict[str, Any], Callable[[int], int]], list[int]] | None = None
     tower: str = ""
+    geometry: Callable[[Any], TowerGeometry] | None = None
     parts: Callable[[Any, dict[str, Any]], list[int]] | None = None
 
 

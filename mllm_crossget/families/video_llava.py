@@ -12,10 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 from mllm_crossget.families.base import patches_per_image, register_family
-from mllm_crossget.families.llava import LLAVA
+from mllm_crossget.families.llava import LLAVA, geometry
 from mllm_crossget.families.llava_onevision import VIDEO as FRAMES
 from mllm_crossget.families.llava_onevision import frame_counts
 from mllm_crossget.families.modality import Modality, all_of
+from mllm_crossget.schedule import TowerGeometry
 
 
 def video_counts(model: Any, kwargs: dict[str, Any], kept: Callable[[int], int] = all_of) -> list[int]:
@@ -24,7 +25,18 @@ def video_counts(model: Any, kwargs: dict[str, Any], kept: Callable[[int], int] 
     return [frames * kept(per_frame) for frames in frame_counts(model, kwargs)]
 
 
-VIDEO = dataclasses.replace(FRAMES, counts=video_counts, reduced_counts=video_counts, tower="model.video_tower")
+def frame_geometry(config: Any) -> TowerGeometry:
+    """Geometry of the videos' tower: frames are read with their class token."""
+    return dataclasses.replace(geometry(config), drops_prefix=False)
+
+
+VIDEO = dataclasses.replace(
+    FRAMES,
+    counts=video_counts,
+    reduced_counts=video_counts,
+    tower="model.video_tower",
+    geometry=frame_geometry,
+)
 
 VIDEO_LLAVA = register_family(
     dataclasses.replace(

@@ -11,7 +11,6 @@ from mllm_crossget.families.base import (
     BertNames,
     Family,
     config_at,
-    geometry_of_own_tower,
     module_at,
     text_side_of,
     tower_kind,
@@ -83,8 +82,8 @@ def _hook_vision(model: Any, handle: Handle, geometry: TowerGeometry) -> None:
     tower: Any = module_at(model, family.tower or "")
     handle.encoder_path, handle.tower = _hook_encoder(model, handle, family.tower or "", "vision", geometry)
     for modality in family.modalities:
-        if modality.tower:
-            own: Any = geometry_of_own_tower(family, model.config)
+        if modality.tower and modality.geometry is not None:
+            own = modality.geometry(model.config)
             made = _hook_encoder(model, handle, modality.tower, modality.name, own)
             handle.own_towers[modality.name] = OwnTower(made[0], make_schedule(handle.method, own), made[1])
     if family.text_tower is not None and family.text_tower.appends and hasattr(tower, "head"):

@@ -5,12 +5,13 @@ Everything reads the dictionary of keyword arguments of ``forward`` or ``generat
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mllm_crossget.families.modality import Modality
+from mllm_crossget.families.modality import Modality, all_of
 from mllm_crossget.hooks.features import encode_ahead
 from mllm_crossget.hooks.handle import Handle
 from mllm_crossget.schedule import MergeGeometry
@@ -42,6 +43,9 @@ def placeholders_of(model: nn.Module, handle: Handle, modality: Modality, kwargs
     if features is not None and isinstance(handle.geometry, MergeGeometry) and handle.geometry.fixed:
         images = sum(len(image) for image in features) // handle.schedule.features
         return [handle.schedule.placeholders] * images
+    if features is not None and modality.reduced_counts is not None:
+        frames = frames_of(model, handle, modality, features)
+        return [_counted(model, modality, count, all_of) for count in frames]
     if modality.counts is not None:
         return modality.counts(model, kwargs)
     return [handle.schedule.placeholders] * len(kwargs[modality.pixels] if features is None else features)
@@ -59,6 +63,30 @@ def known_features(model: nn.Module, handle: Handle, modality: Modality, kwargs:
     if isinstance(handle.geometry, MergeGeometry):
         return _merged_counts(handle, placeholders_of(model, handle, modality, kwargs))
     return None if modality.counts is not None else [handle.schedule.features] * len(kwargs[modality.pixels])
+
+
+def frames_of(model: nn.Module, handle: Handle, modality: Modality, features: Any) -> list[int]:
+    """Frames in every entry of precomputed features of videos.
+
+    Raises:
+        ValueError: an entry whose length no whole number of frames has.
+    """
+    one, two = (_counted(model, modality, frames, lambda tokens: _kept_of_part(handle, modality, tokens))
+                for frames in (1, 2))  # fmt: skip
+    lengths = [len(entry) for entry in features]
+    if any((length - one) % (two - one) or length < one for length in lengths):
+        raise ValueError(
+            f"precomputed features of {modality.name}s have lengths {lengths}, but a frame has {two - one} at the "
+            "present settings; make them with get_video_features of the accelerated model"
+        )
+    return [1 + (length - one) // (two - one) for length in lengths]
+
+
+def _counted(model: nn.Module, modality: Modality, frames: int, kept: Callable[[int], int]) -> int:
+    """Features of one video of so many frames."""
+    if modality.reduced_counts is None:
+        raise RuntimeError(f"{modality.name}s have no frames")
+    return modality.reduced_counts(model, {modality.pixels: torch.empty(1, frames)}, kept)[0]
 
 
 def _kept_of_part(handle: Handle, modality: Modality, tokens: int) -> int:
@@ -104,7 +132,11 @@ def images_per_row(model: nn.Module, handle: Handle, kwargs: dict[str, Any]) -> 
     features = known_features(model, handle, modality, kwargs)
     if features is None:
         features = encode_ahead(model, handle.family, modality, kwargs)
-    parts = [1] * len(features) if modality.parts is None else modality.parts(model, kwargs)
+    given = given_features(modality, kwargs)
+    if given is not None and modality.reduced_counts is not None:
+        parts = frames_of(model, handle, modality, given)
+    else:
+        parts = [1] * len(features) if modality.parts is None else modality.parts(model, kwargs)
     ends = torch.tensor(features).cumsum(0)
     rows = (kwargs["input_ids"] == token_of(model, modality)).sum(dim=1).cumsum(0).cpu()
     row_of_image = torch.searchsorted(rows, ends)  # the first row that ends at or behind the image's last placeholder

@@ -203,6 +203,10 @@ def _with_alignment(model: nn.Module, forward: Any, handle: Handle, kwargs: dict
     towards = [
         [module_at(model, path) for path in paths] for paths in (family.vision_projection, family.text_projection)
     ]
-    return add_alignment_loss(
+    output = add_alignment_loss(
         output, vision[0] if vision else None, text[0] if text else None, towards, rows, handle.method.kl
     )
+    if handle.own_towers:  # DDP wants a gradient of every tower's cross tokens, also where a batch has images alone
+        for path in handle.cross_paths.values():
+            output.alignment_loss = output.alignment_loss + 0 * module_at(model, path)().sum()
+    return output

@@ -2,8 +2,8 @@
 
 What the tower merged is copied back to its patches in front of that step, so that the geometry is the stock model's;
 behind it the cells of a frame, or of a resized grid, are merged again, each by itself, to the share that the tower
-kept. So the tower and the language model both work on fewer tokens. The second merging has no cross token
-(``hooks.post_merge``).
+kept. So the tower and the language model both work on fewer tokens. The second merging is that of ``hooks.post_merge``,
+without a cross token; LLaVA-NeXT-Video pools in front of its projector, and there the cells are the tower's features.
 """
 
 from __future__ import annotations

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mllm_crossget.ops.precision import without_autocast
+
 _GROUP_CPU, _GROUP_GPU = 2**19, 2**28  # bytes of the maps that are worked on together
 
 
@@ -57,7 +59,8 @@ def attention_importance(
     Returns:
         (B, T) float32; no gradient.
     """
-    return _attend(query_BHTD, key_BHTD, None, scaling, bias_BT, cross_token, weights_BT)[1]
+    with without_autocast(query_BHTD.device):
+        return _attend(query_BHTD, key_BHTD, None, scaling, bias_BT, cross_token, weights_BT)[1]
 
 
 @torch.no_grad()
@@ -75,7 +78,8 @@ def attend_with_importance(
     Arguments as ``attention_importance``. Returns (B, T, H, D) output, the layout transformers expects, and (B, T)
     float32 importance; no gradient.
     """
-    output, importance = _attend(query_BHTD, key_BHTD, value_BHTD, scaling, bias_BT, cross_token, weights_BT)
+    with without_autocast(query_BHTD.device):
+        output, importance = _attend(query_BHTD, key_BHTD, value_BHTD, scaling, bias_BT, cross_token, weights_BT)
     return output.transpose(1, 2), importance
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mllm_crossget.ops.graph import SimilarityMap, image_groups, maps_workspace, normalised, ranks, similarity_graph
+from mllm_crossget.ops.precision import without_autocast
 
 
 class Match(NamedTuple):
@@ -63,7 +64,8 @@ def complete_graph_soft_matching(
     importance = importance_BT.float()
     groups = image_groups(batch, tokens, keys_BTD.device)
     workspace = maps_workspace(groups, tokens, keys_BTD.device)
-    pairs = [_pairs(keys_BTD[part], importance[part], shielded[part], r, workspace) for part in groups]
+    with without_autocast(keys_BTD.device):
+        pairs = [_pairs(keys_BTD[part], importance[part], shielded[part], r, workspace) for part in groups]
     src, dst = (torch.cat(side) if len(groups) > 1 else side[0] for side in zip(*pairs, strict=True))
     weight = torch.stack([importance.gather(1, src), importance.gather(1, dst)], dim=-1).softmax(dim=-1)
     kept, slot = _layout(src, dst, tokens)
@@ -100,8 +102,9 @@ def graph_scores(keys_BTD: Tensor, importance_BT: Tensor, shielded_BT: Tensor) -
         (B, T, T) similarity, -inf on the diagonal and on shielded rows and columns, and (B, T) the score: importance
         minus the similarity to the best of the tokens that rank below; +inf for those that cannot leave.
     """
-    graph = SimilarityMap(keys_BTD, shielded_BT)
-    best_below = graph.best_below(ranks(graph.best()))
+    with without_autocast(keys_BTD.device):
+        graph = SimilarityMap(keys_BTD, shielded_BT)
+        best_below = graph.best_below(ranks(graph.best()))
     return graph.similarity, _scores(importance_BT, best_below, shielded_BT)
 
 
@@ -136,7 +139,8 @@ def bipartite_soft_matching(
     metric = normalised(metric_BTD)
     even = torch.arange(0, tokens, 2, device=metric.device)
     odd = torch.arange(1, tokens, 2, device=metric.device)
-    scores = metric[:, even] @ metric[:, odd].mT
+    with without_autocast(metric.device):
+        scores = metric[:, even] @ metric[:, odd].mT
     if class_token:
         scores[:, 0, :] = -torch.inf
     if distill_token:

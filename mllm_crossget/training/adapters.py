@@ -16,11 +16,11 @@ from safetensors import safe_open
 from torch import nn
 from transformers import BitsAndBytesConfig
 
-from mllm_crossget.api import supported_family
 from mllm_crossget.checkpoint import load_crossget
 from mllm_crossget.config import CONFIG_NAME, find_file
 from mllm_crossget.families.base import language_layers_of, module_at
 from mllm_crossget.hooks.handle import Handle, base_model, handle_of
+from mllm_crossget.support import supported_family
 
 _ADAPTER_NAME = "adapter_model.safetensors"
 _PROJECTOR_MODES = ("lora", "full")
@@ -65,7 +65,8 @@ def lora_config(
         raise ValueError(f"a {handle.family.model_type!r} has no projector; leave projector at None")
     target = base_model(model)
     places = [*language_layers_of(handle.family, target.config)]
-    places += [handle.encoder_path] if vision_tower else []
+    if vision_tower:
+        places += [handle.encoder_path, *(tower.encoder_path for tower in handle.own_towers.values())]
     places += [handle.family.projector or ""] if projector == "lora" else []
     pattern = "|".join(_linear_layers(target, place) for place in places)
     saved = learned_modules(handle) if cross_tokens else []

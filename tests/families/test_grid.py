@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import LlavaOnevisionModel
 
 from mllm_crossget import CrossGetConfig, accelerate_mllm, trace_merges
 from mllm_crossget.families import llava_next, llava_next_video, llava_onevision
@@ -22,10 +24,16 @@ from mllm_crossget.hooks.tower import LayerTrace, kept_trace, trace_of
 from tests.families.case_llava_next import batch_of, tiny_llava_next
 from tests.families.case_llava_next_video import tiny_next_video
 from tests.families.case_llava_onevision import tiny_onevision
+from tests.families.cases import all_cases
 from tests.families.models import IMAGE, image_pixels
 from tests.families.prompts import loss_with_alignment, write_prompts
 from tests.methods import FIXED
 from tests.tiny import randomise_cross_tokens
+
+
+def forward_names() -> set[str]:
+    return set(inspect.signature(LlavaOnevisionModel.forward).parameters)
+
 
 PATCHES = 16
 CASES = 500
@@ -267,10 +275,12 @@ def test_frames_are_pooled_as_in_the_stock_model_and_merged_behind_it() -> None:
         model = accelerate_mllm(build(), method="tome", r=0)
         torch.testing.assert_close(video_features(model, video), stock)
         accelerate_mllm(model, method="tome", keep_ratio=0.5)
+        newlines = len(stock) - 2 * 3 * 4  # OneVision adds them here, or in the caller before transformers 5.23
+        assert newlines in (0, 2)
         frame = video_features(model, video[:, :1])
-        assert len(frame) == 2 * (2 + (build is tiny_onevision)), "two of four cells of every frame, and newlines"
+        assert len(frame) == 2 * 2 + newlines, "two of four cells of every frame"
         together = video_features(model, video)
-        assert len(together) == 2 * (3 * 2 + (build is tiny_onevision))
+        assert len(together) == 2 * 3 * 2 + newlines
         torch.testing.assert_close(together[:2], frame[:2])
     assert llava_onevision.video_counts(tiny_onevision(), {"pixel_values_videos": video}) == [13, 13]
     assert llava_next_video.video_counts(tiny_next_video(), {"pixel_values_videos": video}) == [12, 12]
@@ -296,9 +306,47 @@ def test_every_pooled_cell_is_in_one_token(method: str, monkeypatch: pytest.Monk
             if method == "crossget":  # its means are weighted by importance
                 continue
             torch.testing.assert_close(tokens, torch.stack([frame[source == token].mean(dim=0) for token in (0, 1)]))
-        if build is tiny_onevision:
-            torch.testing.assert_close(features.view(5, 7, -1)[:, :6].flatten(0, 1), merged.features.flatten(0, 1))
+        if build is tiny_onevision:  # six features and, since transformers 5.23, a newline
+            own = features.view(5, len(features) // 5, -1)[:, :6]
+            torch.testing.assert_close(own.flatten(0, 1), merged.features.flatten(0, 1))
         calls.clear()
+
+
+@pytest.mark.parametrize("options", [{"keep_ratio": 0.4}, {"r": 3}, {"keep_ratio": 0.6, "merge_every": 2},
+                                     {"visual_tokens": 12}])  # fmt: skip
+@pytest.mark.parametrize("method", ["crossget", "tome"])
+@torch.no_grad()
+def test_frames_keep_the_share_that_the_tower_keeps(method: str, options: dict[str, Any]) -> None:
+    """On 8 x 8 patches and 4 x 4 cells, where a token more or less shows; the cross token does not count."""
+    for build in POOLED:
+        config = build().config
+        config.vision_config.image_size = 112
+        model = accelerate_mllm(type(build())(config).eval(), method=method, **options)
+        schedule = handle_of(model).schedule
+        patches = schedule.tokens[handle_of(model).geometry.read] - offset(model) - schedule.cross
+        frames = video_features(model, image_pixels(1, 5, size=112))
+        assert len(frames) // 5 == max(1, round(16 * patches / 64))
+
+
+@pytest.mark.skipif("mm_encoder_outputs" not in forward_names(), reason="this transformers takes pixels alone")
+@pytest.mark.parametrize("name", ["onevision-several", "llava-next-video", "video-llava-videos"])
+def test_precomputed_videos_give_what_pixels_give(name: str) -> None:
+    case = next(case for case in all_cases() if case.name == name)
+    model = accelerate_mllm(case.build("sdpa"), **case.dial)
+    batch = case.batch(model)
+    rows = {key: batch[key][1:] for key in ("input_ids", "attention_mask")}  # the first row has no video
+    rows["input_ids"] = rows["input_ids"].masked_fill(rows["input_ids"] == IMAGE, 5)
+    video = model.model.get_video_features(batch["pixel_values_videos"], return_dict=True)
+    ready = {**rows, "mm_encoder_outputs": {"video": video}}
+    words = (rows["input_ids"] != model.config.video_token_id) & (rows["attention_mask"] != 0)
+    with torch.no_grad():
+        expected = model(**rows, pixel_values_videos=batch["pixel_values_videos"]).logits
+        torch.testing.assert_close(model(**ready).logits[words], expected[words], atol=1e-4, rtol=1e-4)
+    model.train()
+    assert model(**ready).alignment_loss == 0
+    video.pooler_output = video.pooler_output[:, :-1]
+    with pytest.raises(ValueError, match="precomputed features of videos have lengths"):
+        model(**ready)
 
 
 def video_features(model: nn.Module, video: Tensor) -> Tensor:

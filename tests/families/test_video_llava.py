@@ -6,13 +6,13 @@ import pytest
 import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from mllm_crossget import accelerate_mllm, load_crossget, restore_mllm, save_crossget
+from mllm_crossget import accelerate_mllm, load_crossget, restore_mllm, save_crossget, trace_merges
 from mllm_crossget.hooks.handle import handle_of, live_cross_tokens
 from tests.families.case_video_llava import FRAMES, images_of, tiny_video_llava, with_videos
 from tests.families.models import IMAGE, VIDEO, build, image_pixels
 from tests.families.prompts import add_videos, compact_ids, loss_with_alignment, write_prompts
 from tests.methods import FIXED
-from tests.tiny import randomise_cross_tokens
+from tests.tiny import randomise_cross_tokens, tiny_llava
 
 PER_FRAME = 17
 VIDEOS = image_pixels(2, FRAMES)
@@ -98,9 +98,34 @@ def test_both_towers_cross_tokens_learn_and_travel_in_the_file(tmp_path) -> None
         assert torch.equal(live_cross_tokens(again)[place].weight, tokens.weight)
 
 
+@torch.no_grad()
+def test_merges_of_frames_can_be_traced() -> None:
+    model = accelerate_mllm(tiny_video_llava(), visual_tokens=8)
+    with trace_merges(model, tower="video") as trace, trace_merges(model) as of_images:
+        model(**videos_alone())
+    assert not of_images
+    assert len(trace) == model.config.vision_config.num_hidden_layers
+    assert trace[-1].size.shape[0] == 2 * FRAMES
+    assert trace[-1].size.sum(dim=1).eq(PER_FRAME + 1).all(), "every patch, the class and the cross token once"
+    with pytest.raises(ValueError, match="videos have no tower of their own"), trace_merges(tiny(), tower="video"):
+        pass
+
+
+def tiny() -> torch.nn.Module:
+    return accelerate_mllm(tiny_llava(), keep_ratio=0.5)
+
+
+def test_every_towers_cross_tokens_have_a_gradient_for_images_alone() -> None:
+    """Else DDP stops: it waits for all of them."""
+    model = accelerate_mllm(tiny_video_llava(), visual_tokens=8).train()
+    output = model(**images_of(model))
+    (output.logits.sum() + output.alignment_loss).backward()
+    assert all(tokens.weight.grad is not None for tokens in live_cross_tokens(model).values())
+
+
 def test_what_only_images_can_reach_is_refused_before_anything_changes() -> None:
-    """One token of an image is possible, but a frame has its class token and needs its cross token's place."""
+    """Two tokens of an image are possible, but a frame has its class token too."""
     model = tiny_video_llava()
-    with pytest.raises(ValueError, match="visual tokens cannot be reached"):
-        accelerate_mllm(model, visual_tokens=1)
+    with pytest.raises(ValueError, match=r"in the tower of the videos.* visual tokens cannot be reached"):
+        accelerate_mllm(model, method="tome", visual_tokens=2)
     assert torch.equal(model(**videos_alone()).logits, tiny_video_llava()(**videos_alone()).logits)

@@ -12,6 +12,7 @@ from peft import PeftModel, get_peft_model
 from mllm_crossget import CrossGetConfig, accelerate_mllm, load_crossget
 from mllm_crossget.hooks.handle import live_cross_tokens
 from mllm_crossget.training import check_adapter, load_finetuned, lora_config, quantization_config
+from tests.families.case_video_llava import tiny_video_llava
 from tests.tiny import prompt_batch, tiny_llava
 from tests.training.toy import toy_model, toy_trainer
 
@@ -101,6 +102,14 @@ def test_lora_config_names_the_places():
     assert len(adapted(vision_tower=True) - text) == 4 * 6
     assert lora_config(model, projector="full").modules_to_save == ["cross_tokens", "multi_modal_projector"]
     assert lora_config(model, cross_tokens=False).modules_to_save is None
+
+
+def test_adapters_reach_the_towers_of_images_and_of_videos():
+    model = accelerate_mllm(tiny_video_llava(), visual_tokens=8)
+    model = get_peft_model(model, lora_config(model, vision_tower=True))
+    adapted = [name for name, _ in model.named_parameters() if "lora_A" in name]
+    for tower in ("image_tower", "video_tower"):
+        assert any(tower in name for name in adapted)
 
 
 def test_a_fully_trained_projector_travels_with_the_adapter(tmp_path):

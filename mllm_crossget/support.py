@@ -1,0 +1,162 @@
+"""Whether a model can be accelerated with some settings: everything is checked here, before anything is changed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from mllm_crossget import families as _registered_families  # noqa: F401 - registers them
+from mllm_crossget import methods as _registered_methods  # noqa: F401 - registers them
+from mllm_crossget.families.base import (
+    BertNames,
+    Family,
+    LayerNames,
+    config_at,
+    families,
+    family_of,
+    module_at,
+    refused_families,
+    text_side_of,
+    tower_kind,
+)
+from mllm_crossget.hooks.attention import attention_problem
+from mllm_crossget.hooks.handle import base_model
+from mllm_crossget.methods.base import Method
+from mllm_crossget.methods.madtp import MadtpConfig
+from mllm_crossget.schedule import MergeGeometry, TowerGeometry, make_schedule, make_text_schedule
+
+
+def unsupported_reason(model: nn.Module) -> str | None:
+    """Why a model cannot be accelerated and what to use instead, or None if it can."""
+    try:
+        supported_family(base_model(model))
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def supported_family(model: nn.Module) -> Family:
+    """The family of a model whose structure was checked. Raises ``TypeError`` or ``ValueError`` with the reason."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a loaded transformers model, got {type(model).__name__}; use from_pretrained")
+    known = families()
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type is None and isinstance(getattr(model, "module", None), nn.Module):
+        raise ValueError(
+            f"the model is wrapped in {type(model).__name__}: call accelerate_mllm before wrapping it for distributed "
+            "training, on the transformers model itself"
+        )
+    if model_type in refused_families():
+        raise ValueError(
+            f"{type(model).__name__} (model type {model_type!r}) is not supported: {refused_families()[model_type]}"
+        )
+    family = family_of(getattr(model, "config", None), [kind.__name__ for kind in type(model).__mro__])
+    if family is None:
+        raise ValueError(
+            f"{type(model).__name__} (model type {model_type!r}) is not supported; supported model types: "
+            f"{', '.join(sorted(known))}"
+        )
+    geometry = family.geometry(model.config)
+    _check_structure(model, family, tower=not isinstance(geometry, MergeGeometry))
+    return family
+
+
+def _check_structure(model: nn.Module, family: Family, tower: bool) -> None:
+    """Everything that the hooks rely on is there, in the layers of the ``tower`` too if they are hooked. Raises
+    ``ValueError`` that names what is missing."""
+    paths = [family.tower, family.language_model, family.projector, family.features_owner]
+    paths += [modality.tower for modality in family.modalities]
+    paths += [*family.vision_projection, *family.text_projection]
+    side = text_side_of(family, model.config)
+    paths += [side.model, f"{side.model}.{side.layers}"] if side is not None else []
+    for path in filter(None, paths):
+        try:
+            module_at(model, path)
+        except AttributeError as error:
+            raise ValueError(
+                f"{type(model).__name__} has no {path!r}; pass the full model, as from_pretrained makes it"
+            ) from error
+    if tower and family.tower is not None:
+        vision_type = config_at(model.config, family.vision_config).model_type
+        kind = tower_kind(vision_type, family.towers, type(model).__name__)
+        for path in (family.tower, *(modality.tower for modality in family.modalities if modality.tower)):
+            _check_layers(model, "vision", module_at(module_at(model, path), kind.encoder), kind.names)
+    if family.text_tower is not None:
+        text = family.text_tower
+        _check_layers(model, "text", module_at(module_at(model, text.path), text.encoder), text.names)
+        if text.reader:
+            _check_layers(model, "text", module_at(module_at(model, text.reader), text.encoder), text.names)
+    if any("FSDPModule" in [kind.__name__ for kind in type(module).__mro__] for module in model.modules()):
+        raise ValueError("the model is sharded already (fully_shard): call accelerate_mllm before sharding it")
+    vision = module_at(model, family.tower).parameters() if tower and family.tower is not None else ()
+    if any(type(parameter).__name__ == "DTensor" for parameter in vision):
+        raise ValueError(
+            f"the vision tower of {type(model).__name__} is sharded by a tensor-parallel plan, so no process sees all "
+            "of its heads; use a plan that shards the language model alone"
+        )
+
+
+def _check_layers(model: nn.Module, tower: str, encoder: nn.Module, names: LayerNames | BertNames) -> None:
+    for layer in getattr(encoder, names.layers):
+        for name in names.parts:
+            if not hasattr(layer, name):
+                raise ValueError(f"a {tower} layer of {type(model).__name__} has no {name!r}: unknown structure")
+        problem = attention_problem(module_at(getattr(layer, names.attention), names.inner))
+        if problem is not None:
+            raise ValueError(problem)
+
+
+def check_dials(method: Method, family: Family, model: Any) -> None:
+    """The dials fit the model's towers and its geometry. Raises ``ValueError``."""
+    if method.is_dynamic:
+        _refuse_fixed_counts(model, family)
+    text = family.text_tower
+    if text is None:
+        given = [name for name in ("vision_r", "text_r", "text_keep_ratio") if getattr(method, name) is not None]
+        if given:
+            raise ValueError(
+                f"{type(model).__name__} has no text tower of its own to reduce, so {given} cannot be used; use "
+                "keep_ratio, visual_tokens or r"
+            )
+    elif method.reduces_text:
+        geometry = text.geometry(model.config)
+        make_text_schedule(method, geometry, geometry.context)
+    if text is not None and method.reduces_text and isinstance(method, MadtpConfig) and not text.causal:
+        reason = "is read from its last column" if text.appends else "is a BERT, and its pruning is not implemented"
+        raise ValueError(
+            f"MADTP prunes CLIP's text tower, but not that of {type(model).__name__}, which {reason}; leave "
+            "text_keep_ratio and text_r out, or use CrossGetConfig"
+        )
+    if family.tower is not None:
+        make_schedule(method, family.geometry(model.config))
+        for modality in family.modalities:
+            if modality.geometry is not None:
+                _check_own_tower(method, modality.name, modality.geometry(model.config))
+    elif method.reduces_vision:
+        raise ValueError(
+            f"{type(model).__name__} has no vision tower: give text_keep_ratio or text_r instead of keep_ratio, "
+            "visual_tokens or r"
+        )
+
+
+def _check_own_tower(method: Method, name: str, geometry: TowerGeometry) -> None:
+    try:
+        make_schedule(method, geometry)
+    except ValueError as error:
+        raise ValueError(f"in the tower of the {name}s, which reduces each frame like an image: {error}") from error
+
+
+def _refuse_fixed_counts(model: nn.Module, family: Family) -> None:
+    """Raise ``ValueError`` for a model that needs the same number of tokens in every image."""
+    if not family.dynamic:
+        able = ", ".join(sorted(name for name, known in families().items() if known.dynamic))
+        raise ValueError(
+            f"{type(model).__name__} (model type {family.model_type!r}) cannot take a number of tokens per image yet; "
+            f"model types that can: {able}. Use a method with a fixed number, such as CrossGetConfig(keep_ratio=0.5)"
+        )
+    if not family.tower and hasattr(model, "head"):
+        raise ValueError(
+            f"{type(model).__name__} has a pooling head, which would count rows that belong to no token; build it with "
+            "vision_use_head=False, or use a method with a fixed number of tokens"
+        )
