@@ -10,6 +10,6 @@ import torch
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """A ``with`` block in which autocast is off on a device."""
-    if not torch.is_autocast_enabled(device.type):
+    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)

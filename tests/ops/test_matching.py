@@ -249,3 +249,18 @@ def test_decisions_carry_no_gradient():
     keys, importance = torch.randn(2, 12, 4, requires_grad=True), torch.rand(2, 12, requires_grad=True)
     match = complete_graph_soft_matching(keys, importance, 4)
     assert not match.weight.requires_grad
+
+
+@pytest.mark.parametrize("shape", [(2, 20, 8), (3, 600, 16)], ids=["together", "image by image"])
+def test_autocast_changes_no_ranking(shape):
+    """Similarities in half precision would have ties, and would differ between images that are matched together and
+    one by one."""
+    torch.manual_seed(0)
+    keys, importance = torch.randn(shape), torch.rand(shape[:2])
+    r = shape[1] // 4
+    expected = complete_graph_soft_matching(keys, importance, r, (0,)), bipartite_soft_matching(keys, r)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = complete_graph_soft_matching(keys, importance, r, (0,)), bipartite_soft_matching(keys, r)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one.src, other.src)
+        assert torch.equal(one.dst, other.dst)
