@@ -70,7 +70,7 @@ class LimitedGridFeatures(VideoGridFeatures):
             if len(made[index]) != len(unlimited[index]):  # the stock model resizes this one
                 tokens, size = image_features[index], image_sizes[index : index + 1]
                 grid = stock([unmerge(tokens, source)], size, *args, **kwargs)[0][0][places.patches :]
-                base = place(tokens[:1], source[:1], made[index][: places.patches], kwargs["image_newline"], places)
+                base = place(tokens[:1], source[:1], made[index][: places.patches], kwargs.get("image_newline"), places)
                 is_newline = (made[index][places.patches :] == NEWLINE).to(grid.device)
                 whole[index] = torch.cat([base, _merged_grid(grid, is_newline, self.__dict__[_AGAIN])])
         return whole, torch.tensor([len(image) for image in whole], device=lengths.device)
