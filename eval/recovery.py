@@ -196,7 +196,9 @@ def train(options: Options, model: Any, processor: Any, arm: str, seed: int) -> 
     return model, log
 
 
-def fit(model: Any, data: DrawnQuestions, options: Any, learning_rate: float, **trainer: Any) -> list[dict[str, float]]:
+def fit(
+    model: Any, data: DrawnQuestions, options: Any, learning_rate: float, steps: int | None = None, **trainer: Any
+) -> list[dict[str, float]]:
     """Train in bfloat16 on the CPU with a cosine; returns every 50th step's log.
 
     Args:
@@ -204,12 +206,13 @@ def fit(model: Any, data: DrawnQuestions, options: Any, learning_rate: float, **
         data: in the order of its indices.
         options: with ``steps`` and ``batch``.
         learning_rate: its peak.
+        steps: optimiser steps, if not ``options.steps``.
         trainer: further arguments of ``CrossGetTrainer``.
     """
     with tempfile.TemporaryDirectory() as folder:
         args = TrainerSettings(
             output_dir=folder,
-            max_steps=options.steps,
+            max_steps=steps or options.steps,
             per_device_train_batch_size=options.batch,
             learning_rate=learning_rate,
             lr_scheduler_type="cosine",

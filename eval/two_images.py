@@ -3,8 +3,9 @@
     python eval/two_images.py          # all runs that have no result file yet, then the table
 
 A stand-in for NLVR2, for which transformers has no BLIP; MADTP publishes less than 4 points lost there at 80 % fewer
-GFLOPs, trained. The embedded model has never seen two pictures, so every arm learns with LoRA on the same questions for
-the same number of steps: the untouched model as a control, then reduced ones. The vocabulary has no "both" and no
+GFLOPs, trained. As there, a model that can do the task comes first: the embedded model has never seen two pictures, so
+it is taught untouched (``--teach_steps``). Every arm then goes on from it, all parameters learning, on the same
+questions for the same number of steps: untouched as a control, and reduced. The vocabulary has no "both" and no
 "pictures"; the question is "Is there a 7 and a 7?", one digit for each picture. Half of the answers are "yes"; of the
 "no" pairs two thirds show the digit in one of the two. One JSON per run in ``eval/results/two_images``.
 """
@@ -15,33 +16,37 @@ import json
 import os
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model
 from recovery import DrawnQuestions, fit
 from torch import Tensor
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from mllm_crossget import CrossGetConfig, MadtpConfig, accelerate_mllm
+from mllm_crossget import CrossGetConfig, MadtpConfig, accelerate_mllm, restore_mllm
 from mllm_crossget.benchmark.flops import model_flops
 from mllm_crossget.embedded import Accuracy, load_embedded
-from mllm_crossget.embedded.questions import PairQuestion, ask_of_pairs, pair_questions
-from mllm_crossget.embedded.scenes import render, sample_layouts
+from mllm_crossget.embedded.questions import KINDS, PRACTICE_KINDS, PairQuestion, ask, ask_of_pairs, pair_questions
+from mllm_crossget.embedded.scenes import Scene, render, sample_layouts
 from mllm_crossget.methods import Method
-from mllm_crossget.training import BudgetCallback, lora_config
+from mllm_crossget.training import BudgetCallback
 
 # Removals per layer that leave a fifth of the FLOPs for two pictures and 15 tokens of text: most of them early.
 REMOVALS = [64, 36, 20, 10, 4, 0, 0, 0]
 PUBLISHED_DROP = 0.04
+# Shares of the steps, and of the removals meanwhile: as in MADTP's training, tokens leave little by little.
+PHASES = ((0.2, 0.4), (0.2, 0.7), (0.6, 1.0))
 BATCH_OF_PAIRS = 16
-ARMS = {
-    "untouched": lambda: CrossGetConfig(keep_ratio=1.0),
-    "crossget": lambda: CrossGetConfig(r=REMOVALS),
-    "madtp": lambda: MadtpConfig(r=REMOVALS, alignment_tokens=16, alignment_width=32),
+# A word between the pictures: without one only its position tells a token which of them it belongs to.
+IMAGE, PICTURES = "<image>", "<image> and <image> :"
+ARMS: dict[str, Callable[[list[int]], Method]] = {
+    "untouched": lambda r: CrossGetConfig(keep_ratio=1.0),
+    "crossget": lambda r: CrossGetConfig(r=r),
+    "madtp": lambda r: MadtpConfig(r=r, alignment_tokens=16, alignment_width=32),
 }
 
 
@@ -51,42 +56,87 @@ class Options:
 
     arms: list[str] = field(default_factory=lambda: list(ARMS), metadata={"help": f"of {tuple(ARMS)}"})
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "of data and adapters"})
-    steps: int = field(default=300, metadata={"help": "optimiser steps of every run"})
-    batch: int = field(default=8, metadata={"help": "questions in a step"})
-    learning_rate: float = field(default=2e-3, metadata={"help": "peak; warm-up of 5 %%, then cosine to 0"})
-    lora_r: int = field(default=16, metadata={"help": "rank; the scale is 2"})
+    teach_steps: int = field(default=2500, metadata={"help": "optimiser steps of the untouched model that comes first"})
+    steps: int = field(default=2000, metadata={"help": "optimiser steps of every arm"})
+    batch: int = field(default=8, metadata={"help": "pairs of pictures in a step"})
+    turns: int = field(default=6, metadata={"help": "questions about a pair in training, one after the other"})
+    learning_rate: float = field(default=5e-4, metadata={"help": "peak; warm-up of 5 %%, then cosine to 0"})
     questions: int = field(default=500, metadata={"help": "about pictures of the test set's kind"})
     threads: int = field(default=1, metadata={"help": "CPU threads"})
+    taught: str = field(default="runs/two_images/taught", metadata={"help": "folder of the taught model, kept"})
     output: str = field(default="eval/results/two_images", metadata={"help": "folder of the results"})
 
 
-class PairQuestions(DrawnQuestions):
-    """Questions about fresh pairs of training scenes, encoded."""
+class Dialogues(DrawnQuestions):
+    """Fresh training scenes with some questions each, encoded; every answer is learned. Pairs of pictures, and with
+    ``single`` as often one picture with questions that the embedded model knows: what they tell about every digit is
+    what a tower that is left with few tokens has to learn again."""
 
     chunk_size = BATCH_OF_PAIRS
+
+    def __init__(self, size: int, seed: int, processor: Any, turns: int, single: bool) -> None:
+        super().__init__(size, seed, processor)
+        self.turns, self.single = turns, single
 
     def _chunk(self, chunk: int) -> list[dict[str, Tensor]]:
         seed = (self.seed + 1) * 2_000_003 + chunk
         generator, chance = torch.Generator().manual_seed(seed), random.Random(seed)
         layouts = sample_layouts(4 * BATCH_OF_PAIRS, "train", generator)
-        asked = ask_of_pairs(layouts.scenes(), BATCH_OF_PAIRS, chance)
+        scenes = layouts.scenes()
         pixels = render(layouts, jitter=generator)[0] * 2 - 1  # the processor's normalisation
-        return [self._encoded(text, answer, pixels[list(pair)]) for text, answer, pair in asked]
+        made = []
+        for number, (text, answer, pair) in enumerate(ask_of_pairs(scenes, BATCH_OF_PAIRS, chance)):
+            if self.single and number // 2 % 2:  # every second answer of the pairs is "yes"
+                made.append(self._encoded(IMAGE, known(scenes[pair[0]], self.turns, chance), pixels[[pair[0]]]))
+            else:
+                turns = dialogue((text, answer), [scenes[place] for place in pair], self.turns, chance)
+                made.append(self._encoded(PICTURES, turns, pixels[list(pair)]))
+        return made
 
-    def _encoded(self, text: str, answer: str, pixels: Tensor) -> dict[str, Tensor]:
+    def _encoded(self, pictures: str, turns: list[tuple[str, str]], pixels: Tensor) -> dict[str, Tensor]:
         tokenizer, image = self.processor.tokenizer, self.processor.image_token
-        head = tokenizer(prompt(self.processor, text).replace(image, image * 144)).input_ids
-        tail = tokenizer(f"{answer}{tokenizer.eos_token}", add_special_tokens=False).input_ids
-        ids = torch.tensor(head + tail)
-        labels = ids.clone()
-        labels[: len(head)] = -100
-        return {"input_ids": ids, "labels": labels, "pixel_values": pixels}
+        ids, labels, messages = [], [], []
+        for number, (text, answer) in enumerate(turns):
+            messages.append(asked(f"{pictures} {text}" if number == 0 else text))
+            so_far = self.processor.apply_chat_template(messages, add_generation_prompt=True)
+            head = tokenizer(so_far.replace(image, image * 144)).input_ids[len(ids) :]
+            tail = tokenizer(f"{answer}{tokenizer.eos_token}", add_special_tokens=False).input_ids
+            ids += head + tail
+            labels += [-100] * len(head) + tail
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+        return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "pixel_values": pixels}
+
+
+def dialogue(first: tuple[str, str], scenes: list[Scene], turns: int, chance: random.Random) -> list[tuple[str, str]]:
+    """The first question and others about the same pair, each after another digit; half "yes" where the pair allows."""
+    one, other = ({item.digit for item in scene.items} for scene in scenes)
+    left = set(range(10)) - {int(first[0].split()[3])}
+    asked = [first]
+    while len(asked) < min(turns, 10):
+        pools = {"yes": left & one & other, "one": left & (one ^ other), "none": left - one - other}
+        wanted = chance.choice(("yes", "yes", "yes", "one", "one", "none"))
+        pool = next(pools[name] for name in (wanted, *pools) if pools[name])
+        digit = chance.choice(sorted(pool))
+        left.discard(digit)
+        asked.append((f"Is there a {digit} and a {digit}?", "yes" if digit in one & other else "no"))
+    return asked
+
+
+def known(scene: Scene, turns: int, chance: random.Random) -> list[tuple[str, str]]:
+    """Questions about one picture that the embedded model has learned, none twice; first which digits there are."""
+    kinds = ["inventory", *chance.sample([*KINDS, *PRACTICE_KINDS[:2]], turns)]
+    pairs = [ask(scene, kind, chance) for kind in kinds]
+    return [pair for pair in pairs if pair is not None][:turns]
 
 
 def prompt(processor: Any, text: str) -> str:
     """The chat prompt of a question about two pictures."""
-    content: list[Any] = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": text}]
-    return str(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
+    return str(processor.apply_chat_template([asked(f"{PICTURES} {text}")], add_generation_prompt=True))
+
+
+def asked(text: str) -> dict[str, Any]:
+    """A user's message."""
+    return {"role": "user", "content": [{"type": "text", "text": text}]}
 
 
 @torch.inference_mode()
@@ -107,22 +157,29 @@ def answers(model: Any, processor: Any, questions: list[PairQuestion], batch: in
     return [text.strip() for text in said]
 
 
-def train(options: Options, model: Any, processor: Any, seed: int) -> tuple[Any, list[dict[str, float]]]:
-    """LoRA on language model, tower and projector, with the method's learned tokens."""
-    model = get_peft_model(
-        model,
-        lora_config(
-            model, r=options.lora_r, alpha=2 * options.lora_r, dropout=0.0, projector="lora", vision_tower=True
-        ),
-    )
+def train(options: Options, model: Any, processor: Any, seed: int, steps: int, single: bool) -> list[dict[str, float]]:
+    """All parameters and the method's learned tokens, on fresh scenes; returns the log."""
     layouts = sample_layouts(64, "train", torch.Generator().manual_seed(500 + seed))
     callbacks = [BudgetCallback(render(layouts)[0] * 2 - 1, every=50)] if _dynamic(model) else []
-    data = PairQuestions(options.steps * options.batch, seed, processor)
-    return model, fit(model, data, options, options.learning_rate, callbacks=callbacks)
+    data = Dialogues(steps * options.batch, seed, processor, options.turns, single)
+    return fit(model, data, options, options.learning_rate, steps=steps, callbacks=callbacks)
+
+
+def taught_model(options: Options) -> tuple[Any, Any]:
+    """The embedded model after it has learned the task untouched; made once."""
+    model, processor = load_embedded()
+    folder = Path(options.taught)
+    if not folder.exists():
+        torch.manual_seed(1000)
+        model.set_attn_implementation("eager")
+        accelerate_mllm(model, CrossGetConfig(keep_ratio=1.0))
+        train(options, model, processor, 1000, options.teach_steps, single=False)
+        restore_mllm(model).save_pretrained(folder)
+    return type(model).from_pretrained(folder, dtype=torch.float32).eval(), processor
 
 
 def _dynamic(model: Any) -> bool:
-    return bool(model.get_base_model()._mllm_crossget.method.is_dynamic)
+    return bool(model._mllm_crossget.method.is_dynamic)
 
 
 def flops_saved(config: Any, method: Method) -> float:
@@ -134,13 +191,16 @@ def flops_saved(config: Any, method: Method) -> float:
 def run_once(options: Options, arm: str, seed: int, questions: list[PairQuestion]) -> dict[str, Any]:
     """Train one arm and ask it; what it says before it has learned is kept too."""
     torch.manual_seed(seed)
-    model, processor = load_embedded()
-    method = ARMS[arm]()
+    model, processor = taught_model(options)
+    method = ARMS[arm](REMOVALS)
     before = answers(model, processor, questions) if arm == "untouched" else None
     saved = flops_saved(model.config, method)
     model.set_attn_implementation("eager")
     started = time.monotonic()
-    model, log = train(options, accelerate_mllm(model, method), processor, seed)
+    log = []
+    for number, (steps, removed) in enumerate(PHASES):
+        accelerate_mllm(model, ARMS[arm]([round(removed * r) for r in REMOVALS]))
+        log.append(train(options, model, processor, 10 * seed + number, round(steps * options.steps), single=True))
     seconds = time.monotonic() - started
     said = answers(model.eval(), processor, questions)
     right = [text == question.answer for text, question in zip(said, questions, strict=True)]

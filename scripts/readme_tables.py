@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,6 +77,45 @@ def speed_table(lines: list[dict[str, Any]]) -> str:
         f"{speed['bytes_per_second'] / 1e9:.0f} GB/s read; {machine(lines[0])}."
     )
     return "\n".join([*rows, "", note])
+
+
+def geometries_table(lines: list[dict[str, Any]]) -> str:
+    """One row for every reduced setting of other geometries."""
+    rows = ["| model (layers of its language model) | setting | visual tokens | encoder + prefill (p10 – p90) "
+            "| share of the FLOP ratio | roofline ceiling |", "|---|---|---|---|---|---|"]  # fmt: skip
+    for line in lines:
+        if line["setting"] == "untouched":
+            continue
+        options, first = line["options"], line["encoder_and_prefill"]
+        speed_up = first["speed_up"]
+        cells = [
+            f"{options['geometry']} ({options['llm_layers'] or 'all'}), {options['dtype']}",
+            line["setting"],
+            f"{line['visual_tokens_untouched']} → {line['visual_tokens']}",
+            f"{speed_up['median']:.2f} × ({speed_up['p10']:.2f} – {speed_up['p90']:.2f})",
+            f"{first['share_of_flop_ratio']:.0%}",
+            f"{line['whole']['ceiling']:.2f} ×",
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    turns = lines[0]["seconds"]["total"]["rounds"]
+    return "\n".join([*rows, "", f"Batch 1, sdpa, random weights, warm, {turns} rounds; {machine(lines[0])}."])
+
+
+def reuse_line(report: dict[str, Any]) -> str:
+    seconds, memory = report["questions"]["seconds"], report["memory"]
+    told = [f"{name} {1e3 * times['median']:.1f} ms ({1e3 * times['p10']:.1f} – {1e3 * times['p90']:.1f})"
+            for name, times in seconds.items()]  # fmt: skip
+    bound, largest, early, late = (
+        f"{memory[name] / 2**20:.0f}"
+        for name in ("bound_bytes", "largest_bytes", "resident_bytes_after_a_tenth", "resident_bytes_at_the_end")
+    )
+    equal = "equal" if report["questions"]["equal_answers"] else "DIFFERENT"
+    return (
+        f"{report['options']['geometry']}, {report['options']['llm_layers']} layers of the language model, "
+        f"{seconds['encoder, first question']['rounds']} rounds: {'; '.join(told)}; answers {equal}. "
+        f"{memory['images']} different images through a cache of {bound} MiB: it held at most {largest} MiB; the "
+        f"process had {early} MiB after a tenth of them, {late} MiB at the end. {machine(report)}."
+    )
 
 
 def rounds(lines: list[dict[str, Any]]) -> list[str]:
@@ -195,14 +235,33 @@ def dynamic_table(summary: dict[str, Any]) -> str:
 
 
 def two_images_table(summary: dict[str, Any]) -> str:
-    names = {"untouched": "untouched, LoRA", "crossget": "CrossGET, LoRA", "madtp": "MADTP, LoRA"}
+    names = {"untouched": "untouched", "crossget": "CrossGET", "madtp": "MADTP"}
     rows = ["| model | GFLOPs saved | accuracy by seed | lost (95 % interval) |", "|---|---|---|---|"]
+    taught = summary["arms"]["untouched"]["before_training"]["accuracy"]
+    rows.append(f"| taught, before the training that all have | 0% | {taught:.1%} | – |")
     for arm, entry in summary["arms"].items():
         lost = entry["lost"]
         by_seed = ", ".join(f"{value:.1%}" for value in entry["by_seed"])
         gap = f"{100 * lost['value']:.1f} ({100 * lost['low']:.1f} – {100 * lost['high']:.1f}) points"
         rows.append(f"| {names[arm]} | {entry['flops_saved']:.0%} | {by_seed} | {'–' if arm == 'untouched' else gap} |")
     return "\n".join(rows)
+
+
+def calibration_table(entries: list[dict[str, Any]]) -> str:
+    """Markdown: how far off the averages are, by method, ratio and number of images."""
+    sizes = sorted({entry["images"] for entry in entries})
+    head = ["method", "kept", "spread of images", *(f"off after {size} images (standard error)" for size in sizes)]
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    for arm, keep in dict.fromkeys((entry["arm"], entry["keep_ratio"]) for entry in entries):
+        own = [entry for entry in entries if (entry["arm"], entry["keep_ratio"]) == (arm, keep)]
+        spread = statistics.mean(entry["spread"] for entry in own)
+        row = [arm.removesuffix("-dynamic"), f"{keep:g}", f"{spread:.0%}"]
+        for size in sizes:
+            off = ", ".join(f"{entry['off']:+.1%}" for entry in own if entry["images"] == size)
+            row.append(f"{off} ({spread / size**0.5:.1%})")
+        lines.append(f"| {' | '.join(row)} |")
+    held_out = entries[0]["held_out"]
+    return "\n".join([*lines, "", f"Counted on {held_out} other images, three draws of the images to calibrate on."])
 
 
 def interval(value: dict[str, float]) -> str:
@@ -232,8 +291,11 @@ TABLES = {
     "speed": (speed_table, "speed/cpu.jsonl"),
     "compiled": (compiled_line, "speed/compiled.jsonl"),
     "reducer": (reducer_table, "speed/reducer.json"),
+    "geometries": (geometries_table, "speed/geometries.jsonl"),
+    "reuse": (reuse_line, "speed/reuse.json"),
     "retrieval": (retrieval_table, "retrieval/summary.json"),
     "dynamic": (dynamic_table, "dynamic/summary.json"),
+    "calibration": (calibration_table, "calibration/summary.json"),
     "two_images": (two_images_table, "two_images/summary.json"),
     "recovery": (recovery_table, "recovery/summary.json"),
 }

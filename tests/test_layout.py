@@ -18,7 +18,7 @@ MOST_LINES_OF_A_FUNCTION = 60
 
 _BASE = {"config", "schedule", "ops"}
 _HOOKS = {*_BASE, "costs", "families", "methods", "hooks"}
-_API = {*_HOOKS, "api", "batching", "checkpoint"}
+_API = {*_HOOKS, "support", "api", "batching", "checkpoint"}
 _USES = {*_API, "retrieval", "training", "benchmark", "integrations", "embedded", "visualize"}
 # What each part may import from the package. A part that is not listed may not exist.
 ARROWS: dict[str, set[str]] = {
@@ -30,6 +30,7 @@ ARROWS: dict[str, set[str]] = {
     "methods": {*_BASE, "methods"},
     "families": {*_BASE, "costs", "families"},
     "hooks": _HOOKS,
+    "support": _HOOKS,
     "api": _API,
     "batching": _API,
     "checkpoint": _API,

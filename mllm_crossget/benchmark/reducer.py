@@ -23,6 +23,8 @@ from mllm_crossget.benchmark.memory import peak_bytes
 from mllm_crossget.benchmark.timing import Timing, alternate, environment, ratio, spread
 from mllm_crossget.ops import attend_with_importance, complete_graph_soft_matching, importance_of_map, merge
 
+_SHORT = 10  # rounds of what is so short that a single interruption shows
+
 
 @dataclass
 class ReducerOptions:
@@ -35,7 +37,7 @@ class ReducerOptions:
         heads: attention heads; a head's keys are what the matching compares.
         removed: share of the tokens that leaves in one layer.
         largest_literal: most tokens for which the literal formula and whole attention maps are tried.
-        rounds: measured rounds.
+        rounds: measured rounds; ten times as many of the matching, which takes a few milliseconds.
         output: JSON file to write.
     """
 
@@ -130,7 +132,7 @@ def _matching(options: ReducerOptions, batch: int, tokens: int, device: torch.de
         "literal": lambda: literal_matching(keys, importance, r),
         "ours": lambda: complete_graph_soft_matching(keys, importance, r, (0, tokens - 1)),
     }
-    timings = alternate(ways, options.rounds, device, label=f"matching, {batch} x {tokens}")
+    timings = alternate(ways, _SHORT * options.rounds, device, label=f"matching, {batch} x {tokens}")
     one_map = 4 * tokens * tokens * batch
     return {
         **_seconds(batch, tokens, timings),

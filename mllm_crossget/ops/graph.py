@@ -23,6 +23,7 @@ TILE = 2**26  # bytes of one tile
 # Bytes of the maps of the images that are matched together.
 _GROUP_CPU, _GROUP_GPU = 2**20, 2**28
 _CEILING = 8.0
+_ROWS_CPU = 2**19  # bytes of the rows that are compared together where there is no memory for a second map yet
 _FUSED = "MLLM_CROSSGET_FUSED_MATCHING"
 
 
@@ -131,7 +132,7 @@ def _shielding_factors(keys_BTD: Tensor, shielded_BT: Tensor) -> tuple[Tensor, T
 
 
 class SimilarityMap:
-    """The graph as a map of T x T float32; a second one lives for a moment."""
+    """The graph as a map of T x T float32; a second one, or some of its rows, lives for a moment."""
 
     def __init__(self, keys_BTD: Tensor, shielded_BT: Tensor, workspace: Tensor | None = None) -> None:
         memory: Sequence[Tensor | None] = (None, None)
@@ -146,7 +147,20 @@ class SimilarityMap:
 
     def best_below(self, rank_BT: Tensor) -> Tensor:
         """See ``Graph``."""
-        return best_below_in_rows(self.similarity, rank_BT, rank_BT, self._second)
+        batch, tokens = rank_BT.shape
+        together = max(1, _ROWS_CPU // (4 * batch * tokens))
+        in_one = self._second is not None or rank_BT.device.type != "cpu" or torch.compiler.is_compiling()
+        if in_one or together >= tokens:
+            return best_below_in_rows(self.similarity, rank_BT, rank_BT, self._second)
+        memory = rank_BT.new_empty(
+            batch, together, tokens
+        )  # the pages of a new map cost more than what is done with it
+        best = torch.empty_like(rank_BT)
+        for first in range(0, tokens, together):
+            rows = slice(first, first + together)
+            own = rank_BT[:, rows]
+            best[:, rows] = best_below_in_rows(self.similarity[:, rows], own, rank_BT, memory[:, : own.shape[1]])
+        return best
 
     def best_survivor(self, src_BR: Tensor) -> Tensor:
         """See ``Graph``."""
