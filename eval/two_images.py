@@ -57,7 +57,7 @@ class Options:
     arms: list[str] = field(default_factory=lambda: list(ARMS), metadata={"help": f"of {tuple(ARMS)}"})
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "of data and adapters"})
     teach_steps: int = field(default=2500, metadata={"help": "optimiser steps of the untouched model that comes first"})
-    steps: int = field(default=2000, metadata={"help": "optimiser steps of every arm"})
+    steps: int = field(default=3000, metadata={"help": "optimiser steps of every arm"})
     batch: int = field(default=8, metadata={"help": "pairs of pictures in a step"})
     turns: int = field(default=6, metadata={"help": "questions about a pair in training, one after the other"})
     learning_rate: float = field(default=5e-4, metadata={"help": "peak; warm-up of 5 %%, then cosine to 0"})
