@@ -84,7 +84,7 @@ def test_an_error_in_a_stage(stage, error, monkeypatch: pytest.MonkeyPatch) -> N
     model = tiny_llava()
     expected = fingerprint(model)
 
-    def broken(*args):
+    def broken(*args, **kwargs):
         raise error
 
     with monkeypatch.context() as patch:
