@@ -46,10 +46,14 @@ def learned(case: Case, method: str, attention: str = "sdpa") -> nn.Module:
 @torch.no_grad()
 def test_autocast_runs(method, case) -> None:
     """Half precision where autocast wants it, as in training."""
-    model = learned(case, method)
-    batch = case.batch(model)
+    stock = case.build("sdpa")
+    batch = case.batch(stock)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        answers = case.answers(model, batch)
+        try:
+            case.answers(stock, batch)
+        except RuntimeError as error:
+            pytest.skip(f"the untouched model does not run under autocast in this transformers: {error}")
+        answers = case.answers(learned(case, method), batch)
     assert len(answers) == 3
     assert all(torch.isfinite(found).all() for found in answers)
 
