@@ -17,6 +17,7 @@ import platform
 import random
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ class Options:
     output: str = field(default="eval/results/recovery", metadata={"help": "folder of the results"})
 
 
-class DrawnQuestions(Dataset[dict[str, Tensor]]):
+class DrawnQuestions(Dataset[dict[str, Tensor]], ABC):
     """Questions drawn some at a time, in order; everything follows from (seed, index)."""
 
     chunk_size: int
@@ -84,8 +85,9 @@ class DrawnQuestions(Dataset[dict[str, Tensor]]):
             self.kept = (chunk, self._chunk(chunk))
         return self.kept[1][place]
 
+    @abstractmethod
     def _chunk(self, chunk: int) -> list[dict[str, Tensor]]:
-        raise NotImplementedError
+        """The questions of one draw."""
 
 
 class SceneQuestions(DrawnQuestions):

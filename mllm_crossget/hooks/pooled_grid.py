@@ -61,19 +61,22 @@ class LimitedGridFeatures(VideoGridFeatures):
         stock = super(GridFeatures, self).pack_image_features
         if not trace_of(self):
             return stock(image_features, image_sizes, *args, **kwargs)
-        whole, lengths = super().pack_image_features(image_features, image_sizes, *args, **{**kwargs, **self.unlimited})
         places, tiles = self.__dict__[PLACES], [len(image) for image in image_features]
-        plain = {name: value for name, value in kwargs.items() if name != "image_newline"}
+        newline, plain = kwargs.get("image_newline"), {**kwargs}
+        plain.pop("image_newline", None)
         common = (stock, tiles, places.patches, image_sizes, *args)
-        made, unlimited = layouts(*common, **plain), layouts(*common, **{**plain, **self.unlimited})
+        made, whole = layouts(*common, **plain), layouts(*common, **{**plain, **self.unlimited})
+        packed = []
         for index, source in enumerate(sources_of(self).split(tiles)):
-            if len(made[index]) != len(unlimited[index]):  # the stock model resizes this one
-                tokens, size = image_features[index], image_sizes[index : index + 1]
-                grid = stock([unmerge(tokens, source)], size, *args, **kwargs)[0][0][places.patches :]
-                base = place(tokens[:1], source[:1], made[index][: places.patches], kwargs.get("image_newline"), places)
-                is_newline = (made[index][places.patches :] == NEWLINE).to(grid.device)
-                whole[index] = torch.cat([base, _merged_grid(grid, is_newline, self.__dict__[_AGAIN])])
-        return whole, torch.tensor([len(image) for image in whole], device=lengths.device)
+            tokens, layout = image_features[index], made[index]
+            if len(layout) == len(whole[index]):
+                packed.append(place(tokens, source, layout, newline, places))
+                continue
+            grid = stock([unmerge(tokens, source)], image_sizes[index : index + 1], *args, **kwargs)[0][0]
+            base = place(tokens[:1], source[:1], layout[: places.patches], newline, places)
+            is_newline = (layout == NEWLINE).to(grid.device)[places.patches :]
+            packed.append(torch.cat([base, _merged_grid(grid[places.patches :], is_newline, self.__dict__[_AGAIN])]))
+        return packed, torch.tensor([len(image) for image in packed], device=image_features[0].device)
 
 
 class ReducedPooling(nn.Module):

@@ -152,9 +152,7 @@ class SimilarityMap:
         in_one = self._second is not None or rank_BT.device.type != "cpu" or torch.compiler.is_compiling()
         if in_one or together >= tokens:
             return best_below_in_rows(self.similarity, rank_BT, rank_BT, self._second)
-        memory = rank_BT.new_empty(
-            batch, together, tokens
-        )  # the pages of a new map cost more than what is done with it
+        memory = rank_BT.new_empty(batch, together, tokens)  # not a map: its pages cost more than the comparison
         best = torch.empty_like(rank_BT)
         for first in range(0, tokens, together):
             rows = slice(first, first + together)
