@@ -197,18 +197,20 @@ def trace_merges(model: nn.Module, *, tower: str = "vision") -> Iterator[list[La
     Args:
         model: the accelerated model.
         tower: "vision", or "text" for the text tower of a dual encoder and BLIP's text encoder, or "video" where videos
-            have a tower of their own (VideoLlava).
+            have a tower of their own (VideoLlava), or "cells" for what is merged behind a projector of the whole grid.
 
-    Yields a list to which each forward of the tower appends one ``LayerTrace`` per layer.
+    Yields a list to which each forward of the tower appends one ``LayerTrace`` per layer (step of the merging).
 
     Raises:
         ValueError: the model is not accelerated, or runs at ``keep_ratio=1`` where nothing is merged; another tower.
     """
-    if tower not in ("vision", "text", "video"):
-        raise ValueError(f"tower must be 'vision', 'text' or 'video', got {tower!r}")
+    if tower not in ("vision", "text", "video", "cells"):
+        raise ValueError(f"tower must be 'vision', 'text', 'video' or 'cells', got {tower!r}")
     handle = handle_of(model)
     if handle is not None and tower == "video" and not any(one.tower for one in handle.family.modalities):
         raise ValueError(f"videos have no tower of their own in {handle.family.key!r}; use tower='vision'")
+    if handle is not None and tower == "cells" and getattr(handle.geometry, "cells", None) is None:
+        raise ValueError(f"no cells are merged behind the tower in {handle.family.key!r}; use tower='vision'")
     state = None if handle is None else _traced(handle, tower)
     if state is None:
         dial = "text_keep_ratio" if tower == "text" else "keep_ratio"
@@ -226,6 +228,8 @@ def _traced(handle: Handle, tower: str) -> Any:
     """State of the tower of that name, or None while nothing is reduced there."""
     if tower == "video":
         return handle.own_towers[tower].state if tower in handle.own_towers else None
+    if tower == "cells":
+        return handle.again
     return handle.tower if tower == "vision" else handle.text_tower
 
 

@@ -5,9 +5,12 @@ Integers only. FLOPs, placeholder runs, tests and messages all read the same ``S
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from mllm_crossget.config import ReductionConfig
+
+Config = TypeVar("Config", bound=ReductionConfig)
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,9 @@ class TowerGeometry:
         layers: layers of the tower.
         read: layers that have run when the language side reads its features (23 of 24 for LLaVA-1.5).
         drops_prefix: whether the prefix is dropped before the language side.
+        cells: tokens per image behind a projector that makes them of the whole grid of patches, so that tokens are
+            copied back to their patches in front of it and its cells are merged again behind it; None where the
+            tower's tokens themselves go on.
     """
 
     patches: int
@@ -27,11 +33,19 @@ class TowerGeometry:
     layers: int
     read: int
     drops_prefix: bool = True
+    cells: int | None = None
 
     @property
     def placeholders(self) -> int:
         """Tokens per image that the untouched model hands to the language side."""
+        if self.cells is not None:
+            return self.cells
         return self.patches + (0 if self.drops_prefix else self.prefix)
+
+    def of_patches(self, patches: int) -> TowerGeometry:
+        """The geometry of the same tower for an image of another size."""
+        cells = None if self.cells is None else self.cells * patches // self.patches
+        return replace(self, patches=patches, cells=cells)
 
 
 @dataclass(frozen=True)
@@ -85,7 +99,8 @@ class Schedule:
         placeholders: image tokens a prompt holds for the untouched model.
         features: image tokens that the language side gets.
         cross: whether a cross token travels as the last token.
-        drop_cross: whether the cross token is cut off in front of the language side (it would not fit otherwise).
+        drop_cross: whether the cross token is cut off in front of the language side (it would not fit otherwise, or
+            has no place in a grid of patches).
     """
 
     removals: tuple[int, ...]
@@ -132,6 +147,8 @@ def make_schedule(config: ReductionConfig, geometry: Geometry) -> Schedule:
     In a tower, removals are even over the layers (every ``merge_every``-th of them) in front of the one that is read;
     layers behind it remove nothing, unless ``r`` was given, which applies to every layer as in the reference. Behind a
     projector there are as few steps as reach the target, even ones, each of which removes at most half of the tokens.
+    In front of a projector that wants the whole grid, a tower keeps the same share of its patches as the dial asks of
+    the cells behind it, or as few as it can.
 
     Raises:
         ValueError: more tokens asked for than there are, fewer than the tower can get down to, a list of removals of
@@ -147,11 +164,32 @@ def make_schedule(config: ReductionConfig, geometry: Geometry) -> Schedule:
         wanted = _removals_per_layer(config.vision_removals, geometry)
         wanted = [removed if layer % every == 0 else 0 for layer, removed in enumerate(wanted)]
     else:
-        wanted = _removals_for(_target(config, geometry), geometry, start, protected, every)
+        target = _target(config, geometry)
+        if geometry.cells is not None:
+            target = _patches_for(target, geometry, start, protected, every) + cross
+        wanted = _removals_for(target, geometry, start, protected, every)
     removals, tokens = _run(wanted, start, protected)
     features = tokens[geometry.read] - (geometry.prefix if geometry.drops_prefix else 0)
+    if geometry.cells is not None:
+        made = Schedule(removals, tokens, geometry.cells, features, cross, drop_cross=cross)
+        again = behind_grid(config, geometry, patches_left(made, geometry))
+        return replace(made, features=make_schedule(again, MergeGeometry(geometry.cells)).features)
     drop_cross = cross and features > geometry.placeholders
     return Schedule(removals, tokens, geometry.placeholders, features - drop_cross, cross, drop_cross)
+
+
+def patches_left(schedule: Schedule, geometry: TowerGeometry) -> int:
+    """Tokens for the patches at the layer that is read: without cross token and class token."""
+    return schedule.tokens[geometry.read] - geometry.prefix - schedule.cross
+
+
+def behind_grid(config: Config, geometry: TowerGeometry, patches: int) -> Config:
+    """The settings of the second merging, of the ``cells`` behind a projector that wants the whole grid, where the
+    tower has kept ``patches`` tokens for them: the dial, or where it counts tokens per layer, the share they are."""
+    if config.vision_removals is None:
+        return replace(config, merge_every=None)
+    share = min(1.0, patches / geometry.patches)
+    return replace(config, keep_ratio=share, visual_tokens=None, r=None, vision_r=None, merge_every=None)
 
 
 def make_text_schedule(config: ReductionConfig, geometry: TextGeometry, tokens: int) -> Schedule:
@@ -237,6 +275,13 @@ def _target(config: ReductionConfig, geometry: Geometry) -> int:
             f"give 1 to {geometry.placeholders}, or keep_ratio=1 to change nothing"
         )
     return config.visual_tokens
+
+
+def _patches_for(cells: int, geometry: TowerGeometry, start: int, protected: int, every: int) -> int:
+    """Tokens that a tower keeps of its patches where ``cells`` of the cells behind the projector are wanted."""
+    most = [start if layer % every == 0 else 0 for layer in range(geometry.read)]
+    least = _run(most, start, protected)[1][-1] - protected
+    return max(least, round(cells * geometry.patches / geometry.placeholders))
 
 
 def _removals_for(target: int, geometry: TowerGeometry, start: int, protected: int, every: int = 1) -> list[int]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mllm_crossget.api import trace_merges
 from mllm_crossget.families.base import module_at
 from mllm_crossget.hooks.handle import base_model, handle_of
-from mllm_crossget.schedule import MergeGeometry
+from mllm_crossget.hooks.tower import LayerTrace
 
 _BORDER = (255, 255, 255)
 _CAPTION_HEIGHT = 18
@@ -42,13 +42,25 @@ def merged_groups(model: nn.Module, pixel_values: Tensor) -> Tensor:
     with trace_merges(model) as trace:
         handle: Any = handle_of(model)  # trace_merges has refused a model without one
         geometry = handle.geometry
-        if isinstance(geometry, MergeGeometry):
-            owner: Any = module_at(base_model(model), handle.family.features_owner)
-            owner.get_image_features(pixel_values)
-            return trace[-1].source
+        if handle.merging is not None:
+            return _merged_cells(model, handle, pixel_values, trace)
         module_at(base_model(model), handle.family.tower)(pixel_values)
     source = trace[geometry.read - 1].source
     return source[:, geometry.prefix : geometry.prefix + geometry.patches]
+
+
+def _merged_cells(model: nn.Module, handle: Any, pixel_values: Tensor, trace: list[LayerTrace]) -> Tensor:
+    """(images, cells) token of every cell behind the projector; ``trace`` is under way."""
+    owner: Any = module_at(base_model(model), handle.family.features_owner)
+    if handle.merging is handle.tower:
+        owner.get_image_features(pixel_values)
+        return trace[-1].source
+    with trace_merges(model, tower="cells") as cells:
+        owner.get_image_features(pixel_values)
+    if cells:
+        return cells[-1].source
+    whole = torch.arange(handle.geometry.placeholders)  # so high a dial that only patches have merged
+    return whole.expand(len(trace[-1].source), -1)
 
 
 @torch.no_grad()

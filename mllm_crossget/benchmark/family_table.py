@@ -27,8 +27,8 @@ class FamiliesOptions:
 
 
 def served_rows() -> list[tuple[str, str, str, str]]:
-    """Model type, towers, where tokens are reduced and what is exact, of every registered family."""
-    return [(kind.key, ", ".join(kind.towers), kind.note, kind.exact) for kind in families().values()]
+    """Model type, towers, where tokens are reduced and what is exact, of every registered family by its key."""
+    return sorted((kind.key, ", ".join(kind.towers), kind.note, kind.exact) for kind in families().values())
 
 
 def refused_rows() -> list[tuple[str, str]]:

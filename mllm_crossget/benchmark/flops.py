@@ -20,7 +20,15 @@ from mllm_crossget.families.base import TOWERS, Family, TextTower, config_at, fa
 from mllm_crossget.families.modality import Tiles
 from mllm_crossget.methods.base import Method, Signals
 from mllm_crossget.methods.madtp import MadtpConfig
-from mllm_crossget.schedule import MergeGeometry, Schedule, make_schedule, make_text_schedule
+from mllm_crossget.schedule import (
+    MergeGeometry,
+    Schedule,
+    TowerGeometry,
+    behind_grid,
+    make_schedule,
+    make_text_schedule,
+    patches_left,
+)
 
 
 @dataclass(frozen=True)
@@ -104,6 +112,8 @@ def model_flops(
         parts = _merged_parts(config, family, schedule, method)
     else:
         parts = _tower_parts(config, family, schedule, method, one_softmax, text_tokens)
+        if geometry.cells is not None:
+            parts = _grid_parts(config, family, schedule, method, parts, geometry)
     patch_embedding, encoder, reducer, projector = (runs * part for part in parts)
     return Flops(
         patch_embedding=patch_embedding,
@@ -222,11 +232,27 @@ def _tower_parts(
     vision = config_at(config, family.vision_config)
     cosine = schedule.cross and method.uses_cosine(family.cosine)
     return (
-        _patch_embedding(vision, family),
+        family.tower_flops(config)[0] if family.tower_flops else _patch_embedding(vision, family),
         _encoder(vision, schedule),
         _reducer(vision, schedule, method, one_softmax, cosine) if method.reduces_vision else 0,
         _connector(config, family, schedule, text_tokens),
     )
+
+
+def _grid_parts(
+    config: Any,
+    family: Family,
+    schedule: Schedule,
+    method: Method,
+    parts: tuple[int, int, int, int],
+    geometry: TowerGeometry,
+) -> tuple[int, int, int, int]:
+    """Likewise where the projector makes its cells of the whole grid: all of them, and their merging."""
+    dial = behind_grid(method, geometry, patches_left(schedule, geometry))
+    again = make_schedule(dial, MergeGeometry(geometry.placeholders))
+    projector = family.connector_flops(config, schedule.placeholders) if family.connector_flops else 0
+    merging = _merging(config.get_text_config().hidden_size, again, method)
+    return parts[0], parts[1], parts[2] + merging, projector
 
 
 def _merged_parts(config: Any, family: Family, schedule: Schedule, method: Method) -> tuple[int, int, int, int]:

@@ -1,7 +1,8 @@
 """Aya Vision: SigLIP tower, pixel shuffle, gated MLP projector.
 
-Pixel shuffle needs the whole square of patches, so the tower is left alone and tokens are merged behind the projector,
-each tile by itself; ``visual_tokens`` counts tokens per tile. The tokens around tiles stay.
+Tokens merge inside the tower. Pixel shuffle needs the whole square of patches, so every token is copied back to its
+patches in front of it, and the cells that it makes are merged again behind the projector, each tile by itself;
+``visual_tokens`` counts tokens per tile. The tokens around tiles stay.
 """
 
 from __future__ import annotations
@@ -9,29 +10,33 @@ from __future__ import annotations
 from typing import Any
 
 from mllm_crossget.costs import linear_flops
-from mllm_crossget.families.base import Family, patches_per_image, register_family
+from mllm_crossget.families.base import SIGLIP_TOWER, Family, patches_per_image, register_family, tower_kind
 from mllm_crossget.families.gemma3 import siglip_flops
+from mllm_crossget.families.llava import layer_that_is_read
 from mllm_crossget.families.modality import Modality
-from mllm_crossget.schedule import MergeGeometry
+from mllm_crossget.schedule import TowerGeometry
 
-_TOWER = "siglip_vision_model"
+_TOWERS = (SIGLIP_TOWER.model_type,)
 
 
-def geometry(config: Any) -> MergeGeometry:
-    """Tokens of one tile of an ``AyaVisionConfig``: (patches per side // downsample_factor)².
+def geometry(config: Any) -> TowerGeometry:
+    """Geometry of one tile of an ``AyaVisionConfig``: (patches per side // downsample_factor)² cells behind the
+    projector.
 
     Raises:
         ValueError: another vision tower, or a selection of features of which no square is left.
     """
-    if config.vision_config.model_type != _TOWER:
-        raise ValueError(f"Aya Vision with a {config.vision_config.model_type!r} vision tower is not supported")
+    vision = config.vision_config
+    kind = tower_kind(vision.model_type, _TOWERS, "Aya Vision")
     if config.vision_feature_select_strategy != "full":
         raise ValueError(
             f"vision_feature_select_strategy={config.vision_feature_select_strategy!r} drops a patch, which leaves no "
             "square for pixel shuffle; use 'full'"
         )
-    side = int(patches_per_image(config.vision_config) ** 0.5)
-    return MergeGeometry((side // config.downsample_factor) ** 2)
+    patches, layers = patches_per_image(vision), vision.num_hidden_layers
+    read = layer_that_is_read(config.vision_feature_layer, layers)
+    cells = (int(patches**0.5) // config.downsample_factor) ** 2
+    return TowerGeometry(patches, kind.prefix, layers, read, cells=cells)
 
 
 def projector_flops(config: Any, features: int) -> int:
@@ -48,13 +53,13 @@ AYA_VISION = register_family(
         tower="model.vision_tower",
         vision_config="vision_config",
         geometry=geometry,
-        towers=(_TOWER,),
-        note="behind the projector, each tile by itself; the vision tower is left alone",
-        exact="prompts compacted by hand; no cross tokens (crossget runs without learned parameters)",
+        towers=_TOWERS,
+        note="inside the vision tower, tile by tile; copied back to the grid, and merged again behind the projector",
+        exact="prompts compacted by hand; no alignment loss in training",
         language_model="model.language_model",
         projector="model.multi_modal_projector",
         features_owner="model",
-        features="merged",
+        features="whole_grid",
         modalities=(Modality(),),
         connector_flops=projector_flops,
         tower_flops=siglip_flops,

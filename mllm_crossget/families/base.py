@@ -8,7 +8,9 @@ model returns, and its lengths for everything that is not named here):
 - Vision tower of L layers whose tokens merge inside it: ``hidden_states`` are L + 1 of T_0 ... T_L tokens, T_i being
   those behind layer i (T_0: the patches, with class token and cross token); ``attentions`` are L maps of T_0 ...
   T_(L-1) tokens, as a layer attends before it merges; ``last_hidden_state`` has T_L. Images of several sizes in one
-  call are padded with zeros behind their own tokens. A tower whose tokens are merged behind the projector is as it was.
+  call are padded with zeros behind their own tokens. A tower whose tokens are merged behind the projector alone is as
+  it was; in front of a projector of the whole grid, ``get_image_features`` returns states of all patches, each of them
+  that of the token it is in.
 - What reads the tower with cross-attention (Q-Former, BLIP's text models): keys of T_L tokens, queries as before.
 - Text tower of a dual encoder, text encoder of BLIP: as the vision tower, of the longest text without padding; its
   ``last_hidden_state`` has the columns of ``input_ids`` (in BLIP it is the last entry of ``hidden_states`` as well).
@@ -35,6 +37,8 @@ class LayerNames:
     """Attribute names inside an encoder (``layers``) and inside its pre-norm layers.
 
     ``fused`` tells that the attention multiplies ``qkv`` itself and does not use transformers' attention interface.
+    ``scale1``, ``scale2``: factors of what attention and MLP add (LayerScale), ``dropout``: of what the MLP adds; ""
+    where a layer has none.
     """
 
     layers: str = "layers"
@@ -43,12 +47,16 @@ class LayerNames:
     norm2: str = "layer_norm2"
     mlp: str = "mlp"
     fused: bool = False
+    scale1: str = ""
+    scale2: str = ""
+    dropout: str = ""
     inner: ClassVar[str] = ""
 
     @property
     def parts(self) -> tuple[str, ...]:
         """What a layer must have."""
-        return self.norm1, self.attention, self.norm2, self.mlp
+        named = (self.norm1, self.attention, self.norm2, self.mlp, self.scale1, self.scale2, self.dropout)
+        return tuple(filter(None, named))
 
 
 @dataclass(frozen=True)

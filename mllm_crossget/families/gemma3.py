@@ -1,7 +1,8 @@
 """Gemma 3 with images: SigLIP tower, average pooling of the patch grid, one matrix as projector.
 
-The pooling needs the whole grid, so the tower is left alone and tokens are merged behind the projector. The tokens of
-an image see one another in both directions: the mask is made from ``token_type_ids``, which shrink with the prompt.
+Tokens merge inside the tower. The pooling needs the whole grid, so every token is copied back to its patches in front
+of it, and the cells that it makes are merged again behind the projector. The tokens of an image see one another in both
+directions: the mask is made from ``token_type_ids``, which shrink with the prompt.
 """
 
 from __future__ import annotations
@@ -9,18 +10,19 @@ from __future__ import annotations
 from typing import Any
 
 from mllm_crossget.costs import linear_flops, vit_flops
-from mllm_crossget.families.base import Family, patches_per_image, register_family
+from mllm_crossget.families.base import SIGLIP_TOWER, Family, patches_per_image, register_family, tower_kind
 from mllm_crossget.families.modality import Modality
-from mllm_crossget.schedule import MergeGeometry
+from mllm_crossget.schedule import TowerGeometry
 
-_TOWER = "siglip_vision_model"
+_TOWERS = (SIGLIP_TOWER.model_type,)
 
 
-def geometry(config: Any) -> MergeGeometry:
-    """Tokens of one image of a ``Gemma3Config``. Raises ``ValueError`` for another vision tower."""
-    if config.vision_config.model_type != _TOWER:
-        raise ValueError(f"Gemma 3 with a {config.vision_config.model_type!r} vision tower is not supported")
-    return MergeGeometry(int(config.mm_tokens_per_image**0.5) ** 2)
+def geometry(config: Any) -> TowerGeometry:
+    """Geometry of a ``Gemma3Config``. Raises ``ValueError`` for another vision tower."""
+    vision = config.vision_config
+    kind = tower_kind(vision.model_type, _TOWERS, "Gemma 3")
+    cells, layers = int(config.mm_tokens_per_image**0.5) ** 2, vision.num_hidden_layers
+    return TowerGeometry(patches_per_image(vision), kind.prefix, layers, read=layers, cells=cells)
 
 
 def projector_flops(config: Any, features: int) -> int:
@@ -42,13 +44,13 @@ GEMMA3 = register_family(
         tower="model.vision_tower",
         vision_config="vision_config",
         geometry=geometry,
-        towers=(_TOWER,),
-        note="behind the projector; the vision tower is left alone",
-        exact="prompts compacted by hand; no cross tokens (crossget runs without learned parameters)",
+        towers=_TOWERS,
+        note="inside the vision tower; copied back to the grid, and merged again behind the projector",
+        exact="prompts compacted by hand; no alignment loss in training",
         language_model="model.language_model",
         projector="model.multi_modal_projector",
         features_owner="model",
-        features="merged",
+        features="whole_grid",
         modalities=(Modality(),),
         connector_flops=projector_flops,
         tower_flops=siglip_flops,

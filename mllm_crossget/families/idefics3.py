@@ -1,8 +1,10 @@
 """Idefics3 and SmolVLM: SigLIP-like tower, pixel shuffle, one matrix as projector.
 
-Pixel shuffle needs the whole square of patches (a reduced count that happens to be a square would pass it and mean
-nothing), so the tower is left alone and tokens are merged behind the projector, each tile by itself; ``visual_tokens``
-counts tokens per tile. The tokens that the processor writes around tiles (row and column, whole image) stay.
+Tokens merge inside the tower. Pixel shuffle needs the whole square of patches (a reduced count that happens to be a
+square would pass it and mean nothing), so every token is copied back to its patches in front of it, and the cells that
+it makes are merged again behind the projector, each tile by itself; ``visual_tokens`` counts tokens per tile. The
+tokens that the processor writes around tiles (row and column, whole image) stay. Tiles with a padded margin are
+refused.
 """
 
 from __future__ import annotations
@@ -10,14 +12,29 @@ from __future__ import annotations
 from typing import Any
 
 from mllm_crossget.costs import linear_flops, vit_flops
-from mllm_crossget.families.base import Family, patches_per_image, register_family
+from mllm_crossget.families.base import (
+    Family,
+    TowerKind,
+    patches_per_image,
+    register_family,
+    register_tower,
+    tower_kind,
+)
 from mllm_crossget.families.modality import Modality
-from mllm_crossget.schedule import MergeGeometry
+from mllm_crossget.schedule import TowerGeometry
+
+IDEFICS3_TOWER = register_tower(TowerKind("idefics3_vision", prefix=0))
+SMOLVLM_TOWER = register_tower(TowerKind("smolvlm_vision", prefix=0))
+_TOWERS = (IDEFICS3_TOWER.model_type, SMOLVLM_TOWER.model_type)
 
 
-def geometry(config: Any) -> MergeGeometry:
-    """Tokens of one tile of an ``Idefics3Config`` or ``SmolVLMConfig``: patches / scale_factor²."""
-    return MergeGeometry(patches_per_image(config.vision_config) // config.scale_factor**2)
+def geometry(config: Any) -> TowerGeometry:
+    """Geometry of one tile of an ``Idefics3Config`` or ``SmolVLMConfig``: patches / scale_factor² cells behind the
+    projector. Raises ``ValueError`` for another vision tower."""
+    vision = config.vision_config
+    kind = tower_kind(vision.model_type, _TOWERS, "Idefics3")
+    patches, layers = patches_per_image(vision), vision.num_hidden_layers
+    return TowerGeometry(patches, kind.prefix, layers, read=layers, cells=patches // config.scale_factor**2)
 
 
 def tokens_of_tiles(model: Any, kwargs: dict[str, Any]) -> list[int]:
@@ -52,12 +69,12 @@ def _family(model_type: str, tower: str) -> Family:
         vision_config="vision_config",
         geometry=geometry,
         towers=(tower,),
-        note="behind the projector, each tile by itself; the vision tower is left alone",
-        exact="prompts compacted by hand; no cross tokens (crossget runs without learned parameters)",
+        note="inside the vision tower, tile by tile; copied back to the grid, and merged again behind the projector",
+        exact="prompts compacted by hand; no alignment loss in training",
         language_model="model.text_model",
         projector="model.connector",
         features_owner="model",
-        features="merged",
+        features="whole_grid",
         modalities=(Modality(ndim=(5,), arguments=("pixel_attention_mask",), counts=tokens_of_tiles),),
         connector_flops=projector_flops,
         tower_flops=tower_flops,

@@ -1,7 +1,8 @@
 """InternVL (2.5, 3 and relatives in transformers' format): InternViT tower, pixel shuffle, MLP projector.
 
-Pixel shuffle needs the whole square of patches, so the tower is left alone and tokens are merged behind the projector,
-each tile (and each video frame) by itself; ``visual_tokens`` counts tokens per tile.
+Tokens merge inside the tower. Pixel shuffle needs the whole square of patches, so every token is copied back to its
+patches in front of it, and the cells that it makes are merged again behind the projector, each tile (and each video
+frame) by itself; ``visual_tokens`` counts tokens per tile.
 """
 
 from __future__ import annotations
@@ -9,28 +10,45 @@ from __future__ import annotations
 from typing import Any
 
 from mllm_crossget.costs import linear_flops, vit_flops
-from mllm_crossget.families.base import Family, register_family
+from mllm_crossget.families.base import Family, LayerNames, TowerKind, register_family, register_tower, tower_kind
+from mllm_crossget.families.llava import layer_that_is_read
 from mllm_crossget.families.modality import Modality
-from mllm_crossget.schedule import MergeGeometry
+from mllm_crossget.schedule import TowerGeometry
 
-_TOWER = "internvl_vision"
+_LAYER = LayerNames(
+    layers="layer",
+    norm1="layernorm_before",
+    attention="attention",
+    norm2="layernorm_after",
+    scale1="lambda_1",
+    scale2="lambda_2",
+    dropout="dropout",
+)
+INTERNVL_TOWER = register_tower(TowerKind("internvl_vision", prefix=1, names=_LAYER))
+_TOWERS = (INTERNVL_TOWER.model_type,)
 
 
-def geometry(config: Any) -> MergeGeometry:
-    """Tokens of one tile of an ``InternVLConfig``: patches · downsample_ratio².
+def geometry(config: Any) -> TowerGeometry:
+    """Geometry of one tile of an ``InternVLConfig``: patches · downsample_ratio² cells behind the projector.
 
     Raises:
         ValueError: another vision tower, or a selection of features of which no square is left.
     """
-    if config.vision_config.model_type != _TOWER:
-        raise ValueError(f"InternVL with a {config.vision_config.model_type!r} vision tower is not supported")
+    kind = tower_kind(config.vision_config.model_type, _TOWERS, "InternVL")
     if config.vision_feature_select_strategy != "default":
         raise ValueError(
             f"vision_feature_select_strategy={config.vision_feature_select_strategy!r} keeps the class token, which "
             "pixel shuffle has no place for; use 'default'"
         )
     height, width = _patch_grid(config.vision_config)
-    return MergeGeometry(int(height * config.downsample_ratio) * int(width * config.downsample_ratio))
+    layers = config.vision_config.num_hidden_layers
+    return TowerGeometry(
+        patches=height * width,
+        prefix=kind.prefix,
+        layers=layers,
+        read=layer_that_is_read(config.vision_feature_layer, layers),
+        cells=int(height * config.downsample_ratio) * int(width * config.downsample_ratio),
+    )
 
 
 def _patch_grid(vision: Any) -> tuple[int, int]:
@@ -60,13 +78,13 @@ INTERNVL = register_family(
         tower="model.vision_tower",
         vision_config="vision_config",
         geometry=geometry,
-        towers=(_TOWER,),
-        note="behind the projector, each tile by itself; the vision tower is left alone",
-        exact="prompts compacted by hand; no cross tokens (crossget runs without learned parameters)",
+        towers=_TOWERS,
+        note="inside the vision tower, tile by tile; copied back to the grid, and merged again behind the projector",
+        exact="prompts compacted by hand; no alignment loss in training",
         language_model="model.language_model",
         projector="model.multi_modal_projector",
         features_owner="model",
-        features="merged",
+        features="whole_grid",
         modalities=(Modality(),),
         connector_flops=projector_flops,
         tower_flops=tower_flops,

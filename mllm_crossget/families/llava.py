@@ -26,18 +26,7 @@ def geometry(config: Any) -> TowerGeometry:
     """
     kind = tower_kind(config.vision_config.model_type, TOWERS, "LLaVA")
     layers = config.vision_config.num_hidden_layers
-    layer, strategy = config.vision_feature_layer, config.vision_feature_select_strategy
-    if not isinstance(layer, int):
-        raise ValueError(
-            f"vision_feature_layer={layer!r}: features of several layers are concatenated token by token, and merged "
-            "layers have different numbers of tokens; use a single layer, such as -2"
-        )
-    read = layer if layer >= 0 else layers + 1 + layer
-    if not 1 <= read <= layers:
-        raise ValueError(
-            f"vision_feature_layer={layer} is outside the {layers} layers of the vision tower, or in front of the "
-            f"first one, where nothing is merged yet; use -{layers} to -1"
-        )
+    strategy, read = config.vision_feature_select_strategy, layer_that_is_read(config.vision_feature_layer, layers)
     if strategy not in _STRATEGIES:
         raise ValueError(f"vision_feature_select_strategy={strategy!r}; supported: {', '.join(_STRATEGIES)}")
     if strategy == "default" and kind.prefix == 0:
@@ -52,6 +41,26 @@ def geometry(config: Any) -> TowerGeometry:
         read=read,
         drops_prefix=strategy == "default",
     )
+
+
+def layer_that_is_read(layer: Any, layers: int) -> int:
+    """Layers that have run at ``vision_feature_layer`` in a tower of so many.
+
+    Raises:
+        ValueError: several layers, or none of the tower's.
+    """
+    if not isinstance(layer, int):
+        raise ValueError(
+            f"vision_feature_layer={layer!r}: features of several layers are concatenated token by token, and merged "
+            "layers have different numbers of tokens; use a single layer, such as -2"
+        )
+    read = layer if layer >= 0 else layers + 1 + layer
+    if not 1 <= read <= layers:
+        raise ValueError(
+            f"vision_feature_layer={layer} is outside the {layers} layers of the vision tower, or in front of the "
+            f"first one, where nothing is merged yet; use -{layers} to -1"
+        )
+    return read
 
 
 def two_layer_projector_flops(config: Any, features: int) -> int:

@@ -27,7 +27,7 @@ class Refusal:
 
 
 _TIMM = "its vision tower is a timm model, which has no transformer layers of transformers' to merge tokens in"
-_NOT_WRITTEN = "merging behind its projector, as for Aya Vision, is not written and tested for it"
+_NOT_WRITTEN = "copying tokens back to the grid, as for Aya Vision, is not written and tested for it"
 _GLM = (
     "its tower packs all images into one sequence and a convolution merges 2x2 blocks of the patch grid, so tokens "
     "cannot merge inside; merging behind it, as for Qwen-VL, is not written and tested for it, and its videos share "
@@ -71,17 +71,17 @@ REFUSED = {
     "emu3": Refusal(_CODEBOOK, "class Emu3VQVAEEncoder("),
     "cohere2_vision": Refusal(
         "squares of the patch grid are shuffled into channels in front of its projector, which takes the root of the "
-        f"number of tokens for the side of the grid, so tokens cannot merge inside its tower; {_NOT_WRITTEN}",
+        f"number of tokens for the side of the grid; {_NOT_WRITTEN}",
         "height = width = int(seq_length**0.5)",
     ),
     "llama4": Refusal(
         "its tower rotates queries and keys by their place in the patch grid and shuffles squares of it into channels, "
-        f"so tokens cannot merge inside; {_NOT_WRITTEN}, and it projects in forward, behind get_image_features",
+        f"so merged tokens have no place; {_NOT_WRITTEN}, and it projects in forward, behind get_image_features",
         "def vision_apply_rotary_emb(",
     ),
     "lfm2_vl": Refusal(
         "its tower's tokens are unpadded and reshaped to each image's patch grid in front of the projector, which "
-        f"shuffles squares of it into channels, so tokens cannot merge inside; {_NOT_WRITTEN}",
+        f"shuffles squares of it into channels; {_NOT_WRITTEN}",
         "feature.reshape(1, feature_org_h, feature_org_w, -1)",
     ),
     "gemma4": Refusal(

@@ -20,6 +20,7 @@ from mllm_crossget.hooks import grid as _registers_grid_features  # noqa: F401
 from mllm_crossget.hooks import own_tower as _registers_own_towers  # noqa: F401
 from mllm_crossget.hooks import pooled_grid as _registers_pooled_grids  # noqa: F401
 from mllm_crossget.hooks import resampled as _registers_resampled_features  # noqa: F401
+from mllm_crossget.hooks import whole_grid as _registers_whole_grids  # noqa: F401
 from mllm_crossget.hooks.alignment_tokens import AlignmentTokens
 from mllm_crossget.hooks.cross_tokens import CrossTokens
 from mllm_crossget.hooks.dual import DualModel

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mllm_crossget.families.modality import Modality, all_of
 from mllm_crossget.hooks.features import encode_ahead
 from mllm_crossget.hooks.handle import Handle
-from mllm_crossget.schedule import MergeGeometry
+from mllm_crossget.hooks.post_merge import MergeState
 
 
 def given_features(modality: Modality, kwargs: dict[str, Any]) -> Any:
@@ -40,7 +40,7 @@ def token_of(model: nn.Module, modality: Modality) -> int:
 def placeholders_of(model: nn.Module, handle: Handle, modality: Modality, kwargs: dict[str, Any]) -> list[int]:
     """Placeholders of every image that the untouched model needs."""
     features = given_features(modality, kwargs)
-    if features is not None and isinstance(handle.geometry, MergeGeometry) and handle.geometry.fixed:
+    if features is not None and handle.merging is not None and getattr(handle.geometry, "fixed", True):
         images = sum(len(image) for image in features) // handle.schedule.features
         return [handle.schedule.placeholders] * images
     if features is not None and modality.reduced_counts is not None:
@@ -60,8 +60,8 @@ def known_features(model: nn.Module, handle: Handle, modality: Modality, kwargs:
         return None
     if modality.reduced_counts is not None:
         return modality.reduced_counts(model, kwargs, lambda tokens: _kept_of_part(handle, modality, tokens))
-    if isinstance(handle.geometry, MergeGeometry):
-        return _merged_counts(handle, placeholders_of(model, handle, modality, kwargs))
+    if handle.merging is not None:
+        return _merged_counts(handle.merging, placeholders_of(model, handle, modality, kwargs))
     return None if modality.counts is not None else [handle.schedule.features] * len(kwargs[modality.pixels])
 
 
@@ -96,16 +96,16 @@ def _kept_of_part(handle: Handle, modality: Modality, tokens: int) -> int:
     return tokens if handle.again is None else handle.again.schedule(tokens).features
 
 
-def _merged_counts(handle: Handle, placeholders: list[int]) -> list[int]:
-    return [handle.tower.schedule(tokens).features for tokens in placeholders]
+def _merged_counts(merging: MergeState, placeholders: list[int]) -> list[int]:
+    return [merging.schedule(tokens).features for tokens in placeholders]
 
 
 def image_counts(model: nn.Module, handle: Handle, modality: Modality, kwargs: dict[str, Any]) -> list[tuple[int, int]]:
     """(placeholders of the user's prompt, features) of every image of a call; encodes the images where only that can
     tell."""
     placeholders = placeholders_of(model, handle, modality, kwargs)
-    if isinstance(handle.geometry, MergeGeometry):
-        return list(zip(placeholders, _merged_counts(handle, placeholders), strict=True))
+    if handle.merging is not None:
+        return list(zip(placeholders, _merged_counts(handle.merging, placeholders), strict=True))
     known = known_features(model, handle, modality, kwargs)
     features = encode_ahead(model, handle.family, modality, kwargs) if known is None else known
     return list(zip(placeholders, features, strict=True))

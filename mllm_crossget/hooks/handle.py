@@ -13,7 +13,7 @@ from mllm_crossget.hooks.text_tower import TextTowerState
 from mllm_crossget.hooks.tower import TowerState
 from mllm_crossget.hooks.vision_cache import VisionCache
 from mllm_crossget.methods.base import Method
-from mllm_crossget.schedule import Geometry, Schedule
+from mllm_crossget.schedule import Geometry, Schedule, TowerGeometry
 
 HANDLE = "_mllm_crossget"
 
@@ -46,7 +46,8 @@ class Handle:
         text_path: path to the module that writes text cross tokens, "" where there is none.
         tower: state of the hooked vision tower or of the merging behind the projector, None while ``keep_ratio=1``.
         own_towers: towers that single modalities have beside it, by the modality's name.
-        again: state of the second merging, behind pooled frames and resized grids, or None.
+        again: state of the second merging, behind pooled frames, resized grids and projectors of the whole grid, or
+            None.
         text_encoder_path, text_tower: the same for a text tower.
         vision_cache: encoded images for the next question about them, or None.
     """
@@ -66,6 +67,13 @@ class Handle:
     text_encoder_path: str = ""
     text_tower: TextTowerState | None = None
     vision_cache: VisionCache | None = None
+
+    @property
+    def merging(self) -> MergeState | None:
+        """State of the merging of every image's features behind the projector, or None."""
+        if isinstance(self.tower, MergeState):
+            return self.tower
+        return self.again if isinstance(self.geometry, TowerGeometry) and self.geometry.cells is not None else None
 
 
 def base_model(model: nn.Module) -> nn.Module:

@@ -129,7 +129,7 @@ def _is_watched(owner: nn.Module, handle: Handle) -> bool:
     tower = handle.tower
     if owner.training or any(child.training for child in _vision_side(owner, handle)):
         return True
-    if tower is not None and tower.trace is not None:
+    if any(state is not None and state.trace is not None for state in (tower, handle.again)):
         return True
     if isinstance(tower, MergeState):
         return tower.running

@@ -75,14 +75,14 @@ class TowerState:
     def schedule(self, tokens: int) -> Schedule:
         """Counts for an image of ``tokens`` tokens (other image sizes have other patch counts)."""
         if tokens not in self.schedules:
-            geometry = replace(self.geometry, patches=tokens - self.geometry.prefix)
+            geometry = self.geometry.of_patches(tokens - self.geometry.prefix)
             self.schedules[tokens] = make_schedule(self.method, geometry)
         return self.schedules[tokens]
 
     def most_tokens(self, tokens: int, layer: int) -> int:
         """Tokens that the cap of a dynamic method allows behind a layer, of an image of ``tokens`` tokens."""
         if tokens not in self.caps:
-            geometry = replace(self.geometry, patches=tokens - self.geometry.prefix)
+            geometry = self.geometry.of_patches(tokens - self.geometry.prefix)
             most = min(vars(self.method)["max_visual_tokens"], geometry.placeholders)
             capped = replace(self.method, keep_ratio=None, r=None, visual_tokens=most)
             self.caps[tokens] = make_schedule(capped, geometry)
@@ -193,7 +193,7 @@ class ReducedLayer(nn.Module):
         masked = {} if attention_mask is None else {"attention_mask": attention_mask}  # not every attention takes one
         with open_slot(attention, slot):
             attended = attention(getattr(self, names.norm1)(hidden_states), **masked)[0]
-        hidden_states = hidden_states + attended
+        hidden_states = hidden_states + _scaled(self, names.scale1, attended)
         match = None
         if removed:
             keys, importance = slot.take()
@@ -202,8 +202,15 @@ class ReducedLayer(nn.Module):
             if size is None:
                 size = torch.ones(hidden_states.shape[:2], dtype=torch.float32, device=hidden_states.device)
             hidden_states, size = merge(hidden_states, size, match)
-        hidden_states = hidden_states + getattr(self, names.mlp)(getattr(self, names.norm2)(hidden_states))
-        return hidden_states, size, match
+        added = getattr(self, names.mlp)(getattr(self, names.norm2)(hidden_states))
+        if names.dropout:
+            added = getattr(self, names.dropout)(added)
+        return hidden_states + _scaled(self, names.scale2, added), size, match
+
+
+def _scaled(layer: nn.Module, scale: str, added: Tensor) -> Tensor:
+    """What a branch adds to the residual stream, times the layer's scale of that name (LayerScale) if it has one."""
+    return getattr(layer, scale) * added if scale else added
 
 
 def first_cross_token(hidden: Tensor, prefix: int) -> Tensor:

@@ -104,7 +104,7 @@ def counted_total(config: Any, method: CrossGetConfig) -> int:
     model, family = accelerate_mllm(on_meta(config), method), family_of(config)
     geometry = family.geometry(config)
     schedule = make_schedule(method, geometry)
-    if isinstance(geometry, MergeGeometry):
+    if isinstance(geometry, MergeGeometry) or geometry.cells is not None:
         runs = [merged_vision(model, config)]
     else:
         size, tiles = config_at(config, family.vision_config).image_size, tiles_of(config, family).count

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mllm_crossget import trace_merges
+from mllm_crossget.families.base import families, module_at
 from tests.families.cases import Batch, Case, add_case
 from tests.families.merging import expected_tokens
+from tests.generation.oracle import shift_first
 from tests.hooks.test_forward import labels_of
 from tests.tiny_grid import (
     TOKENS,
@@ -66,7 +71,7 @@ def answers(model: nn.Module, batch: Batch) -> list[Tensor]:
 
 
 def features(stock: nn.Module, row: Batch) -> list[Tensor]:
-    """(n, D) stock features of every tile of a row, one tile at a time."""
+    """(n, D) features of every tile of a row, one tile at a time, from the stock code."""
     if "pixel_values" not in row:
         return []
     pixels = row["pixel_values"]
@@ -76,7 +81,47 @@ def features(stock: nn.Module, row: Batch) -> list[Tensor]:
 
 def expected(stock: nn.Module, model: nn.Module, batch: Batch, **options: Any) -> list[list[int]]:
     rows = [alone(batch, row) for row in range(len(TILES))]
-    return expected_tokens(stock, model, rows, features, **options)
+    with towers_tokens(stock, model), guided(stock, model):
+        return expected_tokens(stock, model, rows, features, **options)
+
+
+@contextmanager
+def towers_tokens(stock: nn.Module, model: nn.Module) -> Iterator[None]:
+    """The stock tower's states become those of the other model's tokens, copied to every patch by hand."""
+    path = families()[model.config.model_type].tower
+
+    def whole(states: Tensor, source: list[list[int]], like: Tensor) -> Tensor:
+        return torch.stack([torch.stack([image[token] for token in own[: like.shape[1]]])
+                            for image, own in zip(states, source, strict=True)])  # fmt: skip
+
+    def replace(_: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        with trace_merges(model) as trace:
+            reduced = module_at(model, path)(*args, **kwargs)
+        source = trace[-1].source.tolist()
+        output.last_hidden_state = whole(reduced.last_hidden_state, source, output.last_hidden_state)
+        if output.get("hidden_states"):
+            last = whole(reduced.hidden_states[-1], source, output.last_hidden_state)
+            output.hidden_states = (*[None] * (len(output.hidden_states) - 1), last)
+        return output
+
+    hook = module_at(stock, path).register_forward_hook(replace, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def guided(stock: nn.Module, model: nn.Module) -> Iterator[None]:
+    """The other model's text cross tokens, added to the first token of an unpadded prompt in front of every layer."""
+    path = families()[model.config.model_type].language_model
+    cross = getattr(module_at(model, path), "cross_tokens", None)
+    with ExitStack() as stack:
+        if cross is not None:
+            for layer, vector in zip(module_at(stock, path).layers, cross().detach().clone(), strict=True):
+                hook = layer.register_forward_pre_hook(lambda _, args, v=vector: (shift_first(args[0], v), *args[1:]))
+                stack.callback(hook.remove)
+        yield
 
 
 def loss(model: nn.Module, batch: Batch) -> Tensor:

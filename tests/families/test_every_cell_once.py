@@ -14,15 +14,14 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from mllm_crossget import accelerate_mllm
+from mllm_crossget import accelerate_mllm, trace_merges
 from mllm_crossget.config import method_class
 from mllm_crossget.families.base import families
 from mllm_crossget.hooks.counts import image_counts
-from mllm_crossget.hooks.features import FEATURES
 from mllm_crossget.hooks.handle import Handle
 from mllm_crossget.hooks.inputs import empty_layout, shrink_new_columns
 from mllm_crossget.hooks.journal import Journal
-from mllm_crossget.hooks.post_merge import hook_merge, kept_cells
+from mllm_crossget.hooks.post_merge import MergedFeatures, MergedVideoFeatures, hook_merge, kept_cells
 from mllm_crossget.schedule import make_schedule
 from tests.families.case_grid import BUILDS
 from tests.methods import FIXED
@@ -91,11 +90,11 @@ def test_random_images(model_type: str, method: str) -> None:
         )  # fmt: skip
         owner = Features(config, rows, cells, by_row)
         journal = Journal()
-        journal.swap_class(owner, FEATURES[family.features])
+        journal.swap_class(owner, MergedFeatures)
         geometry = family.geometry(_published_like(config, model_type, side))
-        assert geometry.tokens == cells
+        assert geometry.cells == cells
         handle = Handle(chosen, family, geometry, make_schedule(chosen, geometry), journal, {})
-        handle.tower = hook_merge(journal, owner, chosen, family.modalities)
+        handle.again = hook_merge(journal, owner, chosen, family.modalities)
         kwargs = {"pixel_values": pixels_of(rows, side, by_row), **padded(rows_of([[cells] * n for n in rows], case))}
         counts = image_counts(owner, handle, modality, kwargs)
         output = owner.get_image_features(kwargs["pixel_values"])
@@ -114,9 +113,10 @@ def test_random_images(model_type: str, method: str) -> None:
 
 def _published_like(config: SimpleNamespace, model_type: str, side: int) -> SimpleNamespace:
     """The same tile written as the family's configuration writes it."""
-    more = {"downsample_ratio": 0.5, "downsample_factor": 2, "mm_tokens_per_image": side * side}
+    more = {"downsample_ratio": 0.5, "downsample_factor": 2, "mm_tokens_per_image": side * side,
+            "vision_feature_layer": -1}  # fmt: skip
     strategy = "full" if model_type == "aya_vision" else "default"
-    vision = SimpleNamespace(**vars(config.vision_config))
+    vision = SimpleNamespace(**vars(config.vision_config), num_hidden_layers=2)
     if model_type == "internvl":
         vision.image_size, vision.patch_size = [2 * side, 2 * side], [1, 1]
     return SimpleNamespace(
@@ -151,7 +151,9 @@ def test_random_prompts_end_to_end(model_type: str) -> None:
         by_row = families()[model_type].modalities[0].counts is not None
         pixels = pixels_of(rows, 28, by_row)
         pixels = pixels * torch.randn(pixels.shape, generator=torch.Generator().manual_seed(case))
-        logits = model(**batch, pixel_values=pixels).logits
+        with trace_merges(model, tower="cells") as trace:
+            logits = model(**batch, pixel_values=pixels).logits
+        assert torch.equal(trace[-1].size.sum(dim=1), torch.full((sum(rows),), 16.0)), "every cell is in one token"
         real = batch["attention_mask"].sum(dim=1)
         assert lengths[-1] == max(int(real[row]) - n * (16 - kept) for row, n in enumerate(rows))
         assert logits.shape[1] == batch["input_ids"].shape[1]
@@ -186,7 +188,7 @@ def test_random_grids_of_images_and_videos(method: str) -> None:
         grids = [(frames, 2 * draw.randint(1, 6), 2 * draw.randint(1, 6)) for _ in range(draw.randint(1, 4))]
         dial = draw.choice([{"keep_ratio": draw.uniform(0.05, 0.99)}, {"visual_tokens": draw.randint(1, 40)}])
         owner, journal = Packed(grids), Journal()
-        journal.swap_class(owner, FEATURES[family.features])
+        journal.swap_class(owner, MergedVideoFeatures)
         state = hook_merge(journal, owner, method_class(method)(**dial), family.modalities)
         encode = owner.get_video_features if video else owner.get_image_features
         output = encode(torch.zeros(1, 24), torch.tensor(grids))

@@ -38,7 +38,7 @@ class Oracle:
     def guide(self, vectors: Tensor) -> None:
         """Add a vector per layer to the first token of a prompt (CrossGET's text cross tokens), for unpadded rows."""
         for layer, vector in zip(self.text.model.layers, vectors.detach().clone(), strict=True):
-            layer.register_forward_pre_hook(lambda _, args, v=vector: (_shift_first(args[0], v), *args[1:]))
+            layer.register_forward_pre_hook(lambda _, args, v=vector: (shift_first(args[0], v), *args[1:]))
 
     def rows(self, model: nn.Module, batch: dict[str, Tensor]) -> list[Row]:
         """Every row of a batch, compacted by hand: the first n - k placeholders of each image are left out."""
@@ -132,7 +132,7 @@ def strip_end(tokens: list[int], pad: int = 0) -> list[int]:
     return tokens
 
 
-def _shift_first(hidden: Tensor, vector: Tensor) -> Tensor:
+def shift_first(hidden: Tensor, vector: Tensor) -> Tensor:
     if hidden.shape[1] == 1:
         return hidden
     return torch.cat([hidden[:, :1] + vector, hidden[:, 1:]], dim=1)

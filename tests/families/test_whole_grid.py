@@ -1,0 +1,197 @@
+"""Projectors of the whole grid: the tower is reduced, its tokens are copied back to their patches in front of the
+projector, and the cells behind it are merged again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mllm_crossget import CrossGetConfig, ToMeConfig, accelerate_mllm, restore_mllm, trace_merges
+from mllm_crossget.families.base import families, module_at
+from mllm_crossget.hooks.handle import handle_of
+from mllm_crossget.visualize import merged_groups, tokens_per_layer
+from tests import reference
+from tests.families.case_grid import BUILDS, alone
+from tests.methods import FIXED
+from tests.tiny import randomise_cross_tokens, tiny_llava
+from tests.tiny_grid import PATCHES, TOKENS, tiles, tiny_aya_vision, tiny_idefics3, tiny_internvl
+
+grids = pytest.mark.parametrize("model_type", sorted(BUILDS))
+
+
+def pixels_of(model: nn.Module, count: int = 2, seed: int = 0) -> Tensor:
+    """Pixels of so many tiles as the family's ``get_image_features`` takes them."""
+    made = tiles(count, seed)
+    return made[None] if families()[model.config.model_type].modalities[0].ndim == (5,) else made
+
+
+def tower_of(model: nn.Module) -> Any:
+    return module_at(model, families()[model.config.model_type].tower)
+
+
+def features_of(model: nn.Module, **options: Any) -> Tensor:
+    """(tiles, tokens, D) of two tiles."""
+    found = model.model.get_image_features(pixels_of(model), return_dict=True, **options).pooler_output
+    return found if isinstance(found, Tensor) else torch.cat(list(found)).unflatten(0, (2, -1))
+
+
+@grids
+@torch.no_grad()
+def test_nothing_merged_is_the_stock_model(model_type: str) -> None:
+    """``r=0`` goes through every hook and changes nothing."""
+    build, _ = BUILDS[model_type]
+    model = build()
+    stock = features_of(model)
+    assert stock.shape[1] == TOKENS
+    accelerate_mllm(model, ToMeConfig(r=0))
+    assert handle_of(model).again is not None
+    torch.testing.assert_close(features_of(model), stock)
+    restore_mllm(model)
+    assert torch.equal(features_of(model), stock)
+
+
+@pytest.mark.parametrize("dial", [{"keep_ratio": 0.5}, {"visual_tokens": 8}, {"r": 11}], ids=str)
+@pytest.mark.parametrize("method", FIXED)
+@grids
+@torch.no_grad()
+def test_tower_and_language_model_get_the_same_share(model_type: str, method: str, dial: dict[str, Any]) -> None:
+    model = accelerate_mllm(BUILDS[model_type][0](), method=method, **dial)
+    randomise_cross_tokens(model)
+    handle = handle_of(model)
+    cross, prefix = handle.schedule.cross, handle.geometry.prefix
+    assert cross == (method == "crossget")
+    left = PATCHES - 22 if "r" in dial else PATCHES // 2
+    with trace_merges(model) as trace, trace_merges(model, tower="cells") as cells:
+        features = features_of(model)
+    assert trace[-1].size.shape[1] == left + prefix + cross
+    assert features.shape[1] == handle.schedule.features == max(1, round(TOKENS * left / PATCHES))
+    assert cells[-1].size.shape == (2, features.shape[1])
+    assert torch.equal(cells[-1].size.sum(dim=1), torch.full((2,), float(TOKENS)))
+
+
+@grids
+@torch.no_grad()
+def test_the_projector_gets_every_patch_with_its_tokens_state(model_type: str) -> None:
+    """States in ``get_image_features`` are whole; those of the tower itself are the reduced ones."""
+    model = accelerate_mllm(BUILDS[model_type][0](), CrossGetConfig(keep_ratio=0.5))
+    randomise_cross_tokens(model)
+    prefix, tower = handle_of(model).geometry.prefix, tower_of(model)
+    flags = {"output_hidden_states": True, "return_dict": True}
+    with trace_merges(model) as trace:
+        reduced = tower(tiles(2), **flags)
+    whole = model.model.get_image_features(pixels_of(model), **flags)
+    counts = [PATCHES + prefix + 1, *(entry.size.shape[1] for entry in trace)]
+    assert [states.shape[1] for states in reduced.hidden_states] == counts
+    assert {states.shape[1] for states in whole.hidden_states} == {PATCHES + prefix}
+    torch.testing.assert_close(whole.hidden_states[0], reduced.hidden_states[0][:, :-1])
+    pairs = zip(whole.hidden_states[1:], reduced.hidden_states[1:], trace, strict=True)
+    for states, tokens, entry in [*pairs, (whole.last_hidden_state, reduced.last_hidden_state, trace[-1])]:
+        for patch in range(PATCHES + prefix):
+            for image in range(2):
+                torch.testing.assert_close(states[image, patch], tokens[image, entry.source[image, patch]])
+
+
+@torch.no_grad()
+def test_internvl_layers_scale_what_they_add() -> None:
+    """One layer of InternVL by hand: LayerScale on both branches, merging between them."""
+    model = tiny_internvl("eager")
+    layer = model.model.vision_tower.encoder.layer[0]
+    layer.lambda_1.copy_(torch.linspace(0.2, 1.4, len(layer.lambda_1)))
+    layer.lambda_2.copy_(torch.linspace(-1.0, 0.7, len(layer.lambda_2)))
+    hidden = torch.randn(1, PATCHES + 1, 32, generator=torch.Generator().manual_seed(0))
+    normed = layer.layernorm_before(hidden)
+    heads = layer.attention.k_norm(layer.attention.k_proj(normed)).view(PATCHES + 1, 4, 8)
+    after = hidden + layer.lambda_1 * layer.attention(normed)[0]
+    decision = reference.bipartite_matching(heads.mean(dim=1), 9, keep_order=True, class_token=True)
+    merged = reference.mean_merge(after[0], torch.ones(PATCHES + 1), decision)[0].float()
+    expected = merged + layer.lambda_2 * layer.mlp(layer.layernorm_after(merged))
+    accelerate_mllm(model, ToMeConfig(r=[9, 0]))
+    found = layer(hidden, None, None, None, 9)[0][0]
+    torch.testing.assert_close(found, expected)
+
+
+@torch.no_grad()
+def test_dropout_of_internvls_layers_is_theirs() -> None:
+    model = tiny_internvl()
+    layer = model.model.vision_tower.encoder.layer[0]
+    hidden = torch.randn(1, 9, 32, generator=torch.Generator().manual_seed(0))
+    without_mlp = hidden + layer.lambda_1 * layer.attention(layer.layernorm_before(hidden))[0]
+    accelerate_mllm(model, ToMeConfig(r=0))
+    layer.dropout.p = 1.0
+    layer.train()
+    torch.testing.assert_close(layer(hidden)[0], without_mlp)
+
+
+@pytest.mark.parametrize("build", [tiny_internvl, tiny_aya_vision])
+@torch.no_grad()
+def test_an_earlier_layer_may_be_read(build: Any) -> None:
+    model = build()
+    model.config.vision_feature_layer = -2
+    stock = features_of(model, vision_feature_layer=-2)
+    accelerate_mllm(model, ToMeConfig(keep_ratio=0.5))
+    schedule, geometry = handle_of(model).schedule, handle_of(model).geometry
+    assert geometry.read == 1
+    assert schedule.tokens[1] == PATCHES // 2 + geometry.prefix
+    assert features_of(model, vision_feature_layer=-2).shape == (2, TOKENS // 2, stock.shape[2])
+
+
+def test_several_layers_are_refused() -> None:
+    model = tiny_aya_vision()
+    model.config.vision_feature_layer = [-1, -2]
+    with pytest.raises(ValueError, match="use a single layer"):
+        accelerate_mllm(model, keep_ratio=0.5)
+    assert handle_of(model) is None
+
+
+@pytest.mark.parametrize("model_type", ["idefics3", "smolvlm"])
+@torch.no_grad()
+def test_tiles_with_padded_margins_are_refused(model_type: str) -> None:
+    model = tiny_idefics3(model_type=model_type)
+    mask = torch.ones(1, 2, 56, 56, dtype=torch.bool)
+    mask[0, 1, :, 28:] = False
+    accelerate_mllm(model, keep_ratio=0.5)
+    with pytest.raises(ValueError, match="masked towers are not supported"):
+        model.model.get_image_features(pixels_of(model), pixel_attention_mask=mask)
+    assert features_of(model, pixel_attention_mask=torch.ones_like(mask)).shape[1] == TOKENS // 2
+
+
+@grids
+def test_more_tokens_than_there_are_cells_are_refused(model_type: str) -> None:
+    model = BUILDS[model_type][0]()
+    with pytest.raises(ValueError, match=f"more than the {TOKENS} tokens of an image"):
+        accelerate_mllm(model, visual_tokens=TOKENS + 1)
+    assert handle_of(model) is None
+
+
+@grids
+@torch.no_grad()
+def test_pictures_show_the_cells_and_the_towers_counts(model_type: str) -> None:
+    model = accelerate_mllm(BUILDS[model_type][0](), ToMeConfig(visual_tokens=5))
+    groups = merged_groups(model, pixels_of(model))
+    assert groups.shape == (2, TOKENS)
+    assert [sorted(set(row.tolist())) for row in groups] == [list(range(5))] * 2
+    prefix = handle_of(model).geometry.prefix
+    assert tokens_per_layer(model, tiles(2))[:, -1].tolist() == [20 + prefix] * 2
+    accelerate_mllm(model, ToMeConfig(r=1))
+    assert merged_groups(model, pixels_of(model)).tolist() == [list(range(TOKENS))] * 2, "two patches fewer: all cells"
+
+
+def test_cells_cannot_be_traced_where_there_are_none() -> None:
+    model = accelerate_mllm(tiny_llava(), keep_ratio=0.5)
+    with pytest.raises(ValueError, match="no cells are merged behind the tower"), trace_merges(model, tower="cells"):
+        pass
+
+
+@grids
+def test_everything_that_is_learned_gets_a_gradient(model_type: str) -> None:
+    """Cross tokens of tower and text learn from the answer alone."""
+    build, batch_of = BUILDS[model_type]
+    model = accelerate_mllm(build(), CrossGetConfig(keep_ratio=0.5)).train()
+    batch = alone(batch_of(model), 0)
+    model(**batch, use_cache=False).logits.float().logsumexp(dim=-1).sum().backward()
+    crossed = {name: p.grad for name, p in model.named_parameters() if "cross_tokens" in name}
+    assert len(crossed) == 2
+    assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in crossed.values())
