@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from mllm_crossget.costs import linear_flops
 from mllm_crossget.families.base import SIGLIP_TOWER, Family, patches_per_image, register_family, tower_kind
 from mllm_crossget.families.gemma3 import siglip_flops
@@ -47,6 +49,11 @@ def projector_flops(config: Any, features: int) -> int:
     return linear_flops(features, inputs, inner) + linear_flops(features, inner // 2, text)
 
 
+def cross_cell(config: Any, tokens: Tensor) -> Tensor:
+    """The patches of one cell, which the projector shuffles itself: (images, D) -> (images, downsample_factor², D)."""
+    return tokens[:, None].repeat(1, config.downsample_factor**2, 1)
+
+
 AYA_VISION = register_family(
     Family(
         model_type="aya_vision",
@@ -55,9 +62,11 @@ AYA_VISION = register_family(
         geometry=geometry,
         towers=_TOWERS,
         note="inside the vision tower, tile by tile; copied back to the grid, and merged again behind the projector",
-        exact="prompts compacted by hand; no alignment loss in training",
+        exact="prompts compacted by hand",
         language_model="model.language_model",
         projector="model.multi_modal_projector",
+        vision_projection=("model.multi_modal_projector",),
+        cross_cell=cross_cell,
         features_owner="model",
         features="whole_grid",
         modalities=(Modality(),),

@@ -192,6 +192,8 @@ class Family:
         projector: path to the module that maps vision features to the text width, or None.
         vision_projection: paths of the modules that map a vision cross token, one after the other, to where it is
             compared with the text cross token; empty where there is no such map (then there is no alignment loss).
+        cross_cell: (configuration, (images, D) cross tokens) -> (images, ...) what the first of these modules takes for
+            a cell of the grid all of whose patches are that token, where it takes cells; None: the token itself.
         text_projection: likewise for a text cross token; empty leaves it as it is.
         images_per_row: (configuration, keyword arguments of the call) -> (B,) images in every row of the text; None:
             the same number for every row. Only asked where ``modalities`` is empty.
@@ -236,6 +238,7 @@ class Family:
     language_layers: Callable[[Any], tuple[str, ...]] | None = None
     projector: str | None = None
     vision_projection: tuple[str, ...] = ()
+    cross_cell: Callable[[Any, Tensor], Tensor] | None = None
     text_projection: tuple[str, ...] = ()
     images_per_row: Callable[[Any, dict[str, Any]], Tensor] | None = None
     features_owner: str | None = None

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from mllm_crossget.costs import linear_flops, vit_flops
 from mllm_crossget.families.base import (
     Family,
@@ -62,6 +64,11 @@ def tower_flops(config: Any) -> tuple[int, int]:
     return linear_flops(patches, inputs, vision.hidden_size), vit_flops(vision, patches)
 
 
+def cross_cell(config: Any, tokens: Tensor) -> Tensor:
+    """The patches of one cell, which the projector shuffles itself: (images, D) -> (images, scale_factor², D)."""
+    return tokens[:, None].repeat(1, config.scale_factor**2, 1)
+
+
 def _family(model_type: str, tower: str) -> Family:
     return Family(
         model_type=model_type,
@@ -70,9 +77,11 @@ def _family(model_type: str, tower: str) -> Family:
         geometry=geometry,
         towers=(tower,),
         note="inside the vision tower, tile by tile; copied back to the grid, and merged again behind the projector",
-        exact="prompts compacted by hand; no alignment loss in training",
+        exact="prompts compacted by hand",
         language_model="model.text_model",
         projector="model.connector",
+        vision_projection=("model.connector",),
+        cross_cell=cross_cell,
         features_owner="model",
         features="whole_grid",
         modalities=(Modality(ndim=(5,), arguments=("pixel_attention_mask",), counts=tokens_of_tiles),),

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from mllm_crossget.costs import linear_flops, vit_flops
 from mllm_crossget.families.base import Family, LayerNames, TowerKind, register_family, register_tower, tower_kind
 from mllm_crossget.families.llava import layer_that_is_read
@@ -72,6 +74,11 @@ def tower_flops(config: Any) -> tuple[int, int]:
     return linear_flops(height * width, inputs, vision.hidden_size), vit_flops(vision, height * width + 1)
 
 
+def cross_cell(config: Any, tokens: Tensor) -> Tensor:
+    """A cell's channels are those of its patches side by side: (images, D) -> (images, D / downsample_ratio²)."""
+    return tokens.repeat(1, round(config.downsample_ratio**-2))
+
+
 INTERNVL = register_family(
     Family(
         model_type="internvl",
@@ -80,9 +87,11 @@ INTERNVL = register_family(
         geometry=geometry,
         towers=_TOWERS,
         note="inside the vision tower, tile by tile; copied back to the grid, and merged again behind the projector",
-        exact="prompts compacted by hand; no alignment loss in training",
+        exact="prompts compacted by hand",
         language_model="model.language_model",
         projector="model.multi_modal_projector",
+        vision_projection=("model.multi_modal_projector",),
+        cross_cell=cross_cell,
         features_owner="model",
         features="whole_grid",
         modalities=(Modality(),),

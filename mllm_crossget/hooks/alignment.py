@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ def add_alignment_loss(
     towards: list[list[nn.Module]],
     images_per_row: Tensor,
     kl: str,
+    cell: Callable[[Tensor], Tensor] | None = None,
 ) -> Any:
     """The output with a field ``alignment_loss`` (unweighted), in the graph of the cross tokens alone.
 
@@ -30,6 +32,7 @@ def add_alignment_loss(
             weights get no gradient from the loss.
         images_per_row: (B,) images in every row of the batch.
         kl: form of the divergence.
+        cell: (images, D) cross tokens -> what the first of vision's modules takes for them, if not the tokens.
     """
     if text_cross is None or vision_cross is None:
         known = next((value for value in output.values() if isinstance(value, Tensor)), torch.zeros(()))
@@ -38,7 +41,9 @@ def add_alignment_loss(
         row_of_image = torch.arange(len(images_per_row), device=text_cross.device).repeat_interleave(
             images_per_row.to(text_cross.device)
         )
-        vision, text = _project(towards[0], vision_cross), _project(towards[1], text_cross)
+        cells = vision_cross if cell is None else cell(vision_cross.flatten(0, 1))
+        vision = _project(towards[0], cells).reshape(*vision_cross.shape[:2], -1)
+        text = _project(towards[1], text_cross)
         loss = alignment_loss(vision, text, row_of_image, kl)[0]
     return aligned_output(type(output))(**dict(output.items()), alignment_loss=loss)
 

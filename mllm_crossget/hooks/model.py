@@ -5,6 +5,7 @@ back. The language model never sees, computes or caches a removed token.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -203,8 +204,9 @@ def _with_alignment(model: nn.Module, forward: Any, handle: Handle, kwargs: dict
     towards = [
         [module_at(model, path) for path in paths] for paths in (family.vision_projection, family.text_projection)
     ]
+    cell = None if family.cross_cell is None else partial(family.cross_cell, model.config)
     output = add_alignment_loss(
-        output, vision[0] if vision else None, text[0] if text else None, towards, rows, handle.method.kl
+        output, vision[0] if vision else None, text[0] if text else None, towards, rows, handle.method.kl, cell
     )
     if handle.own_towers:  # DDP wants a gradient of every tower's cross tokens, also where a batch has images alone
         for path in handle.cross_paths.values():

@@ -125,7 +125,8 @@ def guided(stock: nn.Module, model: nn.Module) -> Iterator[None]:
 
 
 def loss(model: nn.Module, batch: Batch) -> Tensor:
-    return model(**batch, labels=labels_of(model, batch), use_cache=False).loss
+    output = model(**batch, labels=labels_of(model, batch), use_cache=False)
+    return output.loss + getattr(output, "alignment_loss", torch.zeros(()))
 
 
 BUILDS = {

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from mllm_crossget import CrossGetConfig, ToMeConfig, accelerate_mllm, restore_mllm, trace_merges
 from mllm_crossget.families.base import families, module_at
+from mllm_crossget.hooks.cross_tokens import recorded_cross_tokens
 from mllm_crossget.hooks.handle import handle_of
+from mllm_crossget.ops.alignment import alignment_loss
 from mllm_crossget.visualize import merged_groups, tokens_per_layer
 from tests import reference
-from tests.families.case_grid import BUILDS, alone
+from tests.families.case_grid import BUILDS, TILES, alone
 from tests.methods import FIXED
 from tests.tiny import randomise_cross_tokens, tiny_llava
 from tests.tiny_grid import PATCHES, TOKENS, tiles, tiny_aya_vision, tiny_idefics3, tiny_internvl
@@ -183,6 +185,40 @@ def test_cells_cannot_be_traced_where_there_are_none() -> None:
     model = accelerate_mllm(tiny_llava(), keep_ratio=0.5)
     with pytest.raises(ValueError, match="no cells are merged behind the tower"), trace_merges(model, tower="cells"):
         pass
+
+
+@pytest.mark.parametrize("model_type", sorted(set(BUILDS) - {"gemma3"}))
+def test_the_alignment_loss_compares_what_the_projector_makes_of_a_grid_of_cross_tokens(model_type: str) -> None:
+    build, batch_of = BUILDS[model_type]
+    stock, model = build(), accelerate_mllm(build(), CrossGetConfig(keep_ratio=0.5)).train()
+    randomise_cross_tokens(model)
+    batch, family = batch_of(model), families()[model_type]
+    encoder, text = module_at(model, handle_of(model).encoder_path), module_at(model, handle_of(model).text_path)
+    with recorded_cross_tokens(encoder, text) as (vision, heard):
+        output = model(**batch)
+    projected = []
+    for layer in vision[0]:  # (tiles, D): a tower whose every patch is its tile's cross token
+        grid = layer[:, None].repeat(1, PATCHES + handle_of(model).geometry.prefix, 1)
+        hook = module_at(stock, family.tower).register_forward_hook(lambda _, args, out, grid=grid: whole_of(out, grid))
+        cells = stock.model.get_image_features(pixels_of(stock, len(layer)), return_dict=True).pooler_output
+        hook.remove()
+        cells = cells if isinstance(cells, Tensor) else torch.cat(list(cells)).unflatten(0, (len(layer), -1))
+        torch.testing.assert_close(cells, cells[:, :1].expand_as(cells))
+        projected.append(cells[:, 0])
+    rows = [row for row, count in enumerate(TILES) for _ in range(count)]
+    expected = alignment_loss(torch.stack(projected), heard[0], torch.tensor(rows), "reference")[0]
+    torch.testing.assert_close(output.alignment_loss, expected)
+    output.alignment_loss.backward()
+    touched = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert touched
+    assert all("cross_tokens" in name for name in touched)
+
+
+def whole_of(output: Any, grid: Tensor) -> Any:
+    output.last_hidden_state = grid
+    if output.get("hidden_states"):
+        output.hidden_states = (*[None] * (len(output.hidden_states) - 1), grid)
+    return output
 
 
 @grids
