@@ -1,10 +1,10 @@
 """What a second question costs, and that a stream of images stays within the cache's bound."""
 
 import json
+import mmap
 from pathlib import Path
 
 import pytest
-import torch
 
 from mllm_crossget.benchmark.reuse import many_images
 from mllm_crossget.cli import main
@@ -39,7 +39,8 @@ def test_a_process_that_grows_shows(monkeypatch):
     kept, keep = [], VisionCache.keep
 
     def leaking(self, *args):
-        kept.append(torch.ones(2**18))  # a MiB
+        kept.append(mmap.mmap(-1, MEBIBYTE))  # fresh pages: what an earlier test has freed would take in a tensor
+        kept[-1].write(bytes(MEBIBYTE))
         keep(self, *args)
 
     monkeypatch.setattr(VisionCache, "keep", leaking)
