@@ -47,6 +47,10 @@ class TowerGeometry:
         cells = None if self.cells is None else self.cells * patches // self.patches
         return replace(self, patches=patches, cells=cells)
 
+    def of_cells(self, cells: int) -> TowerGeometry:
+        """Likewise for an image of so many cells."""
+        return replace(self, patches=self.patches * cells // (self.cells or cells), cells=cells)
+
 
 @dataclass(frozen=True)
 class TextGeometry:
@@ -68,7 +72,7 @@ class TextGeometry:
 
 @dataclass(frozen=True)
 class MergeGeometry:
-    """What a schedule needs to know where tokens are merged behind the projector and the tower is left alone.
+    """What a schedule needs to know of the merging behind a projector, alone or behind that inside the tower.
 
     Args:
         tokens: visual tokens of one image (tile, video frame) behind the projector.
@@ -176,6 +180,20 @@ def make_schedule(config: ReductionConfig, geometry: Geometry) -> Schedule:
         return replace(made, features=make_schedule(again, MergeGeometry(geometry.cells)).features)
     drop_cross = cross and features > geometry.placeholders
     return Schedule(removals, tokens, geometry.placeholders, features - drop_cross, cross, drop_cross)
+
+
+def of_other_size(config: Config, geometry: TowerGeometry) -> Config:
+    """The same settings for an image that may be smaller than the one they were checked for: as behind the projector,
+    ``visual_tokens`` is a limit that it stays below, and no layer can remove more than there is."""
+    dial = config.visual_tokens
+    if dial is not None:
+        return replace(config, visual_tokens=min(dial, geometry.placeholders))
+    removals = config.vision_removals
+    if removals is None:
+        return config
+    most = geometry.patches
+    clipped = min(removals, most) if isinstance(removals, int) else [min(removed, most) for removed in removals]
+    return replace(config, r=clipped, vision_r=None)
 
 
 def patches_left(schedule: Schedule, geometry: TowerGeometry) -> int:

@@ -59,8 +59,8 @@ def _merged_cells(model: nn.Module, handle: Any, pixel_values: Tensor, trace: li
         owner.get_image_features(pixel_values)
     if cells:
         return cells[-1].source
-    whole = torch.arange(handle.geometry.placeholders)  # so high a dial that only patches have merged
-    return whole.expand(len(trace[-1].source), -1)
+    source = trace[-1].source  # so high a dial that only patches have merged
+    return torch.arange(handle.geometry.placeholders, device=source.device).expand(len(source), -1)
 
 
 @torch.no_grad()
@@ -79,7 +79,11 @@ def tokens_per_layer(model: nn.Module, pixel_values: Tensor) -> Tensor:
     """
     with trace_merges(model) as trace:
         handle: Any = handle_of(model)  # trace_merges has refused a model without one
-        module_at(base_model(model), handle.family.tower)(pixel_values)
+        if handle.again is not None and handle.merging is handle.again:  # tiles may come in rows
+            owner: Any = module_at(base_model(model), handle.family.features_owner)
+            owner.get_image_features(pixel_values)
+        else:
+            module_at(base_model(model), handle.family.tower)(pixel_values)
     counts = torch.stack([(entry.size > 0).sum(dim=1) for entry in trace], dim=1).cpu()
     start = torch.full((len(counts), 1), trace[0].source.shape[1])
     return torch.cat([start, counts], dim=1)

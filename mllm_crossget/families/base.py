@@ -10,7 +10,7 @@ model returns, and its lengths for everything that is not named here):
   T_(L-1) tokens, as a layer attends before it merges; ``last_hidden_state`` has T_L. Images of several sizes in one
   call are padded with zeros behind their own tokens. A tower whose tokens are merged behind the projector alone is as
   it was; in front of a projector of the whole grid, ``get_image_features`` returns states of all patches, each of them
-  that of the token it is in.
+  that of the token it is in (attention maps are the reduced ones).
 - What reads the tower with cross-attention (Q-Former, BLIP's text models): keys of T_L tokens, queries as before.
 - Text tower of a dual encoder, text encoder of BLIP: as the vision tower, of the longest text without padding; its
   ``last_hidden_state`` has the columns of ``input_ids`` (in BLIP it is the last entry of ``hidden_states`` as well).
@@ -212,7 +212,7 @@ class Family:
         llm_tokens: (configuration, tower features) -> visual tokens that the language model gets; None: all features.
         connector_flops: (configuration, tower features) -> FLOPs between tower and language model; all tokens of an
             image where they are merged behind the projector.
-        tower_flops: configuration -> FLOPs of patch embedding and layers for one image, for towers that are left alone.
+        tower_flops: configuration -> FLOPs of patch embedding and layers for one image that is not reduced.
         connector_text_flops: (configuration, text tokens) -> FLOPs that the text adds there.
         language_flops: (configuration, visual tokens, text tokens, new tokens) -> FLOPs of prefill, logits of the last
             token, decoding; of a decoder that reads a text tower, whose tokens then take the place of the visual ones;

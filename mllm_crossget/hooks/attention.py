@@ -30,6 +30,11 @@ IMPLEMENTATION = "mllm_crossget"
 _IMPLEMENTATION_FIELD = "_attn_implementation_internal"
 _SLOT = "_mllm_crossget_slot"
 _OWN_CONFIG = "_mllm_crossget_own_config"
+_FLEX = "flex_attention"
+_FLEX_PROBLEM = (
+    "the vision tower uses flex_attention, which cannot weight tokens by their size here; call "
+    'set_attn_implementation("sdpa") on the vision tower, the language model may keep flex_attention'
+)
 
 
 @dataclass
@@ -122,7 +127,7 @@ def attention_problem(attention: nn.Module) -> str | None:
     config = getattr(attention, "config", None)
     if config is None or _IMPLEMENTATION_FIELD not in vars(config):
         return f"{type(attention).__name__} does not use transformers' attention interface"
-    return None
+    return _FLEX_PROBLEM if config._attn_implementation == _FLEX else None
 
 
 def reduced_attention(
@@ -213,6 +218,8 @@ def _delegate(
         query, key, value, width = _with_bias_column(query, key, value, key_bias, scaling)
         output, weights = attend(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
         return output[..., :width], weights
+    if implementation == _FLEX:  # its compiled kernel on a CPU reads the bias out of bounds
+        raise ValueError(_FLEX_PROBLEM)
     bias = key_bias[:, None, None, :].to(query.dtype)
     mask = bias if mask is None else mask + bias
     return attend(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)

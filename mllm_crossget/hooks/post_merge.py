@@ -1,10 +1,10 @@
 """Merging behind the projector: one image's features, k of n stay, and it is known which cells each of them stands for.
 
-For models whose tower or projector wants the whole grid of patches. The method's own matching runs on the projected
-features as keys. Where a method wants the importance of the tokens, it is the attention that the features pay to one
-another: one head, features scaled to mean square 1 as the language model's first norm does, softmax of their dot
-products / sqrt(width) plus the log sizes, averaged over the queries. Nothing is learned: CrossGET runs without cross
-tokens.
+For models whose tower or projector wants the whole grid of patches; behind a projector it follows the merging inside
+the tower (``hooks.whole_grid``, ``hooks.pooled_grid``). The method's own matching runs on the projected features as
+keys. Where a method wants the importance of the tokens, it is the attention that the features pay to one another: one
+head, features scaled to mean square 1 as the language model's first norm does, softmax of their dot products /
+sqrt(width) plus the log sizes, averaged over the queries. Nothing is learned here: there are no cross tokens.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from mllm_crossget.families.modality import Modality
 from mllm_crossget.hooks.features import FEATURES, FeaturesMixin, encoded_ahead, features_of, with_features
 from mllm_crossget.hooks.journal import Journal
-from mllm_crossget.hooks.tower import LayerTrace
+from mllm_crossget.hooks.tower import LayerTrace, TowerState
 from mllm_crossget.methods.base import Method, Signals
 from mllm_crossget.ops.importance import attention_importance
 from mllm_crossget.ops.merging import compose_source, merge
-from mllm_crossget.schedule import MergeGeometry, Schedule, make_schedule
+from mllm_crossget.schedule import MergeGeometry, Schedule, behind_grid, make_schedule, patches_left
 
 _STATE = "_mllm_crossget_merge"
 _KEPT = "_mllm_crossget_kept"
@@ -38,18 +38,25 @@ class MergeState:
         method, modalities: what to do, with which inputs.
         trace: a list to append one ``LayerTrace`` per step (and group of images of one size) to, or None.
         running: whether features are being made: a model may encode videos with its method for images.
+        tower: whose share of tokens is kept here, where a tower in front of the projector's grid is reduced, else None.
     """
 
     method: Method
     modalities: tuple[Modality, ...]
     trace: list[LayerTrace] | None = None
     running: bool = False
+    tower: TowerState | None = None
     schedules: dict[int, Schedule] = field(default_factory=dict)
 
     def schedule(self, tokens: int) -> Schedule:
         """Counts for an image of ``tokens`` tokens."""
         if tokens not in self.schedules:
-            self.schedules[tokens] = make_schedule(self.method, MergeGeometry(tokens, fixed=False))
+            method = self.method
+            if self.tower is not None:
+                geometry = self.tower.geometry.of_cells(tokens)
+                own = self.tower.schedule(geometry.patches + geometry.prefix)
+                method = behind_grid(method, geometry, patches_left(own, geometry))
+            self.schedules[tokens] = make_schedule(method, MergeGeometry(tokens, fixed=False))
         return self.schedules[tokens]
 
 
@@ -143,6 +150,8 @@ def _merged(
     state: MergeState = owner.__dict__[_STATE]
     if state.running:
         return stock(*args, **kwargs)
+    if kwargs.get("return_dict") is False:  # a tuple does not say which of its entries are the features
+        return _merged(owner, method, stock, args, {**kwargs, "return_dict": True}).to_tuple()
     state.running = True
     try:
         output = stock(*args, **kwargs)

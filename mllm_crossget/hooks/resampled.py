@@ -16,6 +16,7 @@ from mllm_crossget.families.base import module_at
 from mllm_crossget.hooks.features import FEATURES, ReducedFeatures
 from mllm_crossget.hooks.handle import Handle
 from mllm_crossget.hooks.journal import Journal
+from mllm_crossget.hooks.tower import TowerState
 
 _CALL = "_mllm_crossget_resampled"
 
@@ -31,6 +32,8 @@ class ResampledFeatures(ReducedFeatures):
         journal.set_attribute(owner, _CALL, paths)
         journal.swap_class(owner, cls)
         journal.swap_class(module_at(owner, paths[0]), CroppedTower)
+        if isinstance(handle.tower, TowerState):
+            handle.tower.ignores_mask = True
         resampler = module_at(owner, paths[1])
         journal.swap_class(resampler, RESAMPLERS[handle.family.model_type])
 

@@ -23,7 +23,7 @@ from mllm_crossget.methods.base import Method, Signals
 from mllm_crossget.ops.matching import Match
 from mllm_crossget.ops.merging import compose_source, merge
 from mllm_crossget.ops.ragged import Step
-from mllm_crossget.schedule import Schedule, TowerGeometry, make_schedule
+from mllm_crossget.schedule import Schedule, TowerGeometry, make_schedule, of_other_size
 
 _STATE = "_mllm_crossget_tower"
 FORWARD = "_mllm_crossget_forward"
@@ -58,6 +58,7 @@ class TowerState:
         sizes: (B, T) of the last forward, taken away by the pooling head.
         alignment_width: of the encoder's alignment tokens; 0 if it has none.
         calibration: finds the layers' thresholds while ``calibrate`` runs, else None.
+        ignores_mask: whether what calls the encoder has seen to it that its mask hides nothing.
     """
 
     method: Method
@@ -69,6 +70,7 @@ class TowerState:
     sizes: Tensor | None = None
     alignment_width: int = 0
     calibration: Any = None
+    ignores_mask: bool = False
     schedules: dict[int, Schedule] = field(default_factory=dict)
     caps: dict[int, Schedule] = field(default_factory=dict)
 
@@ -76,7 +78,8 @@ class TowerState:
         """Counts for an image of ``tokens`` tokens (other image sizes have other patch counts)."""
         if tokens not in self.schedules:
             geometry = self.geometry.of_patches(tokens - self.geometry.prefix)
-            self.schedules[tokens] = make_schedule(self.method, geometry)
+            method = self.method if geometry.cells is None else of_other_size(self.method, geometry)
+            self.schedules[tokens] = make_schedule(method, geometry)
         return self.schedules[tokens]
 
     def most_tokens(self, tokens: int, layer: int) -> int:
@@ -128,8 +131,9 @@ class ReducedEncoder(nn.Module):
 
     def forward(self, inputs_embeds: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> BaseModelOutput:
         """(B, N, D) embeddings in, (B, T, D) reduced tokens in ``last_hidden_state`` out."""
-        refuse_mask(attention_mask)
         state = tower_state(self)
+        if not state.ignores_mask:
+            refuse_mask(attention_mask)
         schedule = state.schedule(inputs_embeds.shape[1])
         hidden, vectors = inputs_embeds, None
         if schedule.cross:

@@ -8,8 +8,10 @@ grid: it guides the tower and stays there.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mllm_crossget.families.base import module_at
@@ -17,11 +19,10 @@ from mllm_crossget.hooks.features import FEATURES
 from mllm_crossget.hooks.handle import Handle
 from mllm_crossget.hooks.journal import Journal
 from mllm_crossget.hooks.post_merge import MergedFeatures, hook_merge
-from mllm_crossget.hooks.tower import LayerTrace, kept_trace, trace_of
+from mllm_crossget.hooks.tower import LayerTrace, TowerState, kept_trace, trace_of
 from mllm_crossget.ops.merging import unmerge
-from mllm_crossget.schedule import TowerGeometry, behind_grid, patches_left
 
-_PATHS = "_mllm_crossget_paths"
+_ENCODER = "_mllm_crossget_encoder"
 
 
 class WholeGridFeatures(MergedFeatures):
@@ -30,23 +31,23 @@ class WholeGridFeatures(MergedFeatures):
     @classmethod
     def install(cls, journal: Journal, owner: nn.Module, handle: Handle) -> None:
         """See ``ReducedFeatures.install``."""
-        geometry = handle.geometry
-        if not isinstance(geometry, TowerGeometry):
+        if not isinstance(handle.tower, TowerState):
             raise RuntimeError(f"family {handle.family.key!r} has no tower in front of its projector's grid")
-        again = behind_grid(handle.method, geometry, patches_left(handle.schedule, geometry))
-        handle.again = hook_merge(journal, owner, again, handle.family.modalities)
+        handle.again = hook_merge(journal, owner, handle.method, handle.family.modalities)
+        handle.again.tower = handle.tower
         prefix = f"{handle.family.features_owner}."
         tower, encoder = (str(path).removeprefix(prefix) for path in (handle.family.tower, handle.encoder_path))
-        journal.set_attribute(owner, _PATHS, (tower, encoder))
+        journal.set_attribute(owner, _ENCODER, encoder)
         journal.swap_class(owner, cls)
-        module = module_at(owner, tower)
-        journal.set_attribute(module, _PATHS, encoder.removeprefix(f"{tower}."))
-        journal.swap_class(module, WholeGridTower)
+        module: Any = module_at(owner, tower)
+        module = getattr(module, "_orig_mod", module)  # under torch.compile's wrapper
+        journal.set_attribute(module, _ENCODER, encoder.removeprefix(f"{tower}."))
+        handle.tower.ignores_mask = "patch_attention_mask" in inspect.signature(type(module).forward).parameters
+        journal.swap_class(module, MaskedGridTower if handle.tower.ignores_mask else WholeGridTower)
 
     def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
         """As the original, with fewer features per image."""
-        tower, encoder = self.__dict__[_PATHS]
-        with kept_trace(module_at(self, encoder), module_at(self, tower)):
+        with kept_trace(module_at(self, self.__dict__[_ENCODER])):
             return super().get_image_features(*args, **kwargs)
 
 
@@ -56,19 +57,46 @@ class WholeGridTower(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the original; every patch has the state of the token that it is in."""
         output = super().forward(*args, **kwargs)
-        trace = trace_of(self)
+        encoder = module_at(self, self.__dict__[_ENCODER])
+        trace = trace_of(encoder)
         if not trace:
             return output
-        encoder = module_at(self, self.__dict__[_PATHS])
         tokens = trace[-1].source.shape[1] - hasattr(encoder, "cross_tokens")
         output.last_hidden_state = _whole(output.last_hidden_state, trace[-1], tokens)
-        if output.get("hidden_states"):
-            layers: list[LayerTrace | None] = [None, *trace]
+        states = output.get("hidden_states")
+        if states:
+            # transformers before 5.23 leaves the first one out where single layers are asked for
+            layers = trace if len(states) == len(trace) else [None, *trace]
             output.hidden_states = tuple(
                 state if state is None else _whole(state, layer, tokens)
-                for state, layer in zip(output.hidden_states, layers, strict=True)
+                for state, layer in zip(states, layers, strict=True)
             )
         return output
+
+
+class MaskedGridTower(WholeGridTower):
+    """For towers with a mask of patches (Idefics3, SmolVLM), which must hide nothing."""
+
+    def forward(self, pixel_values: Tensor, patch_attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        """As ``WholeGridTower.forward``. ``patch_attention_mask``: (B, rows, columns), True for patches of the image.
+
+        Raises:
+            ValueError: a mask that hides patches.
+        """
+        if patch_attention_mask is not None:
+            _refuse_hidden(patch_attention_mask)
+        return super().forward(pixel_values, **kwargs)
+
+
+def _refuse_hidden(mask: Tensor) -> None:
+    problem = (
+        "a tile has a padded margin (pixel_attention_mask has zeros in a tile that is not all padding), which merged "
+        "tokens have no mask for; resize tiles to the model's image_size as its processor does, or restore_mllm(model)"
+    )
+    if torch.compiler.is_compiling():
+        torch._assert_async(mask.all(), problem)
+    elif not bool(mask.all()):
+        raise ValueError(problem)
 
 
 def _whole(states: Tensor, layer: LayerTrace | None, tokens: int) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mllm_crossget.ops.rows import select_rows
-from mllm_crossget.ops.workspace import workspace
+from mllm_crossget.ops.workspace import KEPT, workspace
 
 _TINY = 1e-12  # keeps a zero key from becoming NaN; far below the norm of any real key
 # Bytes of one image's map beyond which it is made in tiles: 256 MiB, 8192 tokens.
@@ -24,6 +24,7 @@ TILE = 2**26  # bytes of one tile
 # Bytes of the maps of the images that are matched together.
 _GROUP_CPU, _GROUP_GPU = 2**20, 2**28
 _CEILING = 8.0
+_ROWS_CPU = 2**19  # bytes of the rows that are compared together where there is no memory for half a map
 _FUSED = "MLLM_CROSSGET_FUSED_MATCHING"
 
 
@@ -88,12 +89,13 @@ def ranks(best_BT: Tensor) -> Tensor:
 def map_memory(groups: list[slice], keys_BTD: Tensor) -> Tensor | None:
     """Memory for the map of a group of images and half of a second one, for one group after the other: made anew they
     would cost as much as half of the matching. None where a single group makes its own, and for maps too large to be
-    made."""
-    tokens = keys_BTD.shape[1]
+    kept or made."""
+    batch, tokens, _ = keys_BTD.shape
     keeps = keys_BTD.device.type == "cpu" and not torch.compiler.is_compiling()
-    if 4 * tokens * tokens > LARGEST_MAP or (len(groups) == 1 and not keeps):
+    count = min(groups[0].stop, batch) * tokens * (tokens + (tokens + 1) // 2)
+    if 4 * tokens * tokens > LARGEST_MAP or (4 * count > KEPT if keeps else len(groups) == 1):
         return None
-    return workspace((min(groups[0].stop, len(keys_BTD)) * tokens * (tokens + (tokens + 1) // 2),), keys_BTD)
+    return workspace((count,), keys_BTD)
 
 
 def similarity_map(keys_BTD: Tensor, shielded_BT: Tensor, out: Tensor | None = None) -> Tensor:
@@ -151,11 +153,14 @@ class SimilarityMap:
 
     def best_below(self, rank_BT: Tensor) -> Tensor:
         """See ``Graph``."""
-        if self._scratch is None:
-            return best_below_in_rows(self.similarity, rank_BT, rank_BT)
-        half, best = (rank_BT.shape[1] + 1) // 2, []
-        for rows, own in zip(self.similarity.split(half, dim=1), rank_BT.split(half, dim=1), strict=True):
-            best.append(best_below_in_rows(rows, own, rank_BT, self._scratch[: rows.numel()].view_as(rows)))
+        row, scratch = rank_BT.numel(), self._scratch
+        if scratch is None:
+            if rank_BT.device.type != "cpu" or torch.compiler.is_compiling():
+                return best_below_in_rows(self.similarity, rank_BT, rank_BT)
+            scratch = rank_BT.new_empty(max(row, _ROWS_CPU // 4))  # not a map: its pages cost more than the comparison
+        together, best = scratch.numel() // row, []
+        for rows, own in zip(self.similarity.split(together, dim=1), rank_BT.split(together, dim=1), strict=True):
+            best.append(best_below_in_rows(rows, own, rank_BT, scratch[: rows.numel()].view(rows.shape)))
         return torch.cat(best, dim=1)
 
     def best_survivor(self, src_BR: Tensor) -> Tensor:

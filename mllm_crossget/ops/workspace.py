@@ -20,14 +20,21 @@ def workspace(shape: tuple[int, ...], like: Tensor) -> Tensor:
     next call. Nothing that outlives an operation may be a view of it.
     """
     count = math.prod(shape)
-    plain = type(like) in (Tensor, torch.nn.Parameter)  # tensors without data must not meet memory that has some
-    if not plain or like.device.type != "cpu" or 4 * count > KEPT or torch.compiler.is_compiling():
+    if not _is_plain(like) or 4 * count > KEPT:
         return torch.empty(shape, dtype=torch.float32, device=like.device)
     memory: Tensor | None = getattr(_thread, "memory", None)
     if memory is None or memory.numel() < count:
         with torch.inference_mode(False):  # memory made in inference mode could not be written to outside of it
-            memory = _thread.memory = torch.empty(count, dtype=torch.float32)
+            memory = torch.empty(count, dtype=torch.float32, device="cpu")
+        if type(memory) is Tensor:  # and not one without data, made under a mode that makes such tensors
+            _thread.memory = memory
     return memory[:count].view(shape)
+
+
+def _is_plain(like: Tensor) -> bool:
+    """Whether it is a tensor with data on a CPU, outside of what records a graph: that would hold the memory."""
+    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+    return type(like) in (Tensor, torch.nn.Parameter) and like.device.type == "cpu" and not recorded
 
 
 def release_workspace() -> None:

@@ -173,20 +173,26 @@ class Collator:
         pad_to: pad rows to a multiple of this.
 
     Raises:
-        ValueError: the model is not accelerated.
+        ValueError: the model is not accelerated, or takes pixel values in rows of tiles.
     """
 
     def __init__(self, model: nn.Module, pad_token_id: int, pad_to: int = 1) -> None:
         handle = handle_of(model)
         if handle is None:
             raise ValueError("the model is not accelerated; call accelerate_mllm(model) before Collator(model, ...)")
+        if handle.family.modalities and 4 not in handle.family.modalities[0].ndim:
+            raise ValueError(
+                f"{handle.family.key!r} takes pixel values of another shape than (images, channels, height, width), "
+                "which Collator does not pad; write a data_collator with the model's processor"
+            )
         config = base_model(model).config
         self.placeholders, self.pad, self.pad_to = prompt_tokens_per_image(model), pad_token_id, pad_to
         self.image_token = getattr(
             config, handle.family.modalities[0].token if handle.family.modalities else "image_token_id"
         )
         self.answers_apart = answers_apart(config)
-        self.side = config_at(config, handle.family.vision_config).image_size
+        side = config_at(config, handle.family.vision_config).image_size
+        self.sides = tuple(side) if isinstance(side, (list, tuple)) else (side, side)
 
     def __call__(self, samples: list[dict[str, Tensor]]) -> dict[str, Any]:
         """``input_ids``, ``attention_mask``, ``labels`` (all (B, L)), ``pixel_values`` and, if so, ``dummy_image``.
@@ -199,7 +205,7 @@ class Collator:
         batch: dict[str, Any] = {}
         if not pixels:
             rows[0], masks[0] = self._with_dummy(*rows[0])
-            pixels, batch["dummy_image"] = [torch.zeros(1, 3, self.side, self.side)], True
+            pixels, batch["dummy_image"] = [torch.zeros(1, 3, *self.sides)], True
         if "qformer_input_ids" in samples[0]:
             texts = [sample["qformer_input_ids"] for sample in samples]
             longest = max(map(len, texts))

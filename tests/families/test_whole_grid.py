@@ -14,12 +14,22 @@ from mllm_crossget.families.base import families, module_at
 from mllm_crossget.hooks.cross_tokens import recorded_cross_tokens
 from mllm_crossget.hooks.handle import handle_of
 from mllm_crossget.ops.alignment import alignment_loss
+from mllm_crossget.training import Collator
 from mllm_crossget.visualize import merged_groups, tokens_per_layer
 from tests import reference
 from tests.families.case_grid import BUILDS, TILES, alone
 from tests.methods import FIXED
-from tests.tiny import randomise_cross_tokens, tiny_llava
-from tests.tiny_grid import PATCHES, TOKENS, tiles, tiny_aya_vision, tiny_idefics3, tiny_internvl
+from tests.tiny import PAD, randomise_cross_tokens, tiny_llava
+from tests.tiny_grid import (
+    PATCHES,
+    TOKENS,
+    padded,
+    rows_of,
+    tiles,
+    tiny_aya_vision,
+    tiny_idefics3,
+    tiny_internvl,
+)
 
 grids = pytest.mark.parametrize("model_type", sorted(BUILDS))
 
@@ -148,6 +158,74 @@ def test_several_layers_are_refused() -> None:
     assert handle_of(model) is None
 
 
+@pytest.mark.parametrize(
+    ("dial", "of_patches", "of_cells"),
+    [
+        ({"keep_ratio": 0.5}, {28: 8, 84: 72}, {28: 2, 84: 18}),
+        ({"visual_tokens": 8}, {28: 16, 84: 36}, {28: 4, 84: 8}),  # a limit: four cells stay four; 8 of 36: 32 patches
+        ({"r": 11}, {28: 4, 84: 122}, {28: 1, 84: 30}),
+        ({"r": 24}, {28: 4, 84: 96}, {28: 1, 84: 24}),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_tiles_of_another_size(dial: dict[str, Any], of_patches: dict[int, int], of_cells: dict[int, int]) -> None:
+    """Tower and cells keep the same share of an image of any size: 4 x 4 patches of 28 pixels, 12 x 12 of 84."""
+    model = accelerate_mllm(tiny_idefics3(), ToMeConfig(**dial))
+    for side, cells in of_cells.items():
+        pixels = torch.randn(1, 2, 3, side, side, generator=torch.Generator().manual_seed(side))
+        with trace_merges(model) as trace:
+            features = model.model.get_image_features(pixels, return_dict=True).pooler_output[0]
+        assert trace[-1].size.shape[1] == max(of_patches[side], 0)
+        assert features.shape[0] == 2 * cells
+        placeholders = (side // 14) ** 2
+        batch = padded(rows_of([[placeholders] * 2]))
+        logits = model(**batch, pixel_values=pixels).logits
+        assert logits.shape[1] == batch["input_ids"].shape[1]
+
+
+@grids
+@torch.no_grad()
+def test_a_compiled_model_says_the_same(model_type: str) -> None:
+    """Also where the mask of patches cannot be looked at, and where the tower alone is wrapped."""
+    build, batch_of = BUILDS[model_type]
+    model = accelerate_mllm(build(), ToMeConfig(keep_ratio=0.5))
+    batch = batch_of(model)
+    expected, features = model(**batch).logits, features_of(model)
+    torch.testing.assert_close(torch.compile(model, backend="eager")(**batch).logits, expected)
+    path = families()[model_type].tower
+    owner, name = module_at(model, path.rpartition(".")[0]), path.rpartition(".")[2]
+    setattr(owner, name, torch.compile(getattr(owner, name), backend="eager"))
+    torch.testing.assert_close(features_of(model), features)
+    restore_mllm(model)
+    accelerate_mllm(model, ToMeConfig(keep_ratio=0.5))
+    torch.testing.assert_close(features_of(model), features)
+
+
+@grids
+@torch.no_grad()
+def test_a_tuple_instead_of_an_output(model_type: str) -> None:
+    model = accelerate_mllm(BUILDS[model_type][0](), ToMeConfig(keep_ratio=0.5))
+    features = model.model.get_image_features(pixels_of(model), return_dict=True)
+    found = model.model.get_image_features(pixels_of(model), return_dict=False)
+    assert isinstance(found, tuple)
+    for ours, expected in zip(found, features.to_tuple(), strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("layers", [[0, -1], [1]])
+@torch.no_grad()
+def test_some_hidden_states(layers: list[int]) -> None:
+    """transformers counts the first one among them since 5.23."""
+    stock = tiny_internvl()
+    flags = {"output_hidden_states": layers, "return_dict": True}
+    expected = stock.model.get_image_features(pixels_of(stock), **flags).hidden_states
+    model = accelerate_mllm(tiny_internvl(), ToMeConfig(keep_ratio=0.5))
+    found = model.model.get_image_features(pixels_of(model), **flags).hidden_states
+    shapes = [[None if one is None else one.shape for one in states] for states in (found, expected)]
+    assert shapes[0] == shapes[1]
+
+
 @pytest.mark.parametrize("model_type", ["idefics3", "smolvlm"])
 @torch.no_grad()
 def test_tiles_with_padded_margins_are_refused(model_type: str) -> None:
@@ -155,7 +233,7 @@ def test_tiles_with_padded_margins_are_refused(model_type: str) -> None:
     mask = torch.ones(1, 2, 56, 56, dtype=torch.bool)
     mask[0, 1, :, 28:] = False
     accelerate_mllm(model, keep_ratio=0.5)
-    with pytest.raises(ValueError, match="masked towers are not supported"):
+    with pytest.raises(ValueError, match="a tile has a padded margin"):
         model.model.get_image_features(pixels_of(model), pixel_attention_mask=mask)
     assert features_of(model, pixel_attention_mask=torch.ones_like(mask)).shape[1] == TOKENS // 2
 
@@ -176,9 +254,25 @@ def test_pictures_show_the_cells_and_the_towers_counts(model_type: str) -> None:
     assert groups.shape == (2, TOKENS)
     assert [sorted(set(row.tolist())) for row in groups] == [list(range(5))] * 2
     prefix = handle_of(model).geometry.prefix
-    assert tokens_per_layer(model, tiles(2))[:, -1].tolist() == [20 + prefix] * 2
+    assert tokens_per_layer(model, pixels_of(model))[:, -1].tolist() == [20 + prefix] * 2
     accelerate_mllm(model, ToMeConfig(r=1))
     assert merged_groups(model, pixels_of(model)).tolist() == [list(range(TOKENS))] * 2, "two patches fewer: all cells"
+
+
+@pytest.mark.parametrize("model_type", ["idefics3", "smolvlm"])
+def test_the_collator_refuses_rows_of_tiles(model_type: str) -> None:
+    model = accelerate_mllm(tiny_idefics3(model_type=model_type), keep_ratio=0.5)
+    with pytest.raises(ValueError, match="data_collator with the model's processor"):
+        Collator(model, PAD)
+
+
+def test_the_collators_dummy_has_internvls_size() -> None:
+    """Its configuration gives height and width."""
+    model = accelerate_mllm(tiny_internvl(), keep_ratio=0.5)
+    batch = Collator(model, PAD)([{"input_ids": torch.tensor([1, 5, 6]), "labels": torch.tensor([-100, 5, 6])}])
+    assert batch["pixel_values"].shape == (1, 3, 56, 56)
+    batch.pop("dummy_image")
+    assert torch.isfinite(model(**batch).loss)
 
 
 def test_cells_cannot_be_traced_where_there_are_none() -> None:

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mllm_crossget import accelerate_mllm
+from mllm_crossget.hooks.handle import handle_of
 from tests.generation.oracle import Oracle, Row
 from tests.methods import FIXED, METHODS, prepare
 from tests.tiny import prompt_batch, randomise_cross_tokens, tiny_llava
@@ -170,3 +172,18 @@ def test_feature_layer_is_the_hidden_state_of_that_layer() -> None:
     features = model.model.get_image_features(batch["pixel_values"], return_dict=True).pooler_output
     torch.testing.assert_close(torch.stack(list(features)), expected)
     assert expected.shape[1] == FEATURES
+
+
+@torch.no_grad()
+def test_flex_attention_in_the_tower_is_refused_before_and_after() -> None:
+    model = tiny_llava()
+    pixels = prompt_batch(model)["pixel_values"]
+    model.model.vision_tower.set_attn_implementation("flex_attention")
+    with pytest.raises(ValueError, match=r"set_attn_implementation\(\"sdpa\"\) on the vision tower"):
+        accelerate_mllm(model, keep_ratio=0.5)
+    assert handle_of(model) is None
+    model.model.vision_tower.set_attn_implementation("sdpa")
+    accelerate_mllm(model, keep_ratio=0.5)
+    model.model.vision_tower.set_attn_implementation("flex_attention")
+    with pytest.raises(ValueError, match="flex_attention"):
+        model.model.vision_tower(pixels)
