@@ -87,12 +87,13 @@ def ranks(best_BT: Tensor) -> Tensor:
 
 
 def map_memory(groups: list[slice], keys_BTD: Tensor) -> Tensor | None:
-    """Memory for the map of a group of images and half of a second one, for one group after the other: made anew they
-    would cost as much as half of the matching. None where a single group makes its own, and for maps too large to be
-    kept or made."""
+    """Memory for the map of a group of images and half of a second one (all of it where it is small), for one group
+    after the other: made anew they would cost as much as half of the matching. None where a single group makes its own,
+    and for maps too large to be kept or made."""
     batch, tokens, _ = keys_BTD.shape
     keeps = keys_BTD.device.type == "cpu" and not torch.compiler.is_compiling()
-    count = min(groups[0].stop, batch) * tokens * (tokens + (tokens + 1) // 2)
+    second = tokens if 4 * tokens * tokens <= _ROWS_CPU else (tokens + 1) // 2
+    count = min(groups[0].stop, batch) * tokens * (tokens + second)
     if 4 * tokens * tokens > LARGEST_MAP or (4 * count > KEPT if keeps else len(groups) == 1):
         return None
     return workspace((count,), keys_BTD)
@@ -143,8 +144,8 @@ class SimilarityMap:
         batch, tokens, _ = keys_BTD.shape
         one, self._scratch = None, None
         if memory is not None:
-            whole, half = batch * tokens * tokens, batch * tokens * ((tokens + 1) // 2)
-            one, self._scratch = memory[:whole].view(batch, tokens, tokens), memory[whole : whole + half]
+            whole = batch * tokens * tokens
+            one, self._scratch = memory[:whole].view(batch, tokens, tokens), memory[whole:]
         self.similarity = similarity_map(keys_BTD, shielded_BT, one)
 
     def best(self) -> Tensor:
