@@ -14,12 +14,11 @@ from mllm_crossget.families.base import families, module_at
 from mllm_crossget.hooks.cross_tokens import recorded_cross_tokens
 from mllm_crossget.hooks.handle import handle_of
 from mllm_crossget.ops.alignment import alignment_loss
-from mllm_crossget.training import Collator
 from mllm_crossget.visualize import merged_groups, tokens_per_layer
 from tests import reference
 from tests.families.case_grid import BUILDS, TILES, alone
 from tests.methods import FIXED
-from tests.tiny import PAD, randomise_cross_tokens, tiny_llava
+from tests.tiny import randomise_cross_tokens, tiny_llava
 from tests.tiny_grid import (
     PATCHES,
     TOKENS,
@@ -175,9 +174,9 @@ def test_tiles_of_another_size(dial: dict[str, Any], of_patches: dict[int, int],
     for side, cells in of_cells.items():
         pixels = torch.randn(1, 2, 3, side, side, generator=torch.Generator().manual_seed(side))
         with trace_merges(model) as trace:
-            features = model.model.get_image_features(pixels, return_dict=True).pooler_output[0]
-        assert trace[-1].size.shape[1] == max(of_patches[side], 0)
-        assert features.shape[0] == 2 * cells
+            features = model.model.get_image_features(pixels, return_dict=True).pooler_output
+        assert trace[-1].size.shape[1] == of_patches[side]
+        assert sum(entry.shape[:-1].numel() for entry in features) == 2 * cells
         placeholders = (side // 14) ** 2
         batch = padded(rows_of([[placeholders] * 2]))
         logits = model(**batch, pixel_values=pixels).logits
@@ -257,22 +256,6 @@ def test_pictures_show_the_cells_and_the_towers_counts(model_type: str) -> None:
     assert tokens_per_layer(model, pixels_of(model))[:, -1].tolist() == [20 + prefix] * 2
     accelerate_mllm(model, ToMeConfig(r=1))
     assert merged_groups(model, pixels_of(model)).tolist() == [list(range(TOKENS))] * 2, "two patches fewer: all cells"
-
-
-@pytest.mark.parametrize("model_type", ["idefics3", "smolvlm"])
-def test_the_collator_refuses_rows_of_tiles(model_type: str) -> None:
-    model = accelerate_mllm(tiny_idefics3(model_type=model_type), keep_ratio=0.5)
-    with pytest.raises(ValueError, match="data_collator with the model's processor"):
-        Collator(model, PAD)
-
-
-def test_the_collators_dummy_has_internvls_size() -> None:
-    """Its configuration gives height and width."""
-    model = accelerate_mllm(tiny_internvl(), keep_ratio=0.5)
-    batch = Collator(model, PAD)([{"input_ids": torch.tensor([1, 5, 6]), "labels": torch.tensor([-100, 5, 6])}])
-    assert batch["pixel_values"].shape == (1, 3, 56, 56)
-    batch.pop("dummy_image")
-    assert torch.isfinite(model(**batch).loss)
 
 
 def test_cells_cannot_be_traced_where_there_are_none() -> None:
