@@ -236,14 +236,15 @@ def dynamic_table(summary: dict[str, Any]) -> str:
 
 def two_images_table(summary: dict[str, Any]) -> str:
     names = {"untouched": "untouched", "crossget": "CrossGET", "madtp": "MADTP"}
-    rows = ["| model | GFLOPs saved | accuracy by seed | lost (95 % interval) |", "|---|---|---|---|"]
+    rows = ["| model | GFLOPs saved | trained on | accuracy by seed | lost (95 % interval) |", "|---|---|---|---|---|"]
     taught = summary["arms"]["untouched"]["before_training"]["accuracy"]
-    rows.append(f"| taught, before the training that all have | 0% | {taught:.1%} | – |")
+    rows.append(f"| taught, before the others' training | 0% | – | {taught:.1%} | – |")
     for arm, entry in summary["arms"].items():
         lost = entry["lost"]
         by_seed = ", ".join(f"{value:.1%}" for value in entry["by_seed"])
         gap = f"{100 * lost['value']:.1f} ({100 * lost['low']:.1f} – {100 * lost['high']:.1f}) points"
-        rows.append(f"| {names[arm]} | {entry['flops_saved']:.0%} | {by_seed} | {'–' if arm == 'untouched' else gap} |")
+        cells = [names[arm], f"{entry['flops_saved']:.0%}", f"{entry['samples']:,}", by_seed]
+        rows.append(f"| {' | '.join([*cells, '–' if arm == 'untouched' else gap])} |")
     return "\n".join(rows)
 
 

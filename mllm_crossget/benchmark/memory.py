@@ -8,16 +8,12 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from mllm_crossget.ops.workspace import release_workspace
-
 
 def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
     """Most bytes of tensors that ``run`` held beyond those that were there before.
 
-    On a GPU the allocator keeps the account; on a CPU the profiler's record of every allocation is added up, with the
-    memory for maps that a thread keeps.
+    On a GPU the allocator keeps the account; on a CPU the profiler's record of every allocation is added up.
     """
-    release_workspace()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

@@ -8,14 +8,13 @@ tokens, R sources, D width.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from mllm_crossget.ops.rows import select_rows
-from mllm_crossget.ops.workspace import KEPT, workspace
 
 _TINY = 1e-12  # keeps a zero key from becoming NaN; far below the norm of any real key
 # Bytes of one image's map beyond which it is made in tiles: 256 MiB, 8192 tokens.
@@ -24,7 +23,7 @@ TILE = 2**26  # bytes of one tile
 # Bytes of the maps of the images that are matched together.
 _GROUP_CPU, _GROUP_GPU = 2**20, 2**28
 _CEILING = 8.0
-_ROWS_CPU = 2**19  # bytes of the rows that are compared together where there is no memory for half a map
+_ROWS_CPU = 2**19  # bytes of the rows that are compared together where there is no memory for a second map yet
 _FUSED = "MLLM_CROSSGET_FUSED_MATCHING"
 
 
@@ -42,14 +41,14 @@ class Graph(Protocol):
         """(B, R) the token most like every source that is no source itself; equal ones: lower index."""
 
 
-def similarity_graph(keys_BTD: Tensor, shielded_BT: Tensor, memory: Tensor | None = None) -> Graph:
+def similarity_graph(keys_BTD: Tensor, shielded_BT: Tensor, workspace: Tensor | None = None) -> Graph:
     """A map where it fits into ``LARGEST_MAP``, else tiles. With the environment variable
     MLLM_CROSSGET_FUSED_MATCHING=1, on a GPU: Triton kernels.
 
     Args:
         keys_BTD: (B, T, D) metric tokens, any float dtype; compared in float32.
         shielded_BT: (B, T) True for tokens that neither leave nor receive.
-        memory: float32 to use for a map and half of a second one (``map_memory``), or None.
+        workspace: (2, B or more, T, T) float32 memory to use for maps, or None.
 
     Raises:
         ImportError: the kernels are asked for and Triton is missing.
@@ -61,7 +60,7 @@ def similarity_graph(keys_BTD: Tensor, shielded_BT: Tensor, memory: Tensor | Non
     tokens = keys_BTD.shape[1]
     if 4 * tokens * tokens > LARGEST_MAP:
         return SimilarityTiles(keys_BTD, shielded_BT)
-    return SimilarityMap(keys_BTD, shielded_BT, memory)
+    return SimilarityMap(keys_BTD, shielded_BT, workspace)
 
 
 def image_groups(batch: int, tokens: int, device: torch.device) -> list[slice]:
@@ -86,17 +85,12 @@ def ranks(best_BT: Tensor) -> Tensor:
     return torch.empty_like(order, dtype=torch.float32).scatter_(1, order, places)
 
 
-def map_memory(groups: list[slice], keys_BTD: Tensor) -> Tensor | None:
-    """Memory for the map of a group of images and half of a second one (all of it where it is small), for one group
-    after the other: made anew they would cost as much as half of the matching. None where a single group makes its own,
-    and for maps too large to be kept or made."""
-    batch, tokens, _ = keys_BTD.shape
-    keeps = keys_BTD.device.type == "cpu" and not torch.compiler.is_compiling()
-    second = tokens if 4 * tokens * tokens <= _ROWS_CPU else (tokens + 1) // 2
-    count = min(groups[0].stop, batch) * tokens * (tokens + second)
-    if 4 * tokens * tokens > LARGEST_MAP or (4 * count > KEPT if keeps else len(groups) == 1):
+def maps_workspace(groups: list[slice], tokens: int, device: torch.device) -> Tensor | None:
+    """Memory for the maps of the groups, one after the other: made anew for each they would cost as much as half of the
+    matching. None for one group, or for maps too large to be made."""
+    if len(groups) == 1 or 4 * tokens * tokens > LARGEST_MAP:
         return None
-    return workspace((count,), keys_BTD)
+    return torch.empty(2, groups[0].stop, tokens, tokens, dtype=torch.float32, device=device)
 
 
 def similarity_map(keys_BTD: Tensor, shielded_BT: Tensor, out: Tensor | None = None) -> Tensor:
@@ -138,15 +132,14 @@ def _shielding_factors(keys_BTD: Tensor, shielded_BT: Tensor) -> tuple[Tensor, T
 
 
 class SimilarityMap:
-    """The graph as a map of T x T float32; a second one, or half of it, lives for a moment."""
+    """The graph as a map of T x T float32; a second one, or some of its rows, lives for a moment."""
 
-    def __init__(self, keys_BTD: Tensor, shielded_BT: Tensor, memory: Tensor | None = None) -> None:
-        batch, tokens, _ = keys_BTD.shape
-        one, self._scratch = None, None
-        if memory is not None:
-            whole = batch * tokens * tokens
-            one, self._scratch = memory[:whole].view(batch, tokens, tokens), memory[whole:]
-        self.similarity = similarity_map(keys_BTD, shielded_BT, one)
+    def __init__(self, keys_BTD: Tensor, shielded_BT: Tensor, workspace: Tensor | None = None) -> None:
+        memory: Sequence[Tensor | None] = (None, None)
+        if workspace is not None:
+            memory = workspace[:, : len(keys_BTD)].unbind()
+        self.similarity = similarity_map(keys_BTD, shielded_BT, memory[0])
+        self._second = memory[1]
 
     def best(self) -> Tensor:
         """See ``Graph``."""
@@ -154,19 +147,22 @@ class SimilarityMap:
 
     def best_below(self, rank_BT: Tensor) -> Tensor:
         """See ``Graph``."""
-        row, scratch = rank_BT.numel(), self._scratch
-        if scratch is None:
-            if rank_BT.device.type != "cpu" or torch.compiler.is_compiling():
-                return best_below_in_rows(self.similarity, rank_BT, rank_BT)
-            scratch = rank_BT.new_empty(max(row, _ROWS_CPU // 4))  # not a map: its pages cost more than the comparison
-        together, best = scratch.numel() // row, []
-        for rows, own in zip(self.similarity.split(together, dim=1), rank_BT.split(together, dim=1), strict=True):
-            best.append(best_below_in_rows(rows, own, rank_BT, scratch[: rows.numel()].view(rows.shape)))
-        return torch.cat(best, dim=1)
+        batch, tokens = rank_BT.shape
+        together = max(1, _ROWS_CPU // (4 * batch * tokens))
+        in_one = self._second is not None or rank_BT.device.type != "cpu" or torch.compiler.is_compiling()
+        if in_one or together >= tokens:
+            return best_below_in_rows(self.similarity, rank_BT, rank_BT, self._second)
+        memory = rank_BT.new_empty(batch, together, tokens)  # not a map: its pages cost more than the comparison
+        best = torch.empty_like(rank_BT)
+        for first in range(0, tokens, together):
+            rows = slice(first, first + together)
+            own = rank_BT[:, rows]
+            best[:, rows] = best_below_in_rows(self.similarity[:, rows], own, rank_BT, memory[:, : own.shape[1]])
+        return best
 
     def best_survivor(self, src_BR: Tensor) -> Tensor:
         """See ``Graph``."""
-        return _best_column(select_rows(self.similarity, src_BR, self._scratch), src_BR)
+        return _best_column(select_rows(self.similarity, src_BR), src_BR)
 
 
 class SimilarityTiles:

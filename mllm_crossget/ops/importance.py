@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from mllm_crossget.ops.precision import without_autocast
-from mllm_crossget.ops.workspace import workspace
 
 _GROUP_CPU, _GROUP_GPU = 2**19, 2**28  # bytes of the maps that are worked on together
 
@@ -128,14 +127,15 @@ def _attend(
     columns = query_BHTD.new_empty(batch, heads, 1, tokens, dtype=torch.float32)
     output = value_BHTD.new_empty(batch, heads, tokens, value_BHTD.shape[-1])
     groups = _groups(batch, heads, tokens, query_BHTD.device)
-    memory = None
+    workspace = None
     if len(groups) > 1:  # into memory that is there already: a new map for every group costs as much as its softmax
-        memory = workspace((2, columns[groups[0]].shape[:2].numel(), tokens, tokens), columns)
+        most = columns[groups[0]].shape[:2].numel()
+        workspace = columns.new_empty(2, most, tokens, tokens)
     for part in groups:
         query, key, value = (values[part].flatten(0, 1) for values in (query_BHTD, key_BHTD, value_BHTD))
         of_heads = columns[part].shape[:2]
         bias = None if bias_BT is None else _for_heads(bias_BT[part[0]], of_heads)
-        attention = _softmax(query, key, scaling, bias, memory)
+        attention = _softmax(query, key, scaling, bias, workspace)
         torch.bmm(_for_heads(weights_BT[part[0]], of_heads), attention, out=columns[part].flatten(0, 1))
         torch.bmm(attention.to(value.dtype), value, out=output[part].flatten(0, 1))
     return output, columns.mean(dim=1)[:, 0]
@@ -166,17 +166,17 @@ def _for_heads(values_BT: Tensor, of_heads: torch.Size) -> Tensor:
 
 
 def _softmax(
-    query_GQD: Tensor, key_GTD: Tensor, scaling: float, bias_G1T: Tensor | None, memory: Tensor | None = None
+    query_GQD: Tensor, key_GTD: Tensor, scaling: float, bias_G1T: Tensor | None, workspace: Tensor | None = None
 ) -> Tensor:
-    """(G, Q, T) softmax in float32; products in the inputs' precision. ``memory`` holds two maps per group."""
+    """(G, Q, T) softmax in float32; products in the inputs' precision. ``workspace`` holds two maps per group."""
     if query_GQD.dtype != torch.float32:
         logits = torch.bmm(query_GQD * scaling, key_GTD.mT).float()
         return (logits if bias_G1T is None else logits + bias_G1T).softmax(dim=-1)
     if bias_G1T is None:
         bias_G1T = query_GQD.new_zeros(1)
     bias = bias_G1T.expand(len(query_GQD), query_GQD.shape[1], key_GTD.shape[1])
-    if memory is None:
+    if workspace is None:
         return torch.baddbmm(bias, query_GQD, key_GTD.mT, alpha=scaling).softmax(dim=-1)
-    logits, attention = memory[:, : len(query_GQD)]
+    logits, attention = workspace[:, : len(query_GQD)]
     torch.baddbmm(bias, query_GQD, key_GTD.mT, alpha=scaling, out=logits)
     return torch.softmax(logits, dim=-1, out=attention)

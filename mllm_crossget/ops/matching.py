@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mllm_crossget.ops.graph import SimilarityMap, image_groups, map_memory, normalised, ranks, similarity_graph
+from mllm_crossget.ops.graph import SimilarityMap, image_groups, maps_workspace, normalised, ranks, similarity_graph
 from mllm_crossget.ops.precision import without_autocast
 
 
@@ -63,18 +63,20 @@ def complete_graph_soft_matching(
     shielded = _protected_mask(protected, batch, tokens, keys_BTD.device)
     importance = importance_BT.float()
     groups = image_groups(batch, tokens, keys_BTD.device)
-    memory = map_memory(groups, keys_BTD)
+    workspace = maps_workspace(groups, tokens, keys_BTD.device)
     with without_autocast(keys_BTD.device):
-        pairs = [_pairs(keys_BTD[part], importance[part], shielded[part], r, memory) for part in groups]
+        pairs = [_pairs(keys_BTD[part], importance[part], shielded[part], r, workspace) for part in groups]
     src, dst = (torch.cat(side) if len(groups) > 1 else side[0] for side in zip(*pairs, strict=True))
     weight = torch.stack([importance.gather(1, src), importance.gather(1, dst)], dim=-1).softmax(dim=-1)
     kept, slot = _layout(src, dst, tokens)
     return Match(src, dst, kept, slot, weight)
 
 
-def _pairs(keys: Tensor, importance: Tensor, shielded: Tensor, r: int, memory: Tensor | None) -> tuple[Tensor, Tensor]:
+def _pairs(
+    keys: Tensor, importance: Tensor, shielded: Tensor, r: int, workspace: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """(B, R) sources, ascending, and the survivor that each goes into."""
-    graph = similarity_graph(keys, shielded, memory)
+    graph = similarity_graph(keys, shielded, workspace)
     score = _scores(importance, graph.best_below(ranks(graph.best())), shielded)
     src = score.argsort(dim=-1, stable=True)[:, :r].sort(dim=-1).values
     return src, graph.best_survivor(src)

@@ -7,7 +7,6 @@ from torch.utils._pytree import tree_leaves
 
 from mllm_crossget.ops import attend_with_importance, attention_importance, cosine_importance
 from mllm_crossget.ops.importance import importance_of_map
-from mllm_crossget.ops.workspace import release_workspace
 from tests import reference
 
 SHAPES = [(1, 1, 2, 4), (2, 3, 9, 8), (3, 2, 17, 4)]  # B, H, T, D
@@ -107,7 +106,6 @@ def threads(request):
 def test_no_tensor_holds_the_maps_of_all_heads(operation, batch, threads):
     heads, tokens, width = 16, 370, 4  # a map is larger than what may be grouped
     query, key, value, scaling, bias = make(batch, heads, tokens, width)
-    release_workspace()
     with Largest() as largest:
         if operation == "importance":
             attention_importance(query, key, scaling, bias)
