@@ -108,7 +108,10 @@ def _forward_shrunk(model: nn.Module, forward: Any, handle: Handle, kwargs: dict
     if mask.shape[1] < ids.shape[1]:
         raise ValueError(f"attention_mask has {mask.shape[1]} columns, input_ids has {ids.shape[1]}")
     old = mask.shape[1] - ids.shape[1]
-    keep, as_tuple = kwargs.pop("logits_to_keep", 0), kwargs.pop("return_dict", None) is False
+    keep, named = kwargs.pop("logits_to_keep", 0), getattr(model.config, "return_dict", True)
+    as_tuple = kwargs.pop("return_dict", named) is False
+    if not named:  # the stock forward would look there
+        kwargs["return_dict"] = True
     old_mask = layout.compact_mask(mask[:, :old]) if old else mask[:, :0]
     shrunk = shrink_new_columns(model, handle, kwargs, ids, mask[:, old:], layout, 0, old_mask.sum(dim=1))
     kwargs["attention_mask"] = torch.cat([old_mask, kwargs["attention_mask"]], dim=1)

@@ -212,6 +212,20 @@ def test_a_tuple_instead_of_an_output(model_type: str) -> None:
         torch.testing.assert_close(ours, expected)
 
 
+@pytest.mark.parametrize("model_type", ["gemma3", "idefics3", "smolvlm"])  # the others' stock forward breaks then
+@torch.no_grad()
+def test_tuples_by_configuration(model_type: str) -> None:
+    build, batch_of = BUILDS[model_type]
+    model = accelerate_mllm(build(), ToMeConfig(keep_ratio=0.5))
+    batch = batch_of(model)
+    expected = model(**batch, use_cache=False)
+    model.config.return_dict = False
+    found = model(**batch, use_cache=False)
+    assert isinstance(found, tuple)
+    assert torch.equal(found[0], expected.logits)
+    assert torch.equal(model(**batch, return_dict=True).logits, expected.logits)
+
+
 @pytest.mark.parametrize("layers", [[0, -1], [1]])
 @torch.no_grad()
 def test_some_hidden_states(layers: list[int]) -> None:
