@@ -35,7 +35,7 @@ class Options:
 
     arms: list[str] = field(default_factory=lambda: list(ARMS), metadata={"help": f"of {ARMS}"})
     keep_ratios: list[float] = field(default_factory=lambda: [0.5, 0.25, 0.125], metadata={"help": "average kept"})
-    images: list[int] = field(default_factory=lambda: [64, 1024, 4096], metadata={"help": "to calibrate on"})
+    images: list[int] = field(default_factory=lambda: [64, 1024], metadata={"help": "to calibrate on"})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "of the images to calibrate on"})
     held_out: int = field(default=3000, metadata={"help": "images to count on"})
     threads: int = field(default=1, metadata={"help": "CPU threads"})
