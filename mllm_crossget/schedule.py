@@ -206,8 +206,13 @@ def behind_grid(config: Config, geometry: TowerGeometry, patches: int) -> Config
     tower has kept ``patches`` tokens for them: the dial, or where it counts tokens per layer, the share they are."""
     if config.vision_removals is None:
         return replace(config, merge_every=None)
-    share = min(1.0, patches / geometry.patches)
-    return replace(config, keep_ratio=share, visual_tokens=None, r=None, vision_r=None, merge_every=None)
+    return at_share(config, patches / geometry.patches)
+
+
+def at_share(config: Config, share: float) -> Config:
+    """The settings of a merging that keeps this share of its tokens, whatever the dial is."""
+    kept = min(1.0, share)
+    return replace(config, keep_ratio=kept, visual_tokens=None, r=None, vision_r=None, merge_every=None)
 
 
 def make_text_schedule(config: ReductionConfig, geometry: TextGeometry, tokens: int) -> Schedule:
@@ -297,9 +302,14 @@ def _target(config: ReductionConfig, geometry: Geometry) -> int:
 
 def _patches_for(cells: int, geometry: TowerGeometry, start: int, protected: int, every: int) -> int:
     """Tokens that a tower keeps of its patches where ``cells`` of the cells behind the projector are wanted."""
-    most = [start if layer % every == 0 else 0 for layer in range(geometry.read)]
-    least = _run(most, start, protected)[1][-1] - protected
+    least = _fewest(geometry, start, protected, every) - protected
     return max(least, round(cells * geometry.patches / geometry.placeholders))
+
+
+def _fewest(geometry: TowerGeometry, start: int, protected: int, every: int) -> int:
+    """Tokens at the layer that is read where every merging layer in front of it removes as many as it can."""
+    most = [start if layer % every == 0 else 0 for layer in range(geometry.read)]
+    return _run(most, start, protected)[1][-1]
 
 
 def _removals_for(target: int, geometry: TowerGeometry, start: int, protected: int, every: int = 1) -> list[int]:
@@ -315,10 +325,9 @@ def _removals_for(target: int, geometry: TowerGeometry, start: int, protected: i
             tokens, left = tokens - removed, left - removed
         if left <= 0:
             return removals + [0] * (geometry.layers - geometry.read)
-    most = [start if layer % every == 0 else 0 for layer in range(geometry.read)]
-    least = start - kept_prefix - sum(_run(most, start, protected)[0])
+    least, halving = _fewest(geometry, start, protected, every) - kept_prefix, len(range(0, geometry.read, every))
     raise ValueError(
-        f"{target} visual tokens cannot be reached: halving in each of {len(most[::every])} layers leaves {least} of "
+        f"{target} visual tokens cannot be reached: halving in each of {halving} layers leaves {least} of "
         f"{geometry.placeholders}; ask for visual_tokens>={least}"
     )
 

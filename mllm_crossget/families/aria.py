@@ -12,15 +12,13 @@ from typing import Any
 from mllm_crossget.costs import attention_flops, linear_flops
 from mllm_crossget.families.base import (
     Family,
-    TowerKind,
     patches_per_image,
     register_family,
-    register_tower,
     tower_kind,
 )
+from mllm_crossget.families.idefics3 import IDEFICS3_TOWER
 from mllm_crossget.schedule import TowerGeometry
 
-IDEFICS3_TOWER = register_tower(TowerKind("idefics3_vision", prefix=0))
 _TOWERS = (IDEFICS3_TOWER.model_type,)
 
 

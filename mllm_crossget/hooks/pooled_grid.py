@@ -8,7 +8,6 @@ without a cross token; LLaVA-NeXT-Video pools in front of its projector, and the
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -22,6 +21,7 @@ from mllm_crossget.hooks.post_merge import MergeState, merge_features
 from mllm_crossget.hooks.tower import trace_of
 from mllm_crossget.methods.base import Method
 from mllm_crossget.ops.merging import unmerge
+from mllm_crossget.schedule import at_share
 
 _AGAIN = "_mllm_crossget_again"
 
@@ -94,8 +94,8 @@ FEATURES["limited_grid"] = LimitedGridFeatures
 def _same_share(handle: Any) -> Method:
     """The method with the share of tokens that the tower keeps as its dial."""
     schedule = handle.schedule
-    share = min(1.0, (schedule.features - (schedule.cross and not schedule.drop_cross)) / schedule.placeholders)
-    return replace(handle.method, keep_ratio=share, visual_tokens=None, r=None, vision_r=None, merge_every=None)
+    kept = schedule.features - (schedule.cross and not schedule.drop_cross)
+    return at_share(handle.method, kept / schedule.placeholders)
 
 
 def _pooled(module: nn.Module, stock: Any, image_features: Tensor) -> Tensor:

@@ -77,9 +77,15 @@ class Merged:
     source: Tensor
 
 
-def hook_merge(journal: Journal, owner: nn.Module, method: Method, modalities: tuple[Modality, ...]) -> MergeState:
+def hook_merge(
+    journal: Journal,
+    owner: nn.Module,
+    method: Method,
+    modalities: tuple[Modality, ...],
+    tower: TowerState | None = None,
+) -> MergeState:
     """Give the owner of ``get_image_features`` its state; its class is swapped by the family's ``features``."""
-    state = MergeState(method, modalities)
+    state = MergeState(method, modalities, tower=tower)
     journal.set_attribute(owner, _STATE, state)
     return state
 

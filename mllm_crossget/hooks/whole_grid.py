@@ -33,8 +33,7 @@ class WholeGridFeatures(MergedFeatures):
         """See ``ReducedFeatures.install``."""
         if not isinstance(handle.tower, TowerState):
             raise RuntimeError(f"family {handle.family.key!r} has no tower in front of its projector's grid")
-        handle.again = hook_merge(journal, owner, handle.method, handle.family.modalities)
-        handle.again.tower = handle.tower
+        handle.again = hook_merge(journal, owner, handle.method, handle.family.modalities, handle.tower)
         prefix = f"{handle.family.features_owner}."
         tower, encoder = (str(path).removeprefix(prefix) for path in (handle.family.tower, handle.encoder_path))
         journal.set_attribute(owner, _ENCODER, encoder)
