@@ -20,6 +20,7 @@ FORMAT_VERSION = 1
 _DIALS = ("keep_ratio", "visual_tokens", "r", "vision_r")
 _TEXT_DIALS = ("text_keep_ratio", "text_r")
 DIALS = (*_DIALS, *_TEXT_DIALS)
+POSITIONS = ("contiguous", "original")
 _METHODS: dict[str, type[ReductionConfig]] = {}
 
 Config = TypeVar("Config", bound="ReductionConfig")
@@ -42,6 +43,10 @@ class ReductionConfig:
         text_r: tokens removed in each layer of the text tower, as ``r``.
         merge_every: merge in the first layer of the vision tower and in every such layer after it, not in all of them:
             fewer matchings, later reduction. None is 1. A list ``r`` says the same layer by layer.
+        positions: of image tokens and text in the language model. None or "contiguous": those that stay close the gaps,
+            as in the official code. "original": text keeps the positions of the full prompt and the tokens of an image
+            spread over the image's; that saves what a model has learned about distances, such as which of several
+            images a token belongs to, where it is not fine-tuned.
 
     Raises:
         ValueError: two dials of one tower at once, or a value outside its range.
@@ -55,6 +60,7 @@ class ReductionConfig:
     text_keep_ratio: float | None = None
     text_r: int | list[int] | None = None
     merge_every: int | None = None
+    positions: str | None = None
 
     method: ClassVar[str] = ""
     uses_cross_tokens: ClassVar[bool] = False
@@ -72,6 +78,8 @@ class ReductionConfig:
             self.visual_tokens = _checked_count("visual_tokens", self.visual_tokens, least=1)
         if self.merge_every is not None:
             self._check_merge_every()
+        if self.positions not in (None, *POSITIONS):
+            raise ValueError(f"positions must be one of {POSITIONS}, got {self.positions!r}")
         for name in ("r", "vision_r", "text_r"):
             if getattr(self, name) is not None:
                 setattr(self, name, _checked_removals(name, getattr(self, name)))
@@ -108,6 +116,11 @@ class ReductionConfig:
     def reduces_text(self) -> bool:
         """Whether the text tower (of a dual encoder, of BLIP) is changed."""
         return self.text_r is not None or self.text_keep_ratio not in (None, 1.0)
+
+    @property
+    def keeps_positions(self) -> bool:
+        """Whether text and images keep their positions in the language model."""
+        return self.positions == "original"
 
     @property
     def vision_removals(self) -> int | list[int] | None:

@@ -111,6 +111,8 @@ def check_dials(method: Method, family: Family, model: Any) -> None:
     """The dials fit the model's towers and its geometry. Raises ``ValueError``."""
     if method.is_dynamic:
         _refuse_fixed_counts(model, family)
+    if method.positions is not None:
+        _check_positions(method, family, model)
     text = family.text_tower
     if text is None:
         given = [name for name in ("vision_r", "text_r", "text_keep_ratio") if getattr(method, name) is not None]
@@ -145,6 +147,19 @@ def _check_own_tower(method: Method, name: str, geometry: TowerGeometry) -> None
         make_schedule(method, geometry)
     except ValueError as error:
         raise ValueError(f"in the tower of the {name}s, which reduces each frame like an image: {error}") from error
+
+
+def _check_positions(method: Method, family: Family, model: nn.Module) -> None:
+    """Raise ``ValueError`` where the prompt is left as it is, or positions cannot be closed up."""
+    if not family.modalities:
+        raise ValueError(
+            f"{type(model).__name__} gets no shorter prompt: positions={method.positions!r} says nothing, leave it out"
+        )
+    if family.positions == "grid" and not method.keeps_positions:
+        raise ValueError(
+            f"positions={method.positions!r}, but image tokens of {type(model).__name__} have positions in time, "
+            "height and width, which are always kept; leave it out"
+        )
 
 
 def _refuse_fixed_counts(model: nn.Module, family: Family) -> None:

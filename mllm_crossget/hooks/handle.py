@@ -69,6 +69,11 @@ class Handle:
     vision_cache: VisionCache | None = None
 
     @property
+    def keeps_positions(self) -> bool:
+        """Whether image tokens and text keep positions of the full prompt that a grid does not give them anyway."""
+        return self.method.keeps_positions and self.family.positions != "grid"
+
+    @property
     def merging(self) -> MergeState | None:
         """State of the merging of every image's features behind the projector, or None."""
         if isinstance(self.tower, MergeState):

@@ -5,6 +5,7 @@ Everything works on the dictionary of keyword arguments of ``forward`` or ``gene
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,13 +113,14 @@ def _is_full(model: nn.Module, handle: Handle, modality: Modality, kwargs: dict[
 
 
 def _check_positions(model: nn.Module, handle: Handle, modality: Modality, kwargs: dict[str, Any], total: int) -> None:
-    """A prompt that is compact already does not say where in the grid its image tokens are."""
-    if handle.family.positions != "grid" or kwargs.get("position_ids") is not None:
+    """A prompt that is compact already does not say where its image tokens were."""
+    kept = handle.family.positions == "grid" or handle.keeps_positions
+    if not kept or kwargs.get("position_ids") is not None:
         return
     if total != sum(placeholders_of(model, handle, modality, kwargs)):
         raise ValueError(
             f"the prompt holds {total} image placeholders, as many as there are merged tokens, and no position_ids: "
-            "the positions of the cells that stay follow from the full prompt; pass it as the processor makes it"
+            "the positions of the tokens that stay follow from the full prompt; pass it as the processor makes it"
         )
 
 
@@ -160,9 +162,13 @@ def shrink_new_columns(
     images = {
         token_of(model, modality): image_counts(model, handle, modality, kwargs) for modality in present(handle, kwargs)
     }
-    compaction = plan_compaction(ids, mask, images, left)
+    if handle.keeps_positions:
+        _refuse_flash(model)
+    in_grid = handle.family.positions == "grid"
+    keeps_positions = handle.keeps_positions
+    compaction = plan_compaction(ids, mask, images, left, keeps_positions)
     deltas = None
-    if handle.family.positions == "grid":
+    if in_grid:
         deltas = _place_in_grid(model, handle, kwargs, ids, mask, images, compaction, layout, old, past)
     removed = layout.removed + ids.shape[1] - outer_padding(mask).sum(dim=1) - compaction.real.sum(dim=1)
     kwargs["input_ids"] = compaction.compact(ids, _pad_id(model))
@@ -173,11 +179,13 @@ def shrink_new_columns(
     if kwargs.get("position_ids") is not None and deltas is None:
         positions = kwargs["position_ids"][:, -ids.shape[1] :].expand(ids.shape[0], -1)
         _refuse_packed_positions(positions, mask)
-        compacted = compaction.compact_positions(positions) - layout.removed[:, None] * compaction.real
+        compacted = compaction.compact_positions(positions)
+        if not keeps_positions:
+            compacted = compacted - layout.removed[:, None] * compaction.real
         kwargs["position_ids"] = _prepend_zeros(compacted, old)
     if kwargs.get("labels") is not None:
         kwargs["labels"] = compaction.compact(kwargs["labels"], -100)
-    return Shrunk(compaction, Layout(layout.length, layout.mask, layout.ids, removed, deltas))
+    return Shrunk(compaction, Layout(layout.length, layout.mask, layout.ids, removed, deltas, keeps_positions))
 
 
 def _place_in_grid(
@@ -217,6 +225,23 @@ def _refuse_packed_positions(positions: Tensor, mask: Tensor) -> None:
         )
 
 
+def _refuse_flash(model: nn.Module) -> None:
+    attention = model.config.get_text_config()._attn_implementation or ""
+    if "flash" in attention:
+        raise ValueError(
+            f'positions="original" with {attention}, which reads gaps between positions as packed sequences; use '
+            '"sdpa" or positions="contiguous"'
+        )
+
+
+def refuse_without_cache(handle: Handle, use_cache: bool | None) -> None:
+    """Raise ``ValueError`` where ``generate`` would drop its mask and read gaps as packed sequences."""
+    if handle.keeps_positions and use_cache is False:
+        raise ValueError(
+            'positions="original" and use_cache=False: generate with a cache, or use positions="contiguous"'
+        )
+
+
 def mask_2d(kwargs: dict[str, Any], ids: Tensor, past: int) -> Tensor:
     """(B, past + new) the user's mask; all ones if none was given."""
     mask = kwargs.get("attention_mask")
@@ -242,13 +267,26 @@ def follow_layout(layout: Layout, kwargs: dict[str, Any]) -> None:
         )
     if mask.ndim == 2:
         kwargs["attention_mask"] = layout.compact_mask(mask)
-    if layout.deltas is not None:  # the user's positions are those of the full prompt, as the model's own
+    if layout.keeps_positions:
+        if kwargs.get("position_ids") is None:
+            kwargs["position_ids"] = positions_of_columns(ids, columns)
+    elif layout.deltas is not None:  # the user's positions are those of the full prompt, as the model's own
         deltas = layout.for_rows(ids.shape[0]).deltas
         if kwargs.get("position_ids") is None and mask.ndim == 2:
             kwargs["position_ids"] = text_positions(kwargs["attention_mask"], deltas)[..., -ids.shape[1] :]
     elif kwargs.get("position_ids") is not None:
         removed = layout.for_rows(ids.shape[0]).removed
         kwargs["position_ids"] = kwargs["position_ids"] - removed[:, None].to(kwargs["position_ids"])
+
+
+def positions_of_columns(ids: Tensor, columns: int) -> Tensor:
+    """(B, new) what stock models give the last of so many columns, where they are given no positions."""
+    return torch.arange(columns - ids.shape[1], columns, device=ids.device).expand(ids.shape[0], -1)
+
+
+def positions_of_mask(mask: Tensor) -> Tensor:
+    """(B, columns) what the stock ``generate`` makes of a mask."""
+    return (mask.long().cumsum(dim=1) - 1).masked_fill(mask == 0, 0)
 
 
 def whole_mask(ids: Tensor, layout: Layout | None, cache: Any, option: Any) -> Tensor:
@@ -275,14 +313,20 @@ def shrink_for_generate(
     new_mask = mask[:, mask.shape[1] - new_ids.shape[1] :]
     shrunk = Shrunk(None, known)
     cached_ids, cached_mask = _columns_in_cache(known, user_ids if repeats_all else None, mask, covered)
+    keeps_positions = known.keeps_positions or handle.keeps_positions
+    if present(handle, kwargs) and not is_full_prompt(model, handle, {**kwargs, "input_ids": new_ids}):
+        return None
+    if keeps_positions and kwargs.get("position_ids") is None:
+        kwargs["position_ids"] = positions_of_mask(mask)
     if present(handle, kwargs):
-        if not is_full_prompt(model, handle, {**kwargs, "input_ids": new_ids}):
-            return None
         shrunk = shrink_new_columns(
             model, handle, kwargs, new_ids, new_mask, known, cached_ids.shape[1] if repeats_all else 0,
             cached_mask.sum(dim=1),
         )  # fmt: skip
         new_ids, new_mask = kwargs["input_ids"], kwargs["attention_mask"]
+    elif keeps_positions:
+        own = kwargs["position_ids"][:, -new_ids.shape[1] :]
+        kwargs["position_ids"] = _prepend_zeros(own, cached_ids.shape[1] if repeats_all else 0)
     elif kwargs.get("position_ids") is not None and known.deltas is None:
         kwargs["position_ids"] = kwargs["position_ids"][:, -new_ids.shape[1] :] - known.removed[:, None]
     compact_mask = torch.cat([cached_mask, new_mask], dim=1)
@@ -291,7 +335,7 @@ def shrink_for_generate(
     compact_ids = torch.cat([cached_ids, new_ids], dim=1)
     kwargs["input_ids"] = compact_ids if repeats_all else new_ids
     kwargs["attention_mask"] = compact_mask
-    shrunk.layout = Layout(mask.shape[1], compact_mask, compact_ids, shrunk.layout.removed, shrunk.layout.deltas)
+    shrunk.layout = dataclasses.replace(shrunk.layout, length=mask.shape[1], mask=compact_mask, ids=compact_ids)
     return shrunk
 
 

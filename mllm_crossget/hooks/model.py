@@ -4,6 +4,7 @@ back. The language model never sees, computes or caches a removed token.
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -25,8 +26,10 @@ from mllm_crossget.hooks.inputs import (
     follow_layout,
     is_full_prompt,
     mask_2d,
+    positions_of_columns,
     refuse_inputs,
     refuse_other_features,
+    refuse_without_cache,
     require_ids,
     shrink_for_generate,
     shrink_new_columns,
@@ -89,6 +92,7 @@ class ReducedModel(SavedModel):
             return super().generate(**kwargs)
         user_ids = kwargs["input_ids"]
         kwargs.setdefault("attention_mask", whole_mask(user_ids, layout, cache, option))
+        refuse_without_cache(handle, option("use_cache"))
         with forget_ahead(self, handle.family):
             with torch.no_grad():
                 shrunk = shrink_for_generate(self, handle, kwargs, layout)
@@ -113,6 +117,8 @@ def _forward_shrunk(model: nn.Module, forward: Any, handle: Handle, kwargs: dict
     if not named:  # the stock forward would look there
         kwargs["return_dict"] = True
     old_mask = layout.compact_mask(mask[:, :old]) if old else mask[:, :0]
+    if handle.keeps_positions and kwargs.get("position_ids") is None:
+        kwargs["position_ids"] = positions_of_columns(ids, mask.shape[1])
     shrunk = shrink_new_columns(model, handle, kwargs, ids, mask[:, old:], layout, 0, old_mask.sum(dim=1))
     kwargs["attention_mask"] = torch.cat([old_mask, kwargs["attention_mask"]], dim=1)
     same_columns = kwargs.get("labels") is None and shrunk.compaction.keeps_last(keep)
@@ -122,8 +128,9 @@ def _forward_shrunk(model: nn.Module, forward: Any, handle: Handle, kwargs: dict
     if output.past_key_values is not None:
         compact_ids = torch.cat([layout.ids, ids.new_zeros(len(ids), old_mask.shape[1] - layout.ids.shape[1]),
                                  kwargs["input_ids"]], dim=1)  # fmt: skip
-        layout = Layout(mask.shape[1], kwargs["attention_mask"], compact_ids, shrunk.layout.removed,
-                        shrunk.layout.deltas)  # fmt: skip
+        layout = dataclasses.replace(
+            shrunk.layout, length=mask.shape[1], mask=kwargs["attention_mask"], ids=compact_ids
+        )
         setattr(output.past_key_values, LAYOUT, layout)
     return output.to_tuple() if as_tuple else output
 

@@ -22,18 +22,23 @@ class Compaction:
         index: (B, C) column of the user's prompt for every compact column; 0 where ``real`` is False.
         real: (B, C) False for padding made by the compaction.
         length: L.
+        places: (B, C) column whose position a compact column has if positions are kept: its own, and for an image's
+            tokens columns evenly spread over the image; None if not asked for.
     """
 
     index: Tensor
     real: Tensor
     length: int
+    places: Tensor | None = None
 
     def compact(self, values_BL: Tensor, fill: int) -> Tensor:
         """(B, L) -> (B, C); padding gets ``fill``."""
         return values_BL.gather(1, self.index).masked_fill(~self.real, fill)
 
     def compact_positions(self, positions_BL: Tensor) -> Tensor:
-        """Position ids without the gaps that the dropped placeholders leave: (B, L) -> (B, C)."""
+        """Position ids, (B, L) -> (B, C): without the gaps that the dropped placeholders leave, or kept."""
+        if self.places is not None:
+            return positions_BL.gather(1, self.places).masked_fill(~self.real, 0)
         dropped = torch.ones_like(positions_BL)
         dropped.scatter_reduce_(1, self.index, (~self.real).to(dropped.dtype), "amin")
         dropped = dropped * self._inside(positions_BL)
@@ -71,6 +76,7 @@ class Layout:
         removed: (B,) positions taken out of each row.
         deltas: (B,) position minus compact column of the text behind the prompt, where image tokens have positions in
             a grid (``hooks.positions``), else None.
+        keeps_positions: text has the positions of the user's columns.
     """
 
     length: int
@@ -78,6 +84,7 @@ class Layout:
     ids: Tensor
     removed: Tensor
     deltas: Tensor | None = None
+    keeps_positions: bool = False
 
     @property
     def shift(self) -> int:
@@ -97,7 +104,7 @@ class Layout:
             None if part is None else part.repeat_interleave(rows // known, dim=0)
             for part in (self.mask, self.ids, self.removed, self.deltas)
         )
-        return Layout(self.length, mask, ids, removed, deltas)
+        return Layout(self.length, mask, ids, removed, deltas, self.keeps_positions)
 
     def compact_mask(self, mask_BL: Tensor) -> Tensor:
         """The user's mask over all columns so far, in compact columns."""
@@ -106,7 +113,11 @@ class Layout:
 
 
 def plan_compaction(
-    ids_BL: Tensor, mask_BL: Tensor | None, images: dict[int, list[tuple[int, int]]], left: bool
+    ids_BL: Tensor,
+    mask_BL: Tensor | None,
+    images: dict[int, list[tuple[int, int]]],
+    left: bool,
+    keep_positions: bool = False,
 ) -> Compaction:
     """Choose the columns that stay: of every image's ``n`` placeholders the last ``k``, of the padding none but what
     rows of different length need.
@@ -118,6 +129,7 @@ def plan_compaction(
         mask_BL: (B, L) attention mask, or None for all ones.
         images: by the placeholder's token id, (n, k) of every image in the order of the flattened batch.
         left: pad shorter rows on the left.
+        keep_positions: also find where the positions of the columns that stay are.
 
     Raises:
         ValueError: placeholders do not add up to the images, or an image's placeholders cross rows.
@@ -135,7 +147,24 @@ def plan_compaction(
     else:
         order = stays.to(torch.uint8).argsort(dim=1, stable=True, descending=True)[:, :columns]
     real = stays.gather(1, order)
-    return Compaction(order.masked_fill(~real, 0), real, ids_BL.shape[1])
+    index, places = order.masked_fill(~real, 0), None
+    if keep_positions:
+        places = _spread(ids_BL, images).gather(1, index)
+    return Compaction(index, real, ids_BL.shape[1], places)
+
+
+def _spread(ids_BL: Tensor, images: dict[int, list[tuple[int, int]]]) -> Tensor:
+    """(B, L) own columns, and for the last k of an image's n placeholders the middles of k equal parts of the image."""
+    columns = torch.arange(ids_BL.shape[1], device=ids_BL.device).expand_as(ids_BL).clone()
+    for token, counts in images.items():
+        own, start, taken = columns[ids_BL == token], 0, []
+        for n, k in counts:
+            parts = torch.arange(k) * 2 + 1
+            taken.append(start + torch.cat([torch.arange(n - k), parts * n // (2 * max(k, 1))]))
+            start += n
+        if taken:
+            columns[ids_BL == token] = own[torch.cat(taken).to(own.device)]
+    return columns
 
 
 def check_counts(total: int, full: int, compact: int | None, images: int) -> bool:

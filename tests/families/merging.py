@@ -15,6 +15,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from mllm_crossget.hooks.handle import handle_of
 from mllm_crossget.methods.base import Signals
 from tests import reference
+from tests.families.prompts import kept_positions
+from tests.generation.oracle import original_positions
 
 Row = dict[str, Any]
 
@@ -101,8 +103,11 @@ def expected_tokens(
         images = [merge_by_hand(model, image, [])[0][0] for image in features(stock, row)]
         before = [len(image) for image in features(stock, row)]
         token = stock.config.image_token_id
-        columns = compacted(row["input_ids"][0].tolist(), token, list(zip(before, map(len, images), strict=True)))
+        ids, runs = row["input_ids"][0].tolist(), list(zip(before, map(len, images), strict=True))
+        columns = compacted(ids, token, runs)
         compact = {name: values[:, columns] for name, values in row.items() if name not in PIXELS}
+        if original_positions(model):
+            compact["position_ids"] = kept_positions(ids, token, runs)
         compact |= {name: values for name, values in row.items() if name in PIXELS}
         with handed_out(stock.model, images):
             output = stock.generate(**compact, **options)

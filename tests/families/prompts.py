@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.families.cases import Batch
+from tests.generation.oracle import original_positions
 from tests.tiny import BOS, PAD
 
 
@@ -119,6 +121,27 @@ def compact_ids(ids: list[int], token: int, counts: Sequence[int]) -> list[int]:
     return compact
 
 
+def kept_positions(ids: list[int], token: int, runs: Sequence[tuple[int, int]]) -> Tensor:
+    """(1, C) positions of a compact row's tokens in the full one: text's own, and for the k tokens of an image of n
+    placeholders the middles of k equal parts of it."""
+    positions, left, column = [], iter(runs), 0
+    while column < len(ids):
+        if ids[column] == token:
+            n, k = next(left)
+            positions += [column + int((place + 0.5) * n / k) for place in range(k)]
+            column += n
+        else:
+            positions.append(column)
+            column += 1
+    assert next(left, None) is None, "images are left over: the prompt is wrong"
+    return torch.tensor([positions])
+
+
+def _lengths(ids: list[int], token: int) -> list[int]:
+    """Of every run of placeholders."""
+    return [len(list(run)) for word, run in itertools.groupby(ids) if word == token]
+
+
 def _say(stock: nn.Module, model: nn.Module, row: Batch, images: Sequence[str], options: dict) -> list[int]:
     token, ids = model.config.image_token_id, row["input_ids"][0].tolist()
     inputs = {name: row[name] for name in images if name in row}
@@ -128,6 +151,9 @@ def _say(stock: nn.Module, model: nn.Module, row: Batch, images: Sequence[str], 
     compact = compact_ids(ids, token, [len(image) for image in features])
     prompt = torch.tensor([compact])
     arguments = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt), **inputs}
+    if original_positions(model):
+        runs = zip(_lengths(ids, token), map(len, features), strict=True)
+        arguments["position_ids"] = kept_positions(ids, token, list(runs))
     if "token_type_ids" in row:
         removed = len(ids) - len(compact)
         arguments["token_type_ids"] = row["token_type_ids"][:, removed:]  # what is removed is prefix

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -36,8 +38,8 @@ def matrix(*needs: str) -> pytest.MarkDecorator:
 attention_kinds = pytest.mark.parametrize("attention", ["sdpa", "eager"])
 
 
-def learned(case: Case, method: str, attention: str = "sdpa") -> nn.Module:
-    model = prepare(case.build(attention), method=method, **case.dial)
+def learned(case: Case, method: str, attention: str = "sdpa", **settings: Any) -> nn.Module:
+    model = prepare(case.build(attention), method=method, **case.dial, **settings)
     randomise_cross_tokens(model)
     return calibrated(model)
 
@@ -183,9 +185,12 @@ def test_generate_says_the_same_in_a_batch_and_alone(method, case, options) -> N
 
 @pytest.mark.parametrize("options", [GREEDY, pytest.param(BEAMS, marks=encodes_images_first)], ids=["greedy", "beams"])
 @matrix("expected")
+@pytest.mark.parametrize("positions", [None, "original"])
 @torch.no_grad()
-def test_generate_equals_prompts_compacted_by_hand(method, case, options) -> None:
-    model = learned(case, method)
+def test_generate_equals_prompts_compacted_by_hand(method, case, options, positions) -> None:
+    if positions == "original" and families()[case.model_type].positions == "grid":
+        pytest.skip("positions in a grid are kept anyway")
+    model = learned(case, method, positions=positions)
     batch = case.batch(model)
     expected = [
         strip(row, model.generation_config.pad_token_id)

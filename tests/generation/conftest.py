@@ -8,6 +8,7 @@ import pytest
 from torch import nn
 from transformers import GenerationMixin
 
+from mllm_crossget.config import POSITIONS
 from tests.generation.oracle import Oracle
 from tests.methods import METHODS, prepare
 from tests.tiny import tiny_llava
@@ -35,13 +36,17 @@ def make_case(method: str = "crossget", tower: str = "clip", text: str = "llama"
     return Case(model, oracle)
 
 
-@pytest.fixture(params=[(method, tower) for method in METHODS for tower in TOWERS], ids="-".join)
+@pytest.fixture(params=[*((method, tower) for method in METHODS for tower in TOWERS), ("crossget", "original")],
+                ids="-".join)  # fmt: skip
 def any_case(request: pytest.FixtureRequest) -> Case:
-    """Every method on every tower."""
-    return make_case(*request.param)
+    """Every method on every tower, and tokens that keep their positions."""
+    method, tower = request.param
+    if tower == "original":
+        return make_case(method, visual_tokens=FEATURES, positions=tower)
+    return make_case(method, tower)
 
 
-@pytest.fixture
-def case() -> Case:
+@pytest.fixture(params=POSITIONS)
+def case(request: pytest.FixtureRequest) -> Case:
     """Where the method cannot matter."""
-    return make_case()
+    return make_case(visual_tokens=FEATURES, positions=request.param)

@@ -15,14 +15,17 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from mllm_crossget.hooks.handle import handle_of
+
 
 @dataclass
 class Row:
-    """One row of a batch after compaction: token ids, the user's column of each, and the embeddings."""
+    """One row of a batch after compaction: token ids, the user's columns, embeddings and positions."""
 
     ids: list[int]
     columns: list[int]
     embeds: Tensor
+    positions: Tensor
 
 
 class Oracle:
@@ -50,10 +53,13 @@ class Oracle:
             kept_ids: list[int] = []
             columns: list[int] = []
             embeds: list[Tensor] = []
-            seen = 0
+            places: list[int] = []
+            seen = at = 0
             for column, (token, is_real) in enumerate(zip(ids, real, strict=True)):
                 if not is_real:
                     continue
+                at += 1
+                own = at - 1
                 vector = self.text.get_input_embeddings()(torch.tensor(token))
                 if token == image_token:
                     if seen % per_image == 0:
@@ -63,10 +69,13 @@ class Oracle:
                     if place < 0:
                         continue
                     vector = image[place]
+                    start = own - (per_image - len(image)) - place
+                    own = start + int((place + 0.5) * per_image / len(image))  # the middle of its part of the image
                 kept_ids.append(token)
                 columns.append(column)
                 embeds.append(vector)
-            rows.append(Row(kept_ids, columns, torch.stack(embeds).detach()))
+                places.append(own if original_positions(model) else len(places))
+            rows.append(Row(kept_ids, columns, torch.stack(embeds).detach(), torch.tensor(places)))
         assert next(features, None) is None, "images are left over: the batch is wrong"
         return rows
 
@@ -74,30 +83,36 @@ class Oracle:
         """Generate row by row; the new tokens of every row (of every returned sequence)."""
         found = []
         for row in self.rows(model, batch):
-            embeds = row.embeds[None]
-            mask = torch.ones(embeds.shape[:2], dtype=torch.int64)
-            found += self.text.generate(inputs_embeds=embeds, attention_mask=mask, **options).tolist()
+            found += self.text.generate(**stock_inputs([row]), **options).tolist()
         return found
 
     def new_tokens_of_batch(self, model: nn.Module, batch: dict[str, Tensor], **options: Any) -> list[list[int]]:
         """Generate for the whole compacted, left-padded batch at once: the same draws as a batch of the user's."""
-        embeds, mask = self.padded(model, batch)
-        return self.text.generate(inputs_embeds=embeds, attention_mask=mask, **options).tolist()
-
-    def padded(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """(B, C, D) embeddings and (B, C) mask of the compacted rows, padded on the left."""
-        rows = self.rows(model, batch)
-        longest = max(len(row.ids) for row in rows)
-        embeds = torch.zeros(len(rows), longest, rows[0].embeds.shape[-1])
-        mask = torch.zeros(len(rows), longest, dtype=torch.int64)
-        for index, row in enumerate(rows):
-            embeds[index, longest - len(row.ids) :] = row.embeds
-            mask[index, longest - len(row.ids) :] = 1
-        return embeds, mask
+        return self.text.generate(**stock_inputs(self.rows(model, batch)), **options).tolist()
 
     def logits(self, model: nn.Module, batch: dict[str, Tensor]) -> list[tuple[Row, Tensor]]:
         """(C, V) logits of every row alone."""
-        return [(row, self.text(inputs_embeds=row.embeds[None]).logits[0]) for row in self.rows(model, batch)]
+        return [(row, self.text(**stock_inputs([row])).logits[0]) for row in self.rows(model, batch)]
+
+
+def stock_inputs(rows: list[Row]) -> dict[str, Tensor]:
+    """Embeddings (B, C, D), mask and positions (B, C) of compacted rows, padded on the left.
+
+    The mask is given without padding too: gaps between positions would else separate packed sequences.
+    """
+    longest = max(len(row.ids) for row in rows)
+    embeds = torch.zeros(len(rows), longest, rows[0].embeds.shape[-1])
+    mask = torch.zeros(len(rows), longest, dtype=torch.int64)
+    positions = torch.zeros(len(rows), longest, dtype=torch.int64)
+    for index, row in enumerate(rows):
+        start = longest - len(row.ids)
+        embeds[index, start:], mask[index, start:], positions[index, start:] = row.embeds, 1, row.positions
+    return {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions}
+
+
+def original_positions(model: nn.Module) -> bool:
+    """Whether the model was asked to keep positions."""
+    return handle_of(model).method.positions == "original"
 
 
 def image_features(model: nn.Module, pixel_values: Tensor) -> list[Tensor]:

@@ -9,7 +9,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 from transformers.generation.streamers import BaseStreamer
 
 from tests.generation.conftest import Case
-from tests.generation.oracle import assert_says, strip_end
+from tests.generation.oracle import assert_says, stock_inputs, strip_end
 from tests.tiny import prompt_batch
 
 NEW = 6
@@ -135,9 +135,7 @@ def test_returned_dictionary(any_case: Case) -> None:
     options = {**GREEDY, "return_dict_in_generate": True, "output_scores": True, "output_logits": True}
     out = any_case.model.generate(**batch, **options)
     row = any_case.oracle.rows(any_case.model, batch)[0]
-    expected = any_case.oracle.text.generate(
-        inputs_embeds=row.embeds[None], attention_mask=torch.ones(1, len(row.ids), dtype=torch.int64), **options
-    )
+    expected = any_case.oracle.text.generate(**stock_inputs([row]), **options)
     assert_says(out.sequences, batch, expected.sequences.tolist())
     assert len(out.scores) == len(out.logits) == NEW
     torch.testing.assert_close(torch.stack(out.scores), torch.stack(expected.scores), atol=1e-4, rtol=1e-4)
@@ -150,9 +148,7 @@ def test_returned_beam_scores(case: Case) -> None:
     options.update(return_dict_in_generate=True, output_scores=True)
     out = case.model.generate(**batch, **options)
     row = case.oracle.rows(case.model, batch)[0]
-    expected = case.oracle.text.generate(
-        inputs_embeds=row.embeds[None], attention_mask=torch.ones(1, len(row.ids), dtype=torch.int64), **options
-    )
+    expected = case.oracle.text.generate(**stock_inputs([row]), **options)
     torch.testing.assert_close(out.sequences_scores, expected.sequences_scores, atol=1e-4, rtol=1e-4)
     assert_says(out.sequences, batch, expected.sequences.tolist())
 
