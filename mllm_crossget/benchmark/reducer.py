@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from mllm_crossget.benchmark.memory import peak_bytes
+from mllm_crossget.benchmark.report import check_writable
 from mllm_crossget.benchmark.timing import Timing, alternate, environment, ratio, spread
 from mllm_crossget.ops import attend_with_importance, complete_graph_soft_matching, importance_of_map, merge
 
@@ -53,6 +54,7 @@ class ReducerOptions:
 
 def run(options: ReducerOptions) -> int:
     """Measure, print tables, write the JSON; returns 0."""
+    check_writable(options.output)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     small = [tokens for tokens in options.tokens if tokens <= options.largest_literal]
     report = {
@@ -65,7 +67,6 @@ def run(options: ReducerOptions) -> int:
     for table in tables(report):
         Console().print(table)
     if options.output is not None:
-        Path(options.output).parent.mkdir(parents=True, exist_ok=True)
         Path(options.output).write_text(json.dumps(report, indent=2) + "\n")
     return 0
 

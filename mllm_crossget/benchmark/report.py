@@ -133,11 +133,27 @@ def _flops_to_answer(flops: Flops) -> int:
     return flops.patch_embedding + flops.encoder + flops.projector + flops.prefill
 
 
+def check_writable(*paths: str | None) -> None:
+    """Make the folders of result files, before anything is measured for them; None is no file.
+
+    Raises:
+        ValueError: a file cannot be written there.
+    """
+    for path in paths:
+        if path is None:
+            continue
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"cannot write {path}: {error}; give another file") from error
+        if Path(path).is_dir():
+            raise ValueError(f"cannot write {path}: it is a folder; give a file")
+
+
 def append(path: str | None, lines: Sequence[dict[str, Any]]) -> None:
-    """Add JSON lines to a file, whose folder is made; None writes nothing."""
+    """Add JSON lines to a file; None writes nothing."""
     if path is None:
         return
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)
 

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from mllm_crossget.api import accelerate_mllm
 from mllm_crossget.benchmark.inputs import prompt_inputs
+from mllm_crossget.benchmark.report import check_writable
 from mllm_crossget.benchmark.speed import BenchOptions, load
 from mllm_crossget.benchmark.timing import alternate, environment, spread
 from mllm_crossget.embedded import load_embedded
@@ -57,6 +58,7 @@ class ReuseOptions:
 
 def run(options: ReuseOptions, method: Method) -> int:
     """Measure, print a table, write the JSON; returns 0."""
+    check_writable(options.output)
     memory = many_images(options.images, options.cache_mebibytes) if options.images else None
     report = {
         "options": asdict(options),
@@ -67,7 +69,6 @@ def run(options: ReuseOptions, method: Method) -> int:
     }
     Console().print(table(report))
     if options.output is not None:
-        Path(options.output).parent.mkdir(parents=True, exist_ok=True)
         Path(options.output).write_text(json.dumps(report, indent=2) + "\n")
     return 0
 

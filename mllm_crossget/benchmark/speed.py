@@ -24,7 +24,7 @@ from mllm_crossget.benchmark.ideal import has_ideal, ideal_tower
 from mllm_crossget.benchmark.inputs import prompt_inputs
 from mllm_crossget.benchmark.memory import peak_bytes
 from mllm_crossget.benchmark.parts import PartClock, parts_of
-from mllm_crossget.benchmark.report import Case, Setting, append, draw, read, report, speed_table
+from mllm_crossget.benchmark.report import Case, Setting, append, check_writable, draw, read, report, speed_table
 from mllm_crossget.benchmark.roofline import Device, Sizes, probe, sizes_of
 from mllm_crossget.benchmark.timing import environment, seconds_of
 from mllm_crossget.config import method_class
@@ -76,6 +76,7 @@ class BenchOptions:
 
 def run(options: BenchOptions) -> int:
     """Measure, print a table, append the JSON lines, draw the plot; returns 0."""
+    check_writable(options.output, options.plot)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, options.dtype)
     model, family = load(options, device, dtype)

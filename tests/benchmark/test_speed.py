@@ -171,3 +171,11 @@ def test_a_device_is_probed():
 def test_spread():
     found = spread([3.0, 1.0, 2.0, 5.0, 4.0])
     assert found == {"median": 3.0, "p10": 1.4, "p90": 4.6, "min": 1.0, "max": 5.0, "rounds": 5}
+
+
+@pytest.mark.parametrize("command", ["bench", "bench-reducer", "bench-reuse"])
+def test_a_result_that_cannot_be_written_is_refused_before_anything_is_measured(command, tmp_path, capsys) -> None:
+    (tmp_path / "file").write_text("")
+    for wrong in (tmp_path / "file" / "result.json", tmp_path):
+        assert main([command, "--output", str(wrong)]) == 2
+        assert f"cannot write {wrong}" in capsys.readouterr().err
