@@ -226,6 +226,8 @@ def fit(
             bf16=True,
             disable_tqdm=True,
             train_sampling_strategy="sequential",
+            dataloader_num_workers=1,  # scenes are drawn beside the training, in order
+            dataloader_persistent_workers=True,
             seed=data.seed,
             enable_jit_checkpoint=False,
         )

@@ -5,11 +5,11 @@
 A stand-in for NLVR2, for which transformers has no BLIP; MADTP publishes less than 4 points lost there at 80 % fewer
 GFLOPs, trained. As there, a model that can do the task comes first: the embedded model has never seen two pictures, so
 it is taught untouched (``--teach_steps``). Every arm then goes on from it, all parameters learning, on the same kind of
-questions: reduced, and untouched as a control. The control may be shorter, as it learns nothing more and costs more
-than twice as much a step; the committed one had ``--arms untouched --steps 3000 --batch 8 --turns 6 --learning_rate
-5e-4``. The vocabulary has no "both" and no "pictures"; the question is "Is there a 7 and a 7?", one digit for each
-picture. Half of the answers are "yes"; of the "no" pairs two thirds show the digit in one of the two. One JSON per run
-in ``eval/results/two_images``.
+questions: reduced, and untouched as a control. Which picture a digit is in follows from its position in the prompt, so
+positions are kept (``positions="original"``): where they close the gaps, a model goes on to find the digits and no
+longer knows whose they are. The vocabulary has no "both" and no "pictures"; the question is "Is there a 7 and a 7?",
+one digit for each picture. Half of the answers are "yes"; of the "no" pairs two thirds show the digit in one of the
+two. One JSON per run in ``eval/results/two_images``.
 """
 
 from __future__ import annotations
@@ -24,31 +24,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from dynamic import kept_tokens
 from recovery import DrawnQuestions, fit
 from torch import Tensor
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from mllm_crossget import CrossGetConfig, MadtpConfig, accelerate_mllm, restore_mllm
+from mllm_crossget import CrossGetConfig, MadtpConfig, accelerate_mllm, restore_mllm, save_crossget
 from mllm_crossget.benchmark.flops import model_flops
+from mllm_crossget.config import POSITIONS
 from mllm_crossget.embedded import Accuracy, load_embedded
-from mllm_crossget.embedded.questions import KINDS, PRACTICE_KINDS, PairQuestion, ask, ask_of_pairs, pair_questions
-from mllm_crossget.embedded.scenes import Scene, render, sample_layouts
+from mllm_crossget.embedded.questions import PairQuestion, ask_of_pairs, pair_questions
+from mllm_crossget.embedded.scenes import render, sample_layouts
+from mllm_crossget.hooks.handle import handle_of
 from mllm_crossget.methods import Method
 from mllm_crossget.training import BudgetCallback
 
 # Removals per layer that leave a fifth of the FLOPs for two pictures and 15 tokens of text: most of them early.
 REMOVALS = [64, 36, 20, 10, 4, 0, 0, 0]
 PUBLISHED_DROP = 0.04
-# Shares of the steps, and of the removals meanwhile: as in MADTP's training, tokens leave little by little.
-PHASES = ((0.05, 0.4), (0.1, 0.7), (0.85, 1.0))
+TRAINING_FREE = (1.0, 0.75, 0.5, 0.25)  # shares of the tokens for the model that learns nothing
 BATCH_OF_PAIRS = 16
 # A word between the pictures: without one only its position tells a token which of them it belongs to.
-IMAGE, PICTURES = "<image>", "<image> and <image> :"
+PICTURES = "<image> and <image> :"
 ARMS: dict[str, Callable[[list[int]], Method]] = {
     "untouched": lambda r: CrossGetConfig(keep_ratio=1.0),
-    "crossget": lambda r: CrossGetConfig(r=r),
-    "madtp": lambda r: MadtpConfig(r=r, alignment_tokens=16, alignment_width=32),
+    "crossget": lambda r: CrossGetConfig(r=r, positions="original"),
+    "madtp": lambda r: MadtpConfig(r=r, alignment_tokens=16, alignment_width=32, positions="original"),
 }
 
 
@@ -59,76 +61,80 @@ class Options:
     arms: list[str] = field(default_factory=lambda: list(ARMS), metadata={"help": f"of {tuple(ARMS)}"})
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "of data and adapters"})
     teach_steps: int = field(default=2500, metadata={"help": "optimiser steps of the untouched model that comes first"})
-    steps: int = field(default=5500, metadata={"help": "optimiser steps of every arm"})
-    batch: int = field(default=16, metadata={"help": "pairs of pictures, or single pictures, in a step"})
-    turns: int = field(default=9, metadata={"help": "questions about a pair in training, one after the other"})
+    steps: int = field(default=6000, metadata={"help": "optimiser steps of every arm"})
+    batch: int = field(default=16, metadata={"help": "pairs of pictures in a step"})
+    turns: int = field(default=6, metadata={"help": "questions about a pair in training, at most"})
     learning_rate: float = field(default=7e-4, metadata={"help": "peak; warm-up of 5 %%, then cosine to 0"})
     questions: int = field(default=500, metadata={"help": "about pictures of the test set's kind"})
     threads: int = field(default=1, metadata={"help": "CPU threads"})
-    taught: str = field(default="runs/two_images/taught", metadata={"help": "folder of the taught model, kept"})
+    models: str = field(default="runs/two_images", metadata={"help": "folder of the taught model and the trained ones"})
     output: str = field(default="eval/results/two_images", metadata={"help": "folder of the results"})
 
 
 class Dialogues(DrawnQuestions):
-    """Fresh training scenes with some questions each, encoded; every answer is learned. Pairs of pictures, and with
-    ``single`` as often one picture with questions that the embedded model knows: what they tell about every digit is
-    what a tower that is left with few tokens has to learn again."""
+    """Fresh pairs of training scenes, encoded: balanced questions about both, then which digits each of them shows.
+
+    The list comes last, where no question can be answered from its text; its ten pairs of words are the only part of
+    it that is learned, and they say of every digit which picture shows it.
+    """
 
     chunk_size = BATCH_OF_PAIRS
 
-    def __init__(self, size: int, seed: int, processor: Any, turns: int, single: bool) -> None:
+    def __init__(self, size: int, seed: int, processor: Any, turns: int) -> None:
         super().__init__(size, seed, processor)
-        self.turns, self.single = turns, single
+        self.turns = turns
 
     def _chunk(self, chunk: int) -> list[dict[str, Tensor]]:
         seed = (self.seed + 1) * 2_000_003 + chunk
         generator, chance = torch.Generator().manual_seed(seed), random.Random(seed)
         layouts = sample_layouts(4 * BATCH_OF_PAIRS, "train", generator)
         scenes = layouts.scenes()
-        pixels = render(layouts, jitter=generator)[0] * 2 - 1  # the processor's normalisation
+        asked = ask_of_pairs(scenes, BATCH_OF_PAIRS, chance)
+        shown = sorted({place for _, _, pair in asked for place in pair})
+        pixels = render(layouts.select(torch.tensor(shown)), jitter=generator)[0] * 2 - 1  # as the processor does
         made = []
-        for number, (text, answer, pair) in enumerate(ask_of_pairs(scenes, BATCH_OF_PAIRS, chance)):
-            if self.single and number // 2 % 2:  # every second answer of the pairs is "yes"
-                made.append(self._encoded(IMAGE, known(scenes[pair[0]], self.turns, chance), pixels[[pair[0]]]))
-            else:
-                turns = dialogue((text, answer), [scenes[place] for place in pair], self.turns, chance)
-                made.append(self._encoded(PICTURES, turns, pixels[list(pair)]))
+        for text, answer, pair in asked:
+            digits = [{item.digit for item in scenes[place].items} for place in pair]
+            turns = [*dialogue((text, answer), *digits, self.turns, chance), listed(*digits)]
+            made.append(self._encoded(turns, pixels[[shown.index(place) for place in pair]]))
         return made
 
-    def _encoded(self, pictures: str, turns: list[tuple[str, str]], pixels: Tensor) -> dict[str, Tensor]:
+    def _encoded(self, turns: list[tuple[str, str]], pixels: Tensor) -> dict[str, Tensor]:
         tokenizer, image = self.processor.tokenizer, self.processor.image_token
-        ids, labels, messages = [], [], []
+        learned = set(tokenizer.convert_tokens_to_ids(["yes", "no", tokenizer.eos_token]))
+        ids, labels = [], []
         for number, (text, answer) in enumerate(turns):
-            messages.append(asked(f"{pictures} {text}" if number == 0 else text))
-            so_far = self.processor.apply_chat_template(messages, add_generation_prompt=True)
-            head = tokenizer(so_far.replace(image, image * 144)).input_ids[len(ids) :]
-            tail = tokenizer(f"{answer}{tokenizer.eos_token}", add_special_tokens=False).input_ids
-            ids += head + tail
-            labels += [-100] * len(head) + tail
-            messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+            message = asked(f"{PICTURES} {text}" if number == 0 else text)
+            head = self.processor.apply_chat_template([message], add_generation_prompt=True)
+            before = tokenizer(head.replace(image, image * 144), add_special_tokens=number == 0).input_ids
+            after = tokenizer(f"{answer}{tokenizer.eos_token}", add_special_tokens=False).input_ids
+            ids += before + after
+            labels += [-100] * len(before) + [one if one in learned else -100 for one in after]
         return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "pixel_values": pixels}
 
 
-def dialogue(first: tuple[str, str], scenes: list[Scene], turns: int, chance: random.Random) -> list[tuple[str, str]]:
-    """The first question and others about the same pair, each after another digit; half "yes" where the pair allows."""
-    one, other = ({item.digit for item in scene.items} for scene in scenes)
+def dialogue(
+    first: tuple[str, str], one: set[int], other: set[int], turns: int, chance: random.Random
+) -> list[tuple[str, str]]:
+    """The first question and others about the same pair, each after another digit. What comes next is drawn before
+    looking; where the pictures have no such digit left the questions end, so that no answer follows from others."""
     left = set(range(10)) - {int(first[0].split()[3])}
     asked = [first]
-    while len(asked) < min(turns, 10):
+    while len(asked) < turns:
         pools = {"yes": left & one & other, "one": left & (one ^ other), "none": left - one - other}
-        wanted = chance.choice(("yes", "yes", "yes", "one", "one", "none"))
-        pool = next(pools[name] for name in (wanted, *pools) if pools[name])
+        pool = pools[chance.choice(("yes", "yes", "yes", "one", "one", "none"))]
+        if not pool:
+            break
         digit = chance.choice(sorted(pool))
         left.discard(digit)
         asked.append((f"Is there a {digit} and a {digit}?", "yes" if digit in one & other else "no"))
     return asked
 
 
-def known(scene: Scene, turns: int, chance: random.Random) -> list[tuple[str, str]]:
-    """Questions about one picture that the embedded model has learned, none twice; first which digits there are."""
-    kinds = ["inventory", *chance.sample([*KINDS, *PRACTICE_KINDS[:2]], turns)]
-    pairs = [ask(scene, kind, chance) for kind in kinds]
-    return [pair for pair in pairs if pair is not None][:turns]
+def listed(*pictures: set[int]) -> tuple[str, str]:
+    """Which digits are there, and is each of them in the first picture, and in the second?"""
+    words = (" ".join([str(digit), *("yes" if digit in shown else "no" for shown in pictures)]) for digit in range(10))
+    return "Which digits are there?", " , ".join(words) + " ."
 
 
 def prompt(processor: Any, text: str) -> str:
@@ -159,29 +165,27 @@ def answers(model: Any, processor: Any, questions: list[PairQuestion], batch: in
     return [text.strip() for text in said]
 
 
-def train(options: Options, model: Any, processor: Any, seed: int, steps: int, single: bool) -> list[dict[str, float]]:
+def train(options: Options, model: Any, processor: Any, seed: int, steps: int) -> list[dict[str, float]]:
     """All parameters and the method's learned tokens, on fresh scenes; returns the log."""
-    layouts = sample_layouts(64, "train", torch.Generator().manual_seed(500 + seed))
-    callbacks = [BudgetCallback(render(layouts)[0] * 2 - 1, every=50)] if _dynamic(model) else []
-    data = Dialogues(steps * options.batch, seed, processor, options.turns, single)
+    callbacks = []
+    if handle_of(model).method.is_dynamic:  # type: ignore[union-attr]
+        layouts = sample_layouts(256, "train", torch.Generator().manual_seed(500 + seed))
+        callbacks.append(BudgetCallback(render(layouts)[0] * 2 - 1, every=100))
+    data = Dialogues(steps * options.batch, seed, processor, options.turns)
     return fit(model, data, options, options.learning_rate, steps=steps, callbacks=callbacks)
 
 
 def taught_model(options: Options) -> tuple[Any, Any]:
     """The embedded model after it has learned the task untouched; made once."""
     model, processor = load_embedded()
-    folder = Path(options.taught)
+    folder = Path(options.models) / "taught"
     if not folder.exists():
         torch.manual_seed(1000)
         model.set_attn_implementation("eager")
-        accelerate_mllm(model, CrossGetConfig(keep_ratio=1.0))
-        train(options, model, processor, 1000, options.teach_steps, single=False)
+        accelerate_mllm(model, ARMS["untouched"](REMOVALS))
+        train(options, model, processor, 1000, options.teach_steps)
         restore_mllm(model).save_pretrained(folder)
     return type(model).from_pretrained(folder, dtype=torch.float32).eval(), processor
-
-
-def _dynamic(model: Any) -> bool:
-    return bool(model._mllm_crossget.method.is_dynamic)
 
 
 def flops_saved(config: Any, method: Method) -> float:
@@ -199,22 +203,43 @@ def run_once(options: Options, arm: str, seed: int, questions: list[PairQuestion
     saved = flops_saved(model.config, method)
     model.set_attn_implementation("eager")
     started = time.monotonic()
-    log = []
-    for number, (steps, removed) in enumerate(PHASES):
-        accelerate_mllm(model, ARMS[arm]([round(removed * r) for r in REMOVALS]))
-        log.append(train(options, model, processor, 10 * seed + number, round(steps * options.steps), single=True))
+    accelerate_mllm(model, method)
+    log = train(options, model, processor, seed, options.steps)
     seconds = time.monotonic() - started
+    folder = Path(options.models) / f"{arm}_{seed}"
+    model.save_pretrained(folder)
+    save_crossget(model, folder)
     said = answers(model.eval(), processor, questions)
-    right = [text == question.answer for text, question in zip(said, questions, strict=True)]
-    kinds = sorted({question.kind for question in questions})
-    by_kind = {kind: _accuracy([r for r, q in zip(right, questions, strict=True) if q.kind == kind]) for kind in kinds}
-    result = {"arm": arm, "seed": seed, "flops_saved": round(saved, 4), "training_seconds": round(seconds, 1),
+    right, by_kind = marks(said, questions)
+    kept = kept_tokens(model, processor, [image for question in questions for image in question.images])
+    result = {"arm": arm, "seed": seed, "flops_saved": round(saved, 4),
+              "tokens": round(sum(kept) / len(kept), 2), "training_seconds": round(seconds, 1),
               "accuracy": _accuracy(right), "by_kind": by_kind,
               "right": "".join("1" if one else "0" for one in right), "log": log, "options": vars(options)}  # fmt: skip
     if before is not None:
-        same = [text == question.answer for text, question in zip(before, questions, strict=True)]
-        result["before_training"] = _accuracy(same)
+        result["before_training"] = _accuracy(marks(before, questions)[0])
     return result
+
+
+def training_free(options: Options, questions: list[PairQuestion]) -> list[dict[str, Any]]:
+    """The taught model, reduced and not trained further: what do the positions of its tokens do?"""
+    found = []
+    for keep_ratio in tqdm(TRAINING_FREE, desc="training-free"):
+        for positions in POSITIONS if keep_ratio < 1 else POSITIONS[:1]:
+            model, processor = taught_model(options)
+            accelerate_mllm(model, CrossGetConfig(keep_ratio=keep_ratio, positions=positions))
+            right, by_kind = marks(answers(model, processor, questions), questions)
+            found.append({"keep_ratio": keep_ratio, "positions": positions, "accuracy": _accuracy(right),
+                          "by_kind": by_kind})  # fmt: skip
+    return found
+
+
+def marks(said: list[str], questions: list[PairQuestion]) -> tuple[list[bool], dict[str, dict[str, float | int]]]:
+    """Which answers are right, and the accuracy of every kind of question."""
+    right = [text == question.answer for text, question in zip(said, questions, strict=True)]
+    kinds = sorted({question.kind for question in questions})
+    own = {kind: [r for r, q in zip(right, questions, strict=True) if q.kind == kind] for kind in kinds}
+    return right, {kind: _accuracy(values) for kind, values in own.items()}
 
 
 def _accuracy(right: list[bool]) -> dict[str, float | int]:
@@ -228,6 +253,9 @@ def main() -> None:
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
     questions = pair_questions(options.questions)
+    path = folder / "training_free.json"
+    if not path.exists():
+        path.write_text(json.dumps(training_free(options, questions), indent=1) + "\n")
     runs = [(folder / f"{arm}_{seed}.json", arm, seed) for seed in options.seeds for arm in options.arms]
     for path, arm, seed in tqdm([run for run in runs if not run[0].exists()], desc="runs"):
         result = run_once(options, arm, seed, questions)

@@ -248,6 +248,18 @@ def two_images_table(summary: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
+def positions_table(entries: list[dict[str, Any]]) -> str:
+    """Markdown: questions about two pictures without training, by share of tokens and their positions."""
+    head = ["kept", "positions", "right", "both pictures show it", "one does", "none does"]
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    for entry in entries:
+        keep = entry["keep_ratio"]
+        kinds = [f"{entry['by_kind'][kind]['accuracy']:.1%}" for kind in ("both", "one", "none")]
+        cells = [f"{keep:g}", entry["positions"] if keep < 1 else "–", share(entry["accuracy"]), *kinds]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"{entries[0]['accuracy']['asked']} questions, CrossGET."])
+
+
 def calibration_table(entries: list[dict[str, Any]]) -> str:
     """Markdown: how far off the averages are, by method, ratio and number of images."""
     sizes = sorted({entry["images"] for entry in entries})
@@ -297,6 +309,7 @@ TABLES = {
     "retrieval": (retrieval_table, "retrieval/summary.json"),
     "dynamic": (dynamic_table, "dynamic/summary.json"),
     "calibration": (calibration_table, "calibration/summary.json"),
+    "positions": (positions_table, "two_images/training_free.json"),
     "two_images": (two_images_table, "two_images/summary.json"),
     "recovery": (recovery_table, "recovery/summary.json"),
 }
