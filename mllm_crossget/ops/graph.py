@@ -23,7 +23,8 @@ TILE = 2**26  # bytes of one tile
 # Bytes of the maps of the images that are matched together.
 _GROUP_CPU, _GROUP_GPU = 2**20, 2**28
 _CEILING = 8.0
-_ROWS_CPU = 2**19  # bytes of the rows that are compared together where there is no memory for a second map yet
+_ROWS_CPU = 2**20  # bytes of the rows that are compared together where there is no memory for a second map yet
+_FEW = 4  # shielded tokens whose rows and columns are written one by one: cheaper than two longer keys for every token
 _FUSED = "MLLM_CROSSGET_FUSED_MATCHING"
 
 
@@ -41,7 +42,9 @@ class Graph(Protocol):
         """(B, R) the token most like every source that is no source itself; equal ones: lower index."""
 
 
-def similarity_graph(keys_BTD: Tensor, shielded_BT: Tensor, workspace: Tensor | None = None) -> Graph:
+def similarity_graph(
+    keys_BTD: Tensor, shielded_BT: Tensor, workspace: Tensor | None = None, places: Sequence[int] | None = None
+) -> Graph:
     """A map where it fits into ``LARGEST_MAP``, else tiles. With the environment variable
     MLLM_CROSSGET_FUSED_MATCHING=1, on a GPU: Triton kernels.
 
@@ -49,6 +52,7 @@ def similarity_graph(keys_BTD: Tensor, shielded_BT: Tensor, workspace: Tensor | 
         keys_BTD: (B, T, D) metric tokens, any float dtype; compared in float32.
         shielded_BT: (B, T) True for tokens that neither leave nor receive.
         workspace: (2, B or more, T, T) float32 memory to use for maps, or None.
+        places: indices of the shielded tokens, where they are the same in every image; None if they are not.
 
     Raises:
         ImportError: the kernels are asked for and Triton is missing.
@@ -60,7 +64,7 @@ def similarity_graph(keys_BTD: Tensor, shielded_BT: Tensor, workspace: Tensor | 
     tokens = keys_BTD.shape[1]
     if 4 * tokens * tokens > LARGEST_MAP:
         return SimilarityTiles(keys_BTD, shielded_BT)
-    return SimilarityMap(keys_BTD, shielded_BT, workspace)
+    return SimilarityMap(keys_BTD, shielded_BT, workspace, places)
 
 
 def image_groups(batch: int, tokens: int, device: torch.device) -> list[slice]:
@@ -93,11 +97,17 @@ def maps_workspace(groups: list[slice], tokens: int, device: torch.device) -> Te
     return torch.empty(2, groups[0].stop, tokens, tokens, dtype=torch.float32, device=device)
 
 
-def similarity_map(keys_BTD: Tensor, shielded_BT: Tensor, out: Tensor | None = None) -> Tensor:
+def similarity_map(
+    keys_BTD: Tensor, shielded_BT: Tensor, out: Tensor | None = None, places: Sequence[int] | None = None
+) -> Tensor:
     """(B, T, T) cosine similarity, up to rounding symmetric; -inf on the diagonal and on shielded rows and columns."""
-    left, right = _shielding_factors(keys_BTD, shielded_BT)
+    few = places is not None and len(places) <= _FEW
+    left, right = (_finite_keys(keys_BTD),) * 2 if few else _shielding_factors(keys_BTD, shielded_BT)
     similarity = torch.bmm(left, right.mT) if out is None else torch.bmm(left, right.mT, out=out)
     similarity.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
+    for place in places if few and places is not None else ():
+        similarity[:, place] = -torch.inf
+        similarity[:, :, place] = -torch.inf
     return similarity
 
 
@@ -134,11 +144,17 @@ def _shielding_factors(keys_BTD: Tensor, shielded_BT: Tensor) -> tuple[Tensor, T
 class SimilarityMap:
     """The graph as a map of T x T float32; a second one, or some of its rows, lives for a moment."""
 
-    def __init__(self, keys_BTD: Tensor, shielded_BT: Tensor, workspace: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        keys_BTD: Tensor,
+        shielded_BT: Tensor,
+        workspace: Tensor | None = None,
+        places: Sequence[int] | None = None,
+    ) -> None:
         memory: Sequence[Tensor | None] = (None, None)
         if workspace is not None:
             memory = workspace[:, : len(keys_BTD)].unbind()
-        self.similarity = similarity_map(keys_BTD, shielded_BT, memory[0])
+        self.similarity = similarity_map(keys_BTD, shielded_BT, memory[0], places)
         self._second = memory[1]
 
     def best(self) -> Tensor:
@@ -148,9 +164,10 @@ class SimilarityMap:
     def best_below(self, rank_BT: Tensor) -> Tensor:
         """See ``Graph``."""
         batch, tokens = rank_BT.shape
-        together = max(1, _ROWS_CPU // (4 * batch * tokens))
+        parts = -(-4 * batch * tokens * tokens // _ROWS_CPU)
+        together = -(-tokens // parts)
         in_one = self._second is not None or rank_BT.device.type != "cpu" or torch.compiler.is_compiling()
-        if in_one or together >= tokens:
+        if in_one or parts == 1:
             return best_below_in_rows(self.similarity, rank_BT, rank_BT, self._second)
         memory = rank_BT.new_empty(batch, together, tokens)  # not a map: its pages cost more than the comparison
         best = torch.empty_like(rank_BT)

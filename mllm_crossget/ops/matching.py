@@ -62,10 +62,11 @@ def complete_graph_soft_matching(
     _check_r(r, tokens, 0 if isinstance(protected, Tensor) else len(set(protected)))
     shielded = _protected_mask(protected, batch, tokens, keys_BTD.device)
     importance = importance_BT.float()
+    places = None if isinstance(protected, Tensor) else protected
     groups = image_groups(batch, tokens, keys_BTD.device)
     workspace = maps_workspace(groups, tokens, keys_BTD.device)
     with without_autocast(keys_BTD.device):
-        pairs = [_pairs(keys_BTD[part], importance[part], shielded[part], r, workspace) for part in groups]
+        pairs = [_pairs(keys_BTD[part], importance[part], shielded[part], r, workspace, places) for part in groups]
     src, dst = (torch.cat(side) if len(groups) > 1 else side[0] for side in zip(*pairs, strict=True))
     weight = torch.stack([importance.gather(1, src), importance.gather(1, dst)], dim=-1).softmax(dim=-1)
     kept, slot = _layout(src, dst, tokens)
@@ -73,10 +74,15 @@ def complete_graph_soft_matching(
 
 
 def _pairs(
-    keys: Tensor, importance: Tensor, shielded: Tensor, r: int, workspace: Tensor | None
+    keys: Tensor,
+    importance: Tensor,
+    shielded: Tensor,
+    r: int,
+    workspace: Tensor | None,
+    places: Sequence[int] | None,
 ) -> tuple[Tensor, Tensor]:
     """(B, R) sources, ascending, and the survivor that each goes into."""
-    graph = similarity_graph(keys, shielded, workspace)
+    graph = similarity_graph(keys, shielded, workspace, places)
     score = _scores(importance, graph.best_below(ranks(graph.best())), shielded)
     src = score.argsort(dim=-1, stable=True)[:, :r].sort(dim=-1).values
     return src, graph.best_survivor(src)

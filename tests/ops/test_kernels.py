@@ -44,7 +44,7 @@ def test_the_matching_with_kernels_equals_the_oracle(monkeypatch):
     """Also with ties everywhere, and with a token that is not finite."""
     monkeypatch.setattr(
         "mllm_crossget.ops.matching.similarity_graph",
-        lambda keys, shielded, workspace: FusedSimilarity(graph._finite_keys(keys), shielded),
+        lambda keys, shielded, *rest: FusedSimilarity(graph._finite_keys(keys), shielded),
     )
     ties = torch.randint(0, 2, (2, 40, 4), device=DEVICE) - 0.5
     for keys in (ties, torch.randn(2, 40, 8, device=DEVICE)):
