@@ -208,6 +208,7 @@ class Family:
             without reduction, or has no prompt.
         positions: "contiguous", or "grid": image tokens have positions in time, height and width, and those that stay
             keep their own (``hooks.positions``).
+        first_position: of a prompt's first token, where the model's forward is given no positions.
         tiles: configuration -> how often the tower runs for a typical image, for costs without an image; None: once.
         llm_tokens: (configuration, tower features) -> visual tokens that the language model gets; None: all features.
         connector_flops: (configuration, tower features) -> FLOPs between tower and language model; all tokens of an
@@ -244,6 +245,7 @@ class Family:
     features_owner: str | None = None
     features: str = "plain"
     positions: str = "contiguous"
+    first_position: int = 0
     dynamic: bool = False
     readers: tuple[str, ...] = ()
     cross_attentions: tuple[str, str] | None = None

@@ -43,6 +43,7 @@ PALIGEMMA = register_family(
         projector="model.multi_modal_projector",
         vision_projection=("model.multi_modal_projector",),
         features_owner="model",
+        first_position=1,
         modalities=(Modality(),),
         connector_flops=projector_flops,
     )

@@ -253,7 +253,7 @@ def mask_2d(kwargs: dict[str, Any], ids: Tensor, past: int) -> Tensor:
     return mask
 
 
-def follow_layout(layout: Layout, kwargs: dict[str, Any]) -> None:
+def follow_layout(handle: Handle, layout: Layout, kwargs: dict[str, Any]) -> None:
     """A later forward on a compact cache (a decode loop written by hand): translate mask and positions, in place."""
     ids, cache = kwargs["input_ids"], kwargs["past_key_values"]
     columns = cached_columns(cache) + layout.shift + ids.shape[1]
@@ -269,7 +269,7 @@ def follow_layout(layout: Layout, kwargs: dict[str, Any]) -> None:
         kwargs["attention_mask"] = layout.compact_mask(mask)
     if layout.keeps_positions:
         if kwargs.get("position_ids") is None:
-            kwargs["position_ids"] = positions_of_columns(ids, columns)
+            kwargs["position_ids"] = positions_of_columns(handle, ids, columns)
     elif layout.deltas is not None:  # the user's positions are those of the full prompt, as the model's own
         deltas = layout.for_rows(ids.shape[0]).deltas
         if kwargs.get("position_ids") is None and mask.ndim == 2:
@@ -279,9 +279,10 @@ def follow_layout(layout: Layout, kwargs: dict[str, Any]) -> None:
         kwargs["position_ids"] = kwargs["position_ids"] - removed[:, None].to(kwargs["position_ids"])
 
 
-def positions_of_columns(ids: Tensor, columns: int) -> Tensor:
-    """(B, new) what stock models give the last of so many columns, where they are given no positions."""
-    return torch.arange(columns - ids.shape[1], columns, device=ids.device).expand(ids.shape[0], -1)
+def positions_of_columns(handle: Handle, ids: Tensor, columns: int) -> Tensor:
+    """(B, new) what the stock model gives the last of so many columns, where it is given no positions."""
+    places = torch.arange(columns - ids.shape[1], columns, device=ids.device) + handle.family.first_position
+    return places.expand(ids.shape[0], -1)
 
 
 def positions_of_mask(mask: Tensor) -> Tensor:

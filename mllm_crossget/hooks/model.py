@@ -72,7 +72,7 @@ class ReducedModel(SavedModel):
             with forget_ahead(self, handle.family), _recording(self, handle, kwargs), recording(self, handle):
                 return _forward_shrunk(self, super().forward, handle, kwargs)
         if layout is not None:
-            follow_layout(layout, kwargs)
+            follow_layout(handle, layout, kwargs)
         return _with_alignment(self, super().forward, handle, kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -118,7 +118,7 @@ def _forward_shrunk(model: nn.Module, forward: Any, handle: Handle, kwargs: dict
         kwargs["return_dict"] = True
     old_mask = layout.compact_mask(mask[:, :old]) if old else mask[:, :0]
     if handle.keeps_positions and kwargs.get("position_ids") is None:
-        kwargs["position_ids"] = positions_of_columns(ids, mask.shape[1])
+        kwargs["position_ids"] = positions_of_columns(handle, ids, mask.shape[1])
     shrunk = shrink_new_columns(model, handle, kwargs, ids, mask[:, old:], layout, 0, old_mask.sum(dim=1))
     kwargs["attention_mask"] = torch.cat([old_mask, kwargs["attention_mask"]], dim=1)
     same_columns = kwargs.get("labels") is None and shrunk.compaction.keeps_last(keep)

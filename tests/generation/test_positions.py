@@ -9,12 +9,16 @@ import random
 
 import pytest
 import torch
+import torch.nn.functional as F
+from transformers import DynamicCache
 
 from mllm_crossget import CrossGetConfig, ToMeConfig, accelerate_mllm
 from mllm_crossget.hooks.handle import handle_of
 from mllm_crossget.hooks.prompt import plan_compaction
+from tests.families.cases import all_cases
 from tests.families.prompts import kept_positions
 from tests.generation.conftest import FEATURES, Case, make_case
+from tests.methods import prepare
 from tests.tiny import prompt_batch, tiny_dual, tiny_llava
 from tests.tiny_grid import tiny_qwen
 
@@ -85,3 +89,18 @@ def test_refused_where_it_says_nothing() -> None:
         with pytest.raises(ValueError, match=reason):
             accelerate_mllm(model, ToMeConfig(keep_ratio=0.5, positions=positions))
         assert handle_of(model) is None
+
+
+@torch.no_grad()
+def test_positions_that_begin_at_one() -> None:
+    """PaliGemma's: the cache of ``generate`` and a forward by hand count from the same place."""
+    case = next(case for case in all_cases() if case.name == "paligemma-gemma")
+    model = prepare(case.build("sdpa"), method="crossget", **case.dial, positions="original")
+    row = case.row(case.batch(model), 0)
+    cache = DynamicCache(config=model.config.get_text_config())
+    sequences = model.generate(**row, max_new_tokens=1, do_sample=False, past_key_values=cache)
+    whole = {**row, "input_ids": sequences, "attention_mask": torch.ones_like(sequences)}
+    whole["token_type_ids"] = F.pad(row["token_type_ids"], (0, 1), value=1)
+    expected = model(**whole).logits[:, -1]
+    found = model(input_ids=sequences[:, -1:], past_key_values=cache).logits[:, -1]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
