@@ -227,10 +227,12 @@ def training_free(options: Options, questions: list[PairQuestion]) -> list[dict[
     for keep_ratio in tqdm(TRAINING_FREE, desc="training-free"):
         for positions in POSITIONS if keep_ratio < 1 else POSITIONS[:1]:
             model, processor = taught_model(options)
-            accelerate_mllm(model, CrossGetConfig(keep_ratio=keep_ratio, positions=positions))
+            method = CrossGetConfig(keep_ratio=keep_ratio, positions=positions)
+            accelerate_mllm(model, method)
             right, by_kind = marks(answers(model, processor, questions), questions)
-            found.append({"keep_ratio": keep_ratio, "positions": positions, "accuracy": _accuracy(right),
-                          "by_kind": by_kind})  # fmt: skip
+            saved = round(flops_saved(model.config, method), 4)
+            found.append({"keep_ratio": keep_ratio, "positions": positions, "flops_saved": saved,
+                          "accuracy": _accuracy(right), "by_kind": by_kind})  # fmt: skip
     return found
 
 

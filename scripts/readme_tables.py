@@ -250,12 +250,13 @@ def two_images_table(summary: dict[str, Any]) -> str:
 
 def positions_table(entries: list[dict[str, Any]]) -> str:
     """Markdown: questions about two pictures without training, by share of tokens and their positions."""
-    head = ["kept", "positions", "right", "both pictures show it", "one does", "none does"]
+    head = ["kept", "GFLOPs saved", "positions", "right", "both pictures show it", "one does", "none does"]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for entry in entries:
         keep = entry["keep_ratio"]
         kinds = [f"{entry['by_kind'][kind]['accuracy']:.1%}" for kind in ("both", "one", "none")]
-        cells = [f"{keep:g}", entry["positions"] if keep < 1 else "–", share(entry["accuracy"]), *kinds]
+        cells = [f"{keep:g}", f"{entry['flops_saved']:.0%}", entry["positions"] if keep < 1 else "–"]
+        cells += [share(entry["accuracy"]), *kinds]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", f"{entries[0]['accuracy']['asked']} questions, CrossGET."])
 
