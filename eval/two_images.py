@@ -9,7 +9,9 @@ questions: reduced, and untouched as a control. Which picture a digit is in foll
 positions are kept (``positions="original"``): where they close the gaps, a model goes on to find the digits and no
 longer knows whose they are. The vocabulary has no "both" and no "pictures"; the question is "Is there a 7 and a 7?",
 one digit for each picture. Half of the answers are "yes"; of the "no" pairs two thirds show the digit in one of the
-two. One JSON per run in ``eval/results/two_images``.
+two. One JSON per run in ``eval/results/two_images``. Behind the committed results the taught model, and the untouched
+one that went on from it (``--steps 3000 --batch 8``), learned from an earlier form of the dialogues: single pictures in
+half of them, and no list of digits.
 """
 
 from __future__ import annotations
