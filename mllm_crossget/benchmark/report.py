@@ -142,12 +142,14 @@ def check_writable(*paths: str | None) -> None:
     for path in paths:
         if path is None:
             continue
+        existed = Path(path).exists()
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
+            open(path, "a").close()
         except OSError as error:
             raise ValueError(f"cannot write {path}: {error}; give another file") from error
-        if Path(path).is_dir():
-            raise ValueError(f"cannot write {path}: it is a folder; give a file")
+        if not existed:
+            Path(path).unlink()
 
 
 def append(path: str | None, lines: Sequence[dict[str, Any]]) -> None:

@@ -105,19 +105,17 @@ def _is_full(model: nn.Module, handle: Handle, modality: Modality, kwargs: dict[
     total = int((kwargs["input_ids"] == token_of(model, modality)).sum())
     features = known_features(model, handle, modality, kwargs)
     compact = None if features is None else sum(features)
-    if total == compact or features == []:
-        _check_positions(model, handle, modality, kwargs, total)
-        return False
     needed = placeholders_of(model, handle, modality, kwargs)
-    return check_counts(total, sum(needed), compact, len(needed))
+    is_full = total != compact and features != [] and check_counts(total, sum(needed), compact, len(needed))
+    if not is_full:
+        _check_positions(handle, kwargs, total, sum(needed))
+    return is_full
 
 
-def _check_positions(model: nn.Module, handle: Handle, modality: Modality, kwargs: dict[str, Any], total: int) -> None:
+def _check_positions(handle: Handle, kwargs: dict[str, Any], total: int, full: int) -> None:
     """A prompt that is compact already does not say where its image tokens were."""
     kept = handle.family.positions == "grid" or handle.keeps_positions
-    if not kept or kwargs.get("position_ids") is not None:
-        return
-    if total != sum(placeholders_of(model, handle, modality, kwargs)):
+    if kept and kwargs.get("position_ids") is None and total != full:
         raise ValueError(
             f"the prompt holds {total} image placeholders, as many as there are merged tokens, and no position_ids: "
             "the positions of the tokens that stay follow from the full prompt; pass it as the processor makes it"
@@ -162,10 +160,10 @@ def shrink_new_columns(
     images = {
         token_of(model, modality): image_counts(model, handle, modality, kwargs) for modality in present(handle, kwargs)
     }
-    if handle.keeps_positions:
-        _refuse_flash(model)
     in_grid = handle.family.positions == "grid"
-    keeps_positions = handle.keeps_positions
+    keeps_positions = keeps_positions_on(handle, layout)
+    if keeps_positions:
+        _refuse_flash(model)
     compaction = plan_compaction(ids, mask, images, left, keeps_positions)
     deltas = None
     if in_grid:
@@ -223,6 +221,11 @@ def _refuse_packed_positions(positions: Tensor, mask: Tensor) -> None:
             "position_ids start again inside a row, as in packed sequences; packed sequences are not supported by an "
             "accelerated model: give one sequence per row, padded"
         )
+
+
+def keeps_positions_on(handle: Handle, layout: Layout | None) -> bool:
+    """Whether columns get the full prompt's positions: as those in the cache did, whatever the settings are by now."""
+    return layout.keeps_positions if layout is not None and layout.length else handle.keeps_positions
 
 
 def _refuse_flash(model: nn.Module) -> None:
@@ -286,8 +289,8 @@ def positions_of_columns(handle: Handle, ids: Tensor, columns: int) -> Tensor:
 
 
 def positions_of_mask(mask: Tensor) -> Tensor:
-    """(B, columns) what the stock ``generate`` makes of a mask."""
-    return (mask.long().cumsum(dim=1) - 1).masked_fill(mask == 0, 0)
+    """(B, columns) what the stock ``generate`` makes of a mask; a masked column inside a row has its neighbour's."""
+    return (mask.long().cumsum(dim=1) - 1).clamp_min(0)
 
 
 def whole_mask(ids: Tensor, layout: Layout | None, cache: Any, option: Any) -> Tensor:
@@ -314,7 +317,7 @@ def shrink_for_generate(
     new_mask = mask[:, mask.shape[1] - new_ids.shape[1] :]
     shrunk = Shrunk(None, known)
     cached_ids, cached_mask = _columns_in_cache(known, user_ids if repeats_all else None, mask, covered)
-    keeps_positions = known.keeps_positions or handle.keeps_positions
+    keeps_positions = keeps_positions_on(handle, layout)
     if present(handle, kwargs) and not is_full_prompt(model, handle, {**kwargs, "input_ids": new_ids}):
         return None
     if keeps_positions and kwargs.get("position_ids") is None:
@@ -324,10 +327,11 @@ def shrink_for_generate(
             model, handle, kwargs, new_ids, new_mask, known, cached_ids.shape[1] if repeats_all else 0,
             cached_mask.sum(dim=1),
         )  # fmt: skip
+        if keeps_positions and not repeats_all:  # prefill in chunks slices positions by the cache's length
+            kwargs["position_ids"] = _prepend_zeros(kwargs["position_ids"], cached_ids.shape[1])
         new_ids, new_mask = kwargs["input_ids"], kwargs["attention_mask"]
     elif keeps_positions:
-        own = kwargs["position_ids"][:, -new_ids.shape[1] :]
-        kwargs["position_ids"] = _prepend_zeros(own, cached_ids.shape[1] if repeats_all else 0)
+        kwargs["position_ids"] = _prepend_zeros(kwargs["position_ids"][:, -new_ids.shape[1] :], cached_ids.shape[1])
     elif kwargs.get("position_ids") is not None and known.deltas is None:
         kwargs["position_ids"] = kwargs["position_ids"][:, -new_ids.shape[1] :] - known.removed[:, None]
     compact_mask = torch.cat([cached_mask, new_mask], dim=1)

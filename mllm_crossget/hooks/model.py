@@ -25,6 +25,7 @@ from mllm_crossget.hooks.inputs import (
     empty_layout,
     follow_layout,
     is_full_prompt,
+    keeps_positions_on,
     mask_2d,
     positions_of_columns,
     refuse_inputs,
@@ -117,7 +118,7 @@ def _forward_shrunk(model: nn.Module, forward: Any, handle: Handle, kwargs: dict
     if not named:  # the stock forward would look there
         kwargs["return_dict"] = True
     old_mask = layout.compact_mask(mask[:, :old]) if old else mask[:, :0]
-    if handle.keeps_positions and kwargs.get("position_ids") is None:
+    if keeps_positions_on(handle, layout) and kwargs.get("position_ids") is None:
         kwargs["position_ids"] = positions_of_columns(handle, ids, mask.shape[1])
     shrunk = shrink_new_columns(model, handle, kwargs, ids, mask[:, old:], layout, 0, old_mask.sum(dim=1))
     kwargs["attention_mask"] = torch.cat([old_mask, kwargs["attention_mask"]], dim=1)

@@ -23,7 +23,7 @@ class Compaction:
         real: (B, C) False for padding made by the compaction.
         length: L.
         places: (B, C) column whose position a compact column has if positions are kept: its own, and for an image's
-            tokens columns evenly spread over the image; None if not asked for.
+            tokens columns evenly spread over the image, its last among them; None if not asked for.
     """
 
     index: Tensor
@@ -154,13 +154,17 @@ def plan_compaction(
 
 
 def _spread(ids_BL: Tensor, images: dict[int, list[tuple[int, int]]]) -> Tensor:
-    """(B, L) own columns, and for the last k of an image's n placeholders the middles of k equal parts of the image."""
+    """(B, L) own columns, and for the last k of an image's n placeholders the middles of k equal parts of the image.
+
+    The last one stays last: ``generate`` goes on from the position of the prompt's last token.
+    """
     columns = torch.arange(ids_BL.shape[1], device=ids_BL.device).expand_as(ids_BL).clone()
     for token, counts in images.items():
         own, start, taken = columns[ids_BL == token], 0, []
         for n, k in counts:
-            parts = torch.arange(k) * 2 + 1
-            taken.append(start + torch.cat([torch.arange(n - k), parts * n // (2 * max(k, 1))]))
+            spots = (torch.arange(k) * 2 + 1) * n // (2 * max(k, 1))
+            spots[-1:] = n - 1
+            taken.append(start + torch.cat([torch.arange(n - k), spots]))
             start += n
         if taken:
             columns[ids_BL == token] = own[torch.cat(taken).to(own.device)]

@@ -123,12 +123,12 @@ def compact_ids(ids: list[int], token: int, counts: Sequence[int]) -> list[int]:
 
 def kept_positions(ids: list[int], token: int, runs: Sequence[tuple[int, int]]) -> Tensor:
     """(1, C) positions of a compact row's tokens in the full one: text's own, and for the k tokens of an image of n
-    placeholders the middles of k equal parts of it."""
+    placeholders the middles of k equal parts of it, for the last one the last."""
     positions, left, column = [], iter(runs), 0
     while column < len(ids):
         if ids[column] == token:
             n, k = next(left)
-            positions += [column + int((place + 0.5) * n / k) for place in range(k)]
+            positions += [column + int((place + 0.5) * n / k) for place in range(k - 1)] + [column + n - 1]
             column += n
         else:
             positions.append(column)

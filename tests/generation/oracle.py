@@ -71,6 +71,8 @@ class Oracle:
                     vector = image[place]
                     start = own - (per_image - len(image)) - place
                     own = start + int((place + 0.5) * per_image / len(image))  # the middle of its part of the image
+                    if place == len(image) - 1:
+                        own = start + per_image - 1
                 kept_ids.append(token)
                 columns.append(column)
                 embeds.append(vector)

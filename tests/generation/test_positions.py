@@ -17,9 +17,9 @@ from mllm_crossget.hooks.handle import handle_of
 from mllm_crossget.hooks.prompt import plan_compaction
 from tests.families.cases import all_cases
 from tests.families.prompts import kept_positions
-from tests.generation.conftest import FEATURES, Case, make_case
+from tests.generation.conftest import FEATURES, Case, encodes_images_first, make_case
 from tests.methods import prepare
-from tests.tiny import prompt_batch, tiny_dual, tiny_llava
+from tests.tiny import pixels, prompt_batch, tiny_dual, tiny_llava
 from tests.tiny_grid import tiny_qwen
 
 IMAGE = 99
@@ -104,3 +104,80 @@ def test_positions_that_begin_at_one() -> None:
     expected = model(**whole).logits[:, -1]
     found = model(input_ids=sequences[:, -1:], past_key_values=cache).logits[:, -1]
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_text_behind_a_prompt_that_ends_in_an_image() -> None:
+    """What is generated has the full prompt's next positions: it equals a loop of forwards over the whole text."""
+    case = make_case(visual_tokens=3, positions="original")
+    token, count = case.model.config.image_token_id, case.model.config.image_seq_length
+    ids = torch.tensor([[1, 5, 6] + [token] * count])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels(case.model, 1)}
+    sequences = case.model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    assert sequences[:, ids.shape[1] :].unique().numel() > 1
+    logits = case.model(**{**inputs, "input_ids": sequences, "attention_mask": torch.ones_like(sequences)}).logits
+    logits[..., token] = -torch.inf
+    assert torch.equal(logits[:, ids.shape[1] - 1 : -1].argmax(dim=-1), sequences[:, ids.shape[1] :])
+
+
+@pytest.mark.parametrize("positions", [("original", "contiguous"), ("contiguous", "original")], ids="-".join)
+def test_a_cache_goes_on_as_it_began(positions) -> None:
+    """Other settings on a live cache: its positions must neither overlap nor run backwards."""
+    first, then = positions
+    case = make_case(visual_tokens=FEATURES, positions=first)
+    batch = prompt_batch(case.model, (1,))
+    answers = {}
+    for now in (first, then):
+        accelerate_mllm(case.model, CrossGetConfig(visual_tokens=FEATURES, positions=first))
+        cache = DynamicCache(config=case.model.config.get_text_config())
+        sequences = case.model.generate(**batch, max_new_tokens=3, do_sample=False, past_key_values=cache)
+        accelerate_mllm(case.model, CrossGetConfig(visual_tokens=FEATURES, positions=now))
+        turn = torch.cat([sequences, batch["input_ids"]], dim=1)
+        inputs = {"input_ids": turn, "attention_mask": torch.ones_like(turn), "pixel_values": batch["pixel_values"]}
+        text = case.model.generate(**inputs, max_new_tokens=3, do_sample=False, past_key_values=cache)
+        answers[now] = text[:, turn.shape[1] :].tolist()
+    assert answers[first] == answers[then]
+
+
+@pytest.mark.parametrize("image", [False, True], ids=["text", "image"])
+@encodes_images_first
+def test_new_ids_in_chunks_on_a_cache(image) -> None:
+    case = make_case(visual_tokens=FEATURES, positions="original")
+    batch = prompt_batch(case.model, (1,))
+    said = []
+    for chunk in (None, 3):
+        cache = DynamicCache(config=case.model.config.get_text_config())
+        sequences = case.model.generate(**batch, max_new_tokens=3, do_sample=False, past_key_values=cache)
+        new = batch["input_ids"] if image else torch.tensor([[7, 8, 9, 10, 11]])
+        new = torch.cat([sequences[:, -1:], new], dim=1)  # what was said last is not in the cache yet
+        mask = torch.ones(1, sequences.shape[1] - 1 + new.shape[1], dtype=torch.int64)
+        inputs = {"input_ids": new, "attention_mask": mask, "past_key_values": cache, "prefill_chunk_size": chunk}
+        if image:
+            inputs["pixel_values"] = batch["pixel_values"]
+        said.append(case.model.generate(**inputs, max_new_tokens=3, do_sample=False)[:, new.shape[1] :].tolist())
+    assert said[0] == said[1]
+
+
+def test_a_compact_prompt_is_refused_where_counts_differ_by_image() -> None:
+    case = make_case("crossget-dynamic", visual_tokens=FEATURES, positions="original")
+    batch = prompt_batch(case.model, (1,))
+    row = case.oracle.rows(case.model, batch)[0]
+    with pytest.raises(ValueError, match="no position_ids"):
+        case.model(input_ids=torch.tensor([row.ids]), pixel_values=batch["pixel_values"])
+
+
+@torch.no_grad()
+def test_a_masked_column_inside_an_image_takes_no_position_away() -> None:
+    """Its position may be another token's, which is attended: it is not that of padding."""
+    case = make_case(visual_tokens=4, positions="original")
+    batch = prompt_batch(case.model, (1,))
+    where = (batch["input_ids"][0] == case.model.config.image_token_id).nonzero().flatten()
+    batch["attention_mask"][0, where[:6]] = 0
+    seen = []
+    hook = case.model.model.language_model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True
+    )
+    case.model.generate(**batch, max_new_tokens=1, do_sample=False)
+    hook.remove()
+    assert (seen[0][0].diff() > 0).sum() >= seen[0].shape[1] - 2
+    assert (seen[0][0].diff() >= 0).all()
