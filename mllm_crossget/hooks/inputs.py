@@ -105,17 +105,20 @@ def _is_full(model: nn.Module, handle: Handle, modality: Modality, kwargs: dict[
     total = int((kwargs["input_ids"] == token_of(model, modality)).sum())
     features = known_features(model, handle, modality, kwargs)
     compact = None if features is None else sum(features)
-    needed = placeholders_of(model, handle, modality, kwargs)
-    is_full = total != compact and features != [] and check_counts(total, sum(needed), compact, len(needed))
-    if not is_full:
-        _check_positions(handle, kwargs, total, sum(needed))
-    return is_full
+    if total != compact and features != []:
+        needed = placeholders_of(model, handle, modality, kwargs)
+        if check_counts(total, sum(needed), compact, len(needed)):
+            return True
+    _check_positions(model, handle, modality, kwargs, total)
+    return False
 
 
-def _check_positions(handle: Handle, kwargs: dict[str, Any], total: int, full: int) -> None:
+def _check_positions(model: nn.Module, handle: Handle, modality: Modality, kwargs: dict[str, Any], total: int) -> None:
     """A prompt that is compact already does not say where its image tokens were."""
     kept = handle.family.positions == "grid" or handle.keeps_positions
-    if kept and kwargs.get("position_ids") is None and total != full:
+    if not kept or kwargs.get("position_ids") is not None:
+        return
+    if total != sum(placeholders_of(model, handle, modality, kwargs)):
         raise ValueError(
             f"the prompt holds {total} image placeholders, as many as there are merged tokens, and no position_ids: "
             "the positions of the tokens that stay follow from the full prompt; pass it as the processor makes it"
