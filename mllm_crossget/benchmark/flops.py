@@ -143,13 +143,16 @@ def matching_flops(method: Method, tokens: int, width: int, removed: int) -> int
     """FLOPs of one matching of ``tokens`` tokens with keys of ``width`` channels.
 
     Measured by running the method on tensors without data, so that a new method is counted without a formula of its
-    own. CrossGET compares all pairs (2T² for each channel and for two that carry the protection), ToMe even with odd
-    tokens (half of T² / 2), random nothing.
+    own. CrossGET compares all pairs (2T² for each channel; with counts per image also for two that carry the
+    protection), ToMe even with odd tokens (half of T² / 2), random nothing.
     """
     keys = torch.empty(1, tokens, width, device="meta")
     importance = torch.empty(1, tokens, device="meta") if method.needs_importance else None
+    protected: Any = ()
+    if method.is_dynamic:  # dead tokens lie elsewhere in every image
+        protected = torch.zeros(1, tokens, dtype=torch.bool, device="meta")
     with FlopCounterMode(display=False) as counter:
-        method.match(Signals(keys, importance, ()), removed)
+        method.match(Signals(keys, importance, protected), removed)
     return int(counter.get_total_flops())
 
 
