@@ -91,11 +91,11 @@ class Dialogues(DrawnQuestions):
         generator, chance = torch.Generator().manual_seed(seed), random.Random(seed)
         layouts = sample_layouts(4 * BATCH_OF_PAIRS, "train", generator)
         scenes = layouts.scenes()
-        asked = ask_of_pairs(scenes, BATCH_OF_PAIRS, chance)
-        shown = sorted({place for _, _, pair in asked for place in pair})
+        questions = ask_of_pairs(scenes, BATCH_OF_PAIRS, chance)
+        shown = sorted({place for _, _, pair in questions for place in pair})
         pixels = render(layouts.select(torch.tensor(shown)), jitter=generator)[0] * 2 - 1  # as the processor does
         made = []
-        for text, answer, pair in asked:
+        for text, answer, pair in questions:
             digits = [{item.digit for item in scenes[place].items} for place in pair]
             turns = [*dialogue((text, answer), *digits, self.turns, chance), listed(*digits)]
             made.append(self._encoded(turns, pixels[[shown.index(place) for place in pair]]))

@@ -330,16 +330,17 @@ def shrink_for_generate(
             model, handle, kwargs, new_ids, new_mask, known, cached_ids.shape[1] if repeats_all else 0,
             cached_mask.sum(dim=1),
         )  # fmt: skip
-        if keeps_positions and not repeats_all:  # prefill in chunks slices positions by the cache's length
-            kwargs["position_ids"] = _prepend_zeros(kwargs["position_ids"], cached_ids.shape[1])
         new_ids, new_mask = kwargs["input_ids"], kwargs["attention_mask"]
     elif keeps_positions:
-        kwargs["position_ids"] = _prepend_zeros(kwargs["position_ids"][:, -new_ids.shape[1] :], cached_ids.shape[1])
+        kwargs["position_ids"] = kwargs["position_ids"][:, -new_ids.shape[1] :]
     elif kwargs.get("position_ids") is not None and known.deltas is None:
         kwargs["position_ids"] = kwargs["position_ids"][:, -new_ids.shape[1] :] - known.removed[:, None]
     compact_mask = torch.cat([cached_mask, new_mask], dim=1)
     if known.deltas is not None and kwargs.get("position_ids") is None:
         kwargs["position_ids"] = text_positions(compact_mask, known.deltas)
+    positions = kwargs.get("position_ids")
+    if positions is not None:  # prefill in chunks slices them by the cache's length
+        kwargs["position_ids"] = _prepend_zeros(positions, compact_mask.shape[1] - positions.shape[-1])
     compact_ids = torch.cat([cached_ids, new_ids], dim=1)
     kwargs["input_ids"] = compact_ids if repeats_all else new_ids
     kwargs["attention_mask"] = compact_mask

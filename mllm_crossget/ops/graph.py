@@ -101,11 +101,14 @@ def similarity_map(
     keys_BTD: Tensor, shielded_BT: Tensor, out: Tensor | None = None, places: Sequence[int] | None = None
 ) -> Tensor:
     """(B, T, T) cosine similarity, up to rounding symmetric; -inf on the diagonal and on shielded rows and columns."""
-    few = places is not None and len(places) <= _FEW
-    left, right = (_finite_keys(keys_BTD),) * 2 if few else _shielding_factors(keys_BTD, shielded_BT)
+    if places is None or len(places) > _FEW:
+        left, right = _shielding_factors(keys_BTD, shielded_BT)
+        places = ()  # the product carries them
+    else:
+        left = right = _finite_keys(keys_BTD)
     similarity = torch.bmm(left, right.mT) if out is None else torch.bmm(left, right.mT, out=out)
     similarity.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
-    for place in places if few and places is not None else ():
+    for place in places:
         similarity[:, place] = -torch.inf
         similarity[:, :, place] = -torch.inf
     return similarity
