@@ -117,7 +117,7 @@ def _answer_batch(
     model: LlavaForConditionalGeneration, processor: LlavaProcessor, questions: list[Question], limit: int
 ) -> list[str]:
     inputs = batch_inputs(processor, questions).to(model.device, model.dtype)
-    output: Any = model.generate(**inputs, max_new_tokens=limit, do_sample=False)  # type: ignore[misc]
+    output: Any = model.generate(**inputs, max_new_tokens=limit, do_sample=False)
     new = output[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
 

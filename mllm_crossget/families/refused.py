@@ -82,7 +82,7 @@ REFUSED = {
     "lfm2_vl": Refusal(
         "its tower's tokens are unpadded and reshaped to each image's patch grid in front of the projector, which "
         f"shuffles squares of it into channels; {_NOT_WRITTEN}",
-        "feature.reshape(1, feature_org_h, feature_org_w, -1)",
+        "channels * self.factor**2",
     ),
     "gemma4": Refusal(
         "its tower pools patches by their place in the grid, which merged tokens no longer have, and gives the images' "

@@ -9,9 +9,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
+
+# ``prefix_allowed_tokens_fn`` counts the rows of the user's batch; before, each of several samples of a row by itself.
+_SAMPLES_SHARE_A_GROUP = Version(transformers.__version__) >= Version("5.24")
 
 
 class PromptView:
@@ -79,7 +84,8 @@ def with_user_view(kwargs: dict[str, Any], view: PromptView, option: Callable[[s
         kwargs["streamer"] = _FullPromptStreamer(kwargs["streamer"], view)
     if kwargs.get("prefix_allowed_tokens_fn") is not None:
         allowed = kwargs["prefix_allowed_tokens_fn"]
-        repeats = 1 if (option("num_beams") or 1) > 1 else (option("num_return_sequences") or 1)
+        samples = 1 if (option("num_beams") or 1) > 1 else (option("num_return_sequences") or 1)
+        repeats = 1 if _SAMPLES_SHARE_A_GROUP else samples
         kwargs["prefix_allowed_tokens_fn"] = lambda group, ids: allowed(group, view.row(group // repeats, ids))
 
 

@@ -17,6 +17,7 @@ from mllm_crossget.families.modality import Modality
 from mllm_crossget.hooks.counts import given_features, image_counts, known_features, placeholders_of, present, token_of
 from mllm_crossget.hooks.generation import prompt_mask
 from mllm_crossget.hooks.handle import Handle
+from mllm_crossget.hooks.kv_cache import cache_in
 from mllm_crossget.hooks.positions import cells_that_stay, grid_positions, text_positions
 from mllm_crossget.hooks.prompt import Compaction, Layout, check_counts, outer_padding, plan_compaction
 
@@ -261,7 +262,7 @@ def mask_2d(kwargs: dict[str, Any], ids: Tensor, past: int) -> Tensor:
 
 def follow_layout(handle: Handle, layout: Layout, kwargs: dict[str, Any]) -> None:
     """A later forward on a compact cache (a decode loop written by hand): translate mask and positions, in place."""
-    ids, cache = kwargs["input_ids"], kwargs["past_key_values"]
+    ids, cache = kwargs["input_ids"], cache_in(kwargs)
     columns = cached_columns(cache) + layout.shift + ids.shape[1]
     mask = kwargs.get("attention_mask")
     if mask is None:
@@ -309,7 +310,7 @@ def shrink_for_generate(
     model: nn.Module, handle: Handle, kwargs: dict[str, Any], layout: Layout | None
 ) -> Shrunk | None:
     """Compact ``generate``'s inputs in place; None if the prompt is compact already."""
-    user_ids, mask, cache = kwargs["input_ids"], kwargs["attention_mask"], kwargs.get("past_key_values")
+    user_ids, mask, cache = kwargs["input_ids"], kwargs["attention_mask"], cache_in(kwargs)
     mask = mask_2d(kwargs, user_ids, 0)
     if mask.shape[1] < user_ids.shape[1]:
         raise ValueError(f"attention_mask has {mask.shape[1]} columns, input_ids has {user_ids.shape[1]}")

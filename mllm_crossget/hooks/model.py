@@ -36,6 +36,7 @@ from mllm_crossget.hooks.inputs import (
     shrink_new_columns,
     whole_mask,
 )
+from mllm_crossget.hooks.kv_cache import cache_from, cache_in, name_cache
 from mllm_crossget.hooks.prompt import LAYOUT, Layout
 from mllm_crossget.hooks.saving import SavedModel
 from mllm_crossget.hooks.text import positional_names
@@ -64,10 +65,11 @@ class ReducedModel(SavedModel):
         """
         if args:
             kwargs.update(zip(positional_names(type(self)), args, strict=False))
+        name_cache(kwargs)
         handle: Handle = self.__dict__[HANDLE]
         refuse_inputs(kwargs)
         refuse_other_features(handle, self.config, kwargs)
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         layout = getattr(cache, LAYOUT, None)
         if present(handle, kwargs) and is_full_prompt(self, handle, kwargs):
             with forget_ahead(self, handle.family), _recording(self, handle, kwargs), recording(self, handle):
@@ -80,9 +82,10 @@ class ReducedModel(SavedModel):
         """As the original: full-length prompts in, full-length sequences out."""
         kwargs.update(zip(positional_names(type(self), "generate"), args, strict=False))
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
+        name_cache(kwargs)
         handle: Handle = self.__dict__[HANDLE]
         option = option_reader(self, kwargs)
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         layout: Layout | None = getattr(cache, LAYOUT, None)
         refuse_inputs(kwargs)
         if "inputs" in kwargs and "input_ids" not in kwargs:
@@ -107,7 +110,7 @@ class ReducedModel(SavedModel):
 
 
 def _forward_shrunk(model: nn.Module, forward: Any, handle: Handle, kwargs: dict[str, Any]) -> Any:
-    ids, cache = kwargs["input_ids"], kwargs.get("past_key_values")
+    ids, cache = kwargs["input_ids"], cache_in(kwargs)
     layout = (getattr(cache, LAYOUT, None) or empty_layout(ids)).for_rows(len(ids))
     mask = mask_2d(kwargs, ids, cached_columns(cache) + layout.shift)
     if mask.shape[1] < ids.shape[1]:
@@ -126,13 +129,13 @@ def _forward_shrunk(model: nn.Module, forward: Any, handle: Handle, kwargs: dict
     output = _with_alignment(model, forward, handle, {**kwargs, "logits_to_keep": keep if same_columns else 0})
     if not same_columns:
         output.logits = _slice_logits(shrunk.compaction.expand(output.logits), keep)
-    if output.past_key_values is not None:
+    if cache_from(output) is not None:
         compact_ids = torch.cat([layout.ids, ids.new_zeros(len(ids), old_mask.shape[1] - layout.ids.shape[1]),
                                  kwargs["input_ids"]], dim=1)  # fmt: skip
         layout = dataclasses.replace(
             shrunk.layout, length=mask.shape[1], mask=kwargs["attention_mask"], ids=compact_ids
         )
-        setattr(output.past_key_values, LAYOUT, layout)
+        setattr(cache_from(output), LAYOUT, layout)
     return output.to_tuple() if as_tuple else output
 
 
@@ -160,7 +163,7 @@ def _user_output(output: Any, view: PromptView, layout: Layout, cache: Any) -> A
         output = view.full(output)
     else:
         output.sequences = view.full(output.sequences)
-        made = getattr(output, "past_key_values", None)
+        made = cache_from(output)
         cache = cache if made is None else made
     if cache is not None:
         setattr(cache, LAYOUT, layout)

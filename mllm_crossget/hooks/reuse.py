@@ -121,7 +121,7 @@ def _pieces(
         return None
     if torch.is_grad_enabled() and _needs_gradient(owner, handle, arguments):
         return None
-    return pieces_of(owner, arguments, ("return_dict", *_READ))
+    return pieces_of(owner, arguments, ("return_dict", "use_cache", *_READ))
 
 
 def _is_watched(owner: nn.Module, handle: Handle) -> bool:

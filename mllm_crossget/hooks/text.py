@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mllm_crossget.hooks.cross_tokens import RECORD, write_token
 from mllm_crossget.hooks.journal import Journal
+from mllm_crossget.hooks.kv_cache import cache_in, name_cache
 
 _STATE = "_mllm_crossget_text"
 _SKIP = "_mllm_crossget_skip"
@@ -60,6 +61,7 @@ class GuidedModel(nn.Module):
         """As the original; cached decode steps are not touched."""
         if args:
             kwargs.update(zip(positional_names(type(self)), args, strict=False))
+        name_cache(kwargs)
         first = _first_tokens(self, kwargs)
         if first is None:
             return super().forward(**kwargs)
@@ -93,7 +95,7 @@ def positional_names(model_class: type, method: str = "forward") -> tuple[str, .
 
 
 def _first_tokens(model: nn.Module, kwargs: dict[str, Any]) -> FirstTokens | None:
-    embeds, ids, cache = kwargs.get("inputs_embeds"), kwargs.get("input_ids"), kwargs.get("past_key_values")
+    embeds, ids, cache = kwargs.get("inputs_embeds"), kwargs.get("input_ids"), cache_in(kwargs)
     tokens = embeds if embeds is not None else ids
     if tokens is None:
         return None

@@ -23,6 +23,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from mllm_crossget.families.base import BertNames, TextTower
 from mllm_crossget.hooks.attention import hook_attention, open_slot, reduced_attention
 from mllm_crossget.hooks.journal import Journal
+from mllm_crossget.hooks.kv_cache import CACHE, cache_in, name_cache
 from mllm_crossget.hooks.text import positional_names
 from mllm_crossget.hooks.text_rows import (
     Columns,
@@ -95,6 +96,7 @@ class ReducedBert(nn.Module):
         """
         if args:
             kwargs.update(zip(positional_names(type(self)), args, strict=False))
+        name_cache(kwargs)
         kwargs[_KEYWORD] = _texts(kwargs)
         kwargs["attention_mask"] = None
         return super().forward(**kwargs)
@@ -109,13 +111,13 @@ class ReducedBertEncoder(nn.Module):
         attention_mask: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         """(B, T, D) embeddings in, (B, T, D) states in the columns of the input in ``last_hidden_state`` out."""
         state: TextTowerState = self.__dict__[_STATE]
         texts: Texts | None = kwargs.pop(_KEYWORD, None)
+        kwargs.pop(CACHE, None)  # None: a call as a decoder was refused
         if texts is None:
             raise RuntimeError("a reduced text encoder was called without its model, which knows the padding")
         hidden, end, lengths, place = compact(hidden_states, texts)
@@ -193,9 +195,9 @@ def _names(state: TextTowerState) -> BertNames:
 
 def _texts(kwargs: dict[str, Any]) -> Texts:
     """The rows' first and real tokens. Raises ``ValueError`` for what cannot be served."""
-    if kwargs.get("is_decoder") or kwargs.get("past_key_values") is not None:
+    if kwargs.get("is_decoder") or cache_in(kwargs) is not None:
         raise ValueError(
-            "this text encoder is reduced and cannot run as a decoder: leave is_decoder and past_key_values out, or "
+            "this text encoder is reduced and cannot run as a decoder: leave is_decoder and the cache out, or "
             "restore_mllm(model) first"
         )
     inputs = (kwargs.get(name) for name in ("input_ids", "inputs_embeds", "encoder_embeds"))

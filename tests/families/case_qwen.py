@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from mllm_crossget.hooks.handle import handle_of
 from tests.families.cases import Batch, Case, add_case
 from tests.families.merging import compacted, merge_by_hand
+from tests.families.prompts import output_of
 from tests.hooks.test_forward import labels_of
 from tests.tiny import BOS
 from tests.tiny_grid import IMAGE_TOKEN, QWEN_VISION, VISION_END, VISION_START, padded, tiny_qwen
@@ -132,7 +132,9 @@ class HandMade:
             beams = len(image_grid_thw) // len(self.images)  # before 5.23 the images are repeated
             layers = [list(layer) * beams for layer in zip(*self.deepstack, strict=True)]
             layers = [torch.cat(layer) for layer in layers] if self.packed else layers
-            return SimpleNamespace(pooler_output=self.images * beams, deepstack_features=layers or None)
+            output = output_of(self.images * beams)
+            output.deepstack_features = layers or None
+            return output
 
         stock.model.get_image_features = get_image_features
         try:

@@ -11,11 +11,11 @@ import functools
 import inspect
 import itertools
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tests.families.cases import Batch
 from tests.generation.oracle import original_positions
@@ -164,7 +164,7 @@ def _say(stock: nn.Module, model: nn.Module, row: Batch, images: Sequence[str], 
         pixels = args[0] if args else kwargs[images[0]]
         repeated = [image for _ in range(len(pixels) // count) for image in features]  # for the beams
         same = len({len(image) for image in features}) == 1
-        return _Output(torch.stack(repeated) if same and _wants_tensor(stock) else repeated)
+        return output_of(torch.stack(repeated) if same and _wants_tensor(stock) else repeated)
 
     stock.model.get_image_features = answer
     try:
@@ -173,15 +173,9 @@ def _say(stock: nn.Module, model: nn.Module, row: Batch, images: Sequence[str], 
         del stock.model.get_image_features
 
 
-class _Output(SimpleNamespace):
-    def __init__(self, features: Any) -> None:
-        super().__init__(pooler_output=features)
-
-    def __getitem__(self, index: int) -> Any:
-        return (None, self.pooler_output)[index]
-
-    def get(self, name: str, default: Any = None) -> Any:
-        return getattr(self, name, default)
+def output_of(features: Any) -> BaseModelOutputWithPooling:
+    """What ``get_image_features`` returns for these features."""
+    return BaseModelOutputWithPooling(pooler_output=features)
 
 
 def _wants_tensor(stock: nn.Module) -> bool:
