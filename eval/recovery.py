@@ -199,7 +199,14 @@ def train(options: Options, model: Any, processor: Any, arm: str, seed: int) -> 
 
 
 def fit(
-    model: Any, data: DrawnQuestions, options: Any, learning_rate: float, steps: int | None = None, **trainer: Any
+    model: Any,
+    data: DrawnQuestions,
+    options: Any,
+    learning_rate: float,
+    steps: int | None = None,
+    kind: type[CrossGetTrainer] = CrossGetTrainer,
+    collator: type[Collator] = Collator,
+    **trainer: Any,
 ) -> list[dict[str, float]]:
     """Train in bfloat16 on the CPU with a cosine; returns every 50th step's log.
 
@@ -209,7 +216,8 @@ def fit(
         options: with ``steps`` and ``batch``.
         learning_rate: its peak.
         steps: optimiser steps, if not ``options.steps``.
-        trainer: further arguments of ``CrossGetTrainer``.
+        kind, collator: what trains, and what makes its batches.
+        trainer: further arguments of ``kind``.
     """
     with tempfile.TemporaryDirectory() as folder:
         args = TrainerSettings(
@@ -231,8 +239,8 @@ def fit(
             seed=data.seed,
             enable_jit_checkpoint=False,
         )
-        collator = Collator(model, data.processor.tokenizer.pad_token_id)
-        run = CrossGetTrainer(model=model, args=args, train_dataset=data, data_collator=collator, **trainer)
+        collate = collator(model, data.processor.tokenizer.pad_token_id)
+        run = kind(model=model, args=args, train_dataset=data, data_collator=collate, **trainer)
         run.train()
     kept = ("step", "loss", "task_loss", "alignment_loss", "distillation_loss", "grad_norm")
     log = [{name: entry[name] for name in kept if name in entry} for entry in run.state.log_history]

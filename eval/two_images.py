@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,7 +26,8 @@ from typing import Any
 
 import torch
 from dynamic import kept_tokens
-from recovery import DrawnQuestions, fit
+from pairs import PICTURES, Dialogues, PairCollator, PairTrainer, asked
+from recovery import fit
 from torch import Tensor
 from tqdm import tqdm
 from transformers import HfArgumentParser
@@ -36,7 +36,7 @@ from mllm_crossget import CrossGetConfig, MadtpConfig, accelerate_mllm, restore_
 from mllm_crossget.benchmark.flops import model_flops
 from mllm_crossget.config import POSITIONS
 from mllm_crossget.embedded import Accuracy, load_embedded
-from mllm_crossget.embedded.questions import PairQuestion, ask_of_pairs, pair_questions
+from mllm_crossget.embedded.questions import PairQuestion, pair_questions
 from mllm_crossget.embedded.scenes import render, sample_layouts
 from mllm_crossget.hooks.handle import handle_of
 from mllm_crossget.methods import Method
@@ -46,9 +46,6 @@ from mllm_crossget.training import BudgetCallback
 REMOVALS = [64, 36, 20, 10, 4, 0, 0, 0]
 PUBLISHED_DROP = 0.04
 TRAINING_FREE = (1.0, 0.75, 0.5, 0.25)  # shares of the tokens for the model that learns nothing
-BATCH_OF_PAIRS = 16
-# A word between the pictures: without one only its position tells a token which of them it belongs to.
-PICTURES = "<image> and <image> :"
 ARMS: dict[str, Callable[[list[int]], Method]] = {
     "untouched": lambda r: CrossGetConfig(keep_ratio=1.0),
     "crossget": lambda r: CrossGetConfig(r=r, positions="original"),
@@ -67,86 +64,16 @@ class Options:
     batch: int = field(default=16, metadata={"help": "pairs of pictures in a step"})
     turns: int = field(default=6, metadata={"help": "questions about a pair in training, at most"})
     learning_rate: float = field(default=7e-4, metadata={"help": "peak; warm-up of 5 %%, then cosine to 0"})
+    word_weight: float = field(default=0.5, metadata={"help": "of the loss that says which digits a token stands for"})
     questions: int = field(default=500, metadata={"help": "about pictures of the test set's kind"})
     threads: int = field(default=1, metadata={"help": "CPU threads"})
     models: str = field(default="runs/two_images", metadata={"help": "folder of the taught model and the trained ones"})
     output: str = field(default="eval/results/two_images", metadata={"help": "folder of the results"})
 
 
-class Dialogues(DrawnQuestions):
-    """Fresh pairs of training scenes, encoded: balanced questions about both, then which digits each of them shows.
-
-    The list comes last, where no question can be answered from its text; its ten pairs of words are the only part of
-    it that is learned, and they say of every digit which picture shows it.
-    """
-
-    chunk_size = BATCH_OF_PAIRS
-
-    def __init__(self, size: int, seed: int, processor: Any, turns: int) -> None:
-        super().__init__(size, seed, processor)
-        self.turns = turns
-
-    def _chunk(self, chunk: int) -> list[dict[str, Tensor]]:
-        seed = (self.seed + 1) * 2_000_003 + chunk
-        generator, chance = torch.Generator().manual_seed(seed), random.Random(seed)
-        layouts = sample_layouts(4 * BATCH_OF_PAIRS, "train", generator)
-        scenes = layouts.scenes()
-        questions = ask_of_pairs(scenes, BATCH_OF_PAIRS, chance)
-        shown = sorted({place for _, _, pair in questions for place in pair})
-        pixels = render(layouts.select(torch.tensor(shown)), jitter=generator)[0] * 2 - 1  # as the processor does
-        made = []
-        for text, answer, pair in questions:
-            digits = [{item.digit for item in scenes[place].items} for place in pair]
-            turns = [*dialogue((text, answer), *digits, self.turns, chance), listed(*digits)]
-            made.append(self._encoded(turns, pixels[[shown.index(place) for place in pair]]))
-        return made
-
-    def _encoded(self, turns: list[tuple[str, str]], pixels: Tensor) -> dict[str, Tensor]:
-        tokenizer, image = self.processor.tokenizer, self.processor.image_token
-        learned = set(tokenizer.convert_tokens_to_ids(["yes", "no", tokenizer.eos_token]))
-        ids, labels = [], []
-        for number, (text, answer) in enumerate(turns):
-            message = asked(f"{PICTURES} {text}" if number == 0 else text)
-            head = self.processor.apply_chat_template([message], add_generation_prompt=True)
-            before = tokenizer(head.replace(image, image * 144), add_special_tokens=number == 0).input_ids
-            after = tokenizer(f"{answer}{tokenizer.eos_token}", add_special_tokens=False).input_ids
-            ids += before + after
-            labels += [-100] * len(before) + [one if one in learned else -100 for one in after]
-        return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "pixel_values": pixels}
-
-
-def dialogue(
-    first: tuple[str, str], one: set[int], other: set[int], turns: int, chance: random.Random
-) -> list[tuple[str, str]]:
-    """The first question and others about the same pair, each after another digit. What comes next is drawn before
-    looking; where the pictures have no such digit left the questions end, so that no answer follows from others."""
-    left = set(range(10)) - {int(first[0].split()[3])}
-    asked = [first]
-    while len(asked) < turns:
-        pools = {"yes": left & one & other, "one": left & (one ^ other), "none": left - one - other}
-        pool = pools[chance.choice(("yes", "yes", "yes", "one", "one", "none"))]
-        if not pool:
-            break
-        digit = chance.choice(sorted(pool))
-        left.discard(digit)
-        asked.append((f"Is there a {digit} and a {digit}?", "yes" if digit in one & other else "no"))
-    return asked
-
-
-def listed(*pictures: set[int]) -> tuple[str, str]:
-    """Which digits are there, and is each of them in the first picture, and in the second?"""
-    words = (" ".join([str(digit), *("yes" if digit in shown else "no" for shown in pictures)]) for digit in range(10))
-    return "Which digits are there?", " , ".join(words) + " ."
-
-
 def prompt(processor: Any, text: str) -> str:
     """The chat prompt of a question about two pictures."""
     return str(processor.apply_chat_template([asked(f"{PICTURES} {text}")], add_generation_prompt=True))
-
-
-def asked(text: str) -> dict[str, Any]:
-    """A user's message."""
-    return {"role": "user", "content": [{"type": "text", "text": text}]}
 
 
 @torch.inference_mode()
@@ -167,14 +94,17 @@ def answers(model: Any, processor: Any, questions: list[PairQuestion], batch: in
     return [text.strip() for text in said]
 
 
-def train(options: Options, model: Any, processor: Any, seed: int, steps: int) -> list[dict[str, float]]:
+def train(
+    options: Options, model: Any, processor: Any, seed: int, steps: int, word_weight: float
+) -> list[dict[str, float]]:
     """All parameters and the method's learned tokens, on fresh scenes; returns the log."""
     callbacks = []
     if handle_of(model).method.is_dynamic:  # type: ignore[union-attr]
         layouts = sample_layouts(256, "train", torch.Generator().manual_seed(500 + seed))
         callbacks.append(BudgetCallback(render(layouts)[0] * 2 - 1, every=100))
     data = Dialogues(steps * options.batch, seed, processor, options.turns)
-    return fit(model, data, options, options.learning_rate, steps=steps, callbacks=callbacks)
+    return fit(model, data, options, options.learning_rate, steps=steps, callbacks=callbacks, kind=PairTrainer,
+               collator=PairCollator, word_weight=word_weight)  # fmt: skip
 
 
 def taught_model(options: Options) -> tuple[Any, Any]:
@@ -185,7 +115,7 @@ def taught_model(options: Options) -> tuple[Any, Any]:
         torch.manual_seed(1000)
         model.set_attn_implementation("eager")
         accelerate_mllm(model, ARMS["untouched"](REMOVALS))
-        train(options, model, processor, 1000, options.teach_steps)
+        train(options, model, processor, 1000, options.teach_steps, word_weight=0.0)
         restore_mllm(model).save_pretrained(folder)
     return type(model).from_pretrained(folder, dtype=torch.float32).eval(), processor
 
@@ -206,7 +136,7 @@ def run_once(options: Options, arm: str, seed: int, questions: list[PairQuestion
     model.set_attn_implementation("eager")
     started = time.monotonic()
     accelerate_mllm(model, method)
-    log = train(options, model, processor, seed, options.steps)
+    log = train(options, model, processor, seed, options.steps, options.word_weight)
     seconds = time.monotonic() - started
     folder = Path(options.models) / f"{arm}_{seed}"
     model.save_pretrained(folder)

@@ -50,6 +50,8 @@ class BenchOptions:
         dtype: "float32", "bfloat16" or "float16".
         attn_implementation: "sdpa", "eager" or "flash_attention_2", of the whole model.
         compile: time every setting also with the layers of its vision tower compiled into one graph.
+        freeze: compile vision tower and prefill of every setting, with the weights as constants: on a CPU the compiler
+            then packs them for the numbers of rows that each setting has, which costs memory for a second copy.
         memory: also measure the peak memory, in one more run of every setting.
         output: file that gets one JSON line per setting, batch size and answer length; lines are appended.
         plot: picture to write of the speed-ups beside their ceilings, of all lines in ``output`` if that is given.
@@ -69,6 +71,7 @@ class BenchOptions:
     dtype: str = "float32"
     attn_implementation: str = "sdpa"
     compile: bool = False
+    freeze: bool = False
     memory: bool = False
     output: str | None = None
     plot: str | None = None
@@ -85,7 +88,7 @@ def run(options: BenchOptions) -> int:
     lines: list[dict[str, Any]] = []
     for batch in options.batch_sizes:
         inputs = prompt_inputs(vars(model)["config"], family, batch, options.text_tokens, device, dtype)
-        if has_ideal(model, family):
+        if has_ideal(model, family) and not options.freeze:  # the ideal tower is not compiled
             time_towers(settings, family, inputs["pixel_values"].flatten(0, -4), options.tower_rounds)
         for new_tokens in options.new_tokens:
             made = measure(settings, family, options, inputs, new_tokens, speeds)
@@ -132,24 +135,44 @@ def make_settings(model: nn.Module, family: Family, options: BenchOptions, devic
     for name in options.methods:
         wanted += [(f"{name} {key}={value}", method_class(name)(**{key: value}))
                    for dial in dials for key, value in dial.items()]  # fmt: skip
-    ways = (False, True) if options.compile else (False,)
-    return [_setting(model, family, name, method, compiled, device) for name, method in wanted for compiled in ways]
+    ways = ("plain", "compiled") if options.compile else ("plain",)
+    if options.freeze:
+        ways = ("frozen",)
+    return [_setting(model, family, name, method, way, device) for name, method in wanted for way in ways]
 
 
-def _setting(model: nn.Module, family: Family, name: str, method: Any, compiled: bool, device: torch.device) -> Setting:
+def _setting(model: nn.Module, family: Family, name: str, method: Any, way: str, device: torch.device) -> Setting:
     twin = with_shared_weights(model)
     if not method.is_identity:
         accelerate_mllm(twin, method)
-    if compiled:
-        # The forward, not the module: the clock's hooks stay outside of the graph.
-        tower = module_at(twin, family.tower or "")
-        size = config_at(vars(twin)["config"], family.vision_config).image_size
-        with torch.no_grad():  # transformers puts its hooks for hidden states in place at the first call, with a lock
-            tower(torch.zeros(1, 3, size, size, device=device, dtype=twin.dtype), output_hidden_states=True)
-        tower.forward = torch.compile(tower.forward, fullgraph=True)
-        name = f"{name}, compiled"
+    if way != "plain":
+        compile_parts(twin, family, device, frozen=way == "frozen")
+        name = f"{name}, {way}"
     schedule = make_schedule(method, family.geometry(vars(model)["config"]))
     return Setting(name, method, twin, schedule, PartClock(device))
+
+
+def compile_parts(model: Any, family: Family, device: torch.device, frozen: bool) -> None:
+    """Compile the vision tower into one graph; ``frozen``: the prefill too, and let the compiler pack the weights.
+
+    The forwards are compiled and not the modules, so that the clock's hooks stay outside of the graphs.
+    """
+    tower = module_at(model, family.tower or "")
+    size = config_at(vars(model)["config"], family.vision_config).image_size
+    with torch.no_grad():  # transformers puts its hooks for hidden states in place at the first call, with a lock
+        tower(torch.zeros(1, 3, size, size, device=device, dtype=model.dtype), output_hidden_states=True)
+    options: Any = {"freezing": True} if frozen else None
+    tower.forward = torch.compile(tower.forward, fullgraph=True, dynamic=False, options=options)
+    if not frozen:
+        return
+    language: Any = module_at(model, family.language_model or "")
+    plain, compiled = language.forward, torch.compile(language.forward, dynamic=False, options=options)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        columns = next(kwargs[name].shape[1] for name in ("inputs_embeds", "input_ids") if kwargs.get(name) is not None)
+        return (compiled if columns > 1 else plain)(*args, **kwargs)  # a decoding step has another shape every time
+
+    language.forward = forward
 
 
 def with_shared_weights(model: nn.Module) -> Any:
