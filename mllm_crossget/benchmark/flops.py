@@ -139,16 +139,17 @@ def visual_tokens(config: Any, family: Family, schedule: Schedule) -> int:
     return features if family.llm_tokens is None else family.llm_tokens(config, features)
 
 
-def matching_flops(method: Method, tokens: int, width: int, removed: int) -> int:
-    """FLOPs of one matching of ``tokens`` tokens with keys of ``width`` channels.
+def matching_flops(method: Method, tokens: int, width: int, removed: int, ends: int = 0) -> int:
+    """FLOPs of one matching of ``tokens`` tokens with keys of ``width`` channels, of which ``ends`` are protected: class
+    token and cross token, which stand first and last.
 
     Measured by running the method on tensors without data, so that a new method is counted without a formula of its
-    own. CrossGET compares all pairs (2T² for each channel; with counts per image also for two that carry the
-    protection), ToMe even with odd tokens (half of T² / 2), random nothing.
+    own. CrossGET compares all pairs of the others (2T² for each channel; with counts per image of all tokens, and also
+    for two channels that carry the protection), ToMe even with odd tokens (half of T² / 2), random nothing.
     """
     keys = torch.empty(1, tokens, width, device="meta")
     importance = torch.empty(1, tokens, device="meta") if method.needs_importance else None
-    protected: Any = ()
+    protected: Any = tuple(range(ends))
     if method.is_dynamic:  # dead tokens lie elsewhere in every image
         protected = torch.zeros(1, tokens, dtype=torch.bool, device="meta")
     with FlopCounterMode(display=False) as counter:
@@ -190,7 +191,9 @@ def _encoder(vision: Any, schedule: Schedule) -> int:
     return total + (pooling_head_flops(vision, schedule.tokens[-1]) if getattr(vision, "vision_use_head", False) else 0)
 
 
-def _reducer(vision: Any, schedule: Schedule, method: Method, one_softmax: bool, cosine: bool = False) -> int:
+def _reducer(
+    vision: Any, schedule: Schedule, method: Method, one_softmax: bool, cosine: bool = False, ends: int = 0
+) -> int:
     """Per reducing layer: the matching on head-averaged keys and, where asked for, the importance: a product of the
     query weights with every head's map, and QKᵀ once more unless attention shares its map. Where the importance is a
     cosine, the matching is on the keys of all heads, and the cosines with one query are not counted (a product per
@@ -204,7 +207,7 @@ def _reducer(vision: Any, schedule: Schedule, method: Method, one_softmax: bool,
     for tokens, removed in zip(schedule.tokens, schedule.removals, strict=False):
         if not removed:
             continue
-        total += matching_flops(method, tokens, width if cosine else width // heads, removed)
+        total += matching_flops(method, tokens, width if cosine else width // heads, removed, ends)
         if method.needs_importance and not cosine:
             total += 2 * tokens * tokens * (1 if has_map else heads)
             total += 0 if one_softmax or has_map else 2 * tokens * tokens * width
@@ -234,10 +237,11 @@ def _tower_parts(
     """Patch embedding, layers, reduction and connector of one image whose tokens are merged inside the tower."""
     vision = config_at(config, family.vision_config)
     cosine = schedule.cross and method.uses_cosine(family.cosine)
+    ends = getattr(family.geometry(config), "prefix", 0) + schedule.cross
     return (
         family.tower_flops(config)[0] if family.tower_flops else _patch_embedding(vision, family),
         _encoder(vision, schedule),
-        _reducer(vision, schedule, method, one_softmax, cosine) if method.reduces_vision else 0,
+        _reducer(vision, schedule, method, one_softmax, cosine, ends) if method.reduces_vision else 0,
         _connector(config, family, schedule, text_tokens),
     )
 

@@ -82,11 +82,13 @@ class FusedSimilarity:
 
     Args:
         keys_BTD: (B, T, D) keys of length 1, float32.
-        shielded_BT: (B, T) True for tokens that neither leave nor receive.
+        shielded_BT: (B, T) True for tokens that neither leave nor receive; None: there are none.
     """
 
-    def __init__(self, keys_BTD: Tensor, shielded_BT: Tensor) -> None:
+    def __init__(self, keys_BTD: Tensor, shielded_BT: Tensor | None) -> None:
         self._keys = keys_BTD.contiguous()
+        if shielded_BT is None:
+            shielded_BT = torch.zeros(keys_BTD.shape[:2], dtype=torch.bool, device=keys_BTD.device)
         self._hidden = shielded_BT.to(torch.int8).contiguous()
         self._sizes = {"WIDTH": keys_BTD.shape[2], "ROWS": _ROWS, "COLUMNS": _COLUMNS, "CHANNELS": _CHANNELS}
 
@@ -97,6 +99,10 @@ class FusedSimilarity:
     def best_below(self, rank_BT: Tensor) -> Tensor:
         """See ``ops.graph.Graph``."""
         return self._largest(rank_BT.contiguous())
+
+    def best_below_of(self, rows_BC: Tensor, rank_BT: Tensor) -> Tensor:
+        """See ``ops.graph.Graph``."""
+        return self.best_below(rank_BT).gather(1, rows_BC)
 
     def best_survivor(self, src_BR: Tensor) -> Tensor:
         """See ``ops.graph.Graph``."""

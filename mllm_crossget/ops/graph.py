@@ -24,7 +24,6 @@ TILE = 2**26  # bytes of one tile
 _GROUP_CPU, _GROUP_GPU = 2**20, 2**28
 _CEILING = 8.0
 _ROWS_CPU = 2**20  # bytes of the rows that are compared together where there is no memory for a second map yet
-_FEW = 4  # shielded tokens whose rows and columns are written one by one: cheaper than two longer keys for every token
 _FUSED = "MLLM_CROSSGET_FUSED_MATCHING"
 
 
@@ -38,21 +37,21 @@ class Graph(Protocol):
     def best_below(self, rank_BT: Tensor) -> Tensor:
         """(B, T) the same among tokens of a higher rank number; -inf where there is none."""
 
+    def best_below_of(self, rows_BC: Tensor, rank_BT: Tensor) -> Tensor:
+        """(B, C) the same for some of the tokens."""
+
     def best_survivor(self, src_BR: Tensor) -> Tensor:
         """(B, R) the token most like every source that is no source itself; equal ones: lower index."""
 
 
-def similarity_graph(
-    keys_BTD: Tensor, shielded_BT: Tensor, workspace: Tensor | None = None, places: Sequence[int] | None = None
-) -> Graph:
+def similarity_graph(keys_BTD: Tensor, shielded_BT: Tensor | None, workspace: Tensor | None = None) -> Graph:
     """A map where it fits into ``LARGEST_MAP``, else tiles. With the environment variable
     MLLM_CROSSGET_FUSED_MATCHING=1, on a GPU: Triton kernels.
 
     Args:
         keys_BTD: (B, T, D) metric tokens, any float dtype; compared in float32.
-        shielded_BT: (B, T) True for tokens that neither leave nor receive.
+        shielded_BT: (B, T) True for tokens that neither leave nor receive; None: there are none.
         workspace: (2, B or more, T, T) float32 memory to use for maps, or None.
-        places: indices of the shielded tokens, where they are the same in every image; None if they are not.
 
     Raises:
         ImportError: the kernels are asked for and Triton is missing.
@@ -64,7 +63,7 @@ def similarity_graph(
     tokens = keys_BTD.shape[1]
     if 4 * tokens * tokens > LARGEST_MAP:
         return SimilarityTiles(keys_BTD, shielded_BT)
-    return SimilarityMap(keys_BTD, shielded_BT, workspace, places)
+    return SimilarityMap(keys_BTD, shielded_BT, workspace)
 
 
 def image_groups(batch: int, tokens: int, device: torch.device) -> list[slice]:
@@ -97,20 +96,11 @@ def maps_workspace(groups: list[slice], tokens: int, device: torch.device) -> Te
     return torch.empty(2, groups[0].stop, tokens, tokens, dtype=torch.float32, device=device)
 
 
-def similarity_map(
-    keys_BTD: Tensor, shielded_BT: Tensor, out: Tensor | None = None, places: Sequence[int] | None = None
-) -> Tensor:
+def similarity_map(keys_BTD: Tensor, shielded_BT: Tensor | None, out: Tensor | None = None) -> Tensor:
     """(B, T, T) cosine similarity, up to rounding symmetric; -inf on the diagonal and on shielded rows and columns."""
-    if places is None or len(places) > _FEW:
-        left, right = _shielding_factors(keys_BTD, shielded_BT)
-        places = ()  # the product carries them
-    else:
-        left = right = _finite_keys(keys_BTD)
+    left, right = _factors(keys_BTD, shielded_BT)
     similarity = torch.bmm(left, right.mT) if out is None else torch.bmm(left, right.mT, out=out)
     similarity.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
-    for place in places:
-        similarity[:, place] = -torch.inf
-        similarity[:, :, place] = -torch.inf
     return similarity
 
 
@@ -136,9 +126,12 @@ def _finite_keys(keys: Tensor) -> Tensor:
     return normalised(keys).nan_to_num(nan=0.0)  # NaN (from NaN pixels) must not outrank the protection
 
 
-def _shielding_factors(keys_BTD: Tensor, shielded_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Two (B, T, D + 2) factors whose product is the cosine plus -inf from and to shielded tokens: k·k + s·1 + 1·s."""
+def _factors(keys_BTD: Tensor, shielded_BT: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Two factors whose product is the cosine: the keys; where tokens are shielded (B, T, D + 2), which adds -inf from
+    and to these: k·k + s·1 + 1·s."""
     keys = _finite_keys(keys_BTD)
+    if shielded_BT is None:
+        return keys, keys
     shield = torch.zeros_like(keys[..., :1]).masked_fill_(shielded_BT[..., None], -torch.inf)
     ones = torch.ones_like(shield)
     return torch.cat([keys, shield, ones], dim=-1), torch.cat([keys, ones, shield], dim=-1)
@@ -147,17 +140,11 @@ def _shielding_factors(keys_BTD: Tensor, shielded_BT: Tensor) -> tuple[Tensor, T
 class SimilarityMap:
     """The graph as a map of T x T float32; a second one, or some of its rows, lives for a moment."""
 
-    def __init__(
-        self,
-        keys_BTD: Tensor,
-        shielded_BT: Tensor,
-        workspace: Tensor | None = None,
-        places: Sequence[int] | None = None,
-    ) -> None:
+    def __init__(self, keys_BTD: Tensor, shielded_BT: Tensor | None, workspace: Tensor | None = None) -> None:
         memory: Sequence[Tensor | None] = (None, None)
         if workspace is not None:
             memory = workspace[:, : len(keys_BTD)].unbind()
-        self.similarity = similarity_map(keys_BTD, shielded_BT, memory[0], places)
+        self.similarity = similarity_map(keys_BTD, shielded_BT, memory[0])
         self._second = memory[1]
 
     def best(self) -> Tensor:
@@ -180,6 +167,10 @@ class SimilarityMap:
             best[:, rows] = best_below_in_rows(self.similarity[:, rows], own, rank_BT, memory[:, : own.shape[1]])
         return best
 
+    def best_below_of(self, rows_BC: Tensor, rank_BT: Tensor) -> Tensor:
+        """See ``Graph``."""
+        return best_below_in_rows(select_rows(self.similarity, rows_BC), rank_BT.gather(1, rows_BC), rank_BT)
+
     def best_survivor(self, src_BR: Tensor) -> Tensor:
         """See ``Graph``."""
         return _best_column(select_rows(self.similarity, src_BR), src_BR)
@@ -188,8 +179,8 @@ class SimilarityMap:
 class SimilarityTiles:
     """The graph without a map: rows of it are computed as they are needed, once for every question."""
 
-    def __init__(self, keys_BTD: Tensor, shielded_BT: Tensor) -> None:
-        self._left, self._right = _shielding_factors(keys_BTD, shielded_BT)
+    def __init__(self, keys_BTD: Tensor, shielded_BT: Tensor | None) -> None:
+        self._left, self._right = _factors(keys_BTD, shielded_BT)
         batch, tokens, _ = keys_BTD.shape
         self._rows = max(1, TILE // (4 * batch * tokens))
         self._every = torch.arange(tokens, device=keys_BTD.device).expand(batch, -1)
@@ -205,7 +196,11 @@ class SimilarityTiles:
 
     def best_below(self, rank_BT: Tensor) -> Tensor:
         """See ``Graph``."""
-        tiles = self._tiles(self._every)
+        return self.best_below_of(self._every, rank_BT)
+
+    def best_below_of(self, rows_BC: Tensor, rank_BT: Tensor) -> Tensor:
+        """See ``Graph``."""
+        tiles = self._tiles(rows_BC)
         return torch.cat([best_below_in_rows(tile, rank_BT.gather(1, rows), rank_BT) for rows, tile in tiles], dim=1)
 
     def best_survivor(self, src_BR: Tensor) -> Tensor:

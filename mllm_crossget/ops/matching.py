@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mllm_crossget.ops.candidates import lowest_scores, usable_importance
 from mllm_crossget.ops.graph import SimilarityMap, image_groups, maps_workspace, normalised, ranks, similarity_graph
 from mllm_crossget.ops.precision import without_autocast
 
@@ -60,39 +61,43 @@ def complete_graph_soft_matching(
     """
     batch, tokens, _ = keys_BTD.shape
     _check_r(r, tokens, 0 if isinstance(protected, Tensor) else len(set(protected)))
-    shielded = _protected_mask(protected, batch, tokens, keys_BTD.device)
     importance = importance_BT.float()
-    places = None if isinstance(protected, Tensor) else protected
-    groups = image_groups(batch, tokens, keys_BTD.device)
-    workspace = maps_workspace(groups, tokens, keys_BTD.device)
-    with without_autocast(keys_BTD.device):
-        pairs = [_pairs(keys_BTD[part], importance[part], shielded[part], r, workspace, places) for part in groups]
-    src, dst = (torch.cat(side) if len(groups) > 1 else side[0] for side in zip(*pairs, strict=True))
+    src = dst = torch.empty(batch, 0, dtype=torch.int64, device=keys_BTD.device)
+    if r:
+        free = None if isinstance(protected, Tensor) else _between_ends(protected, tokens)
+        if free is None:
+            src, dst = _pairs(keys_BTD, importance, _protected_mask(protected, batch, tokens, keys_BTD.device), r)
+        else:
+            src, dst = (place + free.start for place in _pairs(keys_BTD[:, free], importance[:, free], None, r))
     weight = torch.stack([importance.gather(1, src), importance.gather(1, dst)], dim=-1).softmax(dim=-1)
     kept, slot = _layout(src, dst, tokens)
     return Match(src, dst, kept, slot, weight)
 
 
-def _pairs(
-    keys: Tensor,
-    importance: Tensor,
-    shielded: Tensor,
-    r: int,
-    workspace: Tensor | None,
-    places: Sequence[int] | None,
-) -> tuple[Tensor, Tensor]:
-    """(B, R) sources, ascending, and the survivor that each goes into."""
-    graph = similarity_graph(keys, shielded, workspace, places)
-    score = _scores(importance, graph.best_below(ranks(graph.best())), shielded)
-    src = score.argsort(dim=-1, stable=True)[:, :r].sort(dim=-1).values
-    return src, graph.best_survivor(src)
+def _between_ends(protected: Sequence[int], tokens: int) -> slice | None:
+    """The tokens that are left where only first and last ones are protected, which then need no mask; else None."""
+    places = set(protected)
+    first = next(place for place in range(tokens + 1) if place not in places)
+    last = next(place for place in range(tokens - 1, -2, -1) if place not in places)
+    return slice(first, last + 1) if len(places) == first + tokens - 1 - last else None
 
 
-def _scores(importance: Tensor, best_below: Tensor, shielded: Tensor) -> Tensor:
-    score = importance - best_below
-    # NaN (from NaN pixels) must not outrank the protection: make it finite first, protect after.
-    score = torch.nan_to_num(score, nan=torch.finfo(score.dtype).max, posinf=torch.inf)
-    return score.masked_fill(shielded, torch.inf)
+def _pairs(keys: Tensor, importance: Tensor, shielded: Tensor | None, r: int) -> tuple[Tensor, Tensor]:
+    """(B, R) sources, ascending, and the survivor that each goes into; images in groups."""
+    batch, tokens, _ = keys.shape
+    usable = usable_importance(importance, shielded)
+    groups = image_groups(batch, tokens, keys.device)
+    workspace = maps_workspace(groups, tokens, keys.device)
+    found = []
+    with without_autocast(keys.device):
+        for part in groups:
+            graph = similarity_graph(keys[part], None if shielded is None else shielded[part], workspace)
+            src = lowest_scores(graph, usable[part], r)
+            found.append((src, graph.best_survivor(src)))
+    if len(found) == 1:
+        return found[0]
+    src, dst = (torch.cat(side) for side in zip(*found, strict=True))
+    return src, dst
 
 
 @torch.no_grad()
@@ -111,7 +116,7 @@ def graph_scores(keys_BTD: Tensor, importance_BT: Tensor, shielded_BT: Tensor) -
     with without_autocast(keys_BTD.device):
         graph = SimilarityMap(keys_BTD, shielded_BT)
         best_below = graph.best_below(ranks(graph.best()))
-    return graph.similarity, _scores(importance_BT, best_below, shielded_BT)
+    return graph.similarity, usable_importance(importance_BT, shielded_BT) - best_below
 
 
 @torch.no_grad()
@@ -224,7 +229,8 @@ def _layout(src: Tensor, dst: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     batch = src.shape[0]
     leaving = torch.zeros(batch, tokens, dtype=torch.uint8, device=src.device).scatter_(1, src, 1)
     kept = leaving.argsort(dim=-1, stable=True)[:, : tokens - src.shape[1]]
-    return kept, _slots(kept, src, dst, tokens)
+    slot = torch.cumsum(1 - leaving, dim=-1, dtype=torch.int64) - 1
+    return kept, slot.scatter_(1, src, slot.gather(1, dst))
 
 
 def _slots(kept: Tensor, src: Tensor, dst: Tensor, tokens: int) -> Tensor:
