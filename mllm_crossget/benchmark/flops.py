@@ -140,7 +140,7 @@ def visual_tokens(config: Any, family: Family, schedule: Schedule) -> int:
 
 
 def matching_flops(method: Method, tokens: int, width: int, removed: int, ends: int = 0) -> int:
-    """FLOPs of one matching of ``tokens`` tokens with keys of ``width`` channels, of which ``ends`` are protected: class
+    """FLOPs of one matching of ``tokens`` tokens with keys of ``width`` channels; ``ends`` of them are protected: class
     token and cross token, which stand first and last.
 
     Measured by running the method on tensors without data, so that a new method is counted without a formula of its

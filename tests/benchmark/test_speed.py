@@ -21,6 +21,7 @@ from tests.families.tiny_blip import tiny_blip2
 from tests.tiny import tiny_llava
 
 CPU = torch.device("cpu")
+_compile = torch.compile
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +78,26 @@ def test_compiled_towers_take_turns_with_the_others(folder):
     runs = [timed_run(setting, family, inputs, 1) for setting in settings]
     torch._dynamo.reset()
     assert all(run["encoder"] > 0 for run in runs)
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_frozen_models_answer_as_plain_ones(folder, backend, monkeypatch):
+    """Tower and prefill compiled with their weights packed, decoding as it is. Machine code takes a minute: slow."""
+    if backend == "eager":
+        monkeypatch.setattr(torch, "compile", lambda work, options, **kinds: _compile(work, backend="eager", **kinds))
+    torch._dynamo.reset()
+    kinds = {"geometry": str(folder), "keep_ratios": [0.5]}
+    found = {}
+    for freeze in (False, True):
+        options = BenchOptions(**kinds, freeze=freeze)
+        model, family = load(options, CPU, torch.float32)
+        inputs = prompt_inputs(model.config, family, 2, 6, CPU, torch.float32)
+        settings = make_settings(model, family, options, CPU)
+        found[freeze] = [speed.generate(setting.model, inputs, 4) for setting in settings]
+        seconds = timed_run(settings[1], family, inputs, 3)
+        assert min(seconds[part] for part in ("encoder", "prefill", "decode")) > 0
+    assert [setting.name for setting in settings] == ["untouched, frozen", "crossget keep_ratio=0.5, frozen"]
+    assert all(torch.equal(one, other) for one, other in zip(*found.values(), strict=True))
 
 
 def test_parts_add_up_to_the_whole(lines):
