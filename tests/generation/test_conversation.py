@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -106,6 +107,26 @@ def test_new_ids_without_a_mask(case: Case) -> None:
     ids = whole["input_ids"][:, sequences.shape[1] - 1 :]
     out = model.generate(input_ids=ids, **GREEDY, past_key_values=cache)
     assert said(out, ids.shape[1]) == case.oracle.new_tokens(model, whole, **GREEDY)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_the_cache_has_two_names(case: Case, name) -> None:
+    """transformers 5.24 calls it cache; an accelerated model takes either under every version, without a warning."""
+    model, batch = case.model, prompt_batch(case.model, (1,))
+    caches = [DynamicCache(config=model.config.get_text_config()) for _ in range(2)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        sequences = model.generate(**batch, **GREEDY, **{name: caches[0]})
+        whole = grown(batch, sequences, text_turn(1))
+        turn = {key: whole[key] for key in ("input_ids", "attention_mask")}
+        out = model.generate(**turn, **GREEDY, **{name: caches[0]})
+        with torch.no_grad():
+            model(**batch, **{name: caches[1]})
+            step = model(input_ids=sequences[:, batch["input_ids"].shape[1] :][:, :1], **{name: caches[1]})
+    assert said(out, whole["input_ids"].shape[1]) == case.oracle.new_tokens(model, whole, **GREEDY)
+    assert step.logits.argmax(dim=-1).item() == sequences[0, batch["input_ids"].shape[1] + 1]
+    with pytest.raises(ValueError, match="two names of one argument"):
+        model.generate(**turn, cache=caches[0], past_key_values=caches[0])
 
 
 def test_a_failed_turn_leaves_the_cache_usable(case: Case) -> None:
