@@ -139,6 +139,25 @@ def compiled_line(lines: list[dict[str, Any]]) -> str:
     )
 
 
+def frozen_table(lines: list[dict[str, Any]]) -> str:
+    """Plain settings, then those with packed weights; speed-ups are within a kind."""
+    rows = ["| setting | encoder + prefill | speed-up (p10 – p90) | share of the FLOP ratio | reducer, share of the "
+            "untouched encoder (p10 – p90) |", "|---|---|---|---|---|"]  # fmt: skip
+    for line in lines:
+        first, seconds, over = line["encoder_and_prefill"], line["seconds"], line.get("reducer_overhead")
+        cells = [line["setting"], f"{seconds['encoder']['median']:.2f} s + {seconds['prefill']['median']:.2f} s"]
+        if line["visual_tokens"] == line["visual_tokens_untouched"]:
+            cells += ["–"] * 3
+        else:
+            ups = first["speed_up"]
+            own = "–" if over is None else f"{over['median']:.1%} ({over['p10']:.1%} – {over['p90']:.1%})"
+            cells += [f"{ups['median']:.2f} × ({ups['p10']:.2f} – {ups['p90']:.2f})",
+                      f"{first['share_of_flop_ratio']:.0%}", own]  # fmt: skip
+        rows.append(f"| {' | '.join(cells)} |")
+    note = f"Batch 1, {lines[0]['seconds']['total']['rounds']} rounds; {machine(lines[0])}."
+    return "\n".join([*rows, "", note])
+
+
 def reducer_table(report: dict[str, Any]) -> str:
     rows = [
         "| images | tokens | formula as written [ms] | ours [ms] | faster (min – max) | maps of T × T per image "
@@ -304,6 +323,7 @@ TABLES = {
     "demo": (demo_table, "demo/demo.json"),
     "speed": (speed_table, "speed/cpu.jsonl"),
     "compiled": (compiled_line, "speed/compiled.jsonl"),
+    "frozen": (frozen_table, "speed/frozen.jsonl"),
     "reducer": (reducer_table, "speed/reducer.json"),
     "geometries": (geometries_table, "speed/geometries.jsonl"),
     "reuse": (reuse_line, "speed/reuse.json"),
