@@ -99,7 +99,7 @@ class DynamicMethod(Method):
         raise TypeError(f"{type(self).__name__} does not choose the number of tokens per image")
 
     def removals(self, scores: Tensor, threshold: float, shielded: Tensor, least: Tensor | None = None) -> Tensor:
-        """(B,) tokens that each image loses: those at or below the threshold, never more than ``most_removals``.
+        """(B,) tokens that each image loses: those at or below the threshold, never more than half of what may leave.
 
         Args:
             scores: (B, T).
@@ -110,12 +110,7 @@ class DynamicMethod(Method):
         wanted = self.tokens_below(scores, threshold)
         if least is not None:
             wanted = torch.maximum(wanted, least)
-        return torch.minimum(wanted, self.most_removals((~shielded).sum(dim=1)))
-
-    def most_removals(self, free: Tensor) -> Tensor:
-        """(B,) most tokens that an image may lose in a layer, of so many that may leave: half, as every one that leaves
-        needs one to go into."""
-        return free // 2
+        return torch.minimum(wanted, (~shielded).sum(dim=1) // 2)
 
     def tokens_below(self, scores: Tensor, threshold: float) -> Tensor:
         """(B,) by how many tokens an image gets shorter if all at or below the threshold leave."""

@@ -128,10 +128,6 @@ class MadtpConfig(DynamicMethod):
         """See ``DynamicMethod``; one token comes back, the pooled one."""
         return (super().tokens_below(scores, threshold) - 1).clamp_min(0)
 
-    def most_removals(self, free: Tensor) -> Tensor:
-        """See ``DynamicMethod``; all that leave become one, so that all but one may go."""
-        return (free - 1).clamp_min(0)
-
     def removals(self, scores: Tensor, threshold: float, shielded: Tensor, least: Tensor | None = None) -> Tensor:
         """See ``DynamicMethod``; in reference mode the least of the batch for every image, also if more than half."""
         if not self.reference:
