@@ -50,20 +50,6 @@ def features(model: nn.Module, images: Tensor) -> list[Tensor]:
     return model.model.get_image_features(images, return_dict=True).pooler_output
 
 
-@pytest.mark.parametrize("method", ["madtp", "madtp without alignment"])
-def test_a_layer_may_be_asked_to_pool_half_of_the_tokens(method) -> None:
-    """On average: some images then lose more than half, and the average of the calibration images is met exactly."""
-    model = accelerate_mllm(tiny_llava("clip"), METHODS[method](r=[8, 0, 0, 0]))
-    randomise_cross_tokens(model)
-    images = pixels(model, 64, seed=5)
-    calibrate(model, images)
-    with trace_merges(model) as trace:
-        features(model, images)
-    kept = (trace[0].size > 0).sum(dim=1)
-    assert kept.float().mean().item() == pytest.approx(1 + 16 - 8, abs=1 / 64)
-    assert kept.min() < 1 + 8 < kept.max()
-
-
 @methods
 @towers
 def test_without_calibration_an_error_says_what_to_do(method, tower) -> None:
