@@ -1,5 +1,6 @@
 """What models learn two pictures from (``eval/two_images.py``): dialogues about fresh pairs of scenes, and a loss that
-says which digits every visual token stands for."""
+says which digits every visual token stands for. Needs transformers 5.24, whose outputs hold those of the tower.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +70,7 @@ class Dialogues(DrawnQuestions):
         for number, (text, answer) in enumerate(turns):
             message = asked(f"{PICTURES} {text}" if number == 0 else text)
             head = self.processor.apply_chat_template([message], add_generation_prompt=True)
-            before = tokenizer(head.replace(image, image * 144), add_special_tokens=number == 0).input_ids
+            before = tokenizer(head.replace(image, image * VISUAL_TOKENS), add_special_tokens=number == 0).input_ids
             after = tokenizer(f"{answer}{tokenizer.eos_token}", add_special_tokens=False).input_ids
             ids += before + after
             labels += [-100] * len(before) + [one if one in learned else -100 for one in after]
