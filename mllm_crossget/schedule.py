@@ -5,12 +5,19 @@ Integers only. FLOPs, placeholder runs, tests and messages all read the same ``S
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import TypeVar
 
 from mllm_crossget.config import ReductionConfig
 
 Config = TypeVar("Config", bound=ReductionConfig)
+
+_HALF = Fraction(1, 2)
+# Of what may leave, the most that a layer is asked for on average where images differ. Asked for half, which no image
+# may exceed, those that lose less could not be made up for: more tokens would stay than asked for.
+_AVERAGE = Fraction(2, 5)
 
 
 @dataclass(frozen=True)
@@ -115,9 +122,9 @@ class Schedule:
     drop_cross: bool
 
 
-def removable(tokens: int, protected: int) -> int:
+def removable(tokens: int, protected: int, share: Fraction = _HALF) -> int:
     """Most tokens one layer can remove: half of the unprotected ones (ToMe; CrossGET 'r_eff')."""
-    return max(0, (tokens - protected) // 2)
+    return max(0, int((tokens - protected) * share))
 
 
 def ramp(layers: int, r: int | list[int], inflect: float = 0.0) -> list[int]:
@@ -149,8 +156,10 @@ def make_schedule(config: ReductionConfig, geometry: Geometry) -> Schedule:
     """Turn the dial of ``config`` into counts for a tower, or for the merging behind a projector.
 
     In a tower, removals are even over the layers (every ``merge_every``-th of them) in front of the one that is read;
-    layers behind it remove nothing, unless ``r`` was given, which applies to every layer as in the reference. Behind a
-    projector there are as few steps as reach the target, even ones, each of which removes at most half of the tokens.
+    layers behind it remove nothing, unless ``r`` was given, which applies to every layer as in the reference. A method
+    that chooses per image is asked for at most two fifths of a layer's tokens, where that reaches the target, so that
+    single images can lose more. Behind a projector there are as few steps as reach the target, even ones, each of which
+    removes at most half of the tokens.
     In front of a projector that wants the whole grid, a tower keeps the same share of its patches as the dial asks of
     the cells behind it, or as few as it can.
 
@@ -171,7 +180,7 @@ def make_schedule(config: ReductionConfig, geometry: Geometry) -> Schedule:
         target = _target(config, geometry)
         if geometry.cells is not None:
             target = _patches_for(target, geometry, start, protected, every) + cross
-        wanted = _removals_for(target, geometry, start, protected, every)
+        wanted = _removals_for(target, geometry, start, protected, every, _shares(config.is_dynamic))
     removals, tokens = _run(wanted, start, protected)
     features = tokens[geometry.read] - (geometry.prefix if geometry.drops_prefix else 0)
     if geometry.cells is not None:
@@ -236,7 +245,7 @@ def make_text_schedule(config: ReductionConfig, geometry: TextGeometry, tokens: 
         target = max(1, round((config.text_keep_ratio or 1.0) * tokens))
         floor = _run([start] * geometry.layers, start, protected)[1][-1]
         whole = TowerGeometry(start, 0, geometry.layers, geometry.layers)
-        wanted = _removals_for(max(target, floor), whole, start, protected)
+        wanted = _removals_for(max(target, floor), whole, start, protected, shares=_shares(config.is_dynamic))
     removals, counts = _run(wanted, start, protected)
     return Schedule(removals, counts, tokens, counts[-1], cross, False)
 
@@ -312,19 +321,31 @@ def _fewest(geometry: TowerGeometry, start: int, protected: int, every: int) -> 
     return _run(most, start, protected)[1][-1]
 
 
-def _removals_for(target: int, geometry: TowerGeometry, start: int, protected: int, every: int = 1) -> list[int]:
+def _shares(dynamic: bool) -> Sequence[Fraction]:
+    """Of a layer's tokens, the most that it is asked for: the first of these that reaches the target."""
+    return (_AVERAGE, _HALF) if dynamic else (_HALF,)
+
+
+def _removals_for(
+    target: int,
+    geometry: TowerGeometry,
+    start: int,
+    protected: int,
+    every: int = 1,
+    shares: Sequence[Fraction] = (_HALF,),
+) -> list[int]:
     """Smallest even removal per merging layer that leaves ``target`` features at the layer that is read."""
     kept_prefix = geometry.prefix if geometry.drops_prefix else 0
-    needed = start - kept_prefix - target
-    for per_layer in range(max(0, needed) + 1):
-        removals, left = [], needed
-        tokens = start
-        for layer in range(geometry.read):
-            removed = min(per_layer, removable(tokens, protected), left) if layer % every == 0 else 0
-            removals.append(removed)
-            tokens, left = tokens - removed, left - removed
-        if left <= 0:
-            return removals + [0] * (geometry.layers - geometry.read)
+    needed = max(0, start - kept_prefix - target)
+    for share in shares:
+        for per_layer in range(needed + 1):
+            removals, left, tokens = [], needed, start
+            for layer in range(geometry.read):
+                removed = min(per_layer, removable(tokens, protected, share), left) if layer % every == 0 else 0
+                removals.append(removed)
+                tokens, left = tokens - removed, left - removed
+            if left == 0:
+                return removals + [0] * (geometry.layers - geometry.read)
     least, halving = _fewest(geometry, start, protected, every) - kept_prefix, len(range(0, geometry.read, every))
     raise ValueError(
         f"{target} visual tokens cannot be reached: halving in each of {halving} layers leaves {least} of "

@@ -1,11 +1,13 @@
 """From the dial to counts: the published numbers, exact targets, limits."""
 
+from fractions import Fraction
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mllm_crossget import CrossGetConfig, RandomConfig, ToMeConfig
+from mllm_crossget import CrossGetConfig, MadtpConfig, RandomConfig, ToMeConfig
 from mllm_crossget.config import method_class, method_names
 from mllm_crossget.families.llava import geometry as llava_geometry
 from mllm_crossget.schedule import MergeGeometry, TowerGeometry, make_schedule, ramp, removable
@@ -13,6 +15,7 @@ from tests import reference
 from tests.tiny import tiny_llava
 
 LLAVA_15 = TowerGeometry(patches=576, prefix=1, layers=24, read=23)
+HALF, TWO_FIFTHS = Fraction(1, 2), Fraction(2, 5)
 PROPERTY = settings(max_examples=150, deadline=None, derandomize=True)
 
 
@@ -73,9 +76,42 @@ def test_visual_tokens_are_met_exactly_or_refused_with_the_least(geometry, targe
     # even: all layers but those that cannot give more, and the last that finishes the count, remove the same
     largest = max(schedule.removals)
     protected = geometry.prefix + config.uses_cross_tokens
+    share = TWO_FIFTHS if config.is_dynamic and with_room(geometry, protected) <= target else HALF
     rest = [i for i, removed in enumerate(schedule.removals[: geometry.read])
-            if removed < min(largest, removable(schedule.tokens[i], protected))]  # fmt: skip
+            if removed < min(largest, removable(schedule.tokens[i], protected, share))]  # fmt: skip
     assert len([i for i in rest if schedule.removals[i]]) <= 1
+
+
+def with_room(geometry: TowerGeometry, protected: int) -> int:
+    """Fewest features where every layer removes two fifths of what may leave."""
+    tokens = geometry.patches + protected
+    for _ in range(geometry.read):
+        tokens -= (tokens - protected) * 2 // 5
+    return tokens - (geometry.prefix if geometry.drops_prefix else 0)
+
+
+@PROPERTY
+@given(geometries(), st.integers(1, 201), st.booleans())
+def test_where_images_differ_no_layer_is_asked_for_more_than_two_fifths(geometry, target, cross):
+    """A layer takes at most half of an image's tokens; asked for half on average, it could not make up for those
+    images that lose less."""
+    kind = CrossGetConfig if cross else MadtpConfig
+    target = max(with_room(geometry, geometry.prefix + cross), min(target, geometry.placeholders))
+    if target > geometry.placeholders:
+        return  # a cross token more than there are placeholders
+    config = kind(visual_tokens=target, **({"dynamic": True} if cross else {}))
+    schedule = make_schedule(config, geometry)
+    assert schedule.features == target
+    protected = geometry.prefix + cross
+    assert all(5 * removed <= 2 * (tokens - protected)
+               for removed, tokens in zip(schedule.removals, schedule.tokens[:-1], strict=True))  # fmt: skip
+
+
+def test_one_eighth_of_the_embedded_models_tokens():
+    """The case that missed its average: the last layer was asked for half of 36 patches."""
+    geometry = TowerGeometry(patches=144, prefix=1, layers=8, read=7)
+    assert make_schedule(ToMeConfig(keep_ratio=0.125), geometry).removals == (18,) * 7 + (0,)
+    assert make_schedule(MadtpConfig(keep_ratio=0.125), geometry).removals == (19,) * 6 + (12, 0)
 
 
 @PROPERTY
