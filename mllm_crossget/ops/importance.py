@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mllm_crossget.ops.precision import without_autocast
 
-_GROUP_CPU, _GROUP_GPU = 2**19, 2**28  # bytes of the maps that are worked on together
+_GROUP_CPU, _GROUP_GPU = 2**22, 2**28  # bytes of the maps that are worked on together
 
 
 def query_weights(tokens: int, cross_token: bool, like: Tensor) -> Tensor:
@@ -78,8 +78,11 @@ def attend_with_importance(
     Arguments as ``attention_importance``. Returns (B, T, H, D) output, the layout transformers expects, and (B, T)
     float32 importance; no gradient.
     """
+    # A compiler would make one map of all heads, or a loop that is slower than torch's own products.
+    whole = torch.compiler.is_compiling() and query_BHTD.device.type == "cpu"
+    attend = _attend_whole if whole else _attend
     with without_autocast(query_BHTD.device):
-        output, importance = _attend(query_BHTD, key_BHTD, value_BHTD, scaling, bias_BT, cross_token, weights_BT)
+        output, importance = attend(query_BHTD, key_BHTD, value_BHTD, scaling, bias_BT, cross_token, weights_BT)
     return output.transpose(1, 2), importance
 
 
@@ -126,57 +129,124 @@ def _attend(
         weights_BT = query_weights(tokens, cross_token, query_BHTD).expand(batch, -1)
     columns = query_BHTD.new_empty(batch, heads, 1, tokens, dtype=torch.float32)
     output = value_BHTD.new_empty(batch, heads, tokens, value_BHTD.shape[-1])
-    groups = _groups(batch, heads, tokens, query_BHTD.device)
+    images, own = _together(batch, heads, tokens, query_BHTD.device)
     workspace = None
-    if len(groups) > 1:  # into memory that is there already: a new map for every group costs as much as its softmax
-        most = columns[groups[0]].shape[:2].numel()
-        workspace = columns.new_empty(2, most, tokens, tokens)
-    for part in groups:
-        query, key, value = (values[part].flatten(0, 1) for values in (query_BHTD, key_BHTD, value_BHTD))
-        of_heads = columns[part].shape[:2]
-        bias = None if bias_BT is None else _for_heads(bias_BT[part[0]], of_heads)
-        attention = _softmax(query, key, scaling, bias, workspace)
-        torch.bmm(_for_heads(weights_BT[part[0]], of_heads), attention, out=columns[part].flatten(0, 1))
-        torch.bmm(attention.to(value.dtype), value, out=output[part].flatten(0, 1))
+    if (images, own) != (batch, heads) and query_BHTD.dtype == torch.float32:
+        workspace = Workspace(query_BHTD, images * own, tokens, bias_BT is not None)
+    for first in range(0, batch, images):
+        part = slice(first, first + images)
+        of_group = (len(weights_BT[part]), own)
+        weights = _for_heads(weights_BT[part], of_group)
+        bias = None if bias_BT is None else _for_heads(bias_BT[part], of_group)
+        if workspace is not None and bias is not None:
+            workspace.set_bias(bias, scaling)
+        parts = (values[part].flatten(0, 1).split(images * own)
+                 for values in (query_BHTD, key_BHTD, value_BHTD, output, columns))  # fmt: skip
+        for query, key, value, out, column in zip(*parts, strict=True):
+            maps = len(query)
+            if workspace is None:
+                attention = _softmax(query, key, scaling, None if bias is None else bias[:maps])
+            else:
+                attention = workspace.softmax(query, key, scaling)
+            torch.bmm(weights[:maps], attention, out=column)
+            torch.bmm(attention.to(value.dtype), value, out=out)
     return output, columns.mean(dim=1)[:, 0]
 
 
-def _groups(batch: int, heads: int, tokens: int, device: torch.device) -> list[tuple[slice, slice]]:
-    """Images and heads whose maps are worked on together: heads of one image, or all heads of some images. On a CPU one
-    map for every thread, which then stays in its cache (measured: as fast as torch's fused attention), or some small
-    ones; on a GPU, which wants few launches, as many as its memory can spare. A compiler fuses better without groups.
+@torch.library.custom_op(
+    "mllm_crossget::attend_with_importance",
+    mutates_args=(),
+    device_types="cpu",
+    schema="(Tensor query, Tensor key, Tensor value, float scaling, Tensor? bias, bool cross_token, Tensor? weights)"
+    " -> (Tensor, Tensor)",
+)
+def _attend_whole(
+    query_BHTD: Tensor,
+    key_BHTD: Tensor,
+    value_BHTD: Tensor,
+    scaling: float,
+    bias_BT: Tensor | None,
+    cross_token: bool,
+    weights_BT: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """``_attend`` as one operation that a compiler does not look into."""
+    with torch.no_grad():
+        return _attend(query_BHTD, key_BHTD, value_BHTD, scaling, bias_BT, cross_token, weights_BT)
+
+
+@_attend_whole.register_fake
+def _shapes_of_attend_whole(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, bias: Tensor | None, cross_token: bool,
+    weights: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    batch, heads, tokens, _ = query.shape
+    output = value.new_empty(batch, heads, tokens, value.shape[-1])
+    return output, query.new_empty(batch, tokens, dtype=torch.float32)
+
+
+def _together(batch: int, heads: int, tokens: int, device: torch.device) -> tuple[int, int]:
+    """Images, and heads of each, whose maps are worked on together: heads of one image, or all heads of some images. On
+    a CPU one map for every thread, which then stays in its cache (measured: as fast as torch's fused attention), or
+    some small ones; on a GPU, which wants few launches, as many as its memory can spare. A compiler would unroll the
+    groups.
     """
     if torch.compiler.is_compiling():
-        return [(slice(0, batch), slice(0, heads))]
+        return batch, heads
     if device.type == "cpu":
-        together = max(torch.get_num_threads(), _GROUP_CPU // (4 * tokens * tokens))
+        threads = torch.get_num_threads()
+        together = max(1, _GROUP_CPU // (4 * tokens * tokens * threads)) * threads  # the same for every thread
     else:
         together = max(1, _GROUP_GPU // (4 * tokens * tokens))
-    images, own = max(1, together // heads), min(together, heads)
-    return [
-        (slice(image, image + images), slice(head, head + own))
-        for image in range(0, batch, images)
-        for head in range(0, heads, own)
-    ]
+    return min(batch, max(1, together // heads)), min(together, heads)
 
 
-def _for_heads(values_BT: Tensor, of_heads: torch.Size) -> Tensor:
+def _for_heads(values_BT: Tensor, of_heads: tuple[int, int]) -> Tensor:
     """(B·H, 1, T) the values of each image for all of its heads; ``of_heads`` is (B, H)."""
     return values_BT[:, None, None].expand(*of_heads, 1, -1).flatten(0, 1)
 
 
-def _softmax(
-    query_GQD: Tensor, key_GTD: Tensor, scaling: float, bias_G1T: Tensor | None, workspace: Tensor | None = None
-) -> Tensor:
-    """(G, Q, T) softmax in float32; products in the inputs' precision. ``workspace`` holds two maps per group."""
+def _softmax(query_GQD: Tensor, key_GTD: Tensor, scaling: float, bias_G1T: Tensor | None) -> Tensor:
+    """(G, Q, T) softmax in float32; products in the inputs' precision."""
     if query_GQD.dtype != torch.float32:
         logits = torch.bmm(query_GQD * scaling, key_GTD.mT).float()
         return (logits if bias_G1T is None else logits + bias_G1T).softmax(dim=-1)
     if bias_G1T is None:
         bias_G1T = query_GQD.new_zeros(1)
     bias = bias_G1T.expand(len(query_GQD), query_GQD.shape[1], key_GTD.shape[1])
-    if workspace is None:
-        return torch.baddbmm(bias, query_GQD, key_GTD.mT, alpha=scaling).softmax(dim=-1)
-    logits, attention = workspace[:, : len(query_GQD)]
-    torch.baddbmm(bias, query_GQD, key_GTD.mT, alpha=scaling, out=logits)
-    return torch.softmax(logits, dim=-1, out=attention)
+    return torch.baddbmm(bias, query_GQD, key_GTD.mT, alpha=scaling).softmax(dim=-1)
+
+
+class Workspace:
+    """Memory for the float32 maps of one group after the other: a new map for every group costs as much as its softmax.
+
+    The bias of the keys travels as one more channel, q·k + 1·bias: added to the product it would have to be written
+    over the whole map first.
+
+    Args:
+        like: (B, H, T, D) queries.
+        maps: of a group, at most.
+        tokens: T.
+        biased: whether ``set_bias`` will be called.
+    """
+
+    def __init__(self, like: Tensor, maps: int, tokens: int, biased: bool) -> None:
+        self._maps = like.new_empty(2, maps, tokens, tokens)
+        self._factors = like.new_empty(2, maps, tokens, like.shape[-1] + 1) if biased else None
+        if self._factors is not None:
+            self._factors[0, :, :, -1] = 1.0
+
+    def set_bias(self, bias_G1T: Tensor, scaling: float) -> None:
+        """Use this bias from now on."""
+        if self._factors is not None:
+            torch.div(bias_G1T[:, 0], scaling, out=self._factors[1, : len(bias_G1T), :, -1])
+
+    def softmax(self, query_GTD: Tensor, key_GTD: Tensor, scaling: float) -> Tensor:
+        """(G, T, T), as ``_softmax``; it lives until the next call."""
+        maps = len(query_GTD)
+        logits, attention = self._maps[:, :maps]
+        if self._factors is not None:
+            query, key = self._factors[:, :maps]
+            query[..., :-1], key[..., :-1] = query_GTD, key_GTD
+            query_GTD, key_GTD = query, key
+        torch.baddbmm(logits, query_GTD, key_GTD.mT, beta=0, alpha=scaling, out=logits)
+        return torch.softmax(logits, dim=-1, out=attention)

@@ -6,7 +6,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mllm_crossget.ops import attend_with_importance, attention_importance, cosine_importance
-from mllm_crossget.ops.importance import importance_of_map
+from mllm_crossget.ops import importance as module
+from mllm_crossget.ops.importance import importance_of_map, ragged_query_weights
 from tests import reference
 
 SHAPES = [(1, 1, 2, 4), (2, 3, 9, 8), (3, 2, 17, 4)]  # B, H, T, D
@@ -103,8 +104,9 @@ def threads(request):
 
 @pytest.mark.parametrize("operation", ["importance", "attend"])
 @pytest.mark.parametrize("batch", [1, 2])
-def test_no_tensor_holds_the_maps_of_all_heads(operation, batch, threads):
-    heads, tokens, width = 16, 370, 4  # a map is larger than what may be grouped
+def test_no_tensor_holds_the_maps_of_all_heads(operation, batch, threads, monkeypatch):
+    heads, tokens, width = 16, 370, 4
+    monkeypatch.setattr(module, "_GROUP_CPU", 4 * tokens * tokens)  # one map fills it
     query, key, value, scaling, bias = make(batch, heads, tokens, width)
     with Largest() as largest:
         if operation == "importance":
@@ -127,6 +129,57 @@ def test_the_number_of_threads_does_not_matter(heads, threads):
     mask = bias[:, None, None, :]
     plain = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
     torch.testing.assert_close(output, plain.transpose(1, 2))
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("maps", [1, 2, 3, 7, 8])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_groups_of_any_size_say_the_same(batch, maps, with_bias, threads, monkeypatch):
+    """Groups of heads of one image, of several images, a last group that is smaller: all against the whole map."""
+    monkeypatch.setattr(module, "_GROUP_CPU", 4 * 9 * 9 * maps)
+    query, key, value, _, bias = make(batch, 3, 9, 4)
+    scaling, bias = 0.3, bias if with_bias else None  # no power of two: the bias is divided by it
+    expected = oracle(query, key, scaling, bias, True)
+    output, found = attend_with_importance(query, key, value, scaling, bias)
+    torch.testing.assert_close(found, expected, atol=2e-6, rtol=2e-6)
+    mask = None if bias is None else bias[:, None, None, :]
+    plain = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    torch.testing.assert_close(output, plain.transpose(1, 2))
+
+
+@pytest.mark.parametrize("maps", [1, 100])
+def test_dead_rows_receive_nothing_and_change_nothing(maps, monkeypatch):
+    """Their bias is -inf; an image beside a longer one says what it says alone."""
+    monkeypatch.setattr(module, "_GROUP_CPU", 4 * 9 * 9 * maps)
+    query, key, value, scaling, bias = make(2, 4, 9, 4)
+    alive = torch.arange(9) < torch.tensor([[9], [6]])
+    bias = bias.masked_fill(~alive, -torch.inf)
+    weights = ragged_query_weights(alive, True)
+    output, found = attend_with_importance(query, key, value, scaling, bias, True, weights)
+    assert torch.equal(found[1, 6:], torch.zeros(3))
+    alone = attend_with_importance(query[1:, :, :6], key[1:, :, :6], value[1:, :, :6], scaling, bias[1:, :6], True)
+    torch.testing.assert_close(output[1:, :6], alone[0])
+    torch.testing.assert_close(found[1:, :6], alone[1])
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_a_compiler_sees_one_operation(with_bias):
+    query, key, value, scaling, bias = make(2, 3, 9, 4)
+    arguments = (query, key, value, scaling, bias if with_bias else None, True, None)
+    torch.library.opcheck(torch.ops.mllm_crossget.attend_with_importance.default, arguments)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    found = torch.compile(attend_with_importance, fullgraph=True, backend=backend)(*arguments)
+    for one, other in zip(found, attend_with_importance(*arguments), strict=True):
+        assert torch.equal(one, other)
+    (graph,) = graphs
+    assert "mllm_crossget.attend_with_importance" in graph.code
+    assert "softmax" not in graph.code
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
