@@ -30,8 +30,10 @@ class Setting:
         model: a copy that shares the weights.
         schedule: token counts of an image.
         clock: reads its times.
+        way: "plain", "compiled" or "frozen".
         runs: seconds by part, one entry per measured round.
-        overheads: what the reduction costs, as shares of the untouched tower, one entry per round of the towers alone.
+        overheads: what the reduction costs, as shares of the untouched tower (of the same way), one entry per
+            round of the towers alone.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Setting:
     model: nn.Module
     schedule: Schedule
     clock: PartClock
+    way: str = "plain"
     runs: list[dict[str, float]] = field(default_factory=list)
     overheads: list[float] = field(default_factory=list)
 

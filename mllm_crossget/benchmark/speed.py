@@ -7,7 +7,7 @@ are taken within a round. The weights are random unless a folder or a repository
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -88,7 +88,7 @@ def run(options: BenchOptions) -> int:
     lines: list[dict[str, Any]] = []
     for batch in options.batch_sizes:
         inputs = prompt_inputs(vars(model)["config"], family, batch, options.text_tokens, device, dtype)
-        if has_ideal(model, family) and not options.freeze:  # the ideal tower is not compiled
+        if has_ideal(model, family):
             time_towers(settings, family, inputs["pixel_values"].flatten(0, -4), options.tower_rounds)
         for new_tokens in options.new_tokens:
             made = measure(settings, family, options, inputs, new_tokens, speeds)
@@ -149,7 +149,7 @@ def _setting(model: nn.Module, family: Family, name: str, method: Any, way: str,
         compile_parts(twin, family, device, frozen=way == "frozen")
         name = f"{name}, {way}"
     schedule = make_schedule(method, family.geometry(vars(model)["config"]))
-    return Setting(name, method, twin, schedule, PartClock(device))
+    return Setting(name, method, twin, schedule, PartClock(device), way)
 
 
 def compile_parts(model: Any, family: Family, device: torch.device, frozen: bool) -> None:
@@ -161,18 +161,23 @@ def compile_parts(model: Any, family: Family, device: torch.device, frozen: bool
     size = config_at(vars(model)["config"], family.vision_config).image_size
     with torch.no_grad():  # transformers puts its hooks for hidden states in place at the first call, with a lock
         tower(torch.zeros(1, 3, size, size, device=device, dtype=model.dtype), output_hidden_states=True)
-    options: Any = {"freezing": True} if frozen else None
-    tower.forward = torch.compile(tower.forward, fullgraph=True, dynamic=False, options=options)
+    tower.forward = _compiled(tower.forward, frozen, fullgraph=True)
     if not frozen:
         return
     language: Any = module_at(model, family.language_model or "")
-    plain, compiled = language.forward, torch.compile(language.forward, dynamic=False, options=options)
+    plain, compiled = language.forward, _compiled(language.forward, frozen)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         columns = next(kwargs[name].shape[1] for name in ("inputs_embeds", "input_ids") if kwargs.get(name) is not None)
         return (compiled if columns > 1 else plain)(*args, **kwargs)  # a decoding step has another shape every time
 
     language.forward = forward
+
+
+def _compiled(work: Callable[..., Any], frozen: bool, fullgraph: bool = False) -> Callable[..., Any]:
+    """For one shape at a time."""
+    options: Any = {"freezing": True} if frozen else None
+    return torch.compile(work, fullgraph=fullgraph, dynamic=False, options=options)
 
 
 def with_shared_weights(model: nn.Module) -> Any:
@@ -223,21 +228,33 @@ def timed_run(setting: Setting, family: Family, inputs: dict[str, Tensor], new_t
 @torch.inference_mode()
 def time_towers(settings: list[Setting], family: Family, pixels: Tensor, rounds: int) -> None:
     """Fill in what the reduction costs each setting, as shares of the untouched tower: a tower, and right in front of
-    or behind it the same layers on the same counts with their tokens cut off for nothing."""
-    untouched, device = settings[0], settings[0].clock.device
-    towers = [module_at(setting.model, family.tower or "") for setting in settings]
+    or behind it the same layers on the same counts with their tokens cut off for nothing, compiled if the tower is."""
+    untouched = {setting.way: module_at(setting.model, family.tower or "")
+                 for setting in settings if setting.method.is_identity}  # fmt: skip
+    reduced = [setting for setting in settings if not setting.method.is_identity]
+    pairs = [(partial(module_at(setting.model, family.tower or ""), pixels),
+              partial(_ideal(setting, untouched[setting.way]), pixels)) for setting in reduced]  # fmt: skip
     for setting in settings:
         setting.overheads = []
+    device = settings[0].clock.device
     for turn in tqdm(range(rounds + 1), desc=f"towers, {len(pixels)} images", leave=False):
-        plain = seconds_of(lambda: towers[0](pixels), device)
-        for setting, tower in zip(settings, towers, strict=True):
-            if setting is untouched:
-                continue
-            work = [partial(tower, pixels), partial(ideal_tower, towers[0], pixels, setting.schedule)]
+        plain = {way: seconds_of(partial(tower, pixels), device) for way, tower in untouched.items()}
+        for setting, work in zip(reduced, pairs, strict=True):
             order = (0, 1) if turn % 2 else (1, 0)
             seconds = {which: seconds_of(work[which], device) for which in order}
             if turn:
-                setting.overheads.append((seconds[0] - seconds[1]) / plain)
+                setting.overheads.append((seconds[0] - seconds[1]) / plain[setting.way])
+
+
+def _ideal(setting: Setting, untouched: nn.Module) -> Callable[[Tensor], Tensor]:
+    tower = with_shared_weights(untouched)
+    for module in tower.modules():
+        module._forward_hooks.clear()  # transformers' hooks for hidden states read a variable that no graph can hold
+
+    def ideal(pixels: Tensor) -> Tensor:
+        return ideal_tower(tower, pixels, setting.schedule)
+
+    return ideal if setting.way == "plain" else _compiled(ideal, setting.way == "frozen", fullgraph=True)
 
 
 def generate(model: Any, inputs: dict[str, Tensor], new_tokens: int) -> Tensor:

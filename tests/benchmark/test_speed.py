@@ -12,7 +12,15 @@ from mllm_crossget.benchmark.geometries import resolve
 from mllm_crossget.benchmark.inputs import prompt_inputs
 from mllm_crossget.benchmark.parts import PARTS, PartClock, parts_of
 from mllm_crossget.benchmark.roofline import Device, Sizes, least_seconds, probe
-from mllm_crossget.benchmark.speed import BenchOptions, load, make_settings, run, timed_run, with_shared_weights
+from mllm_crossget.benchmark.speed import (
+    BenchOptions,
+    load,
+    make_settings,
+    run,
+    time_towers,
+    timed_run,
+    with_shared_weights,
+)
 from mllm_crossget.benchmark.timing import seconds_of, spread
 from mllm_crossget.cli import main
 from mllm_crossget.families.base import family_of
@@ -76,8 +84,13 @@ def test_compiled_towers_take_turns_with_the_others(folder):
     inputs = prompt_inputs(model.config, family, 1, 5, CPU, torch.float32)
     torch._dynamo.reset()
     runs = [timed_run(setting, family, inputs, 1) for setting in settings]
+    with pytest.MonkeyPatch.context() as patch:  # the towers to compare with are compiled where the setting's is
+        patch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+        time_towers(settings, family, inputs["pixel_values"], 2)
     torch._dynamo.reset()
     assert all(run["encoder"] > 0 for run in runs)
+    assert [setting.way for setting in settings] == ["plain", "compiled"] * 2
+    assert [len(setting.overheads) for setting in settings] == [0, 0, 2, 2]
 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
