@@ -115,12 +115,15 @@ class TextSide:
         layers: path from there to the list of layers.
         config: path from the configuration to the part that holds ``hidden_size``.
         skip: real tokens in front of the text that are no text (query tokens, image features).
+        keyword: what the text and its mask begin with in the model's call: "qformer_" for ``qformer_input_ids`` and
+            ``qformer_attention_mask``, whose text then stands behind ``skip`` tokens that are in neither of them.
     """
 
     model: str
     layers: str = "layers"
     config: str = "text_config"
     skip: int = 0
+    keyword: str = ""
 
 
 def register_tower(kind: TowerKind) -> TowerKind:

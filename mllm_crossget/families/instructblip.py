@@ -23,7 +23,8 @@ from mllm_crossget.families.blip2 import (
 
 def text_side(config: Any) -> TextSide:
     """The Q-Former, whose text stands behind its query tokens."""
-    return TextSide("qformer", "encoder.layer", config="qformer_config", skip=config.num_query_tokens)
+    skip = config.num_query_tokens
+    return TextSide("qformer", "encoder.layer", config="qformer_config", skip=skip, keyword="qformer_")
 
 
 def connector_text_flops(config: Any, text_tokens: int) -> int:
@@ -51,6 +52,8 @@ def _family(model_type: str, unit: str) -> Family:
         llm_tokens=lambda config, features: int(config.num_query_tokens),
         connector_flops=connector_flops,
         connector_text_flops=connector_text_flops,
+        dynamic=True,
+        readers=("qformer",),
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mllm_crossget.families.base import module_at, text_side_of
+from mllm_crossget.families.base import TextSide, module_at, text_side_of
 from mllm_crossget.hooks.alignment import aligned_output
 from mllm_crossget.hooks.counts import images_per_row, present, token_of
 from mllm_crossget.hooks.features import forget_ahead
@@ -54,12 +54,13 @@ def with_guidance(model: Any, forward: Any, handle: Handle, kwargs: dict[str, An
         output = forward(**kwargs)
     if isinstance(output, tuple):
         return output
-    if not found or not inputs:
+    if side is None or not found or not inputs:
         known = next(value for value in output.values() if isinstance(value, Tensor))
         loss = torch.zeros((), device=known.device)
     else:
         images = image_features(found, len(module_layers(model, handle)))
-        columns = _text_columns(model, handle, kwargs, inputs[0])
+        find = _columns_behind_queries if side.keyword else _text_columns
+        columns = find(model, handle, side, kwargs, inputs[0])
         text = text_features(live_cross_tokens(model)["alignment"], inputs, columns)
         rows = _rows_alike(len(images), len(columns)) if rows is None else rows
         loss = guidance_loss(images, text, torch.arange(len(rows)).repeat_interleave(rows.cpu()))
@@ -170,8 +171,21 @@ def _rows_alike(images: int, rows: int) -> Tensor:
     return torch.full((rows,), images // rows)
 
 
-def _text_columns(model: Any, handle: Handle, kwargs: dict[str, Any], hidden: Tensor) -> Tensor:
+def _columns_behind_queries(
+    model: Any, handle: Handle, side: TextSide, kwargs: dict[str, Any], hidden: Tensor
+) -> Tensor:
+    """(B, T) True for an instruction's real tokens but its first one, where a Q-Former reads it behind its queries;
+    frames of a video repeat it."""
+    del model, handle
+    ids, mask = kwargs[f"{side.keyword}input_ids"], kwargs.get(f"{side.keyword}attention_mask")
+    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask != 0
+    text = (real & (real.cumsum(dim=1) > 1)).repeat_interleave(len(hidden) // len(ids), dim=0)
+    return torch.nn.functional.pad(text, (side.skip, 0))
+
+
+def _text_columns(model: Any, handle: Handle, side: TextSide, kwargs: dict[str, Any], hidden: Tensor) -> Tensor:
     """(B, T) True for real tokens that are neither the row's first one nor an image's."""
+    del side
     ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
     real = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
     if mask is not None and mask.shape[1] >= hidden.shape[1]:

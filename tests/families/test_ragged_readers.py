@@ -1,4 +1,4 @@
-"""BLIP and BLIP-2 with a number of tokens per image: what cross-attends to the tower sees each image's own tokens."""
+"""BLIP, BLIP-2 and InstructBLIP with a number of tokens per image: readers of the tower see an image's own tokens."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[..., dict[str, Tensor]
     "blip": (tiny_blip, blip_batch),
     "blip-2-opt": (tiny_blip2, blip2_batch),
     "blip-2-t5": (lambda: tiny_blip2(text="t5"), blip2_batch),
+    "instructblip": (lambda: tiny_blip2("instructblip", "llama"), blip2_batch),
+    "instructblip-t5": (lambda: tiny_blip2("instructblip", "t5"), blip2_batch),
+    "instructblipvideo": (lambda: tiny_blip2("instructblipvideo", "llama"), blip2_batch),
 }
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
 BEAMS = {**GREEDY, "num_beams": 3}
@@ -37,16 +40,18 @@ def ready(name: str, method: str) -> nn.Module:
 def read(model: nn.Module, images: Tensor) -> Tensor:
     """What the text side gets: the Q-Former's queries, or the states of a text that has read the image."""
     states = model.vision_model(images).last_hidden_state
-    if hasattr(model, "qformer"):
-        return model.qformer(query_embeds=model.query_tokens.expand(len(images), -1, -1), encoder_hidden_states=states,
-                             encoder_attention_mask=torch.ones(states.shape[:2])).last_hidden_state  # fmt: skip
     ids = torch.tensor([[1, 5, 9, 11]]).expand(len(images), -1)
+    if hasattr(model, "qformer"):
+        queries = model.query_tokens.expand(len(images), -1, -1)
+        text = {} if model.config.model_type == "blip-2" else {"input_ids": ids}  # InstructBLIP reads the instruction
+        return model.qformer(query_embeds=queries, encoder_hidden_states=states, **text,
+                             encoder_attention_mask=torch.ones(states.shape[:2])).last_hidden_state  # fmt: skip
     return model.text_decoder.bert(ids, encoder_hidden_states=states, is_decoder=True).last_hidden_state
 
 
 @pytest.mark.parametrize("batches", [10, pytest.param(200, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", ["blip", "blip-2-opt"])
+@pytest.mark.parametrize("name", ["blip", "blip-2-opt", "instructblip"])
 @torch.no_grad()
 def test_what_is_read_of_a_batch_is_what_is_read_of_each_image(name, method, batches) -> None:
     """To 1e-5 of its size, in different company."""
@@ -79,7 +84,7 @@ def test_answers_of_a_batch_are_those_of_each_image(name, options) -> None:
 
 def new_tokens(model: nn.Module, batch: dict[str, Tensor], options: dict) -> list[list[int]]:
     """Of every row, without padding at the end; BLIP's with the prompt, which has the same length everywhere."""
-    begin = batch["input_ids"].shape[1] if model.config.text_config.model_type == "opt" else 0
+    begin = batch["input_ids"].shape[1] if model.config.text_config.model_type in ("opt", "llama") else 0
     return [strip_end(row, PAD) for row in model.generate(**batch, **options)[:, begin:].tolist()]
 
 

@@ -252,9 +252,12 @@ def check_clip(golden: Golden, run: str, attention: str = "sdpa") -> None:
     apart = 1 - nn.functional.cosine_similarity(found, golden.input(f"{run}.sd_txt_ft"), dim=-1)
     golden.expect(f"{run}.loss_fdt", apart.mean(), LOSS)
     weights = torch.arange(1, embeds.numel() + 1) / embeds.numel()
-    if run != "T0":
-        (embeds.flatten() * weights).sum().backward()
-        golden.expect(f"{run}.grad_imgsum.space_dict", model.encoder.alignment_tokens.tokens.grad, GRADIENT)
+    (embeds.flatten() * weights).sum().backward()
+    gradient = model.encoder.alignment_tokens.tokens.grad
+    if run == "T0":  # nothing is pooled: the image's features do not depend on the alignment tokens
+        assert gradient is None
+        gradient = torch.zeros_like(model.encoder.alignment_tokens.tokens)
+    golden.expect(f"{run}.grad_imgsum.space_dict", gradient, GRADIENT)
 
 
 def check_blip(golden: Golden, run: str, attention: str = "sdpa") -> None:
@@ -311,4 +314,4 @@ def test_every_tensor_is_compared():
     for run in CLIP_RUNS:
         check_clip(golden, run)
         check_dual(golden, run)
-    assert golden.unused("config.*", "plain.*", "T0.grad_imgsum.*") == []
+    assert golden.unused("config.*", "plain.*") == []

@@ -13,6 +13,7 @@ from mllm_crossget import CrossGetConfig, MadtpConfig, accelerate_mllm, load_cro
 from mllm_crossget.benchmark.budget import counts_of, dial_for_savings, measured_flops
 from mllm_crossget.benchmark.flops import model_flops
 from mllm_crossget.cli import main
+from mllm_crossget.hooks.guidance import heard
 from mllm_crossget.hooks.handle import handle_of, live_cross_tokens
 from mllm_crossget.training import (
     PUBLISHED_BUDGETS,
@@ -25,6 +26,7 @@ from mllm_crossget.training import (
     lora_config,
     method_for,
 )
+from tests.families.tiny_blip import blip2_batch, tiny_blip2
 from tests.reference import guidance
 from tests.tiny import pixels, tiny_llava
 from tests.training.test_command import work  # noqa: F401 - a fixture
@@ -108,6 +110,30 @@ def test_rows_have_the_loss_that_they_have_alone() -> None:
         output = model(input_ids=ids, attention_mask=mask, pixel_values=images[index : index + 1])
         alone.append(output.alignment_loss)
     torch.testing.assert_close(together, torch.stack(alone).mean())
+
+
+@pytest.mark.parametrize("kind", ["instructblip", "instructblipvideo"])
+def test_an_instruction_is_compared_in_the_q_former(kind) -> None:
+    """Behind its queries, without padding, its first token and what the language model reads; frame by frame."""
+    model = accelerate_mllm(tiny_blip2(kind, "llama"), MadtpConfig(keep_ratio=0.5, threshold=[-2.0], **SIZES))
+    tokens = live_cross_tokens(model)["alignment"]
+    assert tokens.draw_maps()
+    batch = blip2_batch(model, rows=2)
+    lengths = batch["qformer_attention_mask"].sum(dim=1).tolist()
+    assert lengths[0] != lengths[1]
+    former = model.qformer.encoder.layer
+    with heard(model.vision_model.encoder.layers) as inside, heard(former) as inputs:
+        loss = model.train()(**batch).alignment_loss
+    loss.backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in tokens.parameters())
+    wanted, frames, queries = [], len(inputs[0]) // 2, model.config.num_query_tokens
+    with torch.no_grad():
+        for image in range(2 * frames):
+            text = slice(queries + 1, queries + lengths[image // frames])
+            vision = [tokens.maps[layer](inside[layer][image, 1:]) for layer in sorted(inside)]
+            words = [tokens.text_maps[0](inputs[layer][image, text]) for layer in sorted(inputs)]
+            wanted.append(guidance(vision, words, tokens.tokens))
+    assert loss.item() == pytest.approx(sum(wanted) / len(wanted), rel=1e-4)
 
 
 def test_no_loss_without_weight_image_or_training() -> None:
