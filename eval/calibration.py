@@ -9,6 +9,7 @@ images' own spread leaves. One JSON in ``eval/results/calibration``.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from dataclasses import dataclass, field
@@ -35,15 +36,18 @@ class Options:
 
     arms: list[str] = field(default_factory=lambda: list(ARMS), metadata={"help": f"of {ARMS}"})
     keep_ratios: list[float] = field(default_factory=lambda: [0.5, 0.25, 0.125], metadata={"help": "average kept"})
-    images: list[int] = field(default_factory=lambda: [64, 1024], metadata={"help": "to calibrate on"})
+    images: list[int] = field(default_factory=lambda: [64, 1024, 4096], metadata={"help": "to calibrate on"})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "of the images to calibrate on"})
     held_out: int = field(default=3000, metadata={"help": "images to count on"})
     threads: int = field(default=1, metadata={"help": "CPU threads"})
     output: str = field(default="eval/results/calibration", metadata={"help": "folder of the results"})
 
 
-def counts(options: Options, arm: str, keep_ratio: float, held_out: list[Any]) -> list[dict[str, Any]]:
-    """One entry per number of calibration images and seed: the average kept of the others, against what was asked."""
+def counts(
+    options: Options, arm: str, keep_ratio: float, draws: list[tuple[int, int]], held_out: list[Any]
+) -> list[dict[str, Any]]:
+    """One entry per draw, a number of calibration images and a seed: the average kept of the others, against what was
+    asked."""
     torch.manual_seed(0)
     model, processor = load_embedded()
     accelerate_mllm(model, method_of(arm, keep_ratio))
@@ -53,13 +57,12 @@ def counts(options: Options, arm: str, keep_ratio: float, held_out: list[Any]) -
     model.set_attn_implementation("sdpa")
     model.eval()
     found = []
-    for images in options.images:
-        for seed in options.seeds:
-            calibrate(model, test_scenes(images, seed), processor)
-            kept = np.array(kept_tokens(model, processor, held_out))
-            entry = {"arm": arm, "keep_ratio": keep_ratio, "images": images, "seed": seed, "held_out": len(kept)}
-            off, spread = kept.mean() / (keep_ratio * PATCHES) - 1, kept.std() / kept.mean()
-            found.append({**entry, "off": float(off), "spread": float(spread)})
+    for images, seed in draws:
+        calibrate(model, test_scenes(images, seed), processor)
+        kept = np.array(kept_tokens(model, processor, held_out))
+        entry = {"arm": arm, "keep_ratio": keep_ratio, "images": images, "seed": seed, "held_out": len(kept)}
+        off, spread = kept.mean() / (keep_ratio * PATCHES) - 1, kept.std() / kept.mean()
+        found.append({**entry, "off": float(off), "spread": float(spread)})
     return found
 
 
@@ -70,15 +73,25 @@ def main() -> None:
     path = Path(options.output) / "summary.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     entries = json.loads(path.read_text()) if path.exists() else []
-    done = {(entry["arm"], entry["keep_ratio"]) for entry in entries}
-    todo = [(arm, keep) for arm in options.arms for keep in options.keep_ratios if (arm, keep) not in done]
+    done = {(entry["arm"], entry["keep_ratio"], entry["images"], entry["seed"]) for entry in entries}
+    todo = {}
+    for arm, keep_ratio in itertools.product(options.arms, options.keep_ratios):
+        draws = [draw for draw in itertools.product(options.images, options.seeds)
+                 if (arm, keep_ratio, *draw) not in done]  # fmt: skip
+        if draws:
+            todo[arm, keep_ratio] = draws
     held_out = test_scenes(options.held_out, HELD_OUT_SEED) if todo else []
-    for arm, keep_ratio in tqdm(todo, desc="settings"):
-        entries += counts(options, arm, keep_ratio, held_out)
+    for (arm, keep_ratio), draws in tqdm(todo.items(), desc="settings"):
+        made = counts(options, arm, keep_ratio, draws, held_out)
+        entries = sorted(entries + made, key=_order)
         path.with_suffix(".part").write_text(json.dumps(entries, indent=1) + "\n")
         os.replace(path.with_suffix(".part"), path)
-        for entry in entries[-len(options.images) * len(options.seeds) :]:
+        for entry in made:
             print(json.dumps(entry))
+
+
+def _order(entry: dict[str, Any]) -> tuple[int, float, int, int]:
+    return ARMS.index(entry["arm"]), -entry["keep_ratio"], entry["images"], entry["seed"]
 
 
 if __name__ == "__main__":
