@@ -3,11 +3,12 @@
     python eval/dynamic.py             # all runs that have no result file yet
     python eval/dynamic_summary.py     # intervals, table and picture
 
-CrossGET training-free, MADTP without alignment tokens, and MADTP with briefly trained ones (the rest of the model stays
-as it is). Every method that chooses per image stands beside the same method with one number for all images, which got
-the same training. Methods are calibrated on scenes like the test set's that are not asked about; seeds are of these
-scenes and of the training. Beside the answers every run counts the tokens kept of scenes with one to nine digits, more
-and fewer than any training scene of the model's questions has. One JSON per run in ``eval/results/dynamic``.
+CrossGET training-free and with briefly trained cross tokens, MADTP without alignment tokens and with briefly trained
+ones (the rest of the model stays as it is). Every method that chooses per image stands beside the same method with one
+number for all images, which got the same training. Methods are calibrated on scenes like the test set's that are not
+asked about; seeds are of these scenes and of the training. Beside the answers every run counts the tokens kept of
+scenes with one to nine digits, more and fewer than any training scene of the model's questions has. One JSON per run in
+``eval/results/dynamic``.
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ from mllm_crossget.methods.dynamic import NOTHING
 from mllm_crossget.training import BudgetCallback
 
 PATCHES, CELLS = 144, 9
-ARMS = ("crossget-fixed", "crossget-dynamic", "madtp-untrained-fixed", "madtp-untrained-dynamic",
-        "madtp-fixed", "madtp-dynamic")  # fmt: skip
+ARMS = ("crossget-fixed", "crossget-dynamic", "crossget-trained-fixed", "crossget-trained-dynamic",
+        "madtp-untrained-fixed", "madtp-untrained-dynamic", "madtp-fixed", "madtp-dynamic")  # fmt: skip
+TRAINED = ("crossget-trained-fixed", "crossget-trained-dynamic", "madtp-fixed", "madtp-dynamic")
 
 
 @dataclass
@@ -48,7 +50,7 @@ class Options:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "of calibration and training"})
     questions: int = field(default=900, metadata={"help": "of the held-out ones"})
     calibration: int = field(default=400, metadata={"help": "scenes that thresholds are found on"})
-    steps: int = field(default=200, metadata={"help": "optimiser steps of the alignment tokens"})
+    steps: int = field(default=200, metadata={"help": "optimiser steps of the cross tokens or alignment tokens"})
     batch: int = field(default=8, metadata={"help": "questions in a step"})
     learning_rate: float = field(default=1e-3, metadata={"help": "peak; warm-up of 5 %%, then cosine to 0"})
     counted: int = field(default=48, metadata={"help": "scenes of every number of digits whose tokens are counted"})
@@ -66,8 +68,8 @@ def method_of(arm: str, keep_ratio: float) -> Method:
 
 
 def is_trained(arm: str) -> bool:
-    """Whether the arm's alignment tokens learn."""
-    return arm in ("madtp-fixed", "madtp-dynamic")
+    """Whether the arm's cross tokens, or alignment tokens, learn."""
+    return arm in TRAINED
 
 
 def test_scenes(count: int, seed: int) -> list[Any]:
@@ -104,9 +106,10 @@ def kept_tokens(model: Any, processor: Any, images: list[Any]) -> list[int]:
 
 
 def train(options: Options, model: Any, processor: Any, seed: int) -> list[dict[str, float]]:
-    """The alignment tokens and their maps alone; returns every 50th step's log."""
+    """The cross tokens, or the alignment tokens and their maps, alone; returns every 50th step's log."""
     model.requires_grad_(False)
-    live_cross_tokens(model)["alignment"].requires_grad_(True)
+    for learned in live_cross_tokens(model).values():
+        learned.requires_grad_(True)
     layouts = sample_layouts(64, "train", torch.Generator().manual_seed(500 + seed))
     callbacks = []
     if handle_of(model).method.needs_calibration:  # type: ignore[union-attr]

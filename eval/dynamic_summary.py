@@ -22,6 +22,7 @@ from recovery_summary import Bootstrap, described, load, right
 COLOURS = ("0.5", "0.25", "0.125")
 PAIRS = {
     "CrossGET, training-free": "crossget",
+    "CrossGET, cross tokens trained": "crossget-trained",
     "MADTP without alignment tokens": "madtp-untrained",
     "MADTP, alignment tokens trained": "madtp",
 }
@@ -84,7 +85,7 @@ def table(report: dict[str, Any]) -> str:
 
 def plot(report: dict[str, Any], path: Path) -> None:
     """Tokens kept against the digits in a scene, one panel per method; bands are the range over seeds."""
-    figure, panels = plt.subplots(1, len(report["methods"]), figsize=(11, 3.4), sharey=True, squeeze=False)
+    figure, panels = plt.subplots(1, len(report["methods"]), figsize=(14, 3.4), sharey=True, squeeze=False)
     for axes, (title, budgets) in zip(panels[0], report["methods"].items(), strict=True):
         for keep, entry in budgets.items():
             number = COLOURS.index(keep) if keep in COLOURS else len(COLOURS)
