@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mllm_crossget.ops.precision import without_autocast
 
-_GROUP_CPU, _GROUP_GPU = 2**22, 2**28  # bytes of the maps that are worked on together
+_GROUP_CPU, _GROUP_GPU = 2**21, 2**28  # bytes of the maps that are worked on together
 
 
 def query_weights(tokens: int, cross_token: bool, like: Tensor) -> Tensor:
@@ -130,25 +130,17 @@ def _attend(
     columns = query_BHTD.new_empty(batch, heads, 1, tokens, dtype=torch.float32)
     output = value_BHTD.new_empty(batch, heads, tokens, value_BHTD.shape[-1])
     images, own = _together(batch, heads, tokens, query_BHTD.device)
-    workspace = None
-    if (images, own) != (batch, heads) and query_BHTD.dtype == torch.float32:
-        workspace = Workspace(query_BHTD, images * own, tokens, bias_BT is not None)
+    maps = Workspace(query_BHTD, images * own, scaling) if Workspace.serves(query_BHTD) else Maps(scaling)
     for first in range(0, batch, images):
         part = slice(first, first + images)
         of_group = (len(weights_BT[part]), own)
         weights = _for_heads(weights_BT[part], of_group)
-        bias = None if bias_BT is None else _for_heads(bias_BT[part], of_group)
-        if workspace is not None and bias is not None:
-            workspace.set_bias(bias, scaling)
+        maps.set_bias(None if bias_BT is None else _for_heads(bias_BT[part], of_group))
         parts = (values[part].flatten(0, 1).split(images * own)
                  for values in (query_BHTD, key_BHTD, value_BHTD, output, columns))  # fmt: skip
         for query, key, value, out, column in zip(*parts, strict=True):
-            maps = len(query)
-            if workspace is None:
-                attention = _softmax(query, key, scaling, None if bias is None else bias[:maps])
-            else:
-                attention = workspace.softmax(query, key, scaling)
-            torch.bmm(weights[:maps], attention, out=column)
+            attention = maps.softmax(query, key)
+            torch.bmm(_some(weights, len(query)), attention, out=column)
             torch.bmm(attention.to(value.dtype), value, out=out)
     return output, columns.mean(dim=1)[:, 0]
 
@@ -216,8 +208,35 @@ def _softmax(query_GQD: Tensor, key_GTD: Tensor, scaling: float, bias_G1T: Tenso
     return torch.baddbmm(bias, query_GQD, key_GTD.mT, alpha=scaling).softmax(dim=-1)
 
 
-class Workspace:
-    """Memory for the float32 maps of one group after the other: a new map for every group costs as much as its softmax.
+def _some(values: Tensor, count: int) -> Tensor:
+    """The first ``count``; no view of all of them, which in a loop of small products is not free."""
+    return values if len(values) == count else values[:count]
+
+
+class Maps:
+    """Makes the maps of one group of heads after the other, each anew.
+
+    Args:
+        scaling: factor of the logits.
+    """
+
+    def __init__(self, scaling: float) -> None:
+        self._scaling = scaling
+        self._bias: Tensor | None = None
+
+    def set_bias(self, bias_G1T: Tensor | None) -> None:
+        """Add this to the logits of each key from now on; of as many maps as a group has, or more."""
+        self._bias = bias_G1T
+
+    def softmax(self, query_GTD: Tensor, key_GTD: Tensor) -> Tensor:
+        """(G, T, T), as ``_softmax``; it lives until the next call."""
+        bias = None if self._bias is None else _some(self._bias, len(query_GTD))
+        return _softmax(query_GTD, key_GTD, self._scaling, bias)
+
+
+class Workspace(Maps):
+    """One memory for the float32 maps of all groups, on a CPU: a new map for every group costs as much as its softmax,
+    which is written over its logits, so that a thread's cache can hold the map of one head.
 
     The bias of the keys travels as one more channel, q·k + 1·bias: added to the product it would have to be written
     over the whole map first.
@@ -225,28 +244,39 @@ class Workspace:
     Args:
         like: (B, H, T, D) queries.
         maps: of a group, at most.
-        tokens: T.
-        biased: whether ``set_bias`` will be called.
+        scaling: factor of the logits.
     """
 
-    def __init__(self, like: Tensor, maps: int, tokens: int, biased: bool) -> None:
-        self._maps = like.new_empty(2, maps, tokens, tokens)
-        self._factors = like.new_empty(2, maps, tokens, like.shape[-1] + 1) if biased else None
-        if self._factors is not None:
-            self._factors[0, :, :, -1] = 1.0
+    def __init__(self, like: Tensor, maps: int, scaling: float) -> None:
+        super().__init__(scaling)
+        tokens, width = like.shape[2:]
+        self._logits = like.new_empty(maps, tokens, tokens)
+        self._query, self._key = like.new_empty(2, maps, tokens, width + 1).unbind()
+        self._query[..., -1] = 1.0
+        self._views: dict[int, tuple[Tensor, ...]] = {}  # of every size of a group; made again they would cost time
 
-    def set_bias(self, bias_G1T: Tensor, scaling: float) -> None:
-        """Use this bias from now on."""
-        if self._factors is not None:
-            torch.div(bias_G1T[:, 0], scaling, out=self._factors[1, : len(bias_G1T), :, -1])
+    @staticmethod
+    def serves(query: Tensor) -> bool:
+        """Whether maps of these queries can be written one over the other."""
+        return query.device.type == "cpu" and query.dtype == torch.float32 and not torch.compiler.is_compiling()
 
-    def softmax(self, query_GTD: Tensor, key_GTD: Tensor, scaling: float) -> Tensor:
-        """(G, T, T), as ``_softmax``; it lives until the next call."""
+    def set_bias(self, bias_G1T: Tensor | None) -> None:
+        """See ``Maps``."""
+        super().set_bias(bias_G1T)
+        if bias_G1T is not None:
+            torch.div(bias_G1T[:, 0], self._scaling, out=self._key[: len(bias_G1T), :, -1])
+
+    def softmax(self, query_GTD: Tensor, key_GTD: Tensor) -> Tensor:
+        """See ``Maps``."""
         maps = len(query_GTD)
-        logits, attention = self._maps[:, :maps]
-        if self._factors is not None:
-            query, key = self._factors[:, :maps]
-            query[..., :-1], key[..., :-1] = query_GTD, key_GTD
-            query_GTD, key_GTD = query, key
-        torch.baddbmm(logits, query_GTD, key_GTD.mT, beta=0, alpha=scaling, out=logits)
-        return torch.softmax(logits, dim=-1, out=attention)
+        if maps not in self._views:
+            query, key = self._query[:maps], self._key[:maps]
+            self._views[maps] = (self._logits[:maps], query, key.mT, query[..., :-1], key[..., :-1])
+        logits, query, key, query_place, key_place = self._views[maps]
+        if self._bias is None:
+            query, key = query_GTD, key_GTD.mT
+        else:
+            query_place.copy_(query_GTD)
+            key_place.copy_(key_GTD)
+        torch.baddbmm(logits, query, key, beta=0, alpha=self._scaling, out=logits)
+        return torch.softmax(logits, dim=-1, out=logits)
