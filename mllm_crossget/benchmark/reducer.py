@@ -22,7 +22,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from mllm_crossget.benchmark.memory import peak_bytes
 from mllm_crossget.benchmark.report import check_writable
 from mllm_crossget.benchmark.timing import Timing, alternate, environment, ratio, spread
-from mllm_crossget.ops import attend_with_importance, complete_graph_soft_matching, importance_of_map, merge
+from mllm_crossget.ops import (
+    attend_with_importance,
+    attention_importance,
+    complete_graph_soft_matching,
+    importance_of_map,
+    merge,
+)
 
 _SHORT = 10  # rounds of what is so short that a single interruption shows
 
@@ -157,6 +163,9 @@ def _importance(options: ReducerOptions, batch: int, tokens: int, device: torch.
     }
     if device.type == "cpu":
         ways["second pass"] = lambda: importance_by_second_pass(query, key, value, scaling)
+    else:
+        ways["attention, then importance"] = lambda: (ways["attention alone"](), attention_importance(
+            query, key, scaling, cross_token=False))  # fmt: skip
     timings = alternate(ways, options.rounds, device, label=f"importance, {batch} x {tokens}")
     alone = timings["attention alone"]
     return {**_seconds(batch, tokens, timings), "above": {name: _ratio(t, alone) for name, t in timings.items()}}

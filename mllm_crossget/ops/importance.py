@@ -6,12 +6,15 @@ queries, T tokens, D width.
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 
 from mllm_crossget.ops.precision import without_autocast
 
 _GROUP_CPU, _GROUP_GPU = 2**21, 2**28  # bytes of the maps that are worked on together
+_FUSED = "MLLM_CROSSGET_FUSED_IMPORTANCE"
 
 
 def query_weights(tokens: int, cross_token: bool, like: Tensor) -> Tensor:
@@ -47,7 +50,8 @@ def attention_importance(
     cross_token: bool = True,
     weights_BT: Tensor | None = None,
 ) -> Tensor:
-    """Attention every token receives, averaged over heads, without the (B, H, T, T) map: a few heads at a time.
+    """Attention every token receives, averaged over heads, without the (B, H, T, T) map: a few heads at a time. With
+    the environment variable MLLM_CROSSGET_FUSED_IMPORTANCE=1, on a GPU: Triton kernels.
 
     Args:
         query_BHTD, key_BHTD: (B, H, T, D) projections, any float dtype.
@@ -58,7 +62,16 @@ def attention_importance(
 
     Returns:
         (B, T) float32; no gradient.
+
+    Raises:
+        ImportError: the kernels are asked for and Triton is missing.
     """
+    if os.environ.get(_FUSED) == "1" and query_BHTD.is_cuda:
+        from mllm_crossget.kernels.importance import received_attention
+
+        if weights_BT is None:
+            weights_BT = query_weights(query_BHTD.shape[2], cross_token, query_BHTD).expand(len(query_BHTD), -1)
+        return received_attention(query_BHTD, key_BHTD, scaling, bias_BT, weights_BT)
     with without_autocast(query_BHTD.device):
         return _attend(query_BHTD, key_BHTD, None, scaling, bias_BT, cross_token, weights_BT)[1]
 

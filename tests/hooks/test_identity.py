@@ -8,6 +8,8 @@ import inspect
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import LlavaForConditionalGeneration
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -105,6 +107,39 @@ def test_the_tower_compiles_into_one_graph(method, kind, backend) -> None:
         compiled = torch.compile(tower, fullgraph=True, backend=backend)
         torch.testing.assert_close(compiled(images).last_hidden_state, expected, atol=1e-5, rtol=1e-5)
     torch._dynamo.reset()
+
+
+class Host(TorchDispatchMode):
+    """Remembers the operations that take or give a tensor in the host's memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.touched: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, torch.Tensor)]
+        self.touched += [str(function) for tensor in tensors if tensor.device.type == "cpu"]
+        return out
+
+
+@pytest.mark.parametrize("method", FIXED)
+@pytest.mark.parametrize("kind", TOWERS)
+def test_nothing_goes_through_the_host(method, kind) -> None:
+    """What a CUDA graph asks for: on a device without data no value can be read, and no operation takes or gives a
+    tensor of the host, so the tower is nothing but launches of fixed shapes."""
+    tower = prepare(tiny_tower(kind), method=method, keep_ratio=0.5)
+    images = pixels(tower, 2)
+    with torch.no_grad():
+        expected = tower(images).last_hidden_state
+        tower, images = tower.to("meta"), images.to("meta")
+        with Host() as host:
+            found = tower(images).last_hidden_state
+    assert found.shape == expected.shape
+    assert not host.touched
+    with Host() as host:  # the check itself can fail
+        torch.ones(2, device="meta") + torch.tensor(1.0)
+    assert host.touched
 
 
 @pytest.mark.parametrize(("method", "tower"), CASES)

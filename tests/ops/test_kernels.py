@@ -8,13 +8,14 @@ import sys
 import pytest
 import torch
 
-from mllm_crossget.ops import complete_graph_soft_matching, graph
+from mllm_crossget.ops import attention_importance, complete_graph_soft_matching, graph
+from mllm_crossget.ops.importance import query_weights, ragged_query_weights
 from tests import reference
 from tests.ops.test_matching import assert_decision
 
 pytest.importorskip("triton", reason="Triton is not installed (it comes for Linux only)")
 FusedSimilarity = importlib.import_module("mllm_crossget.kernels.graph").FusedSimilarity
-
+received_attention = importlib.import_module("mllm_crossget.kernels.importance").received_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -66,10 +67,54 @@ def test_kernels_are_off_unless_asked_for(monkeypatch):
         assert isinstance(graph.similarity_graph(keys, shielded), graph.SimilarityMap)
 
 
+def heads_of(batch, heads, tokens, width, dtype=torch.float32):
+    """Queries and keys as a tower makes them, heads inside of tokens, and a bias."""
+    values = torch.randn(2, batch, tokens, heads, width, device=DEVICE).to(dtype).transpose(2, 3)
+    return *values, width**-0.5, torch.randint(1, 9, (batch, tokens), device=DEVICE).float().log()
+
+
+@pytest.mark.parametrize("cross_token", [True, False])
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 2, 20, 8), (2, 3, 130, 64), (1, 1, 65, 72)])
+def test_received_attention_is_that_of_the_map(shape, with_bias, cross_token):
+    """Fewer tokens than a block and more, also one more; channels that fill no power of two."""
+    query, key, scaling, bias = heads_of(*shape)
+    bias = bias if with_bias else None
+    weights = query_weights(shape[2], cross_token, query).expand(shape[0], -1)
+    found = received_attention(query, key, scaling, bias, weights)
+    expected = attention_importance(query, key, scaling, bias, cross_token)
+    torch.testing.assert_close(found, expected, atol=2e-6, rtol=2e-5)
+    again = received_attention(query.contiguous().mT.contiguous().mT, key, scaling, bias, weights)
+    torch.testing.assert_close(again, found)
+
+
+def test_received_attention_in_half_precision_is_as_near_to_the_truth_as_the_map():
+    half = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # the interpreter multiplies no bfloat16
+    query, key, scaling, bias = heads_of(2, 3, 70, 32, half)
+    truth = attention_importance(query.double(), key.double(), scaling, bias).float()
+    weights = query_weights(70, True, query).expand(2, -1)
+    ours = (received_attention(query, key, scaling, bias, weights) - truth).abs().max()
+    assert ours <= (attention_importance(query, key, scaling, bias) - truth).abs().max()
+
+
+def test_received_attention_of_dead_tokens():
+    """Nothing, also where whole blocks of them stand in front; rows say what they say alone."""
+    query, key, scaling, bias = heads_of(2, 2, 140, 16)
+    alive = torch.arange(140, device=DEVICE) < torch.tensor([[140], [50]], device=DEVICE)
+    weights = ragged_query_weights(alive, True)
+    found = received_attention(query, key, scaling, bias.masked_fill(~alive, -torch.inf), weights)
+    assert torch.equal(found[1, 50:], torch.zeros(90, device=DEVICE))
+    alone = attention_importance(query[1:, :, :50], key[1:, :, :50], scaling, bias[1:, :50])
+    torch.testing.assert_close(found[1:, :50], alone, atol=2e-6, rtol=2e-5)
+    backwards = received_attention(query.flip(2), key.flip(2), scaling, bias.masked_fill(~alive, -torch.inf).flip(1),
+                                   weights.flip(1))  # fmt: skip
+    torch.testing.assert_close(backwards.flip(1), found, atol=2e-6, rtol=2e-5)
+
+
 COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
-from mllm_crossget.kernels import graph
+from mllm_crossget.kernels import graph, importance
 
 sizes = {"WIDTH": 64, "ROWS": 32, "COLUMNS": 64, "CHANNELS": 64}
 shared = {"keys": "*fp32", "hidden": "*i8", "tokens": "i32"}
@@ -77,10 +122,15 @@ kernels = [
     (graph._best_kernel, shared | {"rank": "*fp32", "best": "*fp32"}, sizes | {"RANKED": True}),
     (graph._survivor_kernel, shared | {"src": "*i64", "dst": "*i64", "sources": "i32"}, sizes),
 ]
+for half in ("*bf16", "*fp32"):
+    types = dict.fromkeys(("bias", "log_sum", "weights", "received"), "*fp32") | {"query": half, "key": half}
+    types |= {"scaling": "fp32"}
+    constants = {"BIASED": True, "WIDTH": 72, "CHANNELS": 128, "ROWS": 64, "COLUMNS": 64}
+    kernels += [(kernel, types, constants) for kernel in (importance._row_kernel, importance._column_kernel)]
 for capability in (80, 90):
     for kernel, types, constants in kernels:
         order = [name for name in kernel.arg_names]
-        types = types | dict.fromkeys(constants, "constexpr")
+        types = dict.fromkeys(order, "i32") | types | dict.fromkeys(constants, "constexpr")
         source = triton.compiler.ASTSource(kernel, {name: types[name] for name in order}, constants)
         assert triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"]
 print("compiled")
