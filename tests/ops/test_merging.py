@@ -38,9 +38,13 @@ def expected(x, size, match, importance, row):
 
 @pytest.mark.parametrize("kind", ["crossget", "tome", "tome reference order", "random"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_merge_equals_the_oracle(shape, kind):
+@pytest.mark.parametrize("gradients", [False, True])
+def test_merge_equals_the_oracle(shape, kind, gradients):
+    """The sums are made in another way where gradients have to pass."""
     x, size, match, importance = make(*shape, kind)
-    merged, new_size = merge(x, size, match)
+    before = x.clone()
+    merged, new_size = merge(x.requires_grad_(gradients), size, match)
+    assert torch.equal(x, before)
     assert merged.shape == (shape[0], shape[1] - shape[3], shape[2])
     for row in range(shape[0]):
         values, sizes = expected(x, size, match, importance, row)
