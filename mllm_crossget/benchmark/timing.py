@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -94,7 +96,17 @@ def environment() -> dict[str, str | int]:
         "torch": torch.__version__,
         "transformers": version("transformers"),
         "mllm_crossget": version("mllm-crossget"),
+        **({"allocator": told} if (told := allocator()) else {}),
     }
+
+
+def allocator() -> str:
+    """What the C library's allocator was told, or which one stands in for it; "" by default. Memory that it gives back
+    to the system between two layers has to be asked for again, page by page."""
+    told = {name: os.environ[name] for name in sorted(os.environ) if name.startswith("MALLOC_")}
+    if os.environ.get("LD_PRELOAD"):
+        told["LD_PRELOAD"] = ":".join(Path(name).name for name in os.environ["LD_PRELOAD"].split(":"))
+    return " ".join(f"{name}={value}" for name, value in told.items())
 
 
 def _processor() -> str:

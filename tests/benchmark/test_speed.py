@@ -1,6 +1,7 @@
 """The harness runs any model, its parts add up, and its ceilings follow from the device and the FLOPs."""
 
 import json
+import os
 from functools import partial
 
 import pytest
@@ -21,7 +22,7 @@ from mllm_crossget.benchmark.speed import (
     timed_run,
     with_shared_weights,
 )
-from mllm_crossget.benchmark.timing import seconds_of, spread
+from mllm_crossget.benchmark.timing import environment, seconds_of, spread
 from mllm_crossget.cli import main
 from mllm_crossget.families.base import family_of
 from mllm_crossget.methods import CrossGetConfig, ToMeConfig
@@ -213,3 +214,12 @@ def test_a_result_that_cannot_be_written_is_refused_before_anything_is_measured(
     for wrong in (tmp_path / "file" / "result.json", tmp_path):
         assert main([command, "--output", str(wrong)]) == 2
         assert f"cannot write {wrong}" in capsys.readouterr().err
+
+
+def test_what_the_allocator_was_told_is_part_of_a_figure(monkeypatch) -> None:
+    for name in [name for name in os.environ if name.startswith("MALLOC_") or name == "LD_PRELOAD"]:
+        monkeypatch.delenv(name)
+    assert "allocator" not in environment()
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1024")
+    monkeypatch.setenv("LD_PRELOAD", "/usr/lib/libjemalloc.so.2")
+    assert environment()["allocator"] == "MALLOC_TRIM_THRESHOLD_=1024 LD_PRELOAD=libjemalloc.so.2"
