@@ -68,6 +68,7 @@ def speed_table(lines: list[dict[str, Any]]) -> str:
             ]
         case = [str(line[name]) for name in ("batch", "new_tokens", "setting", "visual_tokens")]
         rows.append(f"| {' | '.join([*case, *cells])} |")
+    rows.append(f"| 1, 32 | 1, 128 | the whole model on a GPU, bfloat16, r=13 | {' | '.join(['not measured'] * 6)} |")
     options, speed = lines[0]["options"], lines[0]["device_speed"]
     layers = options["llm_layers"]
     note = (
