@@ -159,6 +159,15 @@ def frozen_table(lines: list[dict[str, Any]]) -> str:
     return "\n".join([*rows, "", note])
 
 
+def matching_cells(matching: dict[str, Any]) -> str:
+    seconds, faster = matching["seconds"], matching["faster"]
+    return (
+        f"| {matching['batch']} | {matching['tokens']} | {1e3 * seconds['literal']['median']:.2f} | "
+        f"{1e3 * seconds['ours']['median']:.2f} | {faster['median']:.1f} × ({faster['min']:.1f} – "
+        f"{faster['max']:.1f}) |"
+    )
+
+
 def reducer_table(report: dict[str, Any]) -> str:
     rows = [
         "| images | tokens | formula as written [ms] | ours [ms] | faster (min – max) | maps of T × T per image "
@@ -166,12 +175,9 @@ def reducer_table(report: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for matching, importance in zip(report["matching"], report["importance"], strict=True):
-        seconds, faster, maps = matching["seconds"], matching["faster"], matching["maps_per_image"]
-        above = importance["above"]["groups of maps"]
+        maps, above = matching["maps_per_image"], importance["above"]["groups of maps"]
         rows.append(
-            f"| {matching['batch']} | {matching['tokens']} | {1e3 * seconds['literal']['median']:.2f} | "
-            f"{1e3 * seconds['ours']['median']:.2f} | {faster['median']:.1f} × ({faster['min']:.1f} – "
-            f"{faster['max']:.1f}) | {maps['literal']:.1f} → {maps['ours']:.1f} | {above['median']:.2f} × "
+            f"{matching_cells(matching)} {maps['literal']:.1f} → {maps['ours']:.1f} | {above['median']:.2f} × "
             f"({above['min']:.2f} – {above['max']:.2f}) |"
         )
     scaling = report["scaling"]
@@ -189,13 +195,7 @@ def reducer_table(report: dict[str, Any]) -> str:
 def kept_table(report: dict[str, Any]) -> str:
     """The matching again, where both sides find their memory ready."""
     rows = ["| images | tokens | formula as written [ms] | ours [ms] | faster (min – max) |", "|---|---|---|---|---|"]
-    for matching in report["matching"]:
-        seconds, faster = matching["seconds"], matching["faster"]
-        rows.append(
-            f"| {matching['batch']} | {matching['tokens']} | {1e3 * seconds['literal']['median']:.2f} | "
-            f"{1e3 * seconds['ours']['median']:.2f} | {faster['median']:.1f} × ({faster['min']:.1f} – "
-            f"{faster['max']:.1f}) |"
-        )
+    rows += [matching_cells(matching) for matching in report["matching"]]
     return "\n".join([*rows, "", f"{machine(report)}."])
 
 

@@ -30,8 +30,9 @@ def merge(x_BTD: Tensor, size_BT: Tensor, match: Match) -> tuple[Tensor, Tensor]
     if match.pruned or not match.src.shape[1]:
         return kept, kept_size
     slot = match.slot.gather(1, match.src)
-    new_size = kept_size.scatter_add(1, slot, size.gather(1, match.src))
-    entering, staying = _factors(kept_size, new_size, size.gather(1, match.src), slot, match.weight)
+    source_size = size.gather(1, match.src)
+    new_size = kept_size.scatter_add(1, slot, source_size)
+    entering, staying = _factors(kept_size, new_size, source_size, slot, match.weight)
     source = select_rows(x_BTD, match.src).float() * entering[..., None]
     destination = select_rows(x_BTD, match.dst).float() * staying[..., None]
     row = torch.arange(0, kept_size.numel(), kept_size.shape[1], device=slot.device)[:, None] + slot
@@ -53,9 +54,8 @@ def merge(x_BTD: Tensor, size_BT: Tensor, match: Match) -> tuple[Tensor, Tensor]
 
 def _adds_in_place(x_BTD: Tensor) -> bool:
     """Whether sources can be added to the rows of the output one after the other, which takes a third of the
-    operations: without gradients, in float32, and not where a compiler fuses the operations anyway."""
-    followed = torch.is_grad_enabled() and x_BTD.requires_grad
-    return x_BTD.dtype == torch.float32 and not followed and not torch.compiler.is_compiling()
+    operations: without gradients, and in float32."""
+    return x_BTD.dtype == torch.float32 and not (torch.is_grad_enabled() and x_BTD.requires_grad)
 
 
 def _factors(
