@@ -28,7 +28,7 @@ style: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.installed-demo
+bench: $(VENV)/.installed-bench
 	$(BIN)/mllm-crossget inspect llava-1.5-7b --r 13
 	$(BIN)/mllm-crossget inspect llava-1.5-13b --r 13
 	$(BIN)/mllm-crossget bench --llm_layers 4
@@ -45,6 +45,10 @@ $(VENV)/.installed-torch: | $(BIN)/python
 
 $(VENV)/.installed-demo: pyproject.toml $(VENV)/.installed-torch
 	$(BIN)/python -m pip install -e '.[viz]'
+	touch $@
+
+$(VENV)/.installed-bench: pyproject.toml $(VENV)/.installed-torch
+	$(BIN)/python -m pip install -e '.[bench]'
 	touch $@
 
 $(VENV)/.installed-dev: pyproject.toml $(VENV)/.installed-torch

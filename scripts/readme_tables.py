@@ -161,18 +161,20 @@ def frozen_table(lines: list[dict[str, Any]]) -> str:
 
 def matching_cells(matching: dict[str, Any]) -> str:
     seconds, faster = matching["seconds"], matching["faster"]
+    alone = matching.get("torch_alone_faster")
+    torch_alone = f"{alone['median']:.1f} ×" if alone else "–"
     return (
         f"| {matching['batch']} | {matching['tokens']} | {1e3 * seconds['literal']['median']:.2f} | "
         f"{1e3 * seconds['ours']['median']:.2f} | {faster['median']:.1f} × ({faster['min']:.1f} – "
-        f"{faster['max']:.1f}) |"
+        f"{faster['max']:.1f}) | {torch_alone} |"
     )
 
 
 def reducer_table(report: dict[str, Any]) -> str:
     rows = [
-        "| images | tokens | formula as written [ms] | ours [ms] | faster (min – max) | maps of T × T per image "
-        "| attention with importance, above attention alone |",
-        "|---|---|---|---|---|---|---|",
+        "| images | tokens | formula as written [ms] | ours [ms] | faster (min – max) | torch alone, faster "
+        "| maps of T × T per image | attention with importance, above attention alone |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for matching, importance in zip(report["matching"], report["importance"], strict=True):
         maps, above = matching["maps_per_image"], importance["above"]["groups of maps"]
@@ -194,7 +196,8 @@ def reducer_table(report: dict[str, Any]) -> str:
 
 def kept_table(report: dict[str, Any]) -> str:
     """The matching again, where both sides find their memory ready."""
-    rows = ["| images | tokens | formula as written [ms] | ours [ms] | faster (min – max) |", "|---|---|---|---|---|"]
+    rows = ["| images | tokens | formula as written [ms] | ours [ms] | faster (min – max) | torch alone, faster |",
+            "|---|---|---|---|---|---|"]  # fmt: skip
     rows += [matching_cells(matching) for matching in report["matching"]]
     return "\n".join([*rows, "", f"{machine(report)}."])
 
@@ -323,7 +326,8 @@ def machine(report: dict[str, Any]) -> str:
     where = report["environment"]
     return (
         f"{where['device']}, {where['threads']} threads, torch {where['torch']}, transformers {where['transformers']}, "
-        f"Python {where['python']}{', freed memory kept' if 'allocator' in where else ''}"
+        f"Python {where['python']}{', Numba ' + where['numba'] if 'numba' in where else ''}"
+        f"{', freed memory kept' if 'allocator' in where else ''}"
     )
 
 

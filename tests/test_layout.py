@@ -42,7 +42,7 @@ ARROWS: dict[str, set[str]] = {
 }
 # Third-party packages; parts that are not listed are free.
 PACKAGES: dict[str, set[str]] = {
-    "kernels": {"torch", "triton"},
+    "kernels": {"numba", "numpy", "torch", "triton"},
     "ops": {"torch"},
     "schedule": set(),
     "costs": set(),

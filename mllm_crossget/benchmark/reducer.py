@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from rich.console import Console
@@ -29,6 +31,7 @@ from mllm_crossget.ops import (
     importance_of_map,
     merge,
 )
+from mllm_crossget.ops.dispatch import MATCHING, numba_runs
 
 _SHORT = 10  # rounds of what is so short that a single interruption shows
 
@@ -139,13 +142,21 @@ def _matching(options: ReducerOptions, batch: int, tokens: int, device: torch.de
         "literal": lambda: literal_matching(keys, importance, r),
         "ours": lambda: complete_graph_soft_matching(keys, importance, r, (0, tokens - 1)),
     }
+    if numba_runs(keys):
+        ways["torch alone"] = lambda: _without_kernels(ways["ours"])
     timings = alternate(ways, _SHORT * options.rounds, device, label=f"matching, {batch} x {tokens}")
     one_map = 4 * tokens * tokens * batch
     return {
         **_seconds(batch, tokens, timings),
         "faster": _ratio(timings["literal"], timings["ours"]),
+        **({"torch_alone_faster": _ratio(timings["literal"], timings["torch alone"])} if len(ways) > 2 else {}),
         "maps_per_image": {name: peak_bytes(way, device) / one_map for name, way in ways.items()},
     }
+
+
+def _without_kernels(work: Callable[[], Any]) -> Any:
+    with patch.dict(os.environ, {MATCHING: "0"}):
+        return work()
 
 
 def _importance(options: ReducerOptions, batch: int, tokens: int, device: torch.device) -> dict[str, Any]:

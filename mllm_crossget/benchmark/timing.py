@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from mllm_crossget.ops.dispatch import numba_runs
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -88,7 +90,7 @@ def ratio(numerator: Timing, denominator: Timing) -> tuple[float, float, float]:
 
 
 def environment() -> dict[str, str | int]:
-    """Hardware and versions that a figure belongs to."""
+    """Hardware and versions that a figure belongs to; Numba's where it matches and merges."""
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
         "threads": torch.get_num_threads(),
@@ -96,6 +98,7 @@ def environment() -> dict[str, str | int]:
         "torch": torch.__version__,
         "transformers": version("transformers"),
         "mllm_crossget": version("mllm-crossget"),
+        **({"numba": version("numba")} if numba_runs(torch.empty(0)) else {}),
         **({"allocator": told} if (told := allocator()) else {}),
     }
 

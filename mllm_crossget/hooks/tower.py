@@ -185,8 +185,6 @@ class ReducedLayer(nn.Module):
         state: TowerState = self.__dict__[_STATE]
         names, method = state.names, state.method
         attention = getattr(self, names.attention)
-        if cross is not None:
-            hidden_states = torch.cat([hidden_states[:, :-1], cross[:, None].to(hidden_states.dtype)], dim=1)
         slot = AttentionSlot(
             key_bias=size.log() if size is not None and method.proportional_attention else None,
             record_keys=removed > 0,
@@ -195,9 +193,9 @@ class ReducedLayer(nn.Module):
             guide=-1 if state.cosine and cross is not None and method.needs_importance else None,
         )
         masked = {} if attention_mask is None else {"attention_mask": attention_mask}  # not every attention takes one
-        with open_slot(attention, slot):
-            attended = attention(getattr(self, names.norm1)(hidden_states), **masked)[0]
-        hidden_states = hidden_states + _scaled(self, names.scale1, attended)
+        with open_slot(attention, slot), cross_in_place(hidden_states, cross) as tokens:
+            attended = attention(getattr(self, names.norm1)(tokens), **masked)[0]
+            hidden_states = tokens + _scaled(self, names.scale1, attended)
         match = None
         if removed:
             keys, importance = slot.take()
@@ -210,6 +208,31 @@ class ReducedLayer(nn.Module):
         if names.dropout:
             added = getattr(self, names.dropout)(added)
         return hidden_states + _scaled(self, names.scale2, added), size, match
+
+
+@contextmanager
+def cross_in_place(hidden: Tensor, cross: Tensor | None) -> Iterator[Tensor]:
+    """(B, T, D) tokens with the cross token as the last one, for attention and what is added to it.
+
+    A copy where gradients pass. Else it is written into its place and what stood there is put back at the end, since
+    others may hold these tokens: they are the output of the layer before.
+
+    Args:
+        hidden: (B, T, D) tokens.
+        cross: (B, D), or None for the tokens as they are.
+    """
+    if cross is None:
+        yield hidden
+    elif torch.is_grad_enabled() or torch.compiler.is_compiling():
+        yield torch.cat([hidden[:, :-1], cross[:, None].to(hidden.dtype)], dim=1)
+    else:
+        last = hidden[:, -1]
+        before = last.clone()
+        last.copy_(cross)
+        try:
+            yield hidden
+        finally:
+            last.copy_(before)
 
 
 def _scaled(layer: nn.Module, scale: str, added: Tensor) -> Tensor:

@@ -7,13 +7,13 @@ tokens, R sources, D width.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from mllm_crossget.ops.dispatch import MATCHING, triton_runs
 from mllm_crossget.ops.rows import select_rows
 
 _TINY = 1e-12  # keeps a zero key from becoming NaN; far below the norm of any real key
@@ -24,7 +24,6 @@ TILE = 2**26  # bytes of one tile
 _GROUP_CPU, _GROUP_GPU = 2**20, 2**28
 _CEILING = 8.0
 _ROWS_CPU = 2**20  # bytes of the rows that are compared together where there is no memory for a second map yet
-_FUSED = "MLLM_CROSSGET_FUSED_MATCHING"
 
 
 class Graph(Protocol):
@@ -56,14 +55,18 @@ def similarity_graph(keys_BTD: Tensor, shielded_BT: Tensor | None, workspace: Te
     Raises:
         ImportError: the kernels are asked for and Triton is missing.
     """
-    if os.environ.get(_FUSED) == "1" and keys_BTD.is_cuda:
+    if triton_runs(MATCHING, keys_BTD):
         from mllm_crossget.kernels.graph import FusedSimilarity
 
-        return FusedSimilarity(_finite_keys(keys_BTD), shielded_BT)
-    tokens = keys_BTD.shape[1]
-    if 4 * tokens * tokens > LARGEST_MAP:
+        return FusedSimilarity(finite_keys(keys_BTD), shielded_BT)
+    if not map_fits(keys_BTD.shape[1]):
         return SimilarityTiles(keys_BTD, shielded_BT)
     return SimilarityMap(keys_BTD, shielded_BT, workspace)
+
+
+def map_fits(tokens: int) -> bool:
+    """Whether the map of one image fits into ``LARGEST_MAP``."""
+    return 4 * tokens * tokens <= LARGEST_MAP
 
 
 def image_groups(batch: int, tokens: int, device: torch.device) -> list[slice]:
@@ -91,7 +94,7 @@ def ranks(best_BT: Tensor) -> Tensor:
 def maps_workspace(groups: list[slice], tokens: int, device: torch.device) -> Tensor | None:
     """Memory for the maps of the groups, one after the other: made anew for each they would cost as much as half of the
     matching. None for one group, or for maps too large to be made."""
-    if len(groups) == 1 or 4 * tokens * tokens > LARGEST_MAP:
+    if len(groups) == 1 or not map_fits(tokens):
         return None
     return torch.empty(2, groups[0].stop, tokens, tokens, dtype=torch.float32, device=device)
 
@@ -122,14 +125,15 @@ def best_below_in_rows(rows_BRT: Tensor, rank_BR: Tensor, rank_BT: Tensor, out: 
     return best.masked_fill(best < -_CEILING / 4, -torch.inf)
 
 
-def _finite_keys(keys: Tensor) -> Tensor:
-    return normalised(keys).nan_to_num(nan=0.0)  # NaN (from NaN pixels) must not outrank the protection
+def finite_keys(keys: Tensor) -> Tensor:
+    """``normalised``, and NaN (from NaN pixels), which must not outrank the protection, as 0."""
+    return normalised(keys).nan_to_num_(nan=0.0)
 
 
 def _factors(keys_BTD: Tensor, shielded_BT: Tensor | None) -> tuple[Tensor, Tensor]:
     """Two factors whose product is the cosine: the keys; where tokens are shielded (B, T, D + 2), which adds -inf from
     and to these: k·k + s·1 + 1·s."""
-    keys = _finite_keys(keys_BTD)
+    keys = finite_keys(keys_BTD)
     if shielded_BT is None:
         return keys, keys
     shield = torch.zeros_like(keys[..., :1]).masked_fill_(shielded_BT[..., None], -torch.inf)

@@ -6,15 +6,13 @@ queries, T tokens, D width.
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 
+from mllm_crossget.ops.dispatch import IMPORTANCE, triton_runs
 from mllm_crossget.ops.precision import without_autocast
 
 _GROUP_CPU, _GROUP_GPU = 2**21, 2**28  # bytes of the maps that are worked on together
-_FUSED = "MLLM_CROSSGET_FUSED_IMPORTANCE"
 
 
 def query_weights(tokens: int, cross_token: bool, like: Tensor) -> Tensor:
@@ -66,7 +64,7 @@ def attention_importance(
     Raises:
         ImportError: the kernels are asked for and Triton is missing.
     """
-    if os.environ.get(_FUSED) == "1" and query_BHTD.is_cuda:
+    if triton_runs(IMPORTANCE, query_BHTD):
         from mllm_crossget.kernels.importance import received_attention
 
         if weights_BT is None:

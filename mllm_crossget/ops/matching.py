@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from mllm_crossget.ops.candidates import lowest_scores, usable_importance
-from mllm_crossget.ops.graph import SimilarityMap, image_groups, maps_workspace, normalised, ranks, similarity_graph
+from mllm_crossget.ops.dispatch import numba_runs
+from mllm_crossget.ops.graph import (
+    SimilarityMap,
+    image_groups,
+    map_fits,
+    maps_workspace,
+    normalised,
+    ranks,
+    similarity_graph,
+)
 from mllm_crossget.ops.precision import without_autocast
 
 
@@ -62,13 +71,19 @@ def complete_graph_soft_matching(
     batch, tokens, _ = keys_BTD.shape
     _check_r(r, tokens, 0 if isinstance(protected, Tensor) else len(set(protected)))
     importance = importance_BT.float()
-    src = dst = torch.empty(batch, 0, dtype=torch.int64, device=keys_BTD.device)
-    if r:
-        free = None if isinstance(protected, Tensor) else _between_ends(protected, tokens)
-        if free is None:
-            src, dst = _pairs(keys_BTD, importance, _protected_mask(protected, batch, tokens, keys_BTD.device), r)
-        else:
-            src, dst = (place + free.start for place in _pairs(keys_BTD[:, free], importance[:, free], None, r))
+    free = None if isinstance(protected, Tensor) else _between_ends(protected, tokens)
+    shielded = None
+    if free is None:
+        free, shielded = slice(0, tokens), _protected_mask(protected, batch, tokens, keys_BTD.device)
+    keys = keys_BTD[:, free]
+    with without_autocast(keys.device):
+        if r and numba_runs(keys) and map_fits(keys.shape[1]):
+            from mllm_crossget.kernels.cpu import match_images
+
+            groups = image_groups(batch, keys.shape[1], keys.device)
+            return Match(*match_images(keys, importance, shielded, r, free.start, groups))
+        src, dst = _pairs(keys, importance[:, free], shielded, r)
+    src, dst = src + free.start, dst + free.start
     weight = torch.stack([importance.gather(1, src), importance.gather(1, dst)], dim=-1).softmax(dim=-1)
     kept, slot = _layout(src, dst, tokens)
     return Match(src, dst, kept, slot, weight)
@@ -85,15 +100,17 @@ def _between_ends(protected: Sequence[int], tokens: int) -> slice | None:
 def _pairs(keys: Tensor, importance: Tensor, shielded: Tensor | None, r: int) -> tuple[Tensor, Tensor]:
     """(B, R) sources, ascending, and the survivor that each goes into; images in groups."""
     batch, tokens, _ = keys.shape
+    if not r:
+        nothing = torch.empty(batch, 0, dtype=torch.int64, device=keys.device)
+        return nothing, nothing
     usable = usable_importance(importance, shielded)
     groups = image_groups(batch, tokens, keys.device)
     workspace = maps_workspace(groups, tokens, keys.device)
     found = []
-    with without_autocast(keys.device):
-        for part in groups:
-            graph = similarity_graph(keys[part], None if shielded is None else shielded[part], workspace)
-            src = lowest_scores(graph, usable[part], r)
-            found.append((src, graph.best_survivor(src)))
+    for part in groups:
+        graph = similarity_graph(keys[part], None if shielded is None else shielded[part], workspace)
+        src = lowest_scores(graph, usable[part], r)
+        found.append((src, graph.best_survivor(src)))
     if len(found) == 1:
         return found[0]
     src, dst = (torch.cat(side) for side in zip(*found, strict=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mllm_crossget.ops.dispatch import numba_runs
 from mllm_crossget.ops.matching import Match
 from mllm_crossget.ops.rows import select_rows
 
@@ -25,9 +26,14 @@ def merge(x_BTD: Tensor, size_BT: Tensor, match: Match) -> tuple[Tensor, Tensor]
         (B, T-R, D) tokens in ``x``'s dtype and (B, T-R) sizes in float32.
     """
     size = size_BT.float()
+    merges = bool(match.src.shape[1]) and not match.pruned
+    if merges and numba_runs(x_BTD) and _adds_in_place(x_BTD):
+        from mllm_crossget.kernels.cpu import merge_images
+
+        return merge_images(x_BTD, size, *match[:5])
     kept = select_rows(x_BTD, match.kept)
     kept_size = size.gather(1, match.kept)
-    if match.pruned or not match.src.shape[1]:
+    if not merges:
         return kept, kept_size
     slot = match.slot.gather(1, match.src)
     source_size = size.gather(1, match.src)

@@ -103,7 +103,7 @@ def test_positions_that_begin_at_one() -> None:
     whole["token_type_ids"] = F.pad(row["token_type_ids"], (0, 1), value=1)
     expected = model(**whole).logits[:, -1]
     found = model(input_ids=sequences[:, -1:], past_key_values=cache).logits[:, -1]
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()

@@ -187,3 +187,55 @@ def test_flex_attention_in_the_tower_is_refused_before_and_after() -> None:
     model.model.vision_tower.set_attn_implementation("flex_attention")
     with pytest.raises(ValueError, match="flex_attention"):
         model.model.vision_tower(pixels)
+
+
+def cross_token_tower() -> tuple[nn.Module, nn.ModuleList, Tensor]:
+    """A reduced model with cross tokens that are not zero, the layers of its tower, and pixels."""
+    model, _ = accelerated_pair()
+    randomise_cross_tokens(model)
+    return model, model.model.vision_tower.encoder.layers, prompt_batch(model, (1,))["pixel_values"]
+
+
+@torch.no_grad()
+def test_what_a_layer_gave_stays_as_it_was() -> None:
+    """The next layer writes its cross token into these tokens, and puts back what stood there."""
+    model, layers, pixels = cross_token_tower()
+    held, then = [], []
+
+    def hold(_layer, _inputs, output):
+        held.append(output[0])
+        then.append(output[0].clone())
+
+    for layer in layers:
+        layer.register_forward_hook(hold)
+    model.model.get_image_features(pixels)
+    assert len(held) == len(layers)
+    for now, before in zip(held, then, strict=True):
+        assert torch.equal(now, before)
+
+
+@torch.no_grad()
+def test_what_a_layer_gave_stays_as_it_was_when_attention_fails() -> None:
+    model, layers, pixels = cross_token_tower()
+    given = []
+
+    def hold(_layer, _inputs, output):
+        given.extend([output[0], output[0].clone()])
+
+    def fail(*_):
+        raise MemoryError("no room")
+
+    layers[0].register_forward_hook(hold)
+    layers[1].self_attn.register_forward_pre_hook(fail)
+    with pytest.raises(MemoryError, match="no room"):
+        model.model.get_image_features(pixels)
+    assert torch.equal(*given)
+
+
+def test_copied_and_lent_cross_tokens_give_the_same_features() -> None:
+    """With gradients the tokens are copied for the cross token, without them its place is lent."""
+    model, _, pixels = cross_token_tower()
+    copied = model.model.get_image_features(pixels)
+    with torch.no_grad():
+        lent = model.model.get_image_features(pixels)
+    torch.testing.assert_close(lent.pooler_output[0], copied.pooler_output[0], atol=1e-4, rtol=1e-4)

@@ -9,6 +9,8 @@ from mllm_crossget.ops import candidates, complete_graph_soft_matching, graph
 from tests import reference
 from tests.ops.test_matching import PROPERTY, assert_decision, problems
 
+pytestmark = pytest.mark.usefixtures("torch_code")
+
 
 def scored_everything(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows whenever all tokens of an image are scored."""

@@ -33,12 +33,13 @@ def test_tiles_are_taken_where_a_map_would_be_too_large(monkeypatch):
     assert isinstance(graph.similarity_graph(keys, shielded), graph.SimilarityTiles)
 
 
+@pytest.mark.usefixtures("both_codes")
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_matching_holds_two_maps_per_image_at_most(batch):
     keys, importance = torch.randn(batch, 578, 64), torch.rand(batch, 578)
     peak = peak_bytes(lambda: complete_graph_soft_matching(keys, importance, 200, (0, 577)), CPU)
-    one_map = 4 * 578 * 578
-    assert one_map < peak < 2.1 * one_map * batch
+    one_map = 4 * 576 * 576  # without the ends
+    assert one_map <= peak < 2.1 * one_map * batch
 
 
 def test_tiles_bound_the_memory(monkeypatch):

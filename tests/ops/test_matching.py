@@ -9,6 +9,7 @@ from mllm_crossget.ops import bipartite_soft_matching, complete_graph_soft_match
 from mllm_crossget.ops.graph import SimilarityMap
 from tests import reference
 
+pytestmark = pytest.mark.usefixtures("both_codes")
 PROPERTY = settings(max_examples=40, deadline=None, derandomize=True)
 
 

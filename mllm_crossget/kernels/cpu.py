@@ -1,0 +1,261 @@
+"""Matching and merging on a CPU, compiled by Numba: beside the product of the keys, one call for each.
+
+In torch they are a hundred small operations, and starting these takes longer than what they do. Decisions and sums are
+those of the torch code in the same order; cosines and weights are so up to rounding. Everything runs in one thread,
+whose cache holds a map. Shape suffixes: B batch, T tokens, R sources, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+_NOTHING = np.float32(-np.inf)
+_ZERO, _ONE, _TWO, _INFINITE = np.float32(0), np.float32(1), np.float32(2), np.float32(np.inf)
+_MOST = np.finfo(np.float32).max
+_SIGN, _MAGNITUDE = np.int32(31), np.int32(2**31 - 1)
+_SHORTEST = np.float32(1e-12)  # length of a key; keeps one of zeros from becoming NaN, as in ops.graph
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Kept on the disk for the next process; where Numba finds no place to write, made anew in every process."""
+    try:
+        return njit(cache=True, nogil=True)(function)
+    except RuntimeError:
+        return njit(nogil=True)(function)
+
+
+@_compiled
+def _usable(importance, shielded):
+    """See ``ops.candidates.usable_importance``."""
+    usable = np.empty(len(importance), np.float32)
+    for i in range(len(importance)):
+        usable[i] = _MOST if np.isnan(importance[i]) else importance[i]
+    usable[np.flatnonzero(shielded)] = _INFINITE
+    return usable
+
+
+@_compiled
+def _largest(values, bits):
+    """Largest of some floats, none of them NaN. ``bits``: one int32 to work in.
+
+    They are compared as integers of the same order: the maximum of these may be taken in any order, many at a time.
+    """
+    integers = values.view(np.int32)
+    largest = np.int32(-(2**31))
+    for place in range(len(integers)):
+        integer = integers[place]
+        largest = max(largest, np.int32(integer ^ ((integer >> _SIGN) & _MAGNITUDE)))
+    bits[0] = largest ^ ((largest >> _SIGN) & _MAGNITUDE)
+    return bits.view(np.float32)[0]
+
+
+@_compiled
+def _lengths(products, shielded):
+    """(T,) one over the length of each key. Products from and to keys that are not finite become 0, from and to
+    shielded ones -inf."""
+    tokens = len(products)
+    finite = np.empty(tokens, np.bool_)
+    factor = np.ones(tokens, np.float32)
+    for i in range(tokens):
+        finite[i] = products[i, i] < _INFINITE
+        if finite[i]:
+            factor[i] = _ONE / max(np.sqrt(products[i, i]), _SHORTEST)
+    for i in np.flatnonzero(~finite):
+        products[i] = _ZERO
+        products[:, i] = _ZERO
+    for i in np.flatnonzero(shielded):
+        products[i] = _NOTHING
+        products[:, i] = _NOTHING
+    return factor
+
+
+@_compiled
+def _best(products, shielded, bits):
+    """(T,) the largest cosine of every token, along rows and along columns as ``ops.graph.best_of_map``. The products
+    become cosines, -inf on the diagonal."""
+    tokens = len(products)
+    factor = _lengths(products, shielded)
+    best = np.full(tokens, _NOTHING)
+    along_rows = np.empty(tokens, np.float32)
+    for i in range(tokens):
+        row, own = products[i], factor[i]
+        row[i] = _NOTHING
+        for j in range(tokens):
+            value, most = row[j] * (own * factor[j]), best[j]
+            row[j] = value
+            best[j] = value if value > most else most
+        along_rows[i] = _largest(row, bits)
+    for i in range(tokens):
+        best[i] = max(best[i], along_rows[i])
+    return best
+
+
+@_compiled
+def _score(similarity, importance, best, i, row, bits):
+    """Importance of a token minus its similarity to the best token that ranks below it."""
+    own = best[i]
+    for j in range(i):
+        row[j] = similarity[i, j] if best[j] < own else _NOTHING
+    row[i] = _NOTHING
+    for j in range(i + 1, len(row)):  # equal ones: the lower index ranks first
+        row[j] = similarity[i, j] if best[j] <= own else _NOTHING
+    return importance[i] - _largest(row, bits)
+
+
+@_compiled
+def _sources(similarity, best, importance, r, row, bits):
+    """(R,) the tokens with the smallest scores, ascending.
+
+    No score is below importance minus best similarity, its floor. The r tokens with the smallest floors give a score
+    that the r smallest are not above; only tokens whose floor is not above it either can be among them.
+    """
+    floor = importance - best
+    reach = np.partition(floor, r - 1)[r - 1]
+    limit = _NOTHING
+    for i in range(len(floor)):
+        if floor[i] <= reach:
+            limit = max(limit, _score(similarity, importance, best, i, row, bits))
+    candidates = np.flatnonzero(floor <= limit)
+    scores = np.empty(len(candidates), np.float32)
+    for place, i in enumerate(candidates):
+        scores[place] = _score(similarity, importance, best, i, row, bits)
+    return np.sort(candidates[np.argsort(scores, kind="mergesort")[:r]])
+
+
+@_compiled
+def _nearest_survivor(similarity, i, leaving, row, bits):
+    """The token most like a source that is no source itself; equal ones: lower index."""
+    for j in range(len(row)):
+        row[j] = _NOTHING if leaving[j] else similarity[i, j]
+    largest = _largest(row, bits)
+    for j in range(len(row)):
+        if row[j] == largest:
+            return j
+    return 0
+
+
+@_compiled
+def _layout(src, dst, leaving, kept, slot):
+    """See ``ops.matching._layout``."""
+    place = 0
+    for token in range(len(slot)):
+        if not leaving[token]:
+            kept[place] = token
+            slot[token] = place
+            place += 1
+    for source in range(len(src)):
+        slot[src[source]] = slot[dst[source]]
+
+
+@_compiled
+def _match(maps, importance, shielded, first, src, dst, kept, slot, weight):
+    """Some images. ``maps``: products of the keys of the tokens from ``first`` on; overwritten."""
+    matched, r = maps.shape[1], src.shape[1]
+    row, bits = np.empty(matched, np.float32), np.empty(1, np.int32)
+    for image in range(len(maps)):
+        similarity, received = maps[image], importance[image]
+        best = _best(similarity, shielded[image], bits)
+        usable = _usable(received[first : first + matched], shielded[image])
+        sources = _sources(similarity, best, usable, r, row, bits)
+        leaving = np.zeros(slot.shape[1], np.bool_)
+        leaving[first + sources] = True
+        for place, i in enumerate(sources):
+            j = _nearest_survivor(similarity, i, leaving[first:], row, bits)
+            src[image, place], dst[image, place] = first + i, first + j
+            weight[image, place, 0] = _ONE / (_ONE + np.exp(received[first + j] - received[first + i]))
+            weight[image, place, 1] = _ONE / (_ONE + np.exp(received[first + i] - received[first + j]))
+        _layout(src[image], dst[image], leaving, kept[image], slot[image])
+
+
+@_compiled
+def _merge(x, size, src, dst, kept, slot, weight, rows, new_size):
+    """See ``ops.merging.merge``; ``rows`` are the survivors, and ``weight`` may be empty."""
+    weighted = weight.shape[1] > 0
+    for image in range(len(x)):
+        sources, total = src[image], new_size[image]
+        before = size[image][kept[image]]
+        total[:] = before
+        share = np.full(len(total), _ONE)
+        for place, source in enumerate(sources):
+            row = slot[image, source]
+            total[row] += size[image, source]
+            if weighted:
+                share[row] += _TWO * weight[image, place, 1] - _ONE
+        for place, source in enumerate(sources):
+            row = slot[image, source]
+            staying = share[row] * before[row] / total[row]
+            for channel in range(x.shape[2]):
+                rows[image, row, channel] = x[image, dst[image, place], channel] * staying
+        for place, source in enumerate(sources):
+            row = slot[image, source]
+            entering = size[image, source]
+            if weighted:
+                entering = _TWO * weight[image, place, 0] * entering
+            entering /= total[row]
+            for channel in range(x.shape[2]):
+                rows[image, row, channel] += x[image, source, channel] * entering
+
+
+def match_images(
+    keys_BTD: Tensor, importance_BT: Tensor, shielded_BT: Tensor | None, r: int, first: int, groups: list[slice]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Complete-graph soft matching (see ``ops.matching``).
+
+    Args:
+        keys_BTD: (B, T, D) keys of the tokens that may be matched, on the CPU; any float dtype.
+        importance_BT: (B, all tokens) float32.
+        shielded_BT: (B, T) True for tokens that neither leave nor receive; None: there are none.
+        r: at least 1, at most half of the tokens that may leave.
+        first: tokens in front of those that may be matched.
+        groups: images to make the maps of together, no group larger than the first one.
+
+    Returns:
+        The parts of an ``ops.matching.Match``.
+    """
+    keys = keys_BTD.float()
+    (batch, matched, _), tokens = keys.shape, importance_BT.shape[1]
+    found = [np.empty((batch, count), np.int64) for count in (r, r, tokens - r, tokens)]
+    found.append(np.empty((batch, r, 2), np.float32))
+    importance = _array(importance_BT)
+    shielded = np.zeros((batch, 1), np.bool_) if shielded_BT is None else _array(shielded_BT)
+    maps = torch.empty(min(batch, groups[0].stop), matched, matched)
+    for part in groups:
+        group = keys if len(groups) == 1 else keys[part]
+        products = maps if len(group) == len(maps) else maps[: len(group)]
+        torch.bmm(group, group.mT, out=products)
+        _match(products.numpy(), importance[part], shielded[part], first, *(array[part] for array in found))
+    src, dst, kept, slot, weight = (torch.from_numpy(array) for array in found)
+    return src, dst, kept, slot, weight
+
+
+def merge_images(
+    x_BTD: Tensor, size_BT: Tensor, src_BR: Tensor, dst_BR: Tensor, kept_BS: Tensor, slot_BT: Tensor,
+    weight_BR2: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """``ops.merging.merge`` for float32 tokens on the CPU without gradients.
+
+    Args:
+        x_BTD: (B, T, D) tokens.
+        size_BT: (B, T) float32.
+        src_BR, dst_BR, kept_BS, slot_BT, weight_BR2: of the match; at least one source.
+    """
+    batch, tokens, width = x_BTD.shape
+    x = x_BTD.contiguous()
+    src, dst, kept, slot = (_array(places) for places in (src_BR, dst_BR, kept_BS, slot_BT))
+    weight = np.empty((batch, 0, 2), np.float32) if weight_BR2 is None else _array(weight_BR2)
+    every = torch.from_numpy((kept + tokens * np.arange(batch)[:, None]).ravel())
+    rows = x.view(-1, width).index_select(0, every).view(batch, -1, width)  # in several threads, unlike the rest
+    new_size = np.empty(kept.shape, np.float32)
+    _merge(_array(x), _array(size_BT), src, dst, kept, slot, weight, rows.numpy(), new_size)
+    return rows, torch.from_numpy(new_size)
+
+
+def _array(tensor: Tensor) -> Any:
+    """A view for Numba, contiguous: it compiles anew for other layouts."""
+    return tensor.detach().contiguous().numpy()

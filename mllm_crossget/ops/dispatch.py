@@ -1,0 +1,38 @@
+"""Which code runs an operation: torch's, which runs everywhere, or kernels compiled for the device.
+
+Environment variables, read at every call: MLLM_CROSSGET_FUSED_MATCHING (matching and merging) and
+MLLM_CROSSGET_FUSED_IMPORTANCE. "1" asks for kernels: Triton's on a GPU, and on a CPU Numba's (matching and merging
+alone). "0" is torch's code everywhere. Unset: Numba's where it is installed (the extra ``cpu``), else torch's.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+MATCHING, IMPORTANCE = "MLLM_CROSSGET_FUSED_MATCHING", "MLLM_CROSSGET_FUSED_IMPORTANCE"
+
+
+def triton_runs(variable: str, tensor: Tensor) -> bool:
+    """Whether the Triton kernels that an environment variable names are to work on a tensor."""
+    return tensor.is_cuda and os.environ.get(variable) == "1"
+
+
+def numba_runs(tensor: Tensor) -> bool:
+    """Whether matching and merging are to run in Numba: on plain tensors with data, on a CPU.
+
+    A compiler cannot look into it, and fuses the torch code itself.
+    """
+    if type(tensor) is not Tensor or tensor.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    asked = os.environ.get(MATCHING)
+    return asked != "0" and (asked == "1" or _numba_is_installed())
+
+
+@cache
+def _numba_is_installed() -> bool:
+    return find_spec("numba") is not None
