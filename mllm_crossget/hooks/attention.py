@@ -115,11 +115,11 @@ class FusedAttention(nn.Module):
 @contextmanager
 def open_slot(attention: nn.Module, slot: AttentionSlot) -> Iterator[AttentionSlot]:
     """Lend a slot to a hooked attention module for one call."""
-    setattr(attention, _SLOT, slot)
+    attention.__dict__[_SLOT] = slot  # not by setattr, which a module makes slow
     try:
         yield slot
     finally:
-        setattr(attention, _SLOT, None)
+        attention.__dict__[_SLOT] = None
 
 
 def attention_problem(attention: nn.Module) -> str | None:
@@ -141,7 +141,7 @@ def reduced_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' attention interface: (B, H, T, D) projections in, ((B, T, H, D), weights or None) out."""
-    slot: AttentionSlot = getattr(module, _SLOT)
+    slot: AttentionSlot = module.__dict__[_SLOT]
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if slot.record_keys:
         _record_keys(slot, query, key)

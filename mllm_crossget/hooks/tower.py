@@ -138,7 +138,7 @@ class ReducedEncoder(nn.Module):
         hidden, vectors = inputs_embeds, None
         if schedule.cross:
             hidden = torch.cat([hidden, first_cross_token(hidden, state.geometry.prefix)], dim=1)
-            vectors = self.cross_tokens()
+            vectors = self.cross_tokens().unbind()
         traces = [trace for trace in (state.trace, self.__dict__.get(FORWARD)) if trace is not None]
         written: list[Tensor] = []
         size = source = None
@@ -149,7 +149,8 @@ class ReducedEncoder(nn.Module):
                 cross = last + vectors[index].to(device=last.device, dtype=last.dtype)
                 written.append(cross)
             hidden, size, match = layer(hidden, None, size, cross, schedule.removals[index])
-            source = source if match is None else compose_source(source, match)
+            if traces and match is not None:
+                source = compose_source(source, match)
             for trace in traces:
                 trace.append(layer_trace(match, size, source, hidden, schedule.tokens[0]))
         if written and RECORD in self.__dict__:

@@ -35,7 +35,7 @@ def _usable(importance, shielded):
     """See ``ops.candidates.usable_importance``."""
     usable = np.empty(len(importance), np.float32)
     for i in range(len(importance)):
-        usable[i] = _MOST if np.isnan(importance[i]) else importance[i]
+        usable[i] = _MOST if np.isnan(importance[i]) else max(importance[i], -_MOST)
     usable[np.flatnonzero(shielded)] = _INFINITE
     return usable
 

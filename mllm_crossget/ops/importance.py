@@ -151,7 +151,7 @@ def _attend(
                  for values in (query_BHTD, key_BHTD, value_BHTD, output, columns))  # fmt: skip
         for query, key, value, out, column in zip(*parts, strict=True):
             attention = maps.softmax(query, key)
-            torch.bmm(_some(weights, len(query)), attention, out=column)
+            torch.bmm(_some(weights, query.shape[0]), attention, out=column)
             torch.bmm(attention.to(value.dtype), value, out=out)
     return output, columns.mean(dim=1)[:, 0]
 
@@ -221,7 +221,7 @@ def _softmax(query_GQD: Tensor, key_GTD: Tensor, scaling: float, bias_G1T: Tenso
 
 def _some(values: Tensor, count: int) -> Tensor:
     """The first ``count``; no view of all of them, which in a loop of small products is not free."""
-    return values if len(values) == count else values[:count]
+    return values if values.shape[0] == count else values[:count]
 
 
 class Maps:
@@ -279,7 +279,7 @@ class Workspace(Maps):
 
     def softmax(self, query_GTD: Tensor, key_GTD: Tensor) -> Tensor:
         """See ``Maps``."""
-        maps = len(query_GTD)
+        maps = query_GTD.shape[0]
         if maps not in self._views:
             query, key = self._query[:maps], self._key[:maps]
             self._views[maps] = (self._logits[:maps], query, key.mT, query[..., :-1], key[..., :-1])

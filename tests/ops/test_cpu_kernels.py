@@ -64,6 +64,15 @@ def test_values_that_are_not_finite_and_keys_of_nothing(monkeypatch):
         torch.testing.assert_close(match.weight, expected.weight, equal_nan=True)
 
 
+def test_an_importance_below_all_numbers(monkeypatch):
+    """Of a token that ranks below all others, so that nothing is left to compare it with."""
+    keys, importance = torch.eye(6)[None], torch.rand(1, 6)
+    importance[0, 5] = -torch.inf
+    expected, match = by_code(monkeypatch, lambda: complete_graph_soft_matching(keys, importance, 3))
+    for part, other in zip(match[:4], expected[:4], strict=True):
+        assert torch.equal(part, other)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_precisions_strides_and_gradients(monkeypatch, dtype):
     keys = torch.randn(2, 8, 70).to(dtype).transpose(1, 2).requires_grad_()
