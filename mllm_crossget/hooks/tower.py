@@ -215,8 +215,8 @@ class ReducedLayer(nn.Module):
 def cross_in_place(hidden: Tensor, cross: Tensor | None) -> Iterator[Tensor]:
     """(B, T, D) tokens with the cross token as the last one, for attention and what is added to it.
 
-    A copy where gradients pass. Else it is written into its place and what stood there is put back at the end, since
-    others may hold these tokens: they are the output of the layer before.
+    A copy where gradients pass, and on a GPU, which wants few launches. Else it is written into its place and what
+    stood there is put back at the end, since others may hold these tokens: they are the output of the layer before.
 
     Args:
         hidden: (B, T, D) tokens.
@@ -224,7 +224,7 @@ def cross_in_place(hidden: Tensor, cross: Tensor | None) -> Iterator[Tensor]:
     """
     if cross is None:
         yield hidden
-    elif torch.is_grad_enabled() or torch.compiler.is_compiling():
+    elif hidden.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
         yield torch.cat([hidden[:, :-1], cross[:, None].to(hidden.dtype)], dim=1)
     else:
         last = hidden[:, -1]
