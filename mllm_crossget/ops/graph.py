@@ -58,7 +58,7 @@ def similarity_graph(keys_BTD: Tensor, shielded_BT: Tensor | None, workspace: Te
     if triton_runs(MATCHING, keys_BTD):
         from mllm_crossget.kernels.graph import FusedSimilarity
 
-        return FusedSimilarity(finite_keys(keys_BTD), shielded_BT)
+        return FusedSimilarity(_finite_keys(keys_BTD), shielded_BT)
     if not map_fits(keys_BTD.shape[1]):
         return SimilarityTiles(keys_BTD, shielded_BT)
     return SimilarityMap(keys_BTD, shielded_BT, workspace)
@@ -125,15 +125,14 @@ def best_below_in_rows(rows_BRT: Tensor, rank_BR: Tensor, rank_BT: Tensor, out: 
     return best.masked_fill(best < -_CEILING / 4, -torch.inf)
 
 
-def finite_keys(keys: Tensor) -> Tensor:
-    """``normalised``, and NaN (from NaN pixels), which must not outrank the protection, as 0."""
-    return normalised(keys).nan_to_num_(nan=0.0)
+def _finite_keys(keys: Tensor) -> Tensor:
+    return normalised(keys).nan_to_num_(nan=0.0)  # NaN (from NaN pixels) must not outrank the protection
 
 
 def _factors(keys_BTD: Tensor, shielded_BT: Tensor | None) -> tuple[Tensor, Tensor]:
     """Two factors whose product is the cosine: the keys; where tokens are shielded (B, T, D + 2), which adds -inf from
     and to these: k·k + s·1 + 1·s."""
-    keys = finite_keys(keys_BTD)
+    keys = _finite_keys(keys_BTD)
     if shielded_BT is None:
         return keys, keys
     shield = torch.zeros_like(keys[..., :1]).masked_fill_(shielded_BT[..., None], -torch.inf)
