@@ -26,11 +26,18 @@ def numba_runs(tensor: Tensor) -> bool:
     """Whether matching and merging are to run in Numba: on plain tensors with data, on a CPU.
 
     A compiler cannot look into it, and fuses the torch code itself.
+
+    Raises:
+        ImportError: it is asked for and not installed.
     """
     if type(tensor) is not Tensor or tensor.device.type != "cpu" or torch.compiler.is_compiling():
         return False
     asked = os.environ.get(MATCHING)
-    return asked != "0" and (asked == "1" or _numba_is_installed())
+    if asked == "1" and not _numba_is_installed():
+        raise ImportError(
+            f'{MATCHING}=1 asks for Numba on a CPU, which is missing: pip install "mllm_crossget[cpu]", or unset it'
+        )
+    return asked != "0" and _numba_is_installed()
 
 
 @cache

@@ -67,6 +67,7 @@ def complete_graph_soft_matching(
 
     Raises:
         ValueError: ``r`` is negative or more than half of the unprotected tokens.
+        ImportError: kernels are asked for (``ops.dispatch``) and what compiles them is missing.
     """
     batch, tokens, _ = keys_BTD.shape
     _check_r(r, tokens, 0 if isinstance(protected, Tensor) else len(set(protected)))

@@ -103,9 +103,9 @@ def test_autocast_does_not_reach_the_similarities(monkeypatch):
 
 
 @pytest.mark.parametrize(("asked", "installed", "runs"), [
-    (None, True, True), (None, False, False), ("0", True, False), ("1", True, True), ("1", False, True),
+    (None, True, True), (None, False, False), ("0", True, False), ("1", True, True),
 ])  # fmt: skip
-def test_numba_runs_where_it_is_installed_or_asked_for(monkeypatch, asked, installed, runs):
+def test_numba_runs_where_it_is_installed(monkeypatch, asked, installed, runs):
     monkeypatch.setattr(dispatch, "_numba_is_installed", lambda: installed)
     if asked is None:
         monkeypatch.delenv(dispatch.MATCHING, raising=False)
@@ -114,6 +114,13 @@ def test_numba_runs_where_it_is_installed_or_asked_for(monkeypatch, asked, insta
     assert dispatch.numba_runs(torch.zeros(2)) == runs
     assert not dispatch.numba_runs(torch.nn.Parameter(torch.zeros(2)))
     assert not dispatch.numba_runs(torch.zeros(2, device="meta"))
+
+
+def test_numba_asked_for_and_missing_is_said(monkeypatch):
+    monkeypatch.setattr(dispatch, "_numba_is_installed", lambda: False)
+    monkeypatch.setenv(dispatch.MATCHING, "1")
+    with pytest.raises(ImportError, match=r"pip install \"mllm_crossget\[cpu\]\""):
+        complete_graph_soft_matching(torch.randn(1, 20, 8), torch.rand(1, 20), 5)
 
 
 def test_a_map_that_does_not_fit_is_left_to_torch(monkeypatch):
