@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mllm_crossget.ops.attention_maps import Maps, Workspace, softmax_map
 from mllm_crossget.ops.dispatch import IMPORTANCE, triton_runs
 from mllm_crossget.ops.precision import without_autocast
 
 _GROUP_CPU, _GROUP_GPU = 2**21, 2**28  # bytes of the maps that are worked on together
-_REGISTER = 16  # float32 in the widest register of a processor
 
 
 def query_weights(tokens: int, cross_token: bool, like: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ def attention_map(query_BHTD: Tensor, key_BHTD: Tensor, scaling: float, bias_BT:
     if bias_BT is not None and bias_BT.ndim == 2:
         bias_BT = bias_BT[:, None]
     bias = None if bias_BT is None else bias_BT.repeat_interleave(key_BHTD.shape[1], dim=0)
-    return _softmax(query_BHTD.flatten(0, 1), key_BHTD.flatten(0, 1), scaling, bias)
+    return softmax_map(query_BHTD.flatten(0, 1), key_BHTD.flatten(0, 1), scaling, bias)
 
 
 def _attend(
@@ -137,24 +137,26 @@ def _attend(
     batch, heads, tokens, _ = query_BHTD.shape
     if value_BHTD is None:
         value_BHTD = query_BHTD[..., :0]
-    if weights_BT is None:
-        weights_BT = query_weights(tokens, cross_token, query_BHTD).expand(batch, -1)
     columns = query_BHTD.new_empty(batch, heads, 1, tokens, dtype=torch.float32)
     output = value_BHTD.new_empty(batch, heads, tokens, value_BHTD.shape[-1])
     images, own = _together(batch, heads, tokens, query_BHTD.device)
-    maps = Workspace(query_BHTD, images * own, scaling) if Workspace.serves(query_BHTD) else Maps(scaling)
+    together = images * own
+    if weights_BT is None:
+        weights = query_weights(tokens, cross_token, query_BHTD).expand(together, 1, -1)
+    maps = Workspace(query_BHTD, together, scaling) if Workspace.serves(query_BHTD) else Maps(scaling)
     for first in range(0, batch, images):
         part = slice(first, first + images)
-        of_group = (len(weights_BT[part]), own)
-        weights = _for_heads(weights_BT[part], of_group)
-        maps.set_bias(None if bias_BT is None else _for_heads(bias_BT[part], of_group))
-        parts = (values[part].flatten(0, 1).split(images * own)
+        if weights_BT is not None:
+            weights = _for_heads(weights_BT[part], own)[:, None]
+        maps.set_bias(None if bias_BT is None else _for_heads(bias_BT[part], own))
+        parts = (_heads_of(values, first, images).split(together)
                  for values in (query_BHTD, key_BHTD, value_BHTD, output, columns))  # fmt: skip
         for query, key, value, out, column in zip(*parts, strict=True):
             attention = maps.softmax(query, key)
-            torch.bmm(_some(weights, query.shape[0]), attention, out=column)
+            torch.bmm(weights if query.shape[0] == together else weights[: query.shape[0]], attention, out=column)
             torch.bmm(attention.to(value.dtype), value, out=out)
-    return output, columns.mean(dim=1)[:, 0]
+    # A product like those of the columns: another kind of operation would have to be fetched first, for a few numbers.
+    return output, torch.bmm(columns.new_full((batch, 1, heads), 1 / heads), columns[:, :, 0])[:, 0]
 
 
 @torch.library.custom_op(
@@ -204,97 +206,11 @@ def _together(batch: int, heads: int, tokens: int, device: torch.device) -> tupl
     return min(batch, max(1, together // heads)), min(together, heads)
 
 
-def _for_heads(values_BT: Tensor, of_heads: tuple[int, int]) -> Tensor:
-    """(B·H, 1, T) the values of each image for all of its heads; ``of_heads`` is (B, H)."""
-    return values_BT[:, None, None].expand(*of_heads, 1, -1).flatten(0, 1)
+def _heads_of(values_BHTD: Tensor, first: int, images: int) -> Tensor:
+    """(G, T, D) heads of some images."""
+    return values_BHTD[first] if images == 1 else values_BHTD[first : first + images].flatten(0, 1)
 
 
-def _softmax(query_GQD: Tensor, key_GTD: Tensor, scaling: float, bias_G1T: Tensor | None) -> Tensor:
-    """(G, Q, T) softmax in float32; products in the inputs' precision."""
-    if query_GQD.dtype != torch.float32:
-        logits = torch.bmm(query_GQD * scaling, key_GTD.mT).float()
-        return (logits if bias_G1T is None else logits + bias_G1T).softmax(dim=-1)
-    if bias_G1T is None:
-        bias_G1T = query_GQD.new_zeros(1)
-    bias = bias_G1T.expand(len(query_GQD), query_GQD.shape[1], key_GTD.shape[1])
-    return torch.baddbmm(bias, query_GQD, key_GTD.mT, alpha=scaling).softmax(dim=-1)
-
-
-def _some(values: Tensor, count: int) -> Tensor:
-    """The first ``count``; no view of all of them, which in a loop of small products is not free."""
-    return values if values.shape[0] == count else values[:count]
-
-
-class Maps:
-    """Makes the maps of one group of heads after the other, each anew.
-
-    Args:
-        scaling: factor of the logits.
-    """
-
-    def __init__(self, scaling: float) -> None:
-        self._scaling = scaling
-        self._bias: Tensor | None = None
-
-    def set_bias(self, bias_G1T: Tensor | None) -> None:
-        """Add this to the logits of each key from now on; of as many maps as a group has, or more."""
-        self._bias = bias_G1T
-
-    def softmax(self, query_GTD: Tensor, key_GTD: Tensor) -> Tensor:
-        """(G, T, T), as ``_softmax``; it lives until the next call."""
-        bias = None if self._bias is None else _some(self._bias, len(query_GTD))
-        return _softmax(query_GTD, key_GTD, self._scaling, bias)
-
-
-class Workspace(Maps):
-    """One memory for the float32 maps of all groups, on a CPU: a new map for every group costs as much as its softmax,
-    which is written over its logits, so that a thread's cache can hold the map of one head.
-
-    The bias of the keys travels as one more channel, q·k + 1·bias: added to the product it would have to be written
-    over the whole map first. Keys nobody attends to fill the map's rows up to whole registers: products and softmax are
-    faster for it by more than the columns cost (measured: 3 to 8 % of an attention).
-
-    Args:
-        like: (B, H, T, D) queries.
-        maps: of a group, at most.
-        scaling: factor of the logits.
-    """
-
-    def __init__(self, like: Tensor, maps: int, scaling: float) -> None:
-        super().__init__(scaling)
-        self._tokens, width = like.shape[2:]
-        filled = -(-self._tokens // _REGISTER) * _REGISTER
-        self._logits = like.new_empty(maps, self._tokens, filled)
-        self._query = like.new_empty(maps, self._tokens, width + 1)
-        self._key = like.new_empty(maps, filled, width + 1)
-        self._query[..., -1] = 1.0
-        self._key[:, self._tokens :] = 0.0
-        self._key[:, self._tokens :, -1] = -torch.inf
-        self._views: dict[int, tuple[Tensor, ...]] = {}  # of every size of a group; made again they would cost time
-
-    @staticmethod
-    def serves(query: Tensor) -> bool:
-        """Whether maps of these queries can be written one over the other."""
-        return query.device.type == "cpu" and query.dtype == torch.float32 and not torch.compiler.is_compiling()
-
-    def set_bias(self, bias_G1T: Tensor | None) -> None:
-        """See ``Maps``."""
-        channel = self._key[:, : self._tokens, -1]
-        if bias_G1T is None:
-            channel.zero_()
-        else:
-            torch.div(bias_G1T[:, 0], self._scaling, out=channel[: len(bias_G1T)])
-
-    def softmax(self, query_GTD: Tensor, key_GTD: Tensor) -> Tensor:
-        """See ``Maps``."""
-        maps = query_GTD.shape[0]
-        if maps not in self._views:
-            logits, query, key = self._logits[:maps], self._query[:maps], self._key[:maps]
-            tokens = slice(0, self._tokens)
-            self._views[maps] = (logits, logits[..., tokens], query, key.mT, query[..., :-1], key[:, tokens, :-1])
-        logits, attention, query, key, query_place, key_place = self._views[maps]
-        query_place.copy_(query_GTD)
-        key_place.copy_(key_GTD)
-        torch.baddbmm(logits, query, key, beta=0, alpha=self._scaling, out=logits)
-        torch.softmax(logits, dim=-1, out=logits)
-        return attention
+def _for_heads(values_BT: Tensor, heads: int) -> Tensor:
+    """(B·heads, T) the values of each image for some of its heads."""
+    return values_BT.expand(heads, -1) if values_BT.shape[0] == 1 else values_BT.repeat_interleave(heads, dim=0)
