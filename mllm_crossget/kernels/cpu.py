@@ -154,23 +154,26 @@ def _layout(src, dst, leaving, kept, slot):
 
 
 @_compiled
-def _match(maps, importance, shielded, first, src, dst, kept, slot, weight):
-    """Some images. ``maps``: products of the keys of the tokens from ``first`` on; overwritten."""
-    matched, r = maps.shape[1], src.shape[1]
+def _match(maps, start, importance, shielded, first, r, places, weight):
+    """The images from ``start`` on. ``maps``: products of the keys of the tokens from ``first`` on; overwritten.
+    ``places``: for sources, destinations, survivors and slots, one behind the other."""
+    matched, tokens = maps.shape[1], importance.shape[1]
     row, bits = np.empty(matched, np.float32), np.empty(1, np.int32)
-    for image in range(len(maps)):
-        similarity, received = maps[image], importance[image]
+    for index in range(len(maps)):
+        image = start + index
+        similarity, received, found, shares = maps[index], importance[image], places[image], weight[image]
+        src, dst, kept, slot = found[:r], found[r : 2 * r], found[2 * r : r + tokens], found[r + tokens :]
         best = _best(similarity, shielded[image], bits)
         usable = _usable(received[first : first + matched], shielded[image])
         sources = _sources(similarity, best, usable, r, row, bits)
-        leaving = np.zeros(slot.shape[1], np.bool_)
+        leaving = np.zeros(tokens, np.bool_)
         leaving[first + sources] = True
         for place, i in enumerate(sources):
             j = _nearest_survivor(similarity, i, leaving[first:], row, bits)
-            src[image, place], dst[image, place] = first + i, first + j
-            weight[image, place, 0] = _ONE / (_ONE + np.exp(received[first + j] - received[first + i]))
-            weight[image, place, 1] = _ONE / (_ONE + np.exp(received[first + i] - received[first + j]))
-        _layout(src[image], dst[image], leaving, kept[image], slot[image])
+            src[place], dst[place] = first + i, first + j
+            shares[place, 0] = _ONE / (_ONE + np.exp(received[first + j] - received[first + i]))
+            shares[place, 1] = _ONE / (_ONE + np.exp(received[first + i] - received[first + j]))
+        _layout(src, dst, leaving, kept, slot)
 
 
 @_compiled
@@ -220,18 +223,18 @@ def match_images(
     """
     keys = keys_BTD.float()
     (batch, matched, _), tokens = keys.shape, importance_BT.shape[1]
-    found = [np.empty((batch, count), np.int64) for count in (r, r, tokens - r, tokens)]
-    found.append(np.empty((batch, r, 2), np.float32))
     importance = _array(importance_BT)
     shielded = np.zeros((batch, 1), np.bool_) if shielded_BT is None else _array(shielded_BT)
+    places, weight = np.empty((batch, r + 2 * tokens), np.int64), np.empty((batch, r, 2), np.float32)
     maps = torch.empty(min(batch, groups[0].stop), matched, matched)
     for part in groups:
         group = keys if len(groups) == 1 else keys[part]
         products = maps if len(group) == len(maps) else maps[: len(group)]
         torch.bmm(group, group.mT, out=products)
-        _match(products.numpy(), importance[part], shielded[part], first, *(array[part] for array in found))
-    src, dst, kept, slot, weight = (torch.from_numpy(array) for array in found)
-    return src, dst, kept, slot, weight
+        _match(products.numpy(), part.start, importance, shielded, first, r, places, weight)
+    parts = places[:, :r], places[:, r : 2 * r], places[:, 2 * r : r + tokens], places[:, r + tokens :]
+    src, dst, kept, slot = (torch.from_numpy(part) for part in parts)
+    return src, dst, kept, slot, torch.from_numpy(weight)
 
 
 def merge_images(
@@ -249,8 +252,8 @@ def merge_images(
     x = x_BTD.contiguous()
     src, dst, kept, slot = (_array(places) for places in (src_BR, dst_BR, kept_BS, slot_BT))
     weight = np.empty((batch, 0, 2), np.float32) if weight_BR2 is None else _array(weight_BR2)
-    every = torch.from_numpy((kept + tokens * np.arange(batch)[:, None]).ravel())
-    rows = x.view(-1, width).index_select(0, every).view(batch, -1, width)  # in several threads, unlike the rest
+    every = kept_BS if batch == 1 else kept_BS + torch.arange(0, batch * tokens, tokens)[:, None]
+    rows = x.view(-1, width).index_select(0, every.flatten()).view(batch, -1, width)  # in several threads
     new_size = np.empty(kept.shape, np.float32)
     _merge(_array(x), _array(size_BT), src, dst, kept, slot, weight, rows.numpy(), new_size)
     return rows, torch.from_numpy(new_size)

@@ -77,12 +77,12 @@ def complete_graph_soft_matching(
     if free is None:
         free, shielded = slice(0, tokens), _protected_mask(protected, batch, tokens, keys_BTD.device)
     keys = keys_BTD[:, free]
-    with without_autocast(keys.device):
-        if r and numba_runs(keys) and map_fits(keys.shape[1]):
-            from mllm_crossget.kernels.cpu import match_images
+    if r and numba_runs(keys) and map_fits(keys.shape[1]):
+        from mllm_crossget.kernels.cpu import match_images
 
-            groups = image_groups(batch, keys.shape[1], keys.device)
-            return Match(*match_images(keys, importance, shielded, r, free.start, groups))
+        groups = image_groups(batch, keys.shape[1], keys.device)
+        return Match(*match_images(keys, importance, shielded, r, free.start, groups))
+    with without_autocast(keys.device):
         src, dst = _pairs(keys, importance[:, free], shielded, r)
     src, dst = src + free.start, dst + free.start
     weight = torch.stack([importance.gather(1, src), importance.gather(1, dst)], dim=-1).softmax(dim=-1)
@@ -93,8 +93,11 @@ def complete_graph_soft_matching(
 def _between_ends(protected: Sequence[int], tokens: int) -> slice | None:
     """The tokens that are left where only first and last ones are protected, which then need no mask; else None."""
     places = set(protected)
-    first = next(place for place in range(tokens + 1) if place not in places)
-    last = next(place for place in range(tokens - 1, -2, -1) if place not in places)
+    first, last = 0, tokens - 1
+    while first in places:
+        first += 1
+    while last in places:
+        last -= 1
     return slice(first, last + 1) if len(places) == first + tokens - 1 - last else None
 
 
