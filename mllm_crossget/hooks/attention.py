@@ -6,8 +6,6 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,14 +110,26 @@ class FusedAttention(nn.Module):
         return self.projection(output.reshape(batch, tokens, width)), weights
 
 
-@contextmanager
-def open_slot(attention: nn.Module, slot: AttentionSlot) -> Iterator[AttentionSlot]:
-    """Lend a slot to a hooked attention module for one call."""
-    attention.__dict__[_SLOT] = slot  # not by setattr, which a module makes slow
-    try:
-        yield slot
-    finally:
-        attention.__dict__[_SLOT] = None
+class OpenSlot:
+    """Lends a slot to a hooked attention module for the length of a ``with`` block. A class: entering a generator takes
+    several times as long, in every layer.
+
+    Args:
+        attention: one layer's attention.
+        slot: what to lend.
+    """
+
+    __slots__ = ("_attention", "_slot")
+
+    def __init__(self, attention: nn.Module, slot: AttentionSlot) -> None:
+        self._attention, self._slot = attention, slot
+
+    def __enter__(self) -> AttentionSlot:
+        self._attention.__dict__[_SLOT] = self._slot  # not by setattr, which a module makes slow
+        return self._slot
+
+    def __exit__(self, *error: object) -> None:
+        self._attention.__dict__[_SLOT] = None
 
 
 def attention_problem(attention: nn.Module) -> str | None:
@@ -195,7 +205,7 @@ def _record_pruning(
 def _one_softmax_is_best(implementation: str, query: Tensor, dropout: float) -> bool:
     """On a CPU the fused kernel saves no time, so output and importance can share one softmax (measured: half the
     cost of the importance). With gradients the fused kernel saves memory, and on a GPU time."""
-    return implementation == "sdpa" and query.device.type == "cpu" and not torch.is_grad_enabled() and not dropout
+    return implementation == "sdpa" and query.is_cpu and not torch.is_grad_enabled() and not dropout
 
 
 def _delegate(

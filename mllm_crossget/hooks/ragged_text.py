@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from mllm_crossget.hooks.attention import AttentionSlot, open_slot
+from mllm_crossget.hooks.attention import AttentionSlot, OpenSlot
 from mllm_crossget.hooks.ragged_tower import record_features
 from mllm_crossget.hooks.text_rows import Texts, compact, in_columns
 from mllm_crossget.hooks.text_tower import KEYWORD, TextTowerState, layer_names, text_state
@@ -94,7 +94,7 @@ class RaggedTextLayer(nn.Module):
         bias = text_bias(size, state.tower.causal, hidden_states.dtype)
         slot = AttentionSlot(record_keys=True, pruning_prefix=1, pruning_bias=bias, pruning_alive=size > 0)
         attention = getattr(self, names.attention)
-        with open_slot(attention, slot):
+        with OpenSlot(attention, slot):
             attended = attention(getattr(self, names.norm1)(hidden_states), attention_mask=bias[:, None])[0]
         hidden_states = hidden_states + attended
         step = _choose(state, method, slot, size, alignment, index, least, wanted)

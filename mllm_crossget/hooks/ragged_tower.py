@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from mllm_crossget.hooks.attention import AttentionSlot, open_slot
+from mllm_crossget.hooks.attention import AttentionSlot, OpenSlot
 from mllm_crossget.hooks.cross_tokens import RECORD
 from mllm_crossget.hooks.tower import (
     TowerState,
@@ -142,7 +142,7 @@ class RaggedLayer(nn.Module):
         reduces = state.calibration is not None or method.removes_in(index)
         slot = _slot(state, size, cross is not None, reduces)
         masked = {} if attention_mask is None else {"attention_mask": attention_mask}  # not every attention takes one
-        with open_slot(attention, slot):
+        with OpenSlot(attention, slot):
             attended = attention(getattr(self, names.norm1)(hidden_states), **masked)[0]
         hidden_states = hidden_states + attended
         step = None

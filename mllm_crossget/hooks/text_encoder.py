@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from mllm_crossget.families.base import BertNames, TextTower
-from mllm_crossget.hooks.attention import hook_attention, open_slot, reduced_attention
+from mllm_crossget.hooks.attention import OpenSlot, hook_attention, reduced_attention
 from mllm_crossget.hooks.journal import Journal
 from mllm_crossget.hooks.kv_cache import CACHE, cache_in, name_cache
 from mllm_crossget.hooks.text import positional_names
@@ -176,7 +176,7 @@ class ReducedBertLayer(nn.Module):
         names, method = _names(state), state.method
         attention = getattr(self, names.attention)
         slot = attention_slot(method, columns, size)
-        with open_slot(getattr(attention, names.inner), slot):
+        with OpenSlot(getattr(attention, names.inner), slot):
             hidden_states = attention(hidden_states, attention_mask=attention_mask)[0]
         hidden_states, size, match, moved = match_and_merge(method, slot, columns, hidden_states, size, first=False)
         if encoder_hidden_states is not None:

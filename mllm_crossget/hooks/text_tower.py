@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from mllm_crossget.families.base import LayerNames, TextTower
-from mllm_crossget.hooks.attention import hook_attention, open_slot
+from mllm_crossget.hooks.attention import OpenSlot, hook_attention
 from mllm_crossget.hooks.cross_tokens import RECORD
 from mllm_crossget.hooks.journal import Journal
 from mllm_crossget.hooks.text import positional_names
@@ -198,7 +198,7 @@ class ReducedTextLayer(nn.Module):
         if cross is not None and columns.cross is not None:
             hidden_states = with_row(hidden_states, columns.cross, cross)
         slot = attention_slot(method, columns, size)
-        with open_slot(attention, slot):
+        with OpenSlot(attention, slot):
             attended = attention(getattr(self, names.norm1)(hidden_states), attention_mask=attention_mask)[0]
         hidden_states = hidden_states + attended
         first = state.tower.first

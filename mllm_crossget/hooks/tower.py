@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from mllm_crossget.families.base import LayerNames
-from mllm_crossget.hooks.attention import AttentionSlot, hook_attention, open_slot
+from mllm_crossget.hooks.attention import AttentionSlot, OpenSlot, hook_attention
 from mllm_crossget.hooks.cross_tokens import RECORD
 from mllm_crossget.hooks.journal import Journal
 from mllm_crossget.methods.base import Method, Signals
@@ -143,17 +143,15 @@ class ReducedEncoder(nn.Module):
         written: list[Tensor] = []
         size = source = None
         for index, layer in enumerate(getattr(self, state.names.layers)):
-            cross = None
-            if vectors is not None:
-                last = hidden[:, -1].detach()
-                cross = last + vectors[index].to(device=last.device, dtype=last.dtype)
-                written.append(cross)
+            cross = None if vectors is None else vectors[index].to(hidden)
+            if cross is not None and RECORD in self.__dict__:
+                written.append(hidden[:, -1].detach() + cross)
             hidden, size, match = layer(hidden, None, size, cross, schedule.removals[index])
             if traces and match is not None:
                 source = compose_source(source, match)
             for trace in traces:
                 trace.append(layer_trace(match, size, source, hidden, schedule.tokens[0]))
-        if written and RECORD in self.__dict__:
+        if written:
             self.__dict__[RECORD].append(torch.stack(written))
         if state.keeps_sizes:
             state.sizes = size
@@ -177,7 +175,7 @@ class ReducedLayer(nn.Module):
             hidden_states: (B, T, D).
             attention_mask: not used by the supported towers.
             size: (B, T) token sizes, None as long as nothing was merged.
-            cross: (B, D) the cross token to write into the last place.
+            cross: (D,) what makes the last token the layer's cross token, or None.
             removed: tokens to merge away here.
 
         Returns:
@@ -194,7 +192,7 @@ class ReducedLayer(nn.Module):
             guide=-1 if state.cosine and cross is not None and method.needs_importance else None,
         )
         masked = {} if attention_mask is None else {"attention_mask": attention_mask}  # not every attention takes one
-        with open_slot(attention, slot), cross_in_place(hidden_states, cross) as tokens:
+        with OpenSlot(attention, slot), CrossInPlace(hidden_states, cross) as tokens:
             attended = attention(getattr(self, names.norm1)(tokens), **masked)[0]
             hidden_states = tokens + _scaled(self, names.scale1, attended)
         match = None
@@ -211,29 +209,38 @@ class ReducedLayer(nn.Module):
         return hidden_states + _scaled(self, names.scale2, added), size, match
 
 
-@contextmanager
-def cross_in_place(hidden: Tensor, cross: Tensor | None) -> Iterator[Tensor]:
-    """(B, T, D) tokens with the cross token as the last one, for attention and what is added to it.
+class CrossInPlace:
+    """Tokens with the cross token as the last one, for attention and what is added to it, in a ``with`` block.
 
     A copy where gradients pass, and on a GPU, which wants few launches. Else it is written into its place and what
     stood there is put back at the end, since others may hold these tokens: they are the output of the layer before.
 
     Args:
         hidden: (B, T, D) tokens.
-        cross: (B, D), or None for the tokens as they are.
+        cross: (D,) added to the last token, from which no gradient comes back; None for the tokens as they are.
     """
-    if cross is None:
-        yield hidden
-    elif hidden.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        yield torch.cat([hidden[:, :-1], cross[:, None].to(hidden.dtype)], dim=1)
-    else:
-        last = hidden[:, -1]
-        before = last.clone()
-        last.copy_(cross)
-        try:
-            yield hidden
-        finally:
-            last.copy_(before)
+
+    __slots__ = ("_before", "_cross", "_hidden", "_last")
+
+    def __init__(self, hidden: Tensor, cross: Tensor | None) -> None:
+        self._hidden, self._cross = hidden, cross
+        self._last: Tensor | None = None
+        self._before: Tensor | None = None
+
+    def __enter__(self) -> Tensor:
+        hidden, cross = self._hidden, self._cross
+        if cross is None:
+            return hidden
+        if torch.is_grad_enabled() or not hidden.is_cpu or torch.compiler.is_compiling():
+            return torch.cat([hidden[:, :-1], hidden[:, -1:].detach() + cross], dim=1)
+        self._last = hidden[:, -1]
+        self._before = self._last.clone()
+        self._last.add_(cross)
+        return hidden
+
+    def __exit__(self, *error: object) -> None:
+        if self._last is not None and self._before is not None:
+            self._last.copy_(self._before)
 
 
 def _scaled(layer: nn.Module, scale: str, added: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ class Workspace(Maps):
     @staticmethod
     def serves(query: Tensor) -> bool:
         """Whether maps of these queries can be written one over the other."""
-        return query.device.type == "cpu" and query.dtype == torch.float32 and not torch.compiler.is_compiling()
+        return query.is_cpu and query.dtype == torch.float32 and not torch.compiler.is_compiling()
 
     def set_bias(self, bias_GT: Tensor | None) -> None:
         """See ``Maps``."""

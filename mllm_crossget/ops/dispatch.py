@@ -30,7 +30,7 @@ def numba_runs(tensor: Tensor) -> bool:
     Raises:
         ImportError: it is asked for and not installed.
     """
-    if type(tensor) is not Tensor or tensor.device.type != "cpu" or torch.compiler.is_compiling():
+    if type(tensor) is not Tensor or not tensor.is_cpu or torch.compiler.is_compiling():
         return False
     asked = os.environ.get(MATCHING)
     if asked == "1" and not _numba_is_installed():
