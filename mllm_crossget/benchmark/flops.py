@@ -196,14 +196,14 @@ def _reducer(
 ) -> int:
     """Per reducing layer: the matching on head-averaged keys and, where asked for, the importance: a product of the
     query weights with every head's map, and QKᵀ once more unless attention shares its map; token sizes enter it as one
-    more channel (a GPU adds them for nothing). Where the importance is a cosine, the matching is on the keys of all
+    more channel (a GPU adds them for nothing). What fills the maps up to whole registers is not counted. Where the importance is a cosine, the matching is on the keys of all
     heads, and the cosines with one query are not counted (a product per channel, no matrix product)."""
     heads, width = vision.num_attention_heads, vision.hidden_size
     if isinstance(method, MadtpConfig):
         return _pruning(vision, schedule, method)
     kind = TOWERS.get(vision.model_type)
     has_map = kind is not None and kind.names.fused  # the attention keeps its map: its mean over heads is enough
-    total, merged = 0, False
+    total = 0
     for tokens, removed in zip(schedule.tokens, schedule.removals, strict=False):
         if not removed:
             continue
@@ -211,9 +211,7 @@ def _reducer(
         if method.needs_importance and not cosine:
             total += 2 * tokens * tokens * (1 if has_map else heads)
             if not has_map:
-                sizes = heads if merged and method.proportional_attention else 0
-                total += 2 * tokens * tokens * (sizes + (0 if one_softmax else width))
-        merged = True
+                total += 2 * tokens * tokens * (heads + (0 if one_softmax else width))
     return total
 
 

@@ -31,7 +31,7 @@ from mllm_crossget.ops import (
     importance_of_map,
     merge,
 )
-from mllm_crossget.ops.dispatch import MATCHING, numba_runs
+from mllm_crossget.ops.dispatch import MATCHING, cpu_kernels
 
 _SHORT = 10  # rounds of what is so short that a single interruption shows
 
@@ -142,7 +142,7 @@ def _matching(options: ReducerOptions, batch: int, tokens: int, device: torch.de
         "literal": lambda: literal_matching(keys, importance, r),
         "ours": lambda: complete_graph_soft_matching(keys, importance, r, (0, tokens - 1)),
     }
-    if numba_runs(keys):
+    if cpu_kernels(keys):
         ways["torch alone"] = lambda: _without_kernels(ways["ours"])
     timings = alternate(ways, _SHORT * options.rounds, device, label=f"matching, {batch} x {tokens}")
     one_map = 4 * tokens * tokens * batch

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from mllm_crossget.ops.dispatch import numba_runs
+from mllm_crossget.ops.dispatch import cpu_kernels
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def environment() -> dict[str, str | int]:
         "torch": torch.__version__,
         "transformers": version("transformers"),
         "mllm_crossget": version("mllm-crossget"),
-        **({"numba": version("numba")} if numba_runs(torch.empty(0)) else {}),
+        **({"numba": version("numba")} if cpu_kernels(torch.empty(0)) else {}),
         **({"allocator": told} if (told := allocator()) else {}),
     }
 

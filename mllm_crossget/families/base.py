@@ -226,7 +226,7 @@ class Family:
         variant: tells families of one model type apart; "" for the one that a bare configuration means.
         cosine: CrossGET's CLIP flavour was published for it: importance is the cosine of a token's key with the cross
             token's query, the metric the keys of all heads. Otherwise, as for LLaVA, attention received and keys
-            averaged over heads.
+            added up over heads.
         text_tower: of a dual encoder or another model whose text can be reduced, else None.
     """
 

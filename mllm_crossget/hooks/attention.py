@@ -45,7 +45,7 @@ class AttentionSlot:
         cross_token: whether the last token is a cross token (see ``ops.importance.query_weights``).
         guide: token whose query the importance is the cosine with (CrossGET's CLIP flavour): (B,) positions, or one
             position for all rows; keys are then those of all heads side by side. None: attention received, and keys
-            averaged over heads (LLaVA flavour).
+            added up over heads (LLaVA flavour).
         query_weights: (B, T) weights of the queries in the importance where images have different numbers of tokens.
         pruning_prefix: tokens in front of the patches if ``received`` and ``class_received`` are wanted, else None.
         pruning_bias: (B, T, T) additive mask of the attention that ``received`` is made of, where the queries see
@@ -175,7 +175,7 @@ def reduced_attention(
 
 def _record_keys(slot: AttentionSlot, query: Tensor, key: Tensor) -> None:
     if slot.guide is None:
-        slot.keys = key.detach().mean(dim=1)
+        slot.keys = key.detach().sum(dim=1, dtype=torch.float32)  # of the mean it has the direction, in one pass
         return
     slot.keys = key.detach().transpose(1, 2).flatten(2)
     queries = query.detach().transpose(1, 2).flatten(2)

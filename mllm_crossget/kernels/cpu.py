@@ -19,6 +19,7 @@ _NOTHING = np.float32(-np.inf)
 _ZERO, _ONE, _TWO, _INFINITE = np.float32(0), np.float32(1), np.float32(2), np.float32(np.inf)
 _MOST = np.finfo(np.float32).max
 _SIGN, _MAGNITUDE = np.int32(31), np.int32(2**31 - 1)
+_NOBODY = np.zeros((1, 1), np.bool_)  # is shielded, in any image
 _SHORTEST = np.float32(1e-12)  # length of a key; keeps one of zeros from becoming NaN, as in ops.graph
 
 
@@ -162,9 +163,10 @@ def _match(maps, start, importance, shielded, first, r, places, weight):
     for index in range(len(maps)):
         image = start + index
         similarity, received, found, shares = maps[index], importance[image], places[image], weight[image]
+        apart = shielded[image % len(shielded)]
         src, dst, kept, slot = found[:r], found[r : 2 * r], found[2 * r : r + tokens], found[r + tokens :]
-        best = _best(similarity, shielded[image], bits)
-        usable = _usable(received[first : first + matched], shielded[image])
+        best = _best(similarity, apart, bits)
+        usable = _usable(received[first : first + matched], apart)
         sources = _sources(similarity, best, usable, r, row, bits)
         leaving = np.zeros(tokens, np.bool_)
         leaving[first + sources] = True
@@ -224,7 +226,7 @@ def match_images(
     keys = keys_BTD.float()
     (batch, matched, _), tokens = keys.shape, importance_BT.shape[1]
     importance = _array(importance_BT)
-    shielded = np.zeros((batch, 1), np.bool_) if shielded_BT is None else _array(shielded_BT)
+    shielded = _NOBODY if shielded_BT is None else _array(shielded_BT)
     places, weight = np.empty((batch, r + 2 * tokens), np.int64), np.empty((batch, r, 2), np.float32)
     maps = torch.empty(min(batch, groups[0].stop), matched, matched)
     for part in groups:

@@ -19,7 +19,8 @@ class Signals:
     """What one attention call tells a method. B batch, T tokens, D head width.
 
     Attributes:
-        keys: (B, T, D) keys averaged over heads; of all heads side by side where the family's importance is a cosine.
+        keys: (B, T, D) keys added up over heads (their cosines are those of the mean); of all heads side by side where
+            the family's importance is a cosine.
         importance: (B, T) float32 attention received (``ops.attention_importance``), or the cosine of every key with
             one token's query (``ops.cosine_importance``); None if not asked for.
         protected: tokens that must neither leave nor receive (class token, cross token, end mark): indices, or a

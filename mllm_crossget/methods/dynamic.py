@@ -28,7 +28,7 @@ class RaggedSignals:
         size: (B, T) original tokens in each row; 0 for dead rows, which stand behind an image's tokens.
         shielded: (B, T) True for tokens that neither leave nor receive: class token, cross token, dead rows.
         prefix: tokens in front (the class token).
-        keys: (B, T, D) keys averaged over heads, where the method asks for them.
+        keys: (B, T, D) keys added up over heads, where the method asks for them.
         importance: (B, T) float32 attention received, where the method asks for it.
         received: (B, N) ``ops.attention_received``, for methods that prune.
         class_received: (B, N) ``ops.class_attention``, for methods that prune a tower with a class token.

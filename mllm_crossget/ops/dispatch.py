@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from functools import cache
 from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -22,8 +23,8 @@ def triton_runs(variable: str, tensor: Tensor) -> bool:
     return tensor.is_cuda and os.environ.get(variable) == "1"
 
 
-def numba_runs(tensor: Tensor) -> bool:
-    """Whether matching and merging are to run in Numba: on plain tensors with data, on a CPU.
+def cpu_kernels(tensor: Tensor) -> ModuleType | None:
+    """``kernels.cpu`` where matching and merging are to run in Numba: on plain tensors with data, on a CPU.
 
     A compiler cannot look into it, and fuses the torch code itself.
 
@@ -31,13 +32,20 @@ def numba_runs(tensor: Tensor) -> bool:
         ImportError: it is asked for and not installed.
     """
     if type(tensor) is not Tensor or not tensor.is_cpu or torch.compiler.is_compiling():
-        return False
+        return None
     asked = os.environ.get(MATCHING)
     if asked == "1" and not _numba_is_installed():
         raise ImportError(
             f'{MATCHING}=1 asks for Numba on a CPU, which is missing: pip install "mllm_crossget[cpu]", or unset it'
         )
-    return asked != "0" and _numba_is_installed()
+    return _kernels() if asked != "0" and _numba_is_installed() else None
+
+
+@cache
+def _kernels() -> ModuleType:
+    from mllm_crossget.kernels import cpu
+
+    return cpu
 
 
 @cache

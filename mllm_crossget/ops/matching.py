@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mllm_crossget.ops.candidates import lowest_scores, usable_importance
-from mllm_crossget.ops.dispatch import numba_runs
+from mllm_crossget.ops.dispatch import cpu_kernels
 from mllm_crossget.ops.graph import (
     SimilarityMap,
     image_groups,
@@ -77,11 +77,9 @@ def complete_graph_soft_matching(
     if free is None:
         free, shielded = slice(0, tokens), _protected_mask(protected, batch, tokens, keys_BTD.device)
     keys = keys_BTD[:, free]
-    if r and numba_runs(keys) and map_fits(keys.shape[1]):
-        from mllm_crossget.kernels.cpu import match_images
-
+    if r and map_fits(keys.shape[1]) and (kernels := cpu_kernels(keys)):
         groups = image_groups(batch, keys.shape[1], keys.device)
-        return Match(*match_images(keys, importance, shielded, r, free.start, groups))
+        return Match(*kernels.match_images(keys, importance, shielded, r, free.start, groups))
     with without_autocast(keys.device):
         src, dst = _pairs(keys, importance[:, free], shielded, r)
     src, dst = src + free.start, dst + free.start

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mllm_crossget.ops.dispatch import numba_runs
+from mllm_crossget.ops.dispatch import cpu_kernels
 from mllm_crossget.ops.matching import Match
 from mllm_crossget.ops.rows import select_rows
 
@@ -27,10 +27,9 @@ def merge(x_BTD: Tensor, size_BT: Tensor, match: Match) -> tuple[Tensor, Tensor]
     """
     size = size_BT.float()
     merges = bool(match.src.shape[1]) and not match.pruned
-    if merges and numba_runs(x_BTD) and _adds_in_place(x_BTD):
-        from mllm_crossget.kernels.cpu import merge_images
-
-        return merge_images(x_BTD, size, *match[:5])
+    if merges and _adds_in_place(x_BTD) and (kernels := cpu_kernels(x_BTD)):
+        rows, sizes = kernels.merge_images(x_BTD, size, *match[:5])
+        return rows, sizes
     kept = select_rows(x_BTD, match.kept)
     kept_size = size.gather(1, match.kept)
     if not merges:

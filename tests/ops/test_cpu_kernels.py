@@ -111,9 +111,9 @@ def test_numba_runs_where_it_is_installed(monkeypatch, asked, installed, runs):
         monkeypatch.delenv(dispatch.MATCHING, raising=False)
     else:
         monkeypatch.setenv(dispatch.MATCHING, asked)
-    assert dispatch.numba_runs(torch.zeros(2)) == runs
-    assert not dispatch.numba_runs(torch.nn.Parameter(torch.zeros(2)))
-    assert not dispatch.numba_runs(torch.zeros(2, device="meta"))
+    assert (dispatch.cpu_kernels(torch.zeros(2)) is not None) == runs
+    assert not dispatch.cpu_kernels(torch.nn.Parameter(torch.zeros(2)))
+    assert not dispatch.cpu_kernels(torch.zeros(2, device="meta"))
 
 
 def test_numba_asked_for_and_missing_is_said(monkeypatch):
