@@ -194,10 +194,11 @@ def _encoder(vision: Any, schedule: Schedule) -> int:
 def _reducer(
     vision: Any, schedule: Schedule, method: Method, one_softmax: bool, cosine: bool = False, ends: int = 0
 ) -> int:
-    """Per reducing layer: the matching on head-averaged keys and, where asked for, the importance: a product of the
+    """Per reducing layer: the matching on the keys of a head and, where asked for, the importance: a product of the
     query weights with every head's map, and QKᵀ once more unless attention shares its map; token sizes enter it as one
-    more channel (a GPU adds them for nothing). What fills the maps up to whole registers is not counted. Where the importance is a cosine, the matching is on the keys of all
-    heads, and the cosines with one query are not counted (a product per channel, no matrix product)."""
+    more channel (a GPU adds them for nothing). What fills maps up to whole registers is not counted. Where the
+    importance is a cosine, the matching is on the keys of all heads, and the cosines with one query are not counted (a
+    product per channel, no matrix product)."""
     heads, width = vision.num_attention_heads, vision.hidden_size
     if isinstance(method, MadtpConfig):
         return _pruning(vision, schedule, method)
