@@ -230,8 +230,7 @@ def match_images(
     places, weight = np.empty((batch, r + 2 * tokens), np.int64), np.empty((batch, r, 2), np.float32)
     maps = torch.empty(min(batch, groups[0].stop), matched, matched)
     for part in groups:
-        group = keys if len(groups) == 1 else keys[part]
-        products = maps if len(group) == len(maps) else maps[: len(group)]
+        group, products = (keys, maps) if len(groups) == 1 else (keys[part], maps[: min(part.stop, batch) - part.start])
         torch.bmm(group, group.mT, out=products)
         _match(products.numpy(), part.start, importance, shielded, first, r, places, weight)
     parts = places[:, :r], places[:, r : 2 * r], places[:, 2 * r : r + tokens], places[:, r + tokens :]

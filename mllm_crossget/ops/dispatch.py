@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 
@@ -34,20 +35,16 @@ def cpu_kernels(tensor: Tensor) -> ModuleType | None:
     if type(tensor) is not Tensor or not tensor.is_cpu or torch.compiler.is_compiling():
         return None
     asked = os.environ.get(MATCHING)
-    if asked == "1" and not _numba_is_installed():
+    if asked == "0":
+        return None
+    kernels = _numba_kernels()
+    if kernels is None and asked == "1":
         raise ImportError(
             f'{MATCHING}=1 asks for Numba on a CPU, which is missing: pip install "mllm_crossget[cpu]", or unset it'
         )
-    return _kernels() if asked != "0" and _numba_is_installed() else None
+    return kernels
 
 
 @cache
-def _kernels() -> ModuleType:
-    from mllm_crossget.kernels import cpu
-
-    return cpu
-
-
-@cache
-def _numba_is_installed() -> bool:
-    return find_spec("numba") is not None
+def _numba_kernels() -> ModuleType | None:
+    return import_module("mllm_crossget.kernels.cpu") if find_spec("numba") else None

@@ -73,7 +73,7 @@ def image_groups(batch: int, tokens: int, device: torch.device) -> list[slice]:
     """Images to match together: on a CPU as many as its caches hold the maps of; on a GPU, which wants few launches, as
     many as its memory can spare."""
     together = batch
-    if not torch.compiler.is_compiling():  # a compiler would unroll the loop
+    if batch > 1 and not torch.compiler.is_compiling():  # a compiler would unroll the loop
         together = max(1, (_GROUP_CPU if device.type == "cpu" else _GROUP_GPU) // (4 * tokens * tokens))
     return [slice(first, first + together) for first in range(0, batch, together)]
 

@@ -45,7 +45,6 @@ class Match(NamedTuple):
     pruned: bool = False
 
 
-@torch.no_grad()
 def complete_graph_soft_matching(
     keys_BTD: Tensor, importance_BT: Tensor, r: int, protected: Sequence[int] | Tensor = ()
 ) -> Match:
@@ -71,12 +70,12 @@ def complete_graph_soft_matching(
     """
     batch, tokens, _ = keys_BTD.shape
     _check_r(r, tokens, 0 if isinstance(protected, Tensor) else len(set(protected)))
-    importance = importance_BT.float()
+    importance = importance_BT.detach().float()  # sooner done than a block without gradients is entered
     free = None if isinstance(protected, Tensor) else _between_ends(protected, tokens)
     shielded = None
     if free is None:
         free, shielded = slice(0, tokens), _protected_mask(protected, batch, tokens, keys_BTD.device)
-    keys = keys_BTD[:, free]
+    keys = keys_BTD.detach()[:, free]
     if r and map_fits(keys.shape[1]) and (kernels := cpu_kernels(keys)):
         groups = image_groups(batch, keys.shape[1], keys.device)
         return Match(*kernels.match_images(keys, importance, shielded, r, free.start, groups))

@@ -106,18 +106,18 @@ def test_autocast_does_not_reach_the_similarities(monkeypatch):
     (None, True, True), (None, False, False), ("0", True, False), ("1", True, True),
 ])  # fmt: skip
 def test_numba_runs_where_it_is_installed(monkeypatch, asked, installed, runs):
-    monkeypatch.setattr(dispatch, "_numba_is_installed", lambda: installed)
+    monkeypatch.setattr(dispatch, "_numba_kernels", lambda: cpu if installed else None)
     if asked is None:
         monkeypatch.delenv(dispatch.MATCHING, raising=False)
     else:
         monkeypatch.setenv(dispatch.MATCHING, asked)
-    assert (dispatch.cpu_kernels(torch.zeros(2)) is not None) == runs
+    assert (dispatch.cpu_kernels(torch.zeros(2)) is cpu) == runs
     assert not dispatch.cpu_kernels(torch.nn.Parameter(torch.zeros(2)))
     assert not dispatch.cpu_kernels(torch.zeros(2, device="meta"))
 
 
 def test_numba_asked_for_and_missing_is_said(monkeypatch):
-    monkeypatch.setattr(dispatch, "_numba_is_installed", lambda: False)
+    monkeypatch.setattr(dispatch, "_numba_kernels", lambda: None)
     monkeypatch.setenv(dispatch.MATCHING, "1")
     with pytest.raises(ImportError, match=r"pip install \"mllm_crossget\[cpu\]\""):
         complete_graph_soft_matching(torch.randn(1, 20, 8), torch.rand(1, 20), 5)
