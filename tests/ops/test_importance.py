@@ -120,6 +120,26 @@ def test_no_tensor_holds_the_maps_of_all_heads(operation, batch, threads, monkey
     assert everything.numel == batch * heads * tokens * tokens
 
 
+@pytest.fixture
+def memory_full_of_nan():
+    """Deterministic torch fills new memory with NaN: what is read before it was written shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.mark.parametrize("tokens", [15, 16, 17, 33])
+def test_what_fills_a_map_up_is_seen_by_nobody(tokens, memory_full_of_nan):
+    assert torch.empty(3).isnan().all()
+    query, key, value, scaling, bias = make(2, 3, tokens, 8)
+    output, found = attend_with_importance(query, key, value, scaling, bias)
+    torch.testing.assert_close(found, oracle(query, key, scaling, bias, True), atol=2e-6, rtol=2e-6)
+    mask = bias[:, None, None]
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    torch.testing.assert_close(output, expected.transpose(1, 2))
+
+
 @pytest.mark.parametrize("heads", [1, 4, 9, 16])
 def test_the_number_of_threads_does_not_matter(heads, threads):
     query, key, value, scaling, bias = make(1, heads, 7, 4)
