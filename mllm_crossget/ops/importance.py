@@ -211,5 +211,5 @@ def _heads_of(values_BHTD: Tensor, first: int, images: int) -> Tensor:
 
 
 def _for_heads(values_BT: Tensor, heads: int) -> Tensor:
-    """(B·heads, T) the values of each image for some of its heads."""
-    return values_BT.expand(heads, -1) if values_BT.shape[0] == 1 else values_BT.repeat_interleave(heads, dim=0)
+    """(B·heads, T) the values of each image for some of its heads; of one image a view."""
+    return values_BT[:, None].expand(-1, heads, -1).flatten(0, 1)
