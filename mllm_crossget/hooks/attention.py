@@ -155,8 +155,9 @@ def reduced_attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if slot.record_keys:
         _record_keys(slot, query, key)
-    # The tower's own configuration: a later set_attn_implementation is honoured.
-    implementation = module.__dict__[_OWN_CONFIG]._attn_implementation
+    # The tower's own configuration: a later set_attn_implementation is honoured. Not by the property: a configuration
+    # translates names of attributes in Python, which takes as long as a small product.
+    implementation = vars(module.__dict__[_OWN_CONFIG])[_IMPLEMENTATION_FIELD]
     attended = slot.record_importance and slot.importance is None  # the importance comes from the attention map
     if attended and attention_mask is None and _one_softmax_is_best(implementation, query, dropout):
         output, slot.importance = attend_with_importance(query, key, value, scaling, slot.key_bias, slot.cross_token,

@@ -233,7 +233,7 @@ class CrossInPlace:
             return hidden
         if torch.is_grad_enabled() or not hidden.is_cpu or torch.compiler.is_compiling():
             return torch.cat([hidden[:, :-1], hidden[:, -1:].detach() + cross], dim=1)
-        self._last = hidden[:, -1]
+        self._last = hidden.select(1, -1)
         self._before = self._last.clone()
         self._last.add_(cross)
         return hidden

@@ -31,12 +31,12 @@ class Maps:
         self._bias: Tensor | None = None
 
     def set_bias(self, bias_GT: Tensor | None) -> None:
-        """Add this to the logits of each key from now on; of as many maps as a group has, or more."""
+        """Add this to the logits of each key from now on; of as many maps as a group has, or one row for all."""
         self._bias = bias_GT
 
     def softmax(self, query_GTD: Tensor, key_GTD: Tensor) -> Tensor:
         """(G, T, T), as ``softmax_map``; it lives until the next call."""
-        bias = None if self._bias is None else self._bias[: len(query_GTD), None]
+        bias = None if self._bias is None else self._bias[:, None]
         return softmax_map(query_GTD, key_GTD, self._scaling, bias)
 
 
@@ -44,9 +44,9 @@ class Workspace(Maps):
     """One memory for the float32 maps of all groups, on a CPU: a new map for every group costs as much as its softmax,
     which is written over its logits, so that a thread's cache can hold the map of one head.
 
-    The bias of the keys travels as one more channel, q·k + 1·bias: added to the product it would have to be written
-    over the whole map first. Keys nobody attends to fill the map's rows up to whole registers: products and softmax are
-    faster for it by more than the columns cost (measured: 3 to 8 % of an attention).
+    The bias of the keys travels as one more channel, scaling · (q·k + 1/scaling · bias): added to the product it would
+    have to be written over the whole map first. Keys nobody attends to fill the map's rows up to whole registers:
+    products and softmax are faster for it by more than the columns cost (measured: 3 to 8 % of an attention).
 
     Args:
         like: (B, H, T, D) queries.
@@ -62,10 +62,11 @@ class Workspace(Maps):
         self._logits = like.new_empty(maps, self._tokens, filled)
         self._query = like.new_empty(maps, self._tokens, width + 1)
         self._key = like.new_empty(maps, filled, width + 1)
-        self._query.select(-1, -1).fill_(1.0)
+        self._query.select(-1, -1).fill_(1.0 / scaling)
         if filled > self._tokens:
-            nobody = self._key[:, self._tokens :].zero_()
-            nobody.select(-1, -1).fill_(-torch.inf)
+            self._key.narrow(1, self._tokens, filled - self._tokens).zero_()
+        bias = self._key.select(-1, -1).fill_(-torch.inf)
+        self._bias_place = bias.narrow(1, 0, self._tokens)
         self._views = self._of_first(maps)  # made for every group they would cost time
 
     @staticmethod
@@ -75,11 +76,11 @@ class Workspace(Maps):
 
     def set_bias(self, bias_GT: Tensor | None) -> None:
         """See ``Maps``."""
-        channel = self._key[:, : self._tokens, -1]
+        place = self._bias_place
         if bias_GT is None:
-            channel.zero_()
+            place.zero_()
         else:
-            torch.div(bias_GT, self._scaling, out=channel[: len(bias_GT)])
+            (place[: len(bias_GT)] if 1 < len(bias_GT) < self._maps else place).copy_(bias_GT)
 
     def softmax(self, query_GTD: Tensor, key_GTD: Tensor) -> Tensor:
         """See ``Maps``."""
@@ -94,5 +95,7 @@ class Workspace(Maps):
 
     def _of_first(self, maps: int) -> tuple[Tensor, ...]:
         """Places of queries and keys, these with their bias, logits, and the part of them that is attention."""
-        query, key, logits = self._query[:maps], self._key[:maps], self._logits[:maps]
+        query, key, logits = self._query, self._key, self._logits
+        if maps < self._maps:
+            query, key, logits = query[:maps], key[:maps], logits[:maps]
         return query[..., :-1], key[:, : self._tokens, :-1], query, key.mT, logits, logits[..., : self._tokens]

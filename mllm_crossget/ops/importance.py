@@ -16,13 +16,14 @@ from mllm_crossget.ops.precision import without_autocast
 _GROUP_CPU, _GROUP_GPU = 2**21, 2**28  # bytes of the maps that are worked on together
 
 
-def query_weights(tokens: int, cross_token: bool, like: Tensor) -> Tensor:
+def query_weights(tokens: int, cross_token: bool, like: Tensor, share: float = 1.0) -> Tensor:
     """(T,) how much each query's attention counts: the mean over all queries, or - with a cross token in the last
-    place - the mean over the others plus the whole of the cross token's row (CrossGET's LLaVA code)."""
-    if not cross_token:
-        return torch.full((tokens,), 1.0 / tokens, dtype=torch.float32, device=like.device)
-    weights = torch.full((tokens,), 1.0 / (tokens - 1), dtype=torch.float32, device=like.device)
-    weights[-1] = 1.0
+    place - the mean over the others plus the whole of the cross token's row (CrossGET's LLaVA code). All times
+    ``share``."""
+    others = tokens - 1 if cross_token else tokens
+    weights = torch.full((tokens,), share / others, dtype=torch.float32, device=like.device)
+    if cross_token:
+        weights.select(0, -1).fill_(share)
     return weights
 
 
@@ -75,7 +76,6 @@ def attention_importance(
         return _attend(query_BHTD, key_BHTD, None, scaling, bias_BT, cross_token, weights_BT)[1]
 
 
-@torch.no_grad()
 def attend_with_importance(
     query_BHTD: Tensor,
     key_BHTD: Tensor,
@@ -90,6 +90,9 @@ def attend_with_importance(
     Arguments as ``attention_importance``. Returns (B, T, H, D) output, the layout transformers expects, and (B, T)
     float32 importance; no gradient.
     """
+    if torch.is_grad_enabled():  # a vision tower asks only without gradients, and entering this takes time
+        with torch.no_grad():
+            return attend_with_importance(query_BHTD, key_BHTD, value_BHTD, scaling, bias_BT, cross_token, weights_BT)
     # A compiler would make one map of all heads, or a loop that is slower than torch's own products.
     whole = torch.compiler.is_compiling() and query_BHTD.device.type == "cpu"
     attend = _attend_whole if whole else _attend
@@ -142,12 +145,13 @@ def _attend(
     images, own = _together(batch, heads, tokens, query_BHTD.device)
     together = images * own
     if weights_BT is None:
-        weights = query_weights(tokens, cross_token, query_BHTD).expand(together, 1, -1)
+        weights = query_weights(tokens, cross_token, query_BHTD, 1.0 / heads).expand(together, 1, -1)
     maps = Workspace(query_BHTD, together, scaling) if Workspace.serves(query_BHTD) else Maps(scaling)
     for first in range(0, batch, images):
         part = slice(first, first + images)
         if weights_BT is not None:
-            weights = _for_heads(weights_BT[part], own)[:, None]
+            rows = _for_heads(weights_BT[part] / heads, own)
+            weights = rows.expand(max(own, len(rows)), -1)[:, None]
         maps.set_bias(None if bias_BT is None else _for_heads(bias_BT[part], own))
         parts = (_heads_of(values, first, images).split(together)
                  for values in (query_BHTD, key_BHTD, value_BHTD, output, columns))  # fmt: skip
@@ -155,7 +159,7 @@ def _attend(
             attention = maps.softmax(query, key)
             torch.bmm(weights if query.shape[0] == together else weights[: query.shape[0]], attention, out=column)
             torch.bmm(attention.to(value.dtype), value, out=out)
-    return output, columns.mean(dim=1)[:, 0]
+    return output, columns.sum(dim=(1, 2))
 
 
 @torch.library.custom_op(
@@ -211,5 +215,5 @@ def _heads_of(values_BHTD: Tensor, first: int, images: int) -> Tensor:
 
 
 def _for_heads(values_BT: Tensor, heads: int) -> Tensor:
-    """(B·heads, T) the values of each image for some of its heads; of one image a view."""
-    return values_BT[:, None].expand(-1, heads, -1).flatten(0, 1)
+    """(B·heads, T) the values of each image for some of its heads; of one image (1, T), for all of them."""
+    return values_BT if len(values_BT) == 1 else values_BT[:, None].expand(-1, heads, -1).flatten(0, 1)

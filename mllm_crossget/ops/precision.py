@@ -7,9 +7,12 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+_NOTHING = nullcontext()  # may be entered any number of times
+
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """A ``with`` block in which autocast is off on a device."""
-    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)
+    kind = device.type
+    if (kind != "cpu" and not torch.amp.is_autocast_available(kind)) or not torch.is_autocast_enabled(kind):
+        return _NOTHING
+    return torch.autocast(kind, enabled=False)

@@ -168,19 +168,22 @@ def test_groups_of_any_size_say_the_same(batch, maps, with_bias, threads, monkey
     torch.testing.assert_close(output, plain.transpose(1, 2))
 
 
-@pytest.mark.parametrize("maps", [1, 100])
+@pytest.mark.parametrize("maps", [1, 8, 100])
 def test_dead_rows_receive_nothing_and_change_nothing(maps, monkeypatch):
-    """Their bias is -inf; an image beside a longer one says what it says alone."""
+    """Their bias is -inf; an image beside a longer one says what it says alone. 8 maps: two images, then the third."""
     monkeypatch.setattr(module, "_GROUP_CPU", 4 * 9 * 9 * maps)
-    query, key, value, scaling, bias = make(2, 4, 9, 4)
-    alive = torch.arange(9) < torch.tensor([[9], [6]])
+    query, key, value, scaling, bias = make(3, 4, 9, 4)
+    lengths = [9, 6, 7]
+    alive = torch.arange(9) < torch.tensor(lengths)[:, None]
     bias = bias.masked_fill(~alive, -torch.inf)
     weights = ragged_query_weights(alive, True)
     output, found = attend_with_importance(query, key, value, scaling, bias, True, weights)
-    assert torch.equal(found[1, 6:], torch.zeros(3))
-    alone = attend_with_importance(query[1:, :, :6], key[1:, :, :6], value[1:, :, :6], scaling, bias[1:, :6], True)
-    torch.testing.assert_close(output[1:, :6], alone[0])
-    torch.testing.assert_close(found[1:, :6], alone[1])
+    for image, count in enumerate(lengths):
+        assert torch.equal(found[image, count:], torch.zeros(9 - count))
+        of_image = [x[image : image + 1, :, :count] for x in (query, key, value)]
+        alone = attend_with_importance(*of_image, scaling, bias[image : image + 1, :count], True)
+        torch.testing.assert_close(output[image : image + 1, :count], alone[0])
+        torch.testing.assert_close(found[image : image + 1, :count], alone[1])
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
