@@ -20,6 +20,7 @@ _ZERO, _ONE, _TWO, _INFINITE = np.float32(0), np.float32(1), np.float32(2), np.f
 _MOST = np.finfo(np.float32).max
 _SIGN, _MAGNITUDE = np.int32(31), np.int32(2**31 - 1)
 _NOBODY = np.zeros((1, 1), np.bool_)  # is shielded, in any image
+_PER_REMOVAL = 3  # tokens that are scored first; two to three are needed, as half of the nearest pairs stay
 _SHORTEST = np.float32(1e-12)  # length of a key; keeps one of zeros from becoming NaN, as in ops.graph
 
 
@@ -113,20 +114,22 @@ def _score(similarity, importance, best, i, row, bits):
 def _sources(similarity, best, importance, r, row, bits):
     """(R,) the tokens with the smallest scores, ascending.
 
-    No score is below importance minus best similarity, its floor. The r tokens with the smallest floors give a score
-    that the r smallest are not above; only tokens whose floor is not above it either can be among them.
+    No score is below importance minus best similarity, its floor. Tokens with small floors are scored first; the r-th
+    smallest of these scores is a limit, and only tokens whose floor is not above it can be among the r that leave.
     """
     floor = importance - best
-    reach = np.partition(floor, r - 1)[r - 1]
-    limit = _NOTHING
-    for i in range(len(floor)):
-        if floor[i] <= reach:
-            limit = max(limit, _score(similarity, importance, best, i, row, bits))
-    candidates = np.flatnonzero(floor <= limit)
-    scores = np.empty(len(candidates), np.float32)
-    for place, i in enumerate(candidates):
-        scores[place] = _score(similarity, importance, best, i, row, bits)
-    return np.sort(candidates[np.argsort(scores, kind="mergesort")[:r]])
+    count = min(_PER_REMOVAL * r, len(floor))
+    reach = np.partition(floor, count - 1)[count - 1]
+    score = np.empty(len(floor), np.float32)
+    first = np.flatnonzero(floor <= reach)
+    for i in first:
+        score[i] = _score(similarity, importance, best, i, row, bits)
+    limit = np.partition(score[first], r - 1)[r - 1]
+    candidates = np.flatnonzero(floor <= max(reach, limit))
+    for i in candidates:
+        if floor[i] > reach:
+            score[i] = _score(similarity, importance, best, i, row, bits)
+    return np.sort(candidates[np.argsort(score[candidates], kind="mergesort")[:r]])
 
 
 @_compiled
