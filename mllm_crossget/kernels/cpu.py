@@ -78,18 +78,17 @@ def _lengths(products, shielded):
 
 
 @_compiled
-def _best(products, shielded, bits):
-    """(T,) the largest cosine of every token, along rows and along columns as ``ops.graph.best_of_map``. The products
-    become cosines, -inf on the diagonal."""
+def _best(products, factor, row, bits):
+    """(T,) the largest cosine of every token, along rows and along columns as ``ops.graph.best_of_map``. The map stays
+    as it is but for -inf on its diagonal: to write the cosines into it would take as long as to find them."""
     tokens = len(products)
-    factor = _lengths(products, shielded)
     best = np.full(tokens, _NOTHING)
     along_rows = np.empty(tokens, np.float32)
     for i in range(tokens):
-        row, own = products[i], factor[i]
-        row[i] = _NOTHING
+        products[i, i] = _NOTHING
+        own, product = factor[i], products[i]
         for j in range(tokens):
-            value, most = row[j] * (own * factor[j]), best[j]
+            value, most = product[j] * (own * factor[j]), best[j]
             row[j] = value
             best[j] = value if value > most else most
         along_rows[i] = _largest(row, bits)
@@ -99,19 +98,19 @@ def _best(products, shielded, bits):
 
 
 @_compiled
-def _score(similarity, importance, best, i, row, bits):
+def _score(products, factor, importance, best, i, row, bits):
     """Importance of a token minus its similarity to the best token that ranks below it."""
-    own = best[i]
+    own, length, product = best[i], factor[i], products[i]
     for j in range(i):
-        row[j] = similarity[i, j] if best[j] < own else _NOTHING
+        row[j] = product[j] * (length * factor[j]) if best[j] < own else _NOTHING
     row[i] = _NOTHING
     for j in range(i + 1, len(row)):  # equal ones: the lower index ranks first
-        row[j] = similarity[i, j] if best[j] <= own else _NOTHING
+        row[j] = product[j] * (length * factor[j]) if best[j] <= own else _NOTHING
     return importance[i] - _largest(row, bits)
 
 
 @_compiled
-def _sources(similarity, best, importance, r, row, bits):
+def _sources(products, factor, best, importance, r, row, bits):
     """(R,) the tokens with the smallest scores, ascending.
 
     No score is below importance minus best similarity, its floor. Tokens with small floors are scored first; the r-th
@@ -123,20 +122,21 @@ def _sources(similarity, best, importance, r, row, bits):
     score = np.empty(len(floor), np.float32)
     first = np.flatnonzero(floor <= reach)
     for i in first:
-        score[i] = _score(similarity, importance, best, i, row, bits)
+        score[i] = _score(products, factor, importance, best, i, row, bits)
     limit = np.partition(score[first], r - 1)[r - 1]
     candidates = np.flatnonzero(floor <= max(reach, limit))
     for i in candidates:
         if floor[i] > reach:
-            score[i] = _score(similarity, importance, best, i, row, bits)
+            score[i] = _score(products, factor, importance, best, i, row, bits)
     return np.sort(candidates[np.argsort(score[candidates], kind="mergesort")[:r]])
 
 
 @_compiled
-def _nearest_survivor(similarity, i, leaving, row, bits):
+def _nearest_survivor(products, factor, i, leaving, row, bits):
     """The token most like a source that is no source itself; equal ones: lower index."""
+    length, product = factor[i], products[i]
     for j in range(len(row)):
-        row[j] = _NOTHING if leaving[j] else similarity[i, j]
+        row[j] = _NOTHING if leaving[j] else product[j] * (length * factor[j])
     largest = _largest(row, bits)
     for j in range(len(row)):
         if row[j] == largest:
@@ -159,22 +159,23 @@ def _layout(src, dst, leaving, kept, slot):
 
 @_compiled
 def _match(maps, start, importance, shielded, first, r, places, weight):
-    """The images from ``start`` on. ``maps``: products of the keys of the tokens from ``first`` on; overwritten.
+    """The images from ``start`` on. ``maps``: products of the keys of the tokens from ``first`` on; changed.
     ``places``: for sources, destinations, survivors and slots, one behind the other."""
     matched, tokens = maps.shape[1], importance.shape[1]
     row, bits = np.empty(matched, np.float32), np.empty(1, np.int32)
     for index in range(len(maps)):
         image = start + index
-        similarity, received, found, shares = maps[index], importance[image], places[image], weight[image]
+        products, received, found, shares = maps[index], importance[image], places[image], weight[image]
         apart = shielded[image % len(shielded)]
         src, dst, kept, slot = found[:r], found[r : 2 * r], found[2 * r : r + tokens], found[r + tokens :]
-        best = _best(similarity, apart, bits)
+        factor = _lengths(products, apart)
+        best = _best(products, factor, row, bits)
         usable = _usable(received[first : first + matched], apart)
-        sources = _sources(similarity, best, usable, r, row, bits)
+        sources = _sources(products, factor, best, usable, r, row, bits)
         leaving = np.zeros(tokens, np.bool_)
         leaving[first + sources] = True
         for place, i in enumerate(sources):
-            j = _nearest_survivor(similarity, i, leaving[first:], row, bits)
+            j = _nearest_survivor(products, factor, i, leaving[first:], row, bits)
             src[place], dst[place] = first + i, first + j
             shares[place, 0] = _ONE / (_ONE + np.exp(received[first + j] - received[first + i]))
             shares[place, 1] = _ONE / (_ONE + np.exp(received[first + i] - received[first + j]))

@@ -115,6 +115,23 @@ def test_many_equal_tokens():
             assert_decision(bipartite_soft_matching(keys, 20, class_token), row, expected)
 
 
+def test_tokens_that_look_good_at_first_and_are_not():
+    """Sixty tokens are most like a hub, which ranks above them, and less like each other than the tokens of four pairs
+    are: beside the hub and the token most like it, the pairs leave, whose scores nothing promised to be that small."""
+    keys, importance = torch.zeros(1, 420, 128), 1e-4 * torch.rand(1, 420)
+    likeness = torch.linspace(0.9, 0.88, 60)
+    keys[0, :60, 0], keys[0, torch.arange(60), torch.arange(1, 61)] = likeness, (1 - likeness**2).sqrt()
+    hub, pairs = 60, range(61, 69, 2)
+    keys[0, hub, 0] = 1.0
+    for first in pairs:
+        keys[0, first, first] = 1.0
+        keys[0, first + 1, first : first + 2] = torch.tensor([0.87, (1 - 0.87**2) ** 0.5])
+    keys[0, 69:, 80:] = torch.randn(351, 48)
+    match = complete_graph_soft_matching(keys, importance, 6)
+    assert match.src[0].tolist() == [0, hub, *pairs]
+    assert_decision(match, 0, reference.complete_graph_matching(keys[0], importance[0], 6, set()))
+
+
 def test_a_zero_key_is_like_nothing():
     keys, importance = torch.randn(2, 16, 4), torch.rand(2, 16)
     keys[0, 4], keys[1, 2], keys[1, 9] = 0.0, 0.0, 0.0
