@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor, nn
+from torch._inductor import config as compiler
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText
 
@@ -176,8 +177,15 @@ def compile_parts(model: Any, family: Family, device: torch.device, frozen: bool
 
 def _compiled(work: Callable[..., Any], frozen: bool, fullgraph: bool = False) -> Callable[..., Any]:
     """For one shape at a time."""
-    options: Any = {"freezing": True} if frozen else None
-    return torch.compile(work, fullgraph=fullgraph, dynamic=False, options=options)
+    compiled: Callable[..., Any] = torch.compile(work, fullgraph=fullgraph, dynamic=False)
+    if not frozen:
+        return compiled
+
+    def constant(*args: Any, **kwargs: Any) -> Any:
+        with compiler.patch(freezing=True):  # as an option of ``torch.compile`` it comes too late: after the tracing
+            return compiled(*args, **kwargs)
+
+    return constant
 
 
 def with_shared_weights(model: nn.Module) -> Any:
