@@ -30,7 +30,7 @@ from transformers import HfArgumentParser
 from mllm_crossget import CrossGetConfig, MadtpConfig, accelerate_mllm, calibrate
 from mllm_crossget.embedded import Question, answer, held_out_questions, load_embedded, score
 from mllm_crossget.embedded.scenes import Layout, render, sample_layouts, to_image
-from mllm_crossget.hooks.handle import handle_of, live_cross_tokens
+from mllm_crossget.hooks.ground.state import handle_of, live_cross_tokens
 from mllm_crossget.methods import Method
 from mllm_crossget.methods.dynamic import NOTHING
 from mllm_crossget.training import BudgetCallback

@@ -18,7 +18,7 @@ from mllm_crossget.embedded.architecture import VISUAL_TOKENS, VOCABULARY
 from mllm_crossget.embedded.pretraining import GRID
 from mllm_crossget.embedded.questions import ask_of_pairs
 from mllm_crossget.embedded.scenes import PATCH, Layout, render, sample_layouts
-from mllm_crossget.hooks.handle import handle_of
+from mllm_crossget.hooks.ground.state import handle_of
 from mllm_crossget.training import Collator, CrossGetTrainer
 
 BATCH_OF_PAIRS = 16

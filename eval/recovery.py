@@ -34,7 +34,7 @@ from mllm_crossget import CrossGetConfig, accelerate_mllm
 from mllm_crossget.embedded import KINDS, WEIGHTS_FOLDER, Question, answer, held_out_questions, prompt, score
 from mllm_crossget.embedded.questions import ask
 from mllm_crossget.embedded.scenes import render, sample_layouts, to_image
-from mllm_crossget.hooks.handle import live_cross_tokens
+from mllm_crossget.hooks.ground.state import live_cross_tokens
 from mllm_crossget.training import Collator, CrossGetTrainer, lora_config
 from mllm_crossget.training.options import TrainerSettings
 

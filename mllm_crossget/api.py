@@ -13,10 +13,9 @@ from mllm_crossget import families as _registered_families  # noqa: F401 - regis
 from mllm_crossget import methods as _registered_methods  # noqa: F401 - registers them
 from mllm_crossget.config import ReductionConfig, method_class
 from mllm_crossget.hooks.apply import apply_method
-from mllm_crossget.hooks.handle import HANDLE, Handle, base_model, handle_of, live_cross_tokens
-from mllm_crossget.hooks.reuse import check_reuse, use_cache
-from mllm_crossget.hooks.tower import LayerTrace
-from mllm_crossget.hooks.vision_cache import VisionCache
+from mllm_crossget.hooks.ground.state import HANDLE, Handle, LayerTrace, base_model, handle_of, live_cross_tokens
+from mllm_crossget.hooks.ground.vision_cache import VisionCache
+from mllm_crossget.hooks.reuse.feature_reuse import check_reuse, use_cache
 from mllm_crossget.methods.base import Method
 from mllm_crossget.support import check_dials, supported_family
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 
-from mllm_crossget.hooks.counts import expected_counts, image_counts, present, token_of
-from mllm_crossget.hooks.handle import base_model, handle_of
-from mllm_crossget.hooks.prompt import plan_compaction
+from mllm_crossget.hooks.ground.state import base_model, handle_of
+from mllm_crossget.hooks.request.compaction import plan_compaction
+from mllm_crossget.hooks.request.placeholders import expected_counts, image_counts, present, token_of
 
 Answer = TypeVar("Answer")
 Request = Mapping[str, Any]

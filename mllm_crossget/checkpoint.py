@@ -20,8 +20,8 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from mllm_crossget.api import accelerate_mllm, restore_mllm
 from mllm_crossget.config import ReductionConfig, find_file
-from mllm_crossget.hooks.handle import Handle, base_model, handle_of, live_cross_tokens
-from mllm_crossget.hooks.persistence import WEIGHTS_NAME, learned_tensors, write_files
+from mllm_crossget.hooks.ground.state import Handle, base_model, handle_of, live_cross_tokens
+from mllm_crossget.hooks.model.cross_files import WEIGHTS_NAME, learned_tensors, write_files
 
 OFFICIAL_WEIGHTS_NAME = "cross_tokens.bin"
 _OFFICIAL_CROSS = {

@@ -63,8 +63,8 @@ COMMANDS: dict[str, Command] = {
         "time matching, importance and merging alone, against the number of tokens",
     ),
     "bench-reuse": Command(
-        "mllm_crossget.benchmark.reuse:ReuseOptions",
-        "mllm_crossget.benchmark.reuse:run",
+        "mllm_crossget.benchmark.reuse_timing:ReuseOptions",
+        "mllm_crossget.benchmark.reuse_timing:run",
         "time the second question about an image whose features were kept",
         takes_method=True,
     ),
@@ -82,13 +82,13 @@ COMMANDS: dict[str, Command] = {
         takes_file=True,
     ),
     "families": Command(
-        "mllm_crossget.benchmark.family_table:FamiliesOptions",
-        "mllm_crossget.benchmark.family_table:list_families",
+        "mllm_crossget.costs.family_table:FamiliesOptions",
+        "mllm_crossget.costs.family_table:list_families",
         "list the supported model families, and those that are refused and why",
     ),
     "inspect": Command(
-        "mllm_crossget.benchmark.inspect_model:InspectOptions",
-        "mllm_crossget.benchmark.inspect_model:inspect_model",
+        "mllm_crossget.costs.inspect_model:InspectOptions",
+        "mllm_crossget.costs.inspect_model:inspect_model",
         "tokens and FLOPs of a model before and after, without its weights",
         takes_method=True,
     ),

@@ -20,8 +20,8 @@ from mllm_crossget.families.base import (
     text_side_of,
     tower_kind,
 )
-from mllm_crossget.hooks.attention import attention_problem
-from mllm_crossget.hooks.handle import base_model
+from mllm_crossget.hooks.ground.state import base_model
+from mllm_crossget.hooks.tower.attention import attention_problem
 from mllm_crossget.methods.base import Method
 from mllm_crossget.methods.madtp import MadtpConfig
 from mllm_crossget.schedule import MergeGeometry, TowerGeometry, make_schedule, make_text_schedule

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from mllm_crossget.api import trace_merges
 from mllm_crossget.families.base import module_at
-from mllm_crossget.hooks.handle import base_model, handle_of
-from mllm_crossget.hooks.tower import LayerTrace
+from mllm_crossget.hooks.ground.state import LayerTrace, base_model, handle_of
 
 _BORDER = (255, 255, 255)
 _CAPTION_HEIGHT = 18

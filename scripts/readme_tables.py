@@ -17,7 +17,7 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
-from mllm_crossget.benchmark.family_table import markdown_tables
+from mllm_crossget.costs.family_table import markdown_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "eval" / "results"

@@ -55,6 +55,7 @@ class Options:
     crowd_until: int = field(default=3200, metadata={"help": "step from which they are not any more"})
     seed: int = field(default=1, metadata={"help": "seed of weights and data"})
     threads: int = field(default=1, metadata={"help": "CPU threads"})
+    bfloat16: bool = field(default=False, metadata={"help": "products in bfloat16; only fast on a CPU that has it"})
     resume: bool = field(default=True, metadata={"help": "go on from the run folder's checkpoint if there is one"})
     run_folder: str = field(default="runs/embedded", metadata={"help": "checkpoints and log"})
     weights_folder: str = field(default=str(WEIGHTS_FOLDER), metadata={"help": "where the result goes"})
@@ -139,7 +140,7 @@ def step_loss(run: Run) -> tuple[Tensor, dict[str, float]]:
         more, report, _ = dense_step(run, crowd, generator)
         dense = dense + more
     pack = pack_questions(layout.scenes(), run.processor.tokenizer, random.Random(seed))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=options.bfloat16):
         answers, right = answer_loss(run.model, visual, pack)
     return answers + options.dense * dense, report | {"answer": answers.item(), "right": right}
 
@@ -149,7 +150,7 @@ def dense_step(
 ) -> tuple[Tensor, dict[str, float], Tensor]:
     """Loss of the dense labels on bent drawings of a layout, its parts, and the visual tokens."""
     pixels, ink = render(layout, jitter=generator)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=run.options.bfloat16):
         hidden, visual = see(run.model, pixels, mask)
         loss, report = dense_loss(run.model, run.heads, hidden, visual, label_patches(layout, ink))
     return loss, report, visual

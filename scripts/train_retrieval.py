@@ -5,7 +5,7 @@
 
 First the vision tower learns from dense labels of every patch, then both towers from captions by the contrastive loss.
 A step's data comes from (seed, step) alone, so a resumed run sees what an uninterrupted one would have seen. The
-weights are written into the run folder and not shipped; ``eval/retrieval.py`` measures them.
+weights are written into the run folder and not shipped; ``eval/retrieval_miniature.py`` measures them.
 """
 
 import json
@@ -22,8 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import CLIPModel, HfArgumentParser
 
-from mllm_crossget.embedded.pretraining import cell_mask, label_patches
-from mllm_crossget.embedded.retrieval import (
+from mllm_crossget.embedded.dual_encoder import (
     RetrievalSet,
     SceneHeads,
     build_model,
@@ -32,6 +31,7 @@ from mllm_crossget.embedded.retrieval import (
     held_out_set,
     tokenize,
 )
+from mllm_crossget.embedded.pretraining import cell_mask, label_patches
 from mllm_crossget.embedded.scenes import Layout, render, sample_layouts
 from mllm_crossget.ops.contrastive import contrastive_loss
 from mllm_crossget.retrieval import retrieval_recall

@@ -8,7 +8,7 @@ from torch import nn
 
 from mllm_crossget import ReductionConfig, accelerate_mllm, calibrate, method_names
 from mllm_crossget.config import method_class
-from mllm_crossget.hooks.handle import handle_of
+from mllm_crossget.hooks.ground.state import handle_of
 from tests.tiny import pixels, text_batch
 
 METHODS: dict[str, dict[str, Any]] = {name: {"method": name} for name in method_names()}

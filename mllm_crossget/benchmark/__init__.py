@@ -1,6 +1,5 @@
-"""What a model costs with fewer visual tokens: FLOPs by formula, for published geometries and any configuration."""
+"""Timing only: speed, memory, parts of the reducer. What a model costs by formula is in ``costs``."""
 
-from mllm_crossget.benchmark.flops import Flops, model_flops
-from mllm_crossget.benchmark.geometries import geometry_names, resolve
+from mllm_crossget.moved import moved_names
 
-__all__ = ["Flops", "geometry_names", "model_flops", "resolve"]
+__getattr__ = moved_names(__name__, "costs")

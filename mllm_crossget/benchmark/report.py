@@ -11,10 +11,10 @@ from typing import Any
 from rich.table import Table
 from torch import nn
 
-from mllm_crossget.benchmark.flops import Flops, model_flops, visual_tokens
 from mllm_crossget.benchmark.parts import PartClock
 from mllm_crossget.benchmark.roofline import Device, Sizes, least_seconds
 from mllm_crossget.benchmark.timing import spread
+from mllm_crossget.costs.flops import Flops, model_flops, visual_tokens
 from mllm_crossget.families.base import Family
 from mllm_crossget.methods.base import Method
 from mllm_crossget.schedule import Schedule

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from mllm_crossget.benchmark.flops import Flops
 from mllm_crossget.benchmark.timing import seconds_of
+from mllm_crossget.costs.flops import Flops
 
 
 @dataclass(frozen=True)

@@ -20,15 +20,15 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText
 
 from mllm_crossget.api import accelerate_mllm
-from mllm_crossget.benchmark.geometries import GEOMETRIES, resolve
 from mllm_crossget.benchmark.ideal import has_ideal, ideal_tower
-from mllm_crossget.benchmark.inputs import prompt_inputs
 from mllm_crossget.benchmark.memory import peak_bytes
 from mllm_crossget.benchmark.parts import PartClock, parts_of
 from mllm_crossget.benchmark.report import Case, Setting, append, check_writable, draw, read, report, speed_table
 from mllm_crossget.benchmark.roofline import Device, Sizes, probe, sizes_of
+from mllm_crossget.benchmark.sample_inputs import prompt_inputs
 from mllm_crossget.benchmark.timing import environment, seconds_of
 from mllm_crossget.config import method_class
+from mllm_crossget.costs.geometries.llava import GEOMETRIES, resolve
 from mllm_crossget.families.base import Family, config_at, family_of, module_at
 from mllm_crossget.schedule import make_schedule
 

@@ -13,9 +13,9 @@ from rich.table import Table
 from tqdm import tqdm
 
 from mllm_crossget.api import accelerated
-from mllm_crossget.benchmark.flops import model_flops
 from mllm_crossget.benchmark.timing import alternate, environment, ratio
 from mllm_crossget.config import method_class
+from mllm_crossget.costs.flops import model_flops
 from mllm_crossget.embedded import Question, answer, batch_inputs, held_out_questions, load_embedded, score
 from mllm_crossget.families.base import families
 from mllm_crossget.methods.base import Method

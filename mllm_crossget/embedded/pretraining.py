@@ -194,14 +194,13 @@ def pack_questions(scenes: list[Scene], tokenizer: PreTrainedTokenizerFast, chan
     ids, segment = torch.zeros(shape, dtype=torch.long), torch.full(shape, -1)
     positions, labels, weights = torch.zeros_like(ids), torch.full(shape, IGNORE), torch.zeros(shape)
     for index, branches in enumerate(rows):
-        squeezed = _squeeze(chance)
         ids[index, : len(head)], segment[index, : len(head)] = torch.tensor(head), 0
-        positions[index, : len(head)] = squeezed
+        positions[index, : len(head)] = torch.arange(len(head))
         start = len(head)
         for number, (tokens, answer, weight) in enumerate(branches, 1):
             stop = start + len(tokens)
             ids[index, start:stop], segment[index, start:stop] = torch.tensor(tokens), number
-            positions[index, start:stop] = squeezed[-1] + 1 + torch.arange(len(tokens))
+            positions[index, start:stop] = len(head) + torch.arange(len(tokens))
             labels[index, stop - answer - 1 : stop - 1] = ids[index, stop - answer : stop]
             weights[index, stop - answer - 1 : stop - 1] = weight
             start = stop
@@ -223,12 +222,6 @@ def _branches(
         (question + answer, len(answer), weight)
         for question, answer, (_, _, weight) in zip(questions, answers, pairs, strict=True)
     ]
-
-
-def _squeeze(chance: random.Random) -> Tensor:
-    """Position ids of the prefix; in half of the rows the image takes fewer positions, as it will after reduction."""
-    share = chance.uniform(0.05, 1) if chance.random() < 0.5 else 1.0
-    return torch.cat([torch.arange(3), 3 + (torch.arange(VISUAL_TOKENS) * share).long()])
 
 
 def answer_loss(model: LlavaForConditionalGeneration, visual: Tensor, pack: Pack) -> tuple[Tensor, float]:

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from mllm_crossget.api import accelerate_mllm
 from mllm_crossget.embedded import load_embedded
 from mllm_crossget.embedded.scenes import render, sample_layouts, to_image
-from mllm_crossget.hooks.calibration import calibrate
+from mllm_crossget.hooks.model.thresholds import calibrate
 from mllm_crossget.methods.base import Method
 from mllm_crossget.methods.dynamic import DynamicMethod
 from mllm_crossget.visualize import contact_sheet, draw_counts, draw_groups, merged_groups, tokens_per_layer

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from mllm_crossget.costs import attention_flops, linear_flops
 from mllm_crossget.families.base import (
     Family,
     patches_per_image,
@@ -17,6 +16,7 @@ from mllm_crossget.families.base import (
     tower_kind,
 )
 from mllm_crossget.families.idefics3 import IDEFICS3_TOWER
+from mllm_crossget.flop_formulas import attention_flops, linear_flops
 from mllm_crossget.schedule import TowerGeometry
 
 _TOWERS = (IDEFICS3_TOWER.model_type,)

@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
-from mllm_crossget.costs import linear_flops
 from mllm_crossget.families.base import SIGLIP_TOWER, Family, patches_per_image, register_family, tower_kind
 from mllm_crossget.families.gemma3 import siglip_flops
 from mllm_crossget.families.llava import layer_that_is_read
 from mllm_crossget.families.modality import Modality
+from mllm_crossget.flop_formulas import linear_flops
 from mllm_crossget.schedule import TowerGeometry
 
 _TOWERS = (SIGLIP_TOWER.model_type,)

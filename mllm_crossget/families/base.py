@@ -201,7 +201,7 @@ class Family:
         images_per_row: (configuration, keyword arguments of the call) -> (B,) images in every row of the text; None:
             the same number for every row. Only asked where ``modalities`` is empty.
         features_owner: path to the module whose ``get_image_features`` the top model calls, or None.
-        features: how features reach the prompt, a name known to ``hooks.features``.
+        features: how features reach the prompt, a name known to ``hooks.projector.features``.
         dynamic: whether every image may keep its own number of tokens (methods that choose per image).
         readers: paths of the models that cross-attend to the tower's tokens, behind its ``post_layernorm``, and heed
             ``encoder_attention_mask``.
@@ -210,7 +210,7 @@ class Family:
         modalities: visual inputs with placeholders in the prompt; empty where the language side gets as many tokens as
             without reduction, or has no prompt.
         positions: "contiguous", or "grid": image tokens have positions in time, height and width, and those that stay
-            keep their own (``hooks.positions``).
+            keep their own (``hooks.request.rope_positions``).
         first_position: of a prompt's first token, where the model's forward is given no positions.
         tiles: configuration -> how often the tower runs for a typical image, for costs without an image; None: once.
         llm_tokens: (configuration, tower features) -> visual tokens that the language model gets; None: all features.

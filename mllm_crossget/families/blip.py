@@ -4,7 +4,8 @@ Tokens merge inside the ViT; every cross-attention reads what is left, class tok
 tokens live in the text model that reads the image first: the decoder for captioning, the encoder for question
 answering and retrieval, both in the first token of every row.
 
-Text encoders are reduced with ``text_r`` or ``text_keep_ratio`` (``hooks.text_encoder``); the caption's decoder is not.
+Text encoders are reduced with ``text_r`` or ``text_keep_ratio`` (``hooks.text.bert_text``); the caption's decoder is
+not.
 
 BLIP computes its vision attention itself, with the whole map; the merged one does the same.
 """
@@ -17,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mllm_crossget.costs import attention_flops, linear_flops
 from mllm_crossget.families.base import BertNames, Family, TextSide, TextTower, register_family
 from mllm_crossget.families.blip2 import self_attention_block_flops, vision_type, vit_geometry
+from mllm_crossget.flop_formulas import attention_flops, linear_flops
 
 _POST_NORM = "vision_model.post_layernorm"
 

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mllm_crossget.costs import linear_flops
 from mllm_crossget.families.base import (
     CLIP_TOWER,
     Family,
@@ -23,6 +22,7 @@ from mllm_crossget.families.base import (
     patches_per_image,
     register_family,
 )
+from mllm_crossget.flop_formulas import linear_flops
 from mllm_crossget.schedule import TowerGeometry
 
 _LEGACY_END = 2  # transformers' first CLIP configurations name a wrong end mark; the largest id is meant

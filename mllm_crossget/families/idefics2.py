@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from mllm_crossget.costs import attention_flops, linear_flops
 from mllm_crossget.families.base import (
     Family,
     TowerKind,
@@ -18,6 +17,7 @@ from mllm_crossget.families.base import (
     register_tower,
     tower_kind,
 )
+from mllm_crossget.flop_formulas import attention_flops, linear_flops
 from mllm_crossget.schedule import TowerGeometry
 
 IDEFICS2_TOWER = register_tower(TowerKind("idefics2_vision", prefix=0))

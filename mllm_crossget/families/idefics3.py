@@ -13,7 +13,6 @@ from typing import Any
 
 from torch import Tensor
 
-from mllm_crossget.costs import linear_flops, vit_flops
 from mllm_crossget.families.base import (
     Family,
     TowerKind,
@@ -23,6 +22,7 @@ from mllm_crossget.families.base import (
     tower_kind,
 )
 from mllm_crossget.families.modality import Modality
+from mllm_crossget.flop_formulas import linear_flops, vit_flops
 from mllm_crossget.schedule import TowerGeometry
 
 IDEFICS3_TOWER = register_tower(TowerKind("idefics3_vision", prefix=0))

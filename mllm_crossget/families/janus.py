@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from mllm_crossget.costs import linear_flops
 from mllm_crossget.families.base import (
     Family,
     TowerKind,
@@ -18,6 +17,7 @@ from mllm_crossget.families.base import (
     tower_kind,
 )
 from mllm_crossget.families.modality import Modality
+from mllm_crossget.flop_formulas import linear_flops
 from mllm_crossget.schedule import TowerGeometry
 
 JANUS_TOWER = register_tower(TowerKind("janus_vision_model", prefix=0))

@@ -17,9 +17,9 @@ from typing import Any
 from torch import Tensor
 
 from mllm_crossget.families.base import Family, register_family
-from mllm_crossget.families.grid import layouts, tile_counts
 from mllm_crossget.families.llava import TOWERS, geometry, two_layer_projector_flops
 from mllm_crossget.families.modality import Modality, Tiles
+from mllm_crossget.families.tile_packing import layouts, tile_counts
 from mllm_crossget.schedule import TowerGeometry
 
 EXACT = "order, unpadding and newlines are the stock packing's; every patch that is not padding is in exactly one token"

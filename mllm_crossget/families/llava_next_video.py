@@ -1,7 +1,7 @@
 """LLaVA-NeXT-Video: images as in ``llava_next``, and videos.
 
 A frame is pooled on its grid of patches: every merged token is copied back to its patches in front of the pooling, and
-the cells behind it are merged again, to the share that the tower keeps (``hooks.pooled_grid``).
+the cells behind it are merged again, to the share that the tower keeps (``hooks.projector.pooled_tiles``).
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ several images (``batch_num_images``) has one tile and one newline for each.
 Of two inputs the stock model computes new vectors from the grid of patches: images of so many tiles that the grid is
 resized (``vision_aspect_ratio="anyres_max_9"`` with more than nine tiles), and videos, whose frames are pooled. There
 every token is copied back to its patches in front of that step, and the cells behind it are merged again, to the share
-that the tower keeps (``hooks.pooled_grid``). A resized grid keeps newlines as above, a video its one newline.
+that the tower keeps (``hooks.projector.pooled_tiles``). A resized grid keeps newlines as above, a video its one
+newline.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from collections.abc import Callable
 from typing import Any
 
 from mllm_crossget.families.base import Family, register_family
-from mllm_crossget.families.grid import layouts
 from mllm_crossget.families.llava import TOWERS, two_layer_projector_flops
 from mllm_crossget.families.llava_next import EXACT, grid_geometry, parts, require_sizes, square_tiles
 from mllm_crossget.families.modality import Modality, Tiles, all_of
+from mllm_crossget.families.tile_packing import layouts
 
 
 def counts(model: Any, kwargs: dict[str, Any]) -> list[int]:

@@ -3,17 +3,17 @@
 The tower packs all images, and its merger wants every 2 x 2 block, so both are left alone; tokens are merged behind the
 merger, each image and each frame (temporal patch) of a video by itself. Images have different numbers of tokens:
 ``keep_ratio`` is a share of each, ``visual_tokens`` a limit per image or frame that small ones stay below. Tokens that
-stay keep the positions of their own cells, text keeps those of the full prompt (``hooks.positions``). Qwen3-VL's
-deepstack features are merged along the same matches.
+stay keep the positions of their own cells, text keeps those of the full prompt (``hooks.request.rope_positions``).
+Qwen3-VL's deepstack features are merged along the same matches.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from mllm_crossget.costs import attention_flops, linear_flops
 from mllm_crossget.families.base import Family, register_family
 from mllm_crossget.families.modality import Modality
+from mllm_crossget.flop_formulas import attention_flops, linear_flops
 from mllm_crossget.schedule import MergeGeometry
 
 EXAMPLE_SIDE = 32

@@ -15,30 +15,31 @@ from mllm_crossget.families.base import (
     text_side_of,
     tower_kind,
 )
-from mllm_crossget.hooks import concatenated as _registers_concatenated_features  # noqa: F401
-from mllm_crossget.hooks import grid as _registers_grid_features  # noqa: F401
-from mllm_crossget.hooks import own_tower as _registers_own_towers  # noqa: F401
-from mllm_crossget.hooks import pooled_grid as _registers_pooled_grids  # noqa: F401
-from mllm_crossget.hooks import resampled as _registers_resampled_features  # noqa: F401
-from mllm_crossget.hooks import whole_grid as _registers_whole_grids  # noqa: F401
-from mllm_crossget.hooks.alignment_tokens import AlignmentTokens
-from mllm_crossget.hooks.cross_tokens import CrossTokens
-from mllm_crossget.hooks.dual import DualModel
-from mllm_crossget.hooks.features import FEATURES, CutFeatures
-from mllm_crossget.hooks.handle import HANDLE, Handle, OwnTower
-from mllm_crossget.hooks.journal import Journal
-from mllm_crossget.hooks.model import AlignedModel, ReducedModel
-from mllm_crossget.hooks.pooling import hook_pooling
-from mllm_crossget.hooks.post_merge import hook_merge
-from mllm_crossget.hooks.question import hook_question
-from mllm_crossget.hooks.ragged_features import RaggedTower, install_ragged_features
-from mllm_crossget.hooks.ragged_reader import RaggedCrossAttention, RaggedReader, hook_reader
-from mllm_crossget.hooks.ragged_text import RaggedTextEncoder, RaggedTextLayer
-from mllm_crossget.hooks.ragged_tower import RaggedEncoder, RaggedLayer
-from mllm_crossget.hooks.text import hook_text
-from mllm_crossget.hooks.text_encoder import hook_text_encoder
-from mllm_crossget.hooks.text_tower import hook_text_tower
-from mllm_crossget.hooks.tower import TowerState, hook_tower
+from mllm_crossget.hooks.ground.alignment_tokens import AlignmentTokens
+from mllm_crossget.hooks.ground.cross_tokens import CrossTokens
+from mllm_crossget.hooks.ground.journal import Journal
+from mllm_crossget.hooks.ground.state import HANDLE, Handle, OwnTower, TowerState
+from mllm_crossget.hooks.model.bare_tower import RaggedTower
+from mllm_crossget.hooks.model.dual_encoder import DualModel
+from mllm_crossget.hooks.model.placeholder_model import AlignedModel, ReducedModel
+from mllm_crossget.hooks.projector import multi_layer as _registers_concatenated_features  # noqa: F401
+from mllm_crossget.hooks.projector import pooled_tiles as _registers_pooled_grids  # noqa: F401
+from mllm_crossget.hooks.projector import resampler as _registers_resampled_features  # noqa: F401
+from mllm_crossget.hooks.projector import tiles as _registers_grid_features  # noqa: F401
+from mllm_crossget.hooks.projector import video_tower as _registers_own_towers  # noqa: F401
+from mllm_crossget.hooks.projector import whole_grid as _registers_whole_grids  # noqa: F401
+from mllm_crossget.hooks.projector.features import FEATURES, CutFeatures
+from mllm_crossget.hooks.projector.post_merge import hook_merge
+from mllm_crossget.hooks.projector.ragged_features import install_ragged_features
+from mllm_crossget.hooks.projector.readers import RaggedCrossAttention, RaggedReader, hook_reader
+from mllm_crossget.hooks.text.answer_decoder import hook_question
+from mllm_crossget.hooks.text.bert_text import hook_text_encoder
+from mllm_crossget.hooks.text.clip_text import hook_text_tower
+from mllm_crossget.hooks.text.counts_per_text import RaggedTextEncoder, RaggedTextLayer
+from mllm_crossget.hooks.text.first_token import hook_text
+from mllm_crossget.hooks.tower.counts_per_image import RaggedEncoder, RaggedLayer
+from mllm_crossget.hooks.tower.fixed_counts import hook_tower
+from mllm_crossget.hooks.tower.pooling_head import hook_pooling
 from mllm_crossget.methods.base import Method
 from mllm_crossget.methods.madtp import MadtpConfig
 from mllm_crossget.schedule import Geometry, MergeGeometry, TowerGeometry, make_schedule

@@ -56,7 +56,7 @@ def similarity_graph(keys_BTD: Tensor, shielded_BT: Tensor | None, workspace: Te
         ImportError: the kernels are asked for and Triton is missing.
     """
     if triton_runs(MATCHING, keys_BTD):
-        from mllm_crossget.kernels.graph import FusedSimilarity
+        from mllm_crossget.kernels.triton_graph import FusedSimilarity
 
         return FusedSimilarity(_finite_keys(keys_BTD), shielded_BT)
     if not map_fits(keys_BTD.shape[1]):

@@ -67,7 +67,7 @@ def attention_importance(
         ImportError: the kernels are asked for and Triton is missing.
     """
     if triton_runs(IMPORTANCE, query_BHTD):
-        from mllm_crossget.kernels.importance import received_attention
+        from mllm_crossget.kernels.triton_importance import received_attention
 
         if weights_BT is None:
             weights_BT = query_weights(query_BHTD.shape[2], cross_token, query_BHTD).expand(len(query_BHTD), -1)

@@ -21,8 +21,8 @@ from mllm_crossget.training.adapters import (
     prepare_quantized,
     quantization_config,
 )
-from mllm_crossget.training.budget import PUBLISHED_BUDGETS, Budget, BudgetCallback, budget_of, method_for
 from mllm_crossget.training.checkpoints import checkpoint_problem, last_complete_checkpoint
+from mllm_crossget.training.compute_budget import PUBLISHED_BUDGETS, Budget, BudgetCallback, budget_of, method_for
 from mllm_crossget.training.data import BadSampleError, Collator, TrainingData, load_records
 from mllm_crossget.training.finetune import run
 from mllm_crossget.training.losses import contrastive_loss, distillation_loss, teacher_logits

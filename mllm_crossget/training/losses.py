@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mllm_crossget.api import unreduced
-from mllm_crossget.hooks.handle import base_model
+from mllm_crossget.hooks.ground.state import base_model
 from mllm_crossget.ops.contrastive import contrastive_loss
 
 __all__ = ["alignment_term", "contrastive_loss", "distillation_loss", "teacher_logits"]

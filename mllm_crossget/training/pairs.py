@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from mllm_crossget.hooks.handle import base_model, handle_of
+from mllm_crossget.hooks.ground.state import base_model, handle_of
 from mllm_crossget.training.losses import IGNORE
 from mllm_crossget.training.records import BadSampleError, Record
 

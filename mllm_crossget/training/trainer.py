@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import AutoModelForImageTextToText, Trainer
 
-from mllm_crossget.benchmark.flops import model_flops
 from mllm_crossget.checkpoint import load_crossget
 from mllm_crossget.config import method_class
-from mllm_crossget.hooks.handle import Handle, base_model, handle_of, live_cross_tokens
-from mllm_crossget.hooks.persistence import write_files
-from mllm_crossget.training.budget import BudgetCallback, take_settings
+from mllm_crossget.costs.flops import model_flops
+from mllm_crossget.hooks.ground.state import Handle, base_model, handle_of, live_cross_tokens
+from mllm_crossget.hooks.model.cross_files import write_files
 from mllm_crossget.training.checkpoints import last_complete_checkpoint
+from mllm_crossget.training.compute_budget import BudgetCallback, take_settings
 from mllm_crossget.training.losses import alignment_term, distillation_loss, teacher_logits
 from mllm_crossget.training.pairs import answers_apart, prompt_tokens_per_image
 from mllm_crossget.training.sampler import ModalityLengthSampler

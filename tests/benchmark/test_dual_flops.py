@@ -8,10 +8,10 @@ from torch import nn
 from transformers import AutoModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
 from mllm_crossget import CrossGetConfig, MadtpConfig, ToMeConfig, accelerate_mllm
-from mllm_crossget.benchmark.flops import model_flops, text_tower_flops
-from mllm_crossget.benchmark.geometries import resolve
-from mllm_crossget.benchmark.inspect_model import inspection
 from mllm_crossget.config import ReductionConfig, method_class
+from mllm_crossget.costs.flops import model_flops, text_tower_flops
+from mllm_crossget.costs.geometries.llava import resolve
+from mllm_crossget.costs.inspect_model import inspection
 from mllm_crossget.families.base import family_of
 from mllm_crossget.schedule import make_text_schedule
 from tests.benchmark.test_flops import counted

@@ -17,10 +17,10 @@ from transformers import (
 )
 
 from mllm_crossget import CrossGetConfig, MadtpConfig, RandomConfig, ToMeConfig, accelerate_mllm, calibrate
-from mllm_crossget.benchmark.flops import matching_flops, model_flops
-from mllm_crossget.benchmark.geometries import GEOMETRIES
-from mllm_crossget.benchmark.language import TEXT_MODELS
 from mllm_crossget.config import method_class
+from mllm_crossget.costs.flops import matching_flops, model_flops
+from mllm_crossget.costs.geometries.llava import GEOMETRIES
+from mllm_crossget.costs.language import TEXT_MODELS
 from mllm_crossget.methods import DynamicMethod
 from tests.methods import FIXED
 from tests.tiny import pixels, prompt_batch, tiny_llava, tiny_tower

@@ -13,16 +13,16 @@ from transformers import (
 )
 
 from mllm_crossget import CrossGetConfig, RandomConfig, accelerate_mllm
-from mllm_crossget.benchmark.flops import model_flops
-from mllm_crossget.benchmark.geometries import GEOMETRIES, resolve
-from mllm_crossget.benchmark.inspect_model import inspection
-from mllm_crossget.benchmark.language import language_costs
 from mllm_crossget.config import method_class
+from mllm_crossget.costs.flops import model_flops
+from mllm_crossget.costs.geometries.llava import GEOMETRIES, resolve
+from mllm_crossget.costs.inspect_model import inspection
+from mllm_crossget.costs.language import language_costs
 from mllm_crossget.families.base import BLIP2_TOWER
 from mllm_crossget.families.blip2 import vit_geometry
-from mllm_crossget.hooks.cross_tokens import CrossTokens
-from mllm_crossget.hooks.journal import Journal
-from mllm_crossget.hooks.tower import hook_tower
+from mllm_crossget.hooks.ground.cross_tokens import CrossTokens
+from mllm_crossget.hooks.ground.journal import Journal
+from mllm_crossget.hooks.tower.fixed_counts import hook_tower
 from tests.benchmark.test_flops import counted, nearly
 from tests.families.case_blip2 import retrieval
 from tests.families.tiny_blip import QUERIES, blip2_batch, blip_batch, row_of, tiny_blip, tiny_blip2

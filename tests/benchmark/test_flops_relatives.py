@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from mllm_crossget import CrossGetConfig, ToMeConfig, accelerate_mllm
-from mllm_crossget.benchmark.flops import model_flops, tiles_of, visual_tokens
-from mllm_crossget.benchmark.geometries import resolve
-from mllm_crossget.benchmark.inspect_model import inspection
+from mllm_crossget.costs.flops import model_flops, tiles_of, visual_tokens
+from mllm_crossget.costs.geometries.llava import resolve
+from mllm_crossget.costs.inspect_model import inspection
 from mllm_crossget.families.base import families
 from mllm_crossget.schedule import make_schedule
 from tests.benchmark.test_flops import counted, first_token, text_tokens

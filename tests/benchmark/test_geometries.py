@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForImageTextToText
 
-from mllm_crossget.benchmark.geometries import geometry_names, resolve
+from mllm_crossget.costs.geometries.llava import geometry_names, resolve
 from tests.tiny import tiny_llava
 
 PUBLISHED = [

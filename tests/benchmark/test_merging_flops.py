@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from mllm_crossget import CrossGetConfig, accelerate_mllm
-from mllm_crossget.benchmark.flops import model_flops
 from mllm_crossget.config import method_class
+from mllm_crossget.costs.flops import model_flops
 from mllm_crossget.families.qwen_vl import EXAMPLE_SIDE
 from tests.benchmark.test_flops import counted, first_token
 from tests.families.case_grid import BUILDS, alone

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from mllm_crossget.benchmark.reuse import many_images
+from mllm_crossget.benchmark.reuse_timing import many_images
 from mllm_crossget.cli import main
-from mllm_crossget.hooks.vision_cache import MEBIBYTE, VisionCache
+from mllm_crossget.hooks.ground.vision_cache import MEBIBYTE, VisionCache
 from tests.tiny import tiny_llava
 
 

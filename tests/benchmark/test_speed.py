@@ -8,11 +8,9 @@ import pytest
 import torch
 
 from mllm_crossget.benchmark import speed
-from mllm_crossget.benchmark.flops import model_flops
-from mllm_crossget.benchmark.geometries import resolve
-from mllm_crossget.benchmark.inputs import prompt_inputs
 from mllm_crossget.benchmark.parts import PARTS, PartClock, parts_of
 from mllm_crossget.benchmark.roofline import Device, Sizes, least_seconds, probe
+from mllm_crossget.benchmark.sample_inputs import prompt_inputs
 from mllm_crossget.benchmark.speed import (
     BenchOptions,
     load,
@@ -24,6 +22,8 @@ from mllm_crossget.benchmark.speed import (
 )
 from mllm_crossget.benchmark.timing import environment, seconds_of, spread
 from mllm_crossget.cli import main
+from mllm_crossget.costs.flops import model_flops
+from mllm_crossget.costs.geometries.llava import resolve
 from mllm_crossget.families.base import family_of
 from mllm_crossget.methods import CrossGetConfig, ToMeConfig
 from tests.families.tiny_blip import tiny_blip2

@@ -189,8 +189,7 @@ def test_training_forward_equals_the_models_own() -> None:
     model, processor = build_model(seed=3).eval(), build_processor()
     layout = layouts("train", 1)
     pixels, scenes = render(layout)[0], layout.scenes()
-    packs = (pack_questions(scenes, processor.tokenizer, random.Random(seed)) for seed in range(20))
-    pack = next(pack for pack in packs if pack.positions[0, 146] == 146)  # one without squeezed positions
+    pack = pack_questions(scenes, processor.tokenizer, random.Random(0))
     with torch.inference_mode():
         _, visual = see(model, pixels)
         features = model.model.get_image_features(pixel_values=pixels * 2 - 1).pooler_output

@@ -9,7 +9,7 @@ from PIL import Image
 from mllm_crossget import CrossGetConfig, MadtpConfig, accelerate_mllm, calibrate, cli
 from mllm_crossget.embedded import load_embedded
 from mllm_crossget.embedded.scenes import render, sample_layouts, to_image
-from mllm_crossget.hooks.handle import handle_of
+from mllm_crossget.hooks.ground.state import handle_of
 from mllm_crossget.visualize import draw_counts, tokens_per_layer
 from tests.tiny import pixels, tiny_tower
 

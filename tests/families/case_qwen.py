@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mllm_crossget.hooks.handle import handle_of
+from mllm_crossget.hooks.ground.state import handle_of
 from tests.families.cases import Batch, Case, add_case
 from tests.families.merging import compacted, merge_by_hand
 from tests.families.prompts import output_of

@@ -12,9 +12,9 @@ from transformers import Blip2ForImageTextRetrieval, Blip2VisionModelWithProject
 
 from mllm_crossget import accelerate_mllm, load_crossget, restore_mllm, save_crossget, trace_merges, unsupported_reason
 from mllm_crossget.families.base import families, module_at
-from mllm_crossget.hooks.cross_tokens import recorded_cross_tokens
-from mllm_crossget.hooks.handle import handle_of
-from mllm_crossget.hooks.model import AlignedModel
+from mllm_crossget.hooks.ground.cross_tokens import recorded_cross_tokens
+from mllm_crossget.hooks.ground.state import handle_of
+from mllm_crossget.hooks.model.placeholder_model import AlignedModel
 from mllm_crossget.ops.alignment import alignment_loss
 from tests.families.case_blip import captions, question_answers
 from tests.families.case_blip import loss as blip_loss

@@ -17,11 +17,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from mllm_crossget import accelerate_mllm, trace_merges
 from mllm_crossget.config import method_class
 from mllm_crossget.families.base import families
-from mllm_crossget.hooks.counts import image_counts
-from mllm_crossget.hooks.handle import Handle
-from mllm_crossget.hooks.inputs import empty_layout, shrink_new_columns
-from mllm_crossget.hooks.journal import Journal
-from mllm_crossget.hooks.post_merge import MergedFeatures, MergedVideoFeatures, hook_merge, kept_cells
+from mllm_crossget.hooks.ground.journal import Journal
+from mllm_crossget.hooks.ground.state import Handle
+from mllm_crossget.hooks.projector.post_merge import MergedFeatures, MergedVideoFeatures, hook_merge, kept_cells
+from mllm_crossget.hooks.request.compact_call import empty_layout, shrink_new_columns
+from mllm_crossget.hooks.request.placeholders import image_counts
 from mllm_crossget.schedule import make_schedule
 from tests.families.case_grid import BUILDS
 from tests.methods import FIXED

@@ -15,12 +15,12 @@ from transformers import LlavaOnevisionModel
 
 from mllm_crossget import CrossGetConfig, accelerate_mllm, trace_merges
 from mllm_crossget.families import llava_next, llava_next_video, llava_onevision
-from mllm_crossget.families.grid import NEWLINE, reduced_layout
-from mllm_crossget.hooks import pooled_grid
-from mllm_crossget.hooks.counts import image_counts
-from mllm_crossget.hooks.handle import handle_of
-from mllm_crossget.hooks.post_merge import Merged, MergeState
-from mllm_crossget.hooks.tower import LayerTrace, kept_trace, trace_of
+from mllm_crossget.families.tile_packing import NEWLINE, reduced_layout
+from mllm_crossget.hooks.ground.state import LayerTrace, MergeState, handle_of
+from mllm_crossget.hooks.projector import pooled_tiles as pooled_grid
+from mllm_crossget.hooks.projector.post_merge import Merged
+from mllm_crossget.hooks.request.placeholders import image_counts
+from mllm_crossget.hooks.tower.fixed_counts import kept_trace, trace_of
 from tests.families.case_llava_next import batch_of, tiny_llava_next
 from tests.families.case_llava_next_video import tiny_next_video
 from tests.families.case_llava_onevision import tiny_onevision

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from mllm_crossget import accelerate_mllm
-from mllm_crossget.hooks.handle import handle_of
-from mllm_crossget.hooks.post_merge import kept_cells
+from mllm_crossget.hooks.ground.state import handle_of
+from mllm_crossget.hooks.projector.post_merge import kept_cells
 from tests.families.case_qwen import (
     GRIDS,
     HandMade,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mllm_crossget import CrossGetConfig, MadtpConfig, accelerate_mllm, calibrate, restore_mllm, trace_merges
-from mllm_crossget.hooks.ragged_reader import dead_rows
+from mllm_crossget.hooks.projector.readers import dead_rows
 from tests.families.tiny_blip import blip2_batch, blip_batch, row_of, tiny_blip, tiny_blip2
 from tests.tiny import PAD, pixels, randomise_cross_tokens
 

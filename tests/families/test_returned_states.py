@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from mllm_crossget.families.base import families, module_at
-from mllm_crossget.hooks.features import features_of
-from mllm_crossget.hooks.handle import Handle, handle_of
+from mllm_crossget.hooks.ground.state import Handle, handle_of
+from mllm_crossget.hooks.projector.features import features_of
 from mllm_crossget.schedule import MergeGeometry
 from tests.families.cases import Batch, Case, all_cases
 from tests.methods import FIXED, prepare

@@ -7,7 +7,7 @@ import torch
 
 from mllm_crossget import accelerate_mllm, trace_merges
 from mllm_crossget.families.vipllava import feature_layers
-from mllm_crossget.hooks.handle import handle_of
+from mllm_crossget.hooks.ground.state import handle_of
 from tests.families.case_vipllava import batch_of, tiny_vipllava
 from tests.families.models import image_pixels
 from tests.methods import FIXED

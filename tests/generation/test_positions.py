@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from transformers import DynamicCache
 
 from mllm_crossget import CrossGetConfig, ToMeConfig, accelerate_mllm
-from mllm_crossget.hooks.handle import handle_of
-from mllm_crossget.hooks.prompt import plan_compaction
+from mllm_crossget.hooks.ground.state import handle_of
+from mllm_crossget.hooks.request.compaction import plan_compaction
 from tests.families.cases import all_cases
 from tests.families.prompts import kept_positions
 from tests.generation.conftest import FEATURES, Case, encodes_images_first, make_case

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel
 
 from mllm_crossget import MadtpConfig, accelerate_mllm, trace_merges
-from mllm_crossget.hooks.ragged_tower import recorded_alignment
+from mllm_crossget.hooks.tower.counts_per_image import recorded_alignment
 from tests.golden.files import END_TO_END, GRADIENT, LOSS, STEP, Golden
 
 CLIP, BLIP = "g2_madtp_clip_e2e", "g3_madtp_blip"

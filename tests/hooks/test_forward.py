@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mllm_crossget import accelerate_mllm
-from mllm_crossget.hooks.handle import handle_of
+from mllm_crossget.hooks.ground.state import handle_of
 from tests.generation.oracle import Oracle, Row
 from tests.methods import FIXED, METHODS, prepare
 from tests.tiny import prompt_batch, randomise_cross_tokens, tiny_llava

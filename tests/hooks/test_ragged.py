@@ -20,7 +20,7 @@ from mllm_crossget import (
     save_crossget,
     trace_merges,
 )
-from mllm_crossget.hooks.handle import handle_of
+from mllm_crossget.hooks.ground.state import handle_of
 from tests.generation.oracle import Oracle, strip_end
 from tests.tiny import BOS, PAD, pixels, randomise_cross_tokens, tiny_llava, tiny_tower
 

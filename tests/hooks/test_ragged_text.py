@@ -15,7 +15,7 @@ from mllm_crossget import (
     save_crossget,
     trace_merges,
 )
-from mllm_crossget.hooks.handle import handle_of, live_cross_tokens
+from mllm_crossget.hooks.ground.state import handle_of, live_cross_tokens
 from mllm_crossget.ops import last_behind_pooled, pooling_step, reduce_tokens
 from tests.reference import pool_least_important
 from tests.tiny import pixels, randomise_cross_tokens, text_batch, tiny_dual, tiny_llava

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from mllm_crossget import accelerate_mllm, save_crossget
-from mllm_crossget.benchmark import model_flops
+from mllm_crossget.costs import model_flops
 from mllm_crossget.embedded import WEIGHTS_FOLDER, answer, held_out_questions
 from mllm_crossget.embedded.questions import WORDS
 from mllm_crossget.methods import CrossGetConfig

@@ -15,8 +15,8 @@ from tests.ops.test_matching import assert_decision
 
 pytestmark = pytest.mark.usefixtures("torch_code")  # Numba would match instead of what is compared
 pytest.importorskip("triton", reason="Triton is not installed (it comes for Linux only)")
-FusedSimilarity = importlib.import_module("mllm_crossget.kernels.graph").FusedSimilarity
-received_attention = importlib.import_module("mllm_crossget.kernels.importance").received_attention
+FusedSimilarity = importlib.import_module("mllm_crossget.kernels.triton_graph").FusedSimilarity
+received_attention = importlib.import_module("mllm_crossget.kernels.triton_importance").received_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -18,7 +18,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import LlavaForConditionalGeneration
 
 from mllm_crossget import accelerate_mllm, restore_mllm, reuse_vision, unsupported_reason
-from mllm_crossget.hooks.handle import handle_of
+from mllm_crossget.hooks.ground.state import handle_of
 from tests.methods import METHODS, prepare
 from tests.tiny import prompt_batch, randomise_cross_tokens, tiny_llava
 

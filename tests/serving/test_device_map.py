@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
 from mllm_crossget import accelerate_mllm, generate_in_batches, restore_mllm, reuse_vision
-from mllm_crossget.hooks.handle import handle_of
+from mllm_crossget.hooks.ground.state import handle_of
 from tests.methods import prepare
 from tests.serving.test_reuse import encoded
 from tests.tiny import prompt_batch, tiny_llava

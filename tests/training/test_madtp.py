@@ -10,11 +10,11 @@ from peft import get_peft_model
 from safetensors.torch import load_file
 
 from mllm_crossget import CrossGetConfig, MadtpConfig, accelerate_mllm, load_crossget, trace_merges
-from mllm_crossget.benchmark.budget import counts_of, dial_for_savings, measured_flops
-from mllm_crossget.benchmark.flops import model_flops
 from mllm_crossget.cli import main
-from mllm_crossget.hooks.guidance import heard
-from mllm_crossget.hooks.handle import handle_of, live_cross_tokens
+from mllm_crossget.costs.budget import counts_of, dial_for_savings, measured_flops
+from mllm_crossget.costs.flops import model_flops
+from mllm_crossget.hooks.ground.state import handle_of, live_cross_tokens
+from mllm_crossget.hooks.model.madtp_loss import heard
 from mllm_crossget.training import (
     PUBLISHED_BUDGETS,
     BudgetCallback,

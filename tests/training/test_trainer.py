@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from mllm_crossget import CrossGetConfig, accelerate_mllm, load_crossget
-from mllm_crossget.hooks.handle import live_cross_tokens
+from mllm_crossget.hooks.ground.state import live_cross_tokens
 from mllm_crossget.training import CrossGetTrainer, ModalityLengthSampler
 from tests.tiny import tiny_llava
 from tests.training.toy import ToySamples, losses, toy_arguments, toy_model, toy_trainer

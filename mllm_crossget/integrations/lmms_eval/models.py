@@ -21,14 +21,6 @@ from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from tqdm import tqdm
 
 from mllm_crossget.integrations.lmms_eval.answers import AnswerLog
-from mllm_crossget.integrations.lmms_eval.costs import (
-    Stopwatch,
-    gflops_counter,
-    peak_memory,
-    reset_peak_memory,
-    summary,
-    tokens_per_image,
-)
 from mllm_crossget.integrations.lmms_eval.loading import ModelArgs, load_model, used_method
 from mllm_crossget.integrations.lmms_eval.requests import (
     Request,
@@ -38,6 +30,14 @@ from mllm_crossget.integrations.lmms_eval.requests import (
     images_of,
     read_requests,
     text_of,
+)
+from mllm_crossget.integrations.lmms_eval.token_costs import (
+    Stopwatch,
+    gflops_counter,
+    peak_memory,
+    reset_peak_memory,
+    summary,
+    tokens_per_image,
 )
 
 _WARM_UP_TOKENS = 2

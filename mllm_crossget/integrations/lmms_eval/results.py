@@ -16,7 +16,7 @@ import numpy as np
 
 from mllm_crossget.benchmark.timing import environment
 from mllm_crossget.integrations.lmms_eval.answers import read_batches
-from mllm_crossget.integrations.lmms_eval.costs import summary
+from mllm_crossget.integrations.lmms_eval.token_costs import summary
 
 FORMAT_VERSION = 1
 _DRAWS = 10_000

@@ -1,0 +1,176 @@
+"""``mllm-crossget bench-reuse``: what a second question about an image costs if its features are kept, and what keeping
+those of many images takes.
+
+Seconds: one model, the first and the second question in turns. Memory: the embedded model looks at so many different
+pictures, with a small cache; nothing else grows with their number.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from tqdm import tqdm
+
+from mllm_crossget.api import accelerate_mllm
+from mllm_crossget.benchmark.report import check_writable
+from mllm_crossget.benchmark.sample_inputs import prompt_inputs
+from mllm_crossget.benchmark.speed import BenchOptions, load
+from mllm_crossget.benchmark.timing import alternate, environment, spread
+from mllm_crossget.embedded import load_embedded
+from mllm_crossget.families.base import module_at
+from mllm_crossget.hooks.ground.vision_cache import MEBIBYTE, VisionCache
+from mllm_crossget.methods.base import Method
+
+
+@dataclass
+class ReuseOptions:
+    """What to time.
+
+    Args:
+        geometry: a built-in geometry, which gets random weights, or a local folder or repository of the hub.
+        llm_layers: keep only so many layers of the language model, for small machines.
+        text_tokens: words of a question.
+        rounds: measured rounds; one more comes first and is not counted.
+        dtype: "float32", "bfloat16" or "float16".
+        images: different pictures for the memory; 0 leaves that out.
+        cache_mebibytes: bound of the cache that they go through.
+        output: JSON file to write.
+    """
+
+    geometry: str = "llava-1.5-7b"
+    llm_layers: int | None = None
+    text_tokens: int = 60
+    rounds: int = 5
+    dtype: str = "float32"
+    images: int = 10_000
+    cache_mebibytes: int = 8
+    output: str | None = None
+
+
+def run(options: ReuseOptions, method: Method) -> int:
+    """Measure, print a table, write the JSON; returns 0."""
+    check_writable(options.output)
+    memory = many_images(options.images, options.cache_mebibytes) if options.images else None
+    report = {
+        "options": asdict(options),
+        "method": method.to_dict(),
+        "environment": environment(),
+        "questions": questions(options, method),
+        "memory": memory,
+    }
+    Console().print(table(report))
+    if options.output is not None:
+        Path(options.output).write_text(json.dumps(report, indent=2) + "\n")
+    return 0
+
+
+@torch.inference_mode()
+def questions(options: ReuseOptions, method: Method) -> dict[str, Any]:
+    """Seconds of encoder (and projector) and of a whole first token, for the first and the second question."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = getattr(torch, options.dtype)
+    model, family = load(
+        BenchOptions(geometry=options.geometry, llm_layers=options.llm_layers, dtype=options.dtype), device, dtype
+    )
+    cache = VisionCache()
+    accelerate_mllm(model, method, reuse_vision=cache)
+    inputs = prompt_inputs(model.config, family, 1, options.text_tokens, device, dtype)
+    other = {**inputs, "input_ids": _other_words(inputs["input_ids"], model.config.image_token_id)}
+    owner: Any = module_at(model, family.features_owner or "")
+    images = {name: inputs[name] for name in ("pixel_values", "image_sizes") if name in inputs}
+
+    def first(work: Any) -> Any:
+        cache.clear()
+        return work()
+
+    def encode() -> Any:
+        return owner.get_image_features(**images, return_dict=True)
+
+    def ask() -> Tensor:
+        return model(**other, logits_to_keep=1).logits
+
+    fresh = first(ask)
+    ways = {
+        "encoder, first question": lambda: first(encode),
+        "encoder, second question": encode,
+        "first token, first question": lambda: first(ask),
+        "first token, second question": ask,
+    }
+    timings = alternate(ways, options.rounds, device, label="questions")
+    return {
+        "seconds": {name: spread(timing.seconds) for name, timing in timings.items()},
+        "equal_answers": bool(torch.equal(fresh, ask())),
+    }
+
+
+@torch.inference_mode()
+def many_images(images: int, mebibytes: int, batch: int = 50) -> dict[str, Any]:
+    """The embedded model encodes so many different pictures; what the cache holds, and how the process grows.
+
+    Args:
+        images: pictures of noise, each another one.
+        mebibytes: bound of the cache.
+        batch: pictures together.
+    """
+    model, _ = load_embedded()
+    cache = VisionCache(max_bytes=mebibytes * MEBIBYTE)
+    accelerate_mllm(model, keep_ratio=0.25, reuse_vision=cache)
+    largest, resident = 0, []
+    for start in tqdm(range(0, images, batch), desc="images"):
+        noise = torch.Generator().manual_seed(start)
+        pixels = torch.randn(min(batch, images - start), 3, 96, 96, generator=noise)
+        model.model.get_image_features(pixels, return_dict=True)
+        largest = max(largest, cache.used_bytes)
+        resident.append(_resident_bytes())
+    return {
+        "images": images,
+        "bound_bytes": cache.max_bytes,
+        "largest_bytes": largest,
+        "images_kept": len(cache),
+        "encoded": cache.misses,
+        "resident_bytes_after_a_tenth": resident[len(resident) // 10],
+        "resident_bytes_at_the_end": resident[-1],
+    }
+
+
+def table(report: dict[str, Any]) -> Table:
+    """The report for a terminal."""
+    made = Table(
+        "", "median (ms)", "p10 – p90", title=f"{report['options']['geometry']}, images kept between questions"
+    )
+    for name, times in report["questions"]["seconds"].items():
+        made.add_row(name, f"{1e3 * times['median']:.1f}", f"{1e3 * times['p10']:.1f} – {1e3 * times['p90']:.1f}")
+    memory = report["memory"]
+    if memory is not None:
+        made.caption = (
+            f"{memory['images']} images through a cache of {memory['bound_bytes'] / MEBIBYTE:.0f} MiB: it held "
+            f"{memory['largest_bytes'] / MEBIBYTE:.1f} MiB at most; the process took "
+            f"{memory['resident_bytes_after_a_tenth'] / MEBIBYTE:.0f} MiB after a tenth of them, "
+            f"{memory['resident_bytes_at_the_end'] / MEBIBYTE:.0f} MiB at the end"
+        )
+    return made
+
+
+def _other_words(ids: Tensor, image: int) -> Tensor:
+    """Another question about the same image: the words in reverse."""
+    other = ids.clone()
+    other[ids != image] = ids[ids != image].flip(0)
+    return other
+
+
+def _resident_bytes() -> int:
+    """Memory that this process has now; on other systems than Linux the most that it has had so far."""
+    now = Path("/proc/self/statm")
+    if now.exists():
+        return int(now.read_text().split()[1]) * resource.getpagesize()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

@@ -1,0 +1,343 @@
+"""FLOPs of one forward pass, by formula, from a configuration and the schedule of a reduction. No weights, no model.
+
+A multiply-add counts as 2. Counted are matrix products and convolutions, attention with its full T x T map (also where
+it is causal), as ``torch.utils.flop_counter`` does. Left out: norms, softmax, activations, biases, embeddings, rotary
+positions, the ranking and the merging of tokens, all of them linear in the tokens or without products.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from mllm_crossget.costs.language import language_costs
+from mllm_crossget.families.base import TOWERS, Family, TextTower, config_at, families, family_of
+from mllm_crossget.families.modality import Tiles
+from mllm_crossget.flop_formulas import attention_flops, linear_flops, pooling_head_flops
+from mllm_crossget.methods.base import Method, Signals
+from mllm_crossget.methods.madtp import MadtpConfig
+from mllm_crossget.schedule import (
+    MergeGeometry,
+    Schedule,
+    TowerGeometry,
+    behind_grid,
+    make_schedule,
+    make_text_schedule,
+    patches_left,
+)
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs of one prompt and its images, by part.
+
+    Attributes:
+        patch_embedding: the convolution that makes patches into tokens.
+        encoder: every layer of the vision tower that the model runs (also those behind the one that is read), and
+            SigLIP's pooling head where the tower has one.
+        reducer: what the reduction itself adds: similarities of the matching and importance of the tokens, in the tower
+            or behind the projector.
+        projector: vision features to the width of the language model, with a Q-Former where there is one; image and
+            text to the shared space of a dual encoder.
+        prefill: the layers of the language model on visual and text tokens; of an encoder-decoder the encoder, and the
+            decoder on its first token; the text tower of a dual encoder on the text tokens, with its reduction; BLIP's
+            text encoder likewise, and the answer's decoder on its first token.
+        lm_head: logits of the prompt's last token.
+        decode: the steps for the second and later new tokens, with a KV cache, logits included.
+    """
+
+    patch_embedding: int
+    encoder: int
+    reducer: int
+    projector: int
+    prefill: int
+    lm_head: int
+    decode: int
+
+    @property
+    def total(self) -> int:
+        """Sum of the parts."""
+        return sum(dataclasses.astuple(self))
+
+    def to_dict(self) -> dict[str, int]:
+        """The parts and their ``total``, by name."""
+        return {**dataclasses.asdict(self), "total": self.total}
+
+
+def model_flops(
+    config: Any,
+    method: Method,
+    *,
+    text_tokens: int = 60,
+    new_tokens: int = 0,
+    images: int = 1,
+    one_softmax: bool = False,
+    schedule: Schedule | None = None,
+) -> Flops:
+    """FLOPs of a model for one prompt, with one image by default, under a reduction; ``keep_ratio=1`` gives the
+    untouched model.
+
+    Args:
+        config: a transformers configuration of a registered family, such as a ``LlavaConfig``.
+        method: the reduction, such as ``CrossGetConfig(r=13)``.
+        text_tokens: tokens of the prompt that are no image placeholders; of one text, for a dual encoder.
+        new_tokens: tokens to generate. The first one comes from the prompt's logits, so 0 and 1 decode nothing.
+        images: images in the prompt, 0 or more. Models that cut images into tiles: square ones, of as many tiles as
+            ``Family.tiles`` says, none of whose rows of patches loses its newline.
+        one_softmax: how the importance is computed. False: from a second QKᵀ beside a fused attention kernel (GPU, or
+            with gradients). True: attention and importance share one map (CPU without gradients).
+        schedule: token counts that were measured, instead of those that follow from the dial.
+
+    Returns:
+        The parts. For a vision tower on its own, those of the language side are 0.
+
+    Raises:
+        ValueError: a model type without a formula, a negative count, or a dial that the tower cannot meet.
+    """
+    _check_counts(text_tokens=text_tokens, new_tokens=new_tokens, images=images)
+    family = _family(config)
+    if family.tower is None:
+        text = _text_tower(config, family.text_tower, method, text_tokens, 0)[0] if family.text_tower else 0
+        return Flops(0, 0, 0, _projection(config, family), text, 0, 0)
+    geometry = family.geometry(config)
+    schedule = make_schedule(method, geometry) if schedule is None else schedule
+    runs = images * tiles_of(config, family).count
+    visual = visual_tokens(config, family, schedule)
+    prefill, lm_head, decode = _language_flops(config, family, method, images * visual, text_tokens, new_tokens)
+    if isinstance(geometry, MergeGeometry):
+        parts = _merged_parts(config, family, schedule, method)
+    else:
+        parts = _tower_parts(config, family, schedule, method, one_softmax, text_tokens)
+        if geometry.cells is not None:
+            parts = _grid_parts(config, family, schedule, method, parts, geometry)
+    patch_embedding, encoder, reducer, projector = (runs * part for part in parts)
+    return Flops(
+        patch_embedding=patch_embedding,
+        encoder=encoder,
+        reducer=reducer,
+        projector=projector,
+        prefill=prefill,
+        lm_head=lm_head,
+        decode=decode,
+    )
+
+
+def tiles_of(config: Any, family: Family) -> Tiles:
+    """How often the tower runs for one image."""
+    return Tiles() if family.tiles is None else family.tiles(config)
+
+
+def visual_tokens(config: Any, family: Family, schedule: Schedule) -> int:
+    """Tokens of one image that the language model gets: of all tiles, with one cross token and the newlines."""
+    tiles = tiles_of(config, family)
+    kept_cross = int(schedule.cross and not schedule.drop_cross)
+    features = tiles.count * (schedule.features - kept_cross) + kept_cross + tiles.newlines
+    return features if family.llm_tokens is None else family.llm_tokens(config, features)
+
+
+def matching_flops(method: Method, tokens: int, width: int, removed: int, ends: int = 0) -> int:
+    """FLOPs of one matching of ``tokens`` tokens with keys of ``width`` channels; ``ends`` of them are protected: class
+    token and cross token, which stand first and last.
+
+    Measured by running the method on tensors without data, so that a new method is counted without a formula of its
+    own. CrossGET compares all pairs of the others (2T² for each channel; with counts per image of all tokens, and also
+    for two channels that carry the protection), ToMe even with odd tokens (half of T² / 2), random nothing.
+    """
+    keys = torch.empty(1, tokens, width, device="meta")
+    importance = torch.empty(1, tokens, device="meta") if method.needs_importance else None
+    protected: Any = tuple(range(ends))
+    if method.is_dynamic:  # dead tokens lie elsewhere in every image
+        protected = torch.zeros(1, tokens, dtype=torch.bool, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        method.match(Signals(keys, importance, protected), removed)
+    return int(counter.get_total_flops())
+
+
+def _check_counts(**counts: int) -> None:
+    for name, value in counts.items():
+        if value < 0:
+            raise ValueError(f"{name} must be at least 0, got {value}")
+
+
+def _family(config: Any) -> Family:
+    family = family_of(config)
+    if family is None:
+        model_type = getattr(config, "model_type", None)
+        raise ValueError(f"model type {model_type!r} is not supported; supported: {', '.join(sorted(families()))}")
+    return family
+
+
+def _patch_embedding(vision: Any, family: Family) -> int:
+    patches = (vision.image_size // vision.patch_size) ** 2
+    channels = getattr(vision, "num_channels", 3)  # the BLIP towers' configurations do not say
+    return linear_flops(patches, channels * vision.patch_size**2, vision.hidden_size)
+
+
+def _encoder(vision: Any, schedule: Schedule) -> int:
+    """Per layer: q, k, v, o and attention on the tokens that enter, two MLP matrices on those that are left."""
+    width = vision.hidden_size
+    inner = getattr(vision, "intermediate_size", None) or int(width * vision.mlp_ratio)
+    total = 0
+    for tokens, left in zip(schedule.tokens[:-1], schedule.tokens[1:], strict=True):
+        total += (
+            4 * linear_flops(tokens, width, width)
+            + attention_flops(tokens, tokens, width)
+            + 2 * linear_flops(left, width, inner)
+        )
+    return total + (pooling_head_flops(vision, schedule.tokens[-1]) if getattr(vision, "vision_use_head", False) else 0)
+
+
+def _reducer(
+    vision: Any, schedule: Schedule, method: Method, one_softmax: bool, cosine: bool = False, ends: int = 0
+) -> int:
+    """Per reducing layer: the matching on the keys of a head and, where asked for, the importance: a product of the
+    query weights with every head's map, and QKᵀ once more unless attention shares its map; token sizes enter it as one
+    more channel (a GPU adds them for nothing). What fills maps up to whole registers is not counted. Where the
+    importance is a cosine, the matching is on the keys of all heads, and the cosines with one query are not counted (a
+    product per channel, no matrix product)."""
+    heads, width = vision.num_attention_heads, vision.hidden_size
+    if isinstance(method, MadtpConfig):
+        return _pruning(vision, schedule, method)
+    kind = TOWERS.get(vision.model_type)
+    has_map = kind is not None and kind.names.fused  # the attention keeps its map: its mean over heads is enough
+    total = 0
+    for tokens, removed in zip(schedule.tokens, schedule.removals, strict=False):
+        if not removed:
+            continue
+        total += matching_flops(method, tokens, width if cosine else width // heads, removed, ends)
+        if method.needs_importance and not cosine:
+            total += 2 * tokens * tokens * (1 if has_map else heads)
+            if not has_map:
+                total += 2 * tokens * tokens * (heads + (0 if one_softmax else width))
+    return total
+
+
+def _pruning(vision: Any, schedule: Schedule, method: MadtpConfig) -> int:
+    """MADTP: in every layer the match with the alignment tokens; where tokens leave, QKᵀ once more for the best head,
+    and the class token's row of it. Token counts are averages, so that the squares are a little too small."""
+    width, prefix = vision.hidden_size, 1  # a text's start mark
+    if hasattr(vision, "image_size"):
+        prefix = schedule.tokens[0] - (vision.image_size // vision.patch_size) ** 2
+    space = method.alignment_width if method.alignment_maps else width
+    total = 0
+    for tokens, removed in zip(schedule.tokens, schedule.removals, strict=False):
+        if method.alignment_tokens:
+            total += linear_flops(tokens - prefix, width, space) if method.alignment_maps else 0
+            total += linear_flops(tokens - prefix, space, method.alignment_tokens)
+        if removed:
+            total += 2 * tokens * tokens * width + (2 * tokens * width if prefix else 0)
+    return total
+
+
+def _tower_parts(
+    config: Any, family: Family, schedule: Schedule, method: Method, one_softmax: bool, text_tokens: int
+) -> tuple[int, int, int, int]:
+    """Patch embedding, layers, reduction and connector of one image whose tokens are merged inside the tower."""
+    vision = config_at(config, family.vision_config)
+    cosine = schedule.cross and method.uses_cosine(family.cosine)
+    ends = getattr(family.geometry(config), "prefix", 0) + schedule.cross
+    return (
+        family.tower_flops(config)[0] if family.tower_flops else _patch_embedding(vision, family),
+        _encoder(vision, schedule),
+        _reducer(vision, schedule, method, one_softmax, cosine, ends) if method.reduces_vision else 0,
+        _connector(config, family, schedule, text_tokens),
+    )
+
+
+def _grid_parts(
+    config: Any,
+    family: Family,
+    schedule: Schedule,
+    method: Method,
+    parts: tuple[int, int, int, int],
+    geometry: TowerGeometry,
+) -> tuple[int, int, int, int]:
+    """Likewise where the projector makes its cells of the whole grid: all of them, and their merging."""
+    dial = behind_grid(method, geometry, patches_left(schedule, geometry))
+    again = make_schedule(dial, MergeGeometry(geometry.placeholders))
+    projector = family.connector_flops(config, schedule.placeholders) if family.connector_flops else 0
+    merging = _merging(config.get_text_config().hidden_size, again, method)
+    return parts[0], parts[1], parts[2] + merging, projector
+
+
+def _merged_parts(config: Any, family: Family, schedule: Schedule, method: Method) -> tuple[int, int, int, int]:
+    """Likewise for one image whose tokens are merged behind the projector."""
+    patch_embedding, encoder = family.tower_flops(config) if family.tower_flops else (0, 0)
+    projector = family.connector_flops(config, schedule.placeholders) if family.connector_flops else 0
+    return patch_embedding, encoder, _merging(config.get_text_config().hidden_size, schedule, method), projector
+
+
+def _merging(width: int, schedule: Schedule, method: Method) -> int:
+    """Behind the projector: the matching of features and, where asked for, their attention to one another, one head."""
+    total = 0
+    for tokens, removed in zip(schedule.tokens, schedule.removals, strict=False):
+        total += matching_flops(method, tokens, width, removed)
+        total += 2 * tokens * tokens * (width + 1) if method.needs_importance else 0
+    return total
+
+
+def _projection(config: Any, family: Family) -> int:
+    return 0 if family.connector_flops is None else family.connector_flops(config, 1)
+
+
+def _connector(config: Any, family: Family, schedule: Schedule, text_tokens: int) -> int:
+    """What lies between tower and language model; a cross token that would not fit is cut off behind it."""
+    if family.connector_flops is None:
+        return 0
+    text = 0 if family.connector_text_flops is None else family.connector_text_flops(config, text_tokens)
+    return text + family.connector_flops(config, schedule.features + schedule.drop_cross)
+
+
+def text_tower_flops(config: Any, method: Method, tokens: int, visual: int = 0) -> int:
+    """A text tower on one text of ``tokens`` tokens, with what its reduction adds.
+
+    ``visual`` tokens are read by text encoders that cross-attend to an image.
+
+    Raises:
+        ValueError: the model has no text tower, or the text is longer than its context.
+    """
+    family = _family(config)
+    if family.text_tower is None:
+        raise ValueError(f"model type {config.model_type!r} has no text tower of its own")
+    return _text_tower(config, family.text_tower, method, tokens, visual)[0]
+
+
+def _text_tower(config: Any, tower: TextTower, method: Method, tokens: int, visual: int) -> tuple[int, int]:
+    """FLOPs, and tokens behind the last layer."""
+    geometry = tower.geometry(config)
+    if not 1 <= tokens <= geometry.context:
+        raise ValueError(f"text_tokens={tokens}: the text tower takes 1 to {geometry.context} tokens")
+    text = config_at(config, tower.config)
+    schedule = make_text_schedule(method, geometry, tokens)
+    total = _encoder(text, schedule)
+    if method.reduces_text:
+        total += _reducer(text, schedule, method, False, method.needs_importance)
+    if tower.reads_image:
+        width = text.hidden_size
+        for left in schedule.tokens[1:]:
+            total += 2 * linear_flops(left, width, width) + 2 * linear_flops(visual, text.encoder_hidden_size, width)
+            total += attention_flops(left, visual, width)
+    return total, schedule.tokens[-1]
+
+
+def _language_flops(
+    config: Any, family: Family, method: Method, visual: int, text_tokens: int, new_tokens: int
+) -> tuple[int, int, int]:
+    """Prefill, logits of the last token, and decoding."""
+    tower = family.text_tower
+    if tower is not None:
+        text, left = _text_tower(config, tower, method, text_tokens, visual)
+        if family.language_flops is None:
+            return text, 0, 0
+        prefill, lm_head, decode = family.language_flops(config, left, 1, new_tokens)  # a decoder that reads the text
+        return text + prefill, lm_head, decode
+    if family.language_flops is not None:
+        return family.language_flops(config, visual, text_tokens, new_tokens)
+    if family.language_model is None:
+        return 0, 0, 0
+    costs = language_costs(getattr(config, "text_config", config), visual + text_tokens, new_tokens)
+    return costs.prefill, costs.lm_head, costs.decode

@@ -1,0 +1,163 @@
+"""``mllm-crossget inspect``: what a reduction does to a model, told without its weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModel, AutoModelForImageTextToText
+
+from mllm_crossget.config import DIALS
+from mllm_crossget.costs.flops import Flops, model_flops, tiles_of, visual_tokens
+from mllm_crossget.costs.geometries.llava import resolve
+from mllm_crossget.families.base import TextTower, config_at, family_of
+from mllm_crossget.methods.base import Method
+from mllm_crossget.schedule import Schedule, TowerGeometry, make_schedule, make_text_schedule
+from mllm_crossget.support import unsupported_reason
+
+
+@dataclass
+class InspectOptions:
+    """What to look at.
+
+    Args:
+        name_or_path: a built-in geometry (llava-1.5-7b, clip-vit-b-16, ...), a local folder, or a repository of the
+            hub.
+        text_tokens: tokens of the prompt that are no image placeholders; of one text, for a dual encoder.
+        new_tokens: tokens to generate; 0 counts the prompt alone.
+        json: print JSON instead of tables.
+    """
+
+    name_or_path: str
+    text_tokens: int = 60
+    new_tokens: int = 0
+    json: bool = False
+
+
+def inspect_model(options: InspectOptions, method: Method) -> None:
+    """Print tokens and FLOPs of a model before and after a reduction.
+
+    Raises:
+        ValueError: an unknown or unsupported model, or a dial that its tower cannot meet.
+    """
+    report = inspection(resolve(options.name_or_path), method, options.text_tokens, options.new_tokens)
+    if options.json:
+        print(json.dumps({"model": options.name_or_path, **report}, indent=2))
+    else:
+        _print_inspection(options, report)
+
+
+def inspection(config: Any, method: Method, text_tokens: int = 60, new_tokens: int = 0) -> dict[str, Any]:
+    """What ``inspect`` says, as JSON types.
+
+    Args:
+        config: a transformers configuration.
+        method: the reduction.
+        text_tokens: tokens of the prompt that are no image placeholders.
+        new_tokens: tokens to generate.
+
+    Raises:
+        ValueError: an unsupported model, or a dial that its tower cannot meet.
+    """
+    reason = unsupported_reason(_without_weights(config))
+    if reason is not None:
+        raise ValueError(reason)
+    family = family_of(config)
+    if family is None or family.tower is None:
+        raise ValueError(f"model type {config.model_type!r} has no vision tower to look at")
+    geometry = family.geometry(config)
+    schedule = make_schedule(method, geometry)
+    untouched = make_schedule(type(method)(keep_ratio=1.0), geometry)
+    costs = [model_flops(config, kind, text_tokens=text_tokens, new_tokens=new_tokens)
+             for kind in (type(method)(keep_ratio=1.0), method)]  # fmt: skip
+    texts = {} if family.text_tower is None else _text_counts(config, family.text_tower, method, text_tokens)
+    return {
+        "model_type": config.model_type,
+        "tower": config_at(config, family.vision_config).model_type,
+        "layers": len(schedule.removals),
+        "read_after_layer": geometry.read if isinstance(geometry, TowerGeometry) else None,
+        "method": method.to_dict(),
+        "removed_by_layer": list(schedule.removals),
+        "tokens_by_layer": list(schedule.tokens),
+        "tiles": tiles_of(config, family).count,
+        "visual_tokens": {"before": _per_image(config, untouched), "after": _per_image(config, schedule)},
+        "text_tokens": text_tokens,
+        **texts,
+        "new_tokens": new_tokens,
+        "flops": {"before": costs[0].to_dict(), "after": costs[1].to_dict(), "ratio": costs[1].total / costs[0].total},
+    }
+
+
+def _text_counts(config: Any, tower: TextTower, method: Method, text_tokens: int) -> dict[str, Any]:
+    schedule = make_text_schedule(method, tower.geometry(config), text_tokens)
+    return {
+        "text_removed_by_layer": list(schedule.removals),
+        "text_tokens_by_layer": list(schedule.tokens),
+    }
+
+
+def _per_image(config: Any, schedule: Schedule) -> int:
+    """Visual tokens of one image: behind the tower, or, of an image in tiles, in front of the language model."""
+    family = family_of(config)
+    return schedule.features if family is None or family.tiles is None else visual_tokens(config, family, schedule)
+
+
+def _without_weights(config: Any) -> nn.Module:
+    """The model on the meta device: its structure, no memory."""
+    with torch.device("meta"):
+        named = getattr(transformers, (getattr(config, "architectures", None) or [""])[0] or "", None)
+        if named is not None and getattr(named, "config_class", None) is type(config):
+            return named(config)
+        if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+            return AutoModelForImageTextToText.from_config(config)
+        return AutoModel.from_config(config)
+
+
+def _print_inspection(options: InspectOptions, report: dict[str, Any]) -> None:
+    console = Console()
+    before, after = report["visual_tokens"]["before"], report["visual_tokens"]["after"]
+    steps = "steps behind the projector"
+    if report["read_after_layer"] is not None:
+        steps = f"layers, read after layer {report['read_after_layer']}"
+    console.print(
+        f"[bold]{options.name_or_path}[/bold]: {report['model_type']}, {report['tower']} with {report['layers']} "
+        f"{steps}"
+    )
+    dial = {name: value for name, value in report["method"].items() if name in DIALS}
+    settings = ", ".join(f"{name}={value}" for name, value in dial.items())
+    console.print(f"{report['method']['method']}, {settings}: {before} -> {after} visual tokens per image")
+    if report["tiles"] > 1:
+        console.print(f"a square image is {report['tiles']} tiles, each of them one run of the tower")
+    console.print(_layer_table(report))
+    if "text_tokens_by_layer" in report:
+        console.print(_layer_table(report, "text_", "text tower"))
+    console.print(_flops_table(report))
+
+
+def _layer_table(report: dict[str, Any], prefix: str = "", tower: str = "vision tower") -> Table:
+    removals, tokens = report[f"{prefix}removed_by_layer"], report[f"{prefix}tokens_by_layer"]
+    behind = report["read_after_layer"] is None and not prefix
+    title = "Tokens behind the projector" if behind else f"Tokens in the {tower}"
+    table = Table("step" if behind else "layer", "removed", "tokens after it", title=title)
+    table.add_row("-", "", str(tokens[0]))
+    for index, removed in enumerate(removals):
+        table.add_row(str(index + 1), str(removed), str(tokens[index + 1]))
+    return table
+
+
+def _flops_table(report: dict[str, Any]) -> Table:
+    title = f"GFLOPs, 1 image, {report['text_tokens']} text tokens, {report['new_tokens']} new tokens"
+    table = Table("part", title=title)
+    for heading in ("before", "after", "after / before"):
+        table.add_column(heading, justify="right")
+    before, after = report["flops"]["before"], report["flops"]["after"]
+    for part in (*Flops.__dataclass_fields__, "total"):
+        ratio = f"{after[part] / before[part]:.3f}" if before[part] else ""
+        table.add_row(part.replace("_", " "), f"{before[part] / 1e9:.2f}", f"{after[part] / 1e9:.2f}", ratio)
+    return table

@@ -1,0 +1,118 @@
+"""FLOPs of the language models' layers and heads, by formula; ``flops`` says what is counted and what is left out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from mllm_crossget.flop_formulas import attention_flops, linear_flops
+
+
+@dataclass(frozen=True)
+class LanguageCosts:
+    """FLOPs of prefill, of the logits of the last token, and of decoding."""
+
+    prefill: int
+    lm_head: int
+    decode: int
+
+
+def language_costs(text: Any, prompt: int, new_tokens: int) -> LanguageCosts:
+    """FLOPs of a language model.
+
+    Args:
+        text: its configuration.
+        prompt: visual and text tokens that it reads.
+        new_tokens: tokens to generate. The first one comes from the prompt's logits, so 0 and 1 decode nothing.
+
+    Raises:
+        ValueError: a language model without a formula.
+    """
+    if text.model_type not in TEXT_MODELS:
+        raise ValueError(
+            f"no FLOPs formula for a {text.model_type!r} language model; there are formulas for "
+            f"{', '.join(TEXT_MODELS)}"
+        )
+    return _FORMULAS[text.model_type](text, prompt, new_tokens)
+
+
+def _decoder(layers: Callable[[Any, int, int], int], text: Any, prompt: int, new_tokens: int) -> LanguageCosts:
+    width = getattr(text, "word_embed_proj_dim", None) or text.hidden_size  # OPT's head may be narrower
+    head = linear_flops(1, width, text.vocab_size)
+    decode = sum(layers(text, 1, prompt + step) + head for step in range(1, new_tokens))
+    return LanguageCosts(layers(text, prompt, prompt), head, decode)
+
+
+def _gated(text: Any, prompt: int, new_tokens: int) -> LanguageCosts:
+    return _decoder(_gated_layers, text, prompt, new_tokens)
+
+
+def _gated_layers(text: Any, queries: int, keys: int) -> int:
+    """Per layer: q and o, k and v (fewer heads under GQA), attention, and a gated MLP of three matrices."""
+    width, heads = text.hidden_size, text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or width // heads
+    kv_width = head_dim * (getattr(text, "num_key_value_heads", None) or heads)
+    projections = 2 * linear_flops(queries, width, heads * head_dim) + 2 * linear_flops(queries, width, kv_width)
+    mlp = 3 * linear_flops(queries, width, text.intermediate_size)
+    return int(text.num_hidden_layers * (projections + attention_flops(queries, keys, heads * head_dim) + mlp))
+
+
+def _opt(text: Any, prompt: int, new_tokens: int) -> LanguageCosts:
+    return _decoder(_opt_layers, text, prompt, new_tokens)
+
+
+def _opt_layers(text: Any, queries: int, keys: int) -> int:
+    """Per layer: q, k, v, o, attention, and an MLP of two matrices; OPT-350M also maps its embeddings in and out."""
+    width, narrow = text.hidden_size, text.word_embed_proj_dim
+    layer = 4 * linear_flops(queries, width, width) + 2 * linear_flops(queries, width, text.ffn_dim)
+    layer += attention_flops(queries, keys, width)
+    mapped = 2 * linear_flops(queries, width, narrow) if narrow != width else 0
+    return int(text.num_hidden_layers * layer + mapped)
+
+
+def _t5(text: Any, prompt: int, new_tokens: int) -> LanguageCosts:
+    """The encoder on the prompt, and a decoder that starts with one token: its first pass makes the keys and values of
+    the encoder's tokens, which are cached. The prefill ends with that pass."""
+    inner = text.num_heads * text.d_kv
+    encoder = _t5_attention(text, prompt, prompt, own_keys=prompt) + _t5_mlp(text, prompt)
+    crossing = 2 * linear_flops(prompt, text.d_model, inner)
+    head = linear_flops(1, text.d_model, text.vocab_size)
+
+    def step(position: int) -> int:
+        layer = _t5_attention(text, 1, position, own_keys=1) + _t5_attention(text, 1, prompt, own_keys=0)
+        return int(text.num_decoder_layers * (layer + _t5_mlp(text, 1)))
+
+    prefill = text.num_layers * encoder + text.num_decoder_layers * crossing + step(1)
+    return LanguageCosts(int(prefill), head, sum(step(1 + index) + head for index in range(1, new_tokens)))
+
+
+def _t5_attention(text: Any, queries: int, keys: int, own_keys: int) -> int:
+    """q and o on the queries, k and v on ``own_keys`` tokens, attention to all keys."""
+    inner = text.num_heads * text.d_kv
+    projections = 2 * linear_flops(queries, text.d_model, inner) + 2 * linear_flops(own_keys, text.d_model, inner)
+    return projections + attention_flops(queries, keys, inner)
+
+
+def _t5_mlp(text: Any, tokens: int) -> int:
+    return (3 if text.is_gated_act else 2) * linear_flops(tokens, text.d_model, text.d_ff)
+
+
+_GATED = (
+    "cohere2",
+    "gemma",
+    "gemma3_text",
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen2_5_vl_text",
+    "qwen2_vl_text",
+    "qwen3",
+    "qwen3_vl_text",
+)
+_FORMULAS: dict[str, Callable[[Any, int, int], LanguageCosts]] = {
+    **dict.fromkeys(_GATED, _gated),
+    "opt": _opt,
+    "t5": _t5,
+}
+TEXT_MODELS = tuple(_FORMULAS)

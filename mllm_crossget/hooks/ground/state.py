@@ -1,0 +1,244 @@
+"""What an accelerated model and its hooked modules carry: settings, counts, learned tokens and the way back.
+
+Plain typed data without behaviour of a forward. Shapes: B batch, R removed, T tokens after a layer, N tokens in front
+of the first layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from mllm_crossget.families.base import Family, LayerNames, TextTower, module_at
+from mllm_crossget.families.modality import Modality
+from mllm_crossget.hooks.ground.journal import Journal
+from mllm_crossget.hooks.ground.vision_cache import VisionCache
+from mllm_crossget.methods.base import Method
+from mllm_crossget.ops.matching import Match
+from mllm_crossget.ops.ragged import Step
+from mllm_crossget.schedule import (
+    Geometry,
+    MergeGeometry,
+    Schedule,
+    TextGeometry,
+    TowerGeometry,
+    behind_grid,
+    make_schedule,
+    make_text_schedule,
+    of_other_size,
+    patches_left,
+)
+
+HANDLE = "_mllm_crossget"
+
+
+@dataclass
+class LayerTrace:
+    """What one layer decided. B batch, R removed, T tokens after the layer, N tokens in front of the first layer.
+
+    Attributes:
+        match: the layer's matching, or None where it removed nothing; a ``Step`` where counts differ between images.
+        size: (B, T) patch tokens in each token after the layer; 0 in rows behind an image's last token, where counts
+            differ between images.
+        source: (B, N) row, after this layer, that every original token (class and cross token too) has become.
+    """
+
+    match: Match | Step | None
+    size: Tensor
+    source: Tensor
+
+
+@dataclass
+class TowerState:
+    """What the hooked encoder knows; attached to the encoder.
+
+    Attributes:
+        method, geometry: what to do, for which tower.
+        names: where a layer keeps its norms, attention and MLP.
+        cosine: whether the importance is the cosine with the cross token's query (CrossGET's CLIP flavour).
+        trace: a list to append one ``LayerTrace`` per layer to, or None (the default: nothing is kept).
+        keeps_sizes: whether a pooling head behind the encoder wants the token sizes.
+        sizes: (B, T) of the last forward, taken away by the pooling head.
+        alignment_width: of the encoder's alignment tokens; 0 if it has none.
+        calibration: finds the layers' thresholds while ``calibrate`` runs, else None.
+        ignores_mask: whether what calls the encoder has seen to it that its mask hides nothing.
+    """
+
+    method: Method
+    geometry: TowerGeometry
+    names: LayerNames
+    cosine: bool = False
+    trace: list[LayerTrace] | None = None
+    keeps_sizes: bool = False
+    sizes: Tensor | None = None
+    alignment_width: int = 0
+    calibration: Any = None
+    ignores_mask: bool = False
+    schedules: dict[int, Schedule] = field(default_factory=dict)
+    caps: dict[int, Schedule] = field(default_factory=dict)
+
+    def schedule(self, tokens: int) -> Schedule:
+        """Counts for an image of ``tokens`` tokens (other image sizes have other patch counts)."""
+        if tokens not in self.schedules:
+            geometry = self.geometry.of_patches(tokens - self.geometry.prefix)
+            method = self.method if geometry.cells is None else of_other_size(self.method, geometry)
+            self.schedules[tokens] = make_schedule(method, geometry)
+        return self.schedules[tokens]
+
+    def most_tokens(self, tokens: int, layer: int) -> int:
+        """Tokens that the cap of a dynamic method allows behind a layer, of an image of ``tokens`` tokens."""
+        if tokens not in self.caps:
+            geometry = self.geometry.of_patches(tokens - self.geometry.prefix)
+            most = min(vars(self.method)["max_visual_tokens"], geometry.placeholders)
+            capped = replace(self.method, keep_ratio=None, r=None, visual_tokens=most)
+            self.caps[tokens] = make_schedule(capped, geometry)
+        return self.caps[tokens].tokens[layer + 1]
+
+
+@dataclass
+class MergeState:
+    """What the owner of ``get_image_features`` knows.
+
+    Attributes:
+        method, modalities: what to do, with which inputs.
+        trace: a list to append one ``LayerTrace`` per step (and group of images of one size) to, or None.
+        running: whether features are being made: a model may encode videos with its method for images.
+        tower: whose share of tokens is kept here, where a tower in front of the projector's grid is reduced, else None.
+    """
+
+    method: Method
+    modalities: tuple[Modality, ...]
+    trace: list[LayerTrace] | None = None
+    running: bool = False
+    tower: TowerState | None = None
+    schedules: dict[int, Schedule] = field(default_factory=dict)
+
+    def schedule(self, tokens: int) -> Schedule:
+        """Counts for an image of ``tokens`` tokens."""
+        if tokens not in self.schedules:
+            method = self.method
+            if self.tower is not None:
+                geometry = self.tower.geometry.of_cells(tokens)
+                own = self.tower.schedule(geometry.patches + geometry.prefix)
+                method = behind_grid(method, geometry, patches_left(own, geometry))
+            self.schedules[tokens] = make_schedule(method, MergeGeometry(tokens, fixed=False))
+        return self.schedules[tokens]
+
+
+@dataclass
+class TextTowerState:
+    """What the hooked text tower knows; attached to the model, the encoder and its layers.
+
+    Attributes:
+        method, geometry: what to do, for which tower.
+        tower: the family's description of the tower.
+        config: the text model's own configuration.
+        trace: a list to append one ``LayerTrace`` per layer to, or None.
+        alignment_owner: the module whose ``alignment_tokens`` the texts are compared with, or None. Looked up there,
+            because PEFT replaces them.
+        alignment_width: of these tokens; 0 for none.
+        calibration: finds the layers' thresholds while ``calibrate`` runs, else None.
+    """
+
+    method: Method
+    geometry: TextGeometry
+    tower: TextTower
+    config: Any
+    trace: list[LayerTrace] | None = None
+    alignment_owner: Any = None
+    alignment_width: int = 0
+    calibration: Any = None
+    schedules: dict[int, Schedule] = field(default_factory=dict)
+
+    def schedule(self, tokens: int) -> Schedule:
+        """Counts for a text of ``tokens`` tokens."""
+        if tokens not in self.schedules:
+            self.schedules[tokens] = make_text_schedule(self.method, self.geometry, tokens)
+        return self.schedules[tokens]
+
+
+@dataclass
+class OwnTower:
+    """The tower of one modality beside the vision tower (videos of VideoLlava).
+
+    Attributes:
+        encoder_path: path to the module that holds its layers.
+        schedule: counts for one frame.
+        state: of the hooked tower.
+    """
+
+    encoder_path: str
+    schedule: Schedule
+    state: TowerState
+
+
+@dataclass
+class Handle:
+    """Attached to the top-level model.
+
+    Attributes:
+        method, family, geometry, schedule: the settings, and the counts that follow from them for this model.
+        journal: the changes to the model.
+        cross_tokens: the learned modules by place ("vision", "text", "video"), also while ``keep_ratio=1`` parks them.
+        cross_paths: where they are registered in the model, by place.
+        encoder_path: path to the module that holds the vision layers.
+        text_path: path to the module that writes text cross tokens, "" where there is none.
+        tower: state of the hooked vision tower or of the merging behind the projector, None while ``keep_ratio=1``.
+        own_towers: towers that single modalities have beside it, by the modality's name.
+        again: state of the second merging, behind pooled frames, resized grids and projectors of the whole grid, or
+            None.
+        text_encoder_path, text_tower: the same for a text tower.
+        vision_cache: encoded images for the next question about them, or None.
+    """
+
+    method: Method
+    family: Family
+    geometry: Geometry
+    schedule: Schedule
+    journal: Journal
+    cross_tokens: dict[str, nn.Module]
+    cross_paths: dict[str, str] = field(default_factory=dict)
+    encoder_path: str = ""
+    text_path: str = ""
+    tower: TowerState | MergeState | None = None
+    own_towers: dict[str, OwnTower] = field(default_factory=dict)
+    again: MergeState | None = None
+    text_encoder_path: str = ""
+    text_tower: TextTowerState | None = None
+    vision_cache: VisionCache | None = None
+
+    @property
+    def keeps_positions(self) -> bool:
+        """Whether image tokens and text keep positions of the full prompt that a grid does not give them anyway."""
+        return self.method.keeps_positions and self.family.positions != "grid"
+
+    @property
+    def merging(self) -> MergeState | None:
+        """State of the merging of every image's features behind the projector, or None."""
+        if isinstance(self.tower, MergeState):
+            return self.tower
+        return self.again if isinstance(self.geometry, TowerGeometry) and self.geometry.cells is not None else None
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PEFT wrapper, or the model itself."""
+    if isinstance(model, nn.Module) and hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        return model.get_base_model()
+    return model
+
+
+def handle_of(model: nn.Module) -> Handle | None:
+    """The handle of an accelerated model (also inside a PEFT wrapper), or None."""
+    return vars(base_model(model)).get(HANDLE)
+
+
+def live_cross_tokens(model: nn.Module) -> dict[str, nn.Module]:
+    """The cross tokens that an accelerated model computes with, by place.
+
+    Looked up by path, because PEFT replaces the registered module (``modules_to_save``) and trains a copy of it.
+    """
+    target = base_model(model)
+    handle: Handle = vars(target)[HANDLE]
+    return {**handle.cross_tokens, **{place: module_at(target, path) for place, path in handle.cross_paths.items()}}

@@ -1,0 +1,201 @@
+"""MADTP's alignment guidance in training: what the alignment tokens find in the images and in their texts is compared.
+
+The image side is recorded by the tower (``hooks.tower.counts_per_image``), the text side at the inputs of the text
+layers. Both live in lists of one forward. Gradients reach the alignment tokens, their maps, and whatever else is
+trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mllm_crossget.families.base import TextSide, module_at, text_side_of
+from mllm_crossget.hooks.ground.state import Handle, live_cross_tokens
+from mllm_crossget.hooks.model.cross_loss import aligned_output
+from mllm_crossget.hooks.projector.features import forget_ahead
+from mllm_crossget.hooks.request.placeholders import images_per_row, present, token_of
+from mllm_crossget.hooks.tower.counts_per_image import recorded_alignment
+from mllm_crossget.methods.madtp import MadtpConfig
+from mllm_crossget.ops.alignment_attention import alignment_features, guidance_loss
+
+
+def guides(model: nn.Module, handle: Handle) -> bool:
+    """Whether this forward has the loss of the alignment tokens."""
+    method = handle.method
+    wanted = isinstance(method, MadtpConfig) and method.alignment_weight > 0
+    return wanted and model.training and "alignment" in handle.cross_paths
+
+
+def recording(model: nn.Module, handle: Handle) -> AbstractContextManager[list[Tensor]]:
+    """The tower's list for one forward, or an empty one where no loss is wanted."""
+    if not guides(model, handle):
+        return nullcontext([])
+    return recorded_alignment(module_at(model, handle.encoder_path))
+
+
+def with_guidance(model: Any, forward: Any, handle: Handle, kwargs: dict[str, Any]) -> Any:
+    """Run the stock forward and add ``alignment_loss`` (unweighted) to its output, not to tuples.
+
+    Args:
+        model: in training mode.
+        forward: its stock forward.
+        handle: of the model.
+        kwargs: of the call, with a compact prompt. Its text is every real token but the first one and the image's.
+    """
+    side = text_side_of(handle.family, model.config)
+    layers: Any = () if side is None else module_at(module_at(model, side.model), side.layers).children()
+    with forget_ahead(model, handle.family), recording(model, handle) as found, heard(layers) as inputs:
+        rows = _images_per_row(model, handle, kwargs)
+        output = forward(**kwargs)
+    if isinstance(output, tuple):
+        return output
+    if side is None or not found or not inputs:
+        known = next(value for value in output.values() if isinstance(value, Tensor))
+        loss = torch.zeros((), device=known.device)
+    else:
+        images = image_features(found, len(module_layers(model, handle)))
+        find = _columns_behind_queries if side.keyword else _text_columns
+        columns = find(model, handle, side, kwargs, inputs[0])
+        text = text_features(live_cross_tokens(model)["alignment"], inputs, columns)
+        rows = _rows_alike(len(images), len(columns)) if rows is None else rows
+        loss = guidance_loss(images, text, torch.arange(len(rows)).repeat_interleave(rows.cpu()))
+    return aligned_output(type(output))(**dict(output.items()), alignment_loss=loss)
+
+
+def with_pair_guidance(model: Any, forward: Any, handle: Handle, kwargs: dict[str, Any]) -> Any:
+    """Likewise for a dual encoder, whose rows are pairs; with other numbers of images and texts the loss is 0.
+
+    A text's tokens are those behind its first one, up to the end mark under a causal mask, without padding; all of
+    them in MADTP's reference mode. A text tower that is pruned records them itself.
+    """
+    tower = handle.family.text_tower
+    if tower is None:
+        raise RuntimeError(f"family {handle.family.key!r} has no text tower")
+    text_model = module_at(model, tower.path)
+    encoder: Any = module_at(text_model, tower.encoder)
+    pruned = handle.text_tower is not None
+    layers: Any = () if pruned else getattr(encoder, tower.names.layers)
+    with recording(model, handle) as found, recorded_alignment(encoder) as written, heard(layers) as inputs:
+        output = forward(**kwargs)
+    if isinstance(output, tuple):
+        return output
+    if pruned:
+        text = image_features(written, len(getattr(encoder, tower.names.layers)))
+    else:
+        columns = _pair_columns(model, handle, kwargs)
+        text = text_features(live_cross_tokens(model)["alignment"], inputs, columns)
+    images = image_features(found, len(module_layers(model, handle)))
+    rows = torch.arange(len(images) if len(images) == len(text) else 0)
+    loss = guidance_loss(images, text, rows)
+    return aligned_output(type(output))(**dict(output.items()), alignment_loss=loss)
+
+
+def _pair_columns(model: Any, handle: Handle, kwargs: dict[str, Any]) -> Tensor:
+    """(B, T) the text's tokens of a dual encoder, see ``with_pair_guidance``."""
+    tower, ids, mask = handle.family.text_tower, kwargs["input_ids"], kwargs.get("attention_mask")
+    text = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask != 0
+    if tower is not None and tower.causal and not vars(handle.method).get("reference"):
+        end = tower.end(module_at(model, tower.path).config, ids)
+        text = text & (torch.arange(ids.shape[1], device=ids.device) <= end[:, None])
+    text[:, 0] &= not (tower is not None and tower.first)
+    return text
+
+
+def module_layers(model: nn.Module, handle: Handle) -> Any:
+    """The layers of the vision tower."""
+    if handle.tower is None:
+        raise RuntimeError("the vision tower is not hooked")
+    return getattr(module_at(model, handle.encoder_path), vars(handle.tower)["names"].layers)
+
+
+def image_features(found: list[Tensor], layers: int) -> Tensor:
+    """(images, K, width) sums over the layers; the tower may have run several times."""
+    runs = [torch.stack(found[start : start + layers]).sum(dim=0) for start in range(0, len(found), layers)]
+    return torch.cat(runs)
+
+
+def text_features(tokens: nn.Module, inputs: dict[int, Tensor], columns_BT: Tensor) -> Tensor:
+    """(B, K, width) sums over the text layers of what the alignment tokens find in their inputs.
+
+    Args:
+        tokens: the alignment tokens.
+        inputs: (B, T, D) of every layer.
+        columns_BT: True for the text's tokens. A row without any is compared as a whole.
+    """
+    columns_BT = columns_BT | ~columns_BT.any(dim=1, keepdim=True)
+    summed: Any = 0
+    for layer, hidden in sorted(inputs.items()):
+        scores, mapped = tokens(hidden, layer, True)
+        summed = summed + alignment_features(scores, mapped, columns_BT.to(scores.device))[1]
+    return summed
+
+
+@contextmanager
+def heard(layers: Any) -> Iterator[dict[int, Tensor]]:
+    """Collect what enters each of the layers during one forward; the first call of a layer counts, so that layers may
+    be replayed by gradient checkpointing."""
+    inputs: dict[int, Tensor] = {}
+    handles = [
+        layer.register_forward_pre_hook(partial(_hear, inputs, index), with_kwargs=True)
+        for index, layer in enumerate(layers)
+    ]
+    try:
+        yield inputs
+    finally:
+        for one in handles:
+            one.remove()
+
+
+def _hear(inputs: dict[int, Tensor], index: int, layer: nn.Module, args: Any, kwargs: Any) -> None:
+    del layer
+    inputs.setdefault(index, args[0] if args else kwargs["hidden_states"])
+
+
+def _images_per_row(model: Any, handle: Handle, kwargs: dict[str, Any]) -> Tensor | None:
+    """(B,) images in every row, or None where nothing says it but the numbers of images and of rows."""
+    if present(handle, kwargs):
+        return images_per_row(model, handle, kwargs)
+    if handle.family.images_per_row is not None and kwargs.get("input_ids") is not None:
+        return handle.family.images_per_row(model.config, kwargs)
+    return None
+
+
+def _rows_alike(images: int, rows: int) -> Tensor:
+    if images % rows:
+        raise ValueError(f"{images} images for {rows} rows of text: the alignment loss needs as many for every row")
+    return torch.full((rows,), images // rows)
+
+
+def _columns_behind_queries(
+    model: Any, handle: Handle, side: TextSide, kwargs: dict[str, Any], hidden: Tensor
+) -> Tensor:
+    """(B, T) True for an instruction's real tokens but its first one, where a Q-Former reads it behind its queries;
+    frames of a video repeat it."""
+    del model, handle
+    ids, mask = kwargs[f"{side.keyword}input_ids"], kwargs.get(f"{side.keyword}attention_mask")
+    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask != 0
+    text = (real & (real.cumsum(dim=1) > 1)).repeat_interleave(len(hidden) // len(ids), dim=0)
+    return torch.nn.functional.pad(text, (side.skip, 0))
+
+
+def _text_columns(model: Any, handle: Handle, side: TextSide, kwargs: dict[str, Any], hidden: Tensor) -> Tensor:
+    """(B, T) True for real tokens that are neither the row's first one nor an image's."""
+    del side
+    ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+    real = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+    if mask is not None and mask.shape[1] >= hidden.shape[1]:
+        real = mask[:, -hidden.shape[1] :] != 0
+    text = real & (real.cumsum(dim=1) > 1)
+    if ids is None or ids.shape != text.shape:
+        return text
+    tokens = [token_of(model, modality) for modality in handle.family.modalities]
+    tokens += [model.config.image_token_id] if not tokens and hasattr(model.config, "image_token_id") else []
+    for token in tokens:
+        text = text & (ids != token)
+    return text

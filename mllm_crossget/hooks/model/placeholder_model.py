@@ -1,0 +1,228 @@
+"""The top-level model: shrinks prompts in front of the stock ``forward`` and ``generate``, and gives the user's layout
+back. The language model never sees, computes or caches a removed token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mllm_crossget.families.base import module_at
+from mllm_crossget.hooks.ground.arguments import positional_names
+from mllm_crossget.hooks.ground.cross_tokens import recorded_cross_tokens
+from mllm_crossget.hooks.ground.kv_cache import cache_from, cache_in, name_cache
+from mllm_crossget.hooks.ground.state import HANDLE, Handle
+from mllm_crossget.hooks.model.cross_loss import add_alignment_loss
+from mllm_crossget.hooks.model.madtp_loss import guides, recording, with_guidance
+from mllm_crossget.hooks.model.saved_model import SavedModel
+from mllm_crossget.hooks.projector.features import forget_ahead
+from mllm_crossget.hooks.request.compact_call import (
+    cached_columns,
+    empty_layout,
+    follow_layout,
+    is_full_prompt,
+    keeps_positions_on,
+    mask_2d,
+    positions_of_columns,
+    refuse_inputs,
+    refuse_other_features,
+    refuse_without_cache,
+    require_ids,
+    shrink_for_generate,
+    shrink_new_columns,
+    whole_mask,
+)
+from mllm_crossget.hooks.request.compaction import LAYOUT, Layout
+from mllm_crossget.hooks.request.placeholders import images_per_row, present
+from mllm_crossget.hooks.request.user_view import PromptView, option_reader, shift_lengths, with_user_view
+
+
+class AlignedModel(SavedModel):
+    """Mixin for a top-level model whose prompt is not changed: adds the alignment loss in training."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the original; in training, with a field ``alignment_loss`` where the family has such a loss."""
+        handle: Handle = self.__dict__[HANDLE]
+        if not (_aligns(self, handle) or guides(self, handle)):
+            return super().forward(*args, **kwargs)
+        if args:
+            kwargs.update(zip(positional_names(type(self)), args, strict=False))
+        return _with_alignment(self, super().forward, handle, kwargs)
+
+
+class ReducedModel(SavedModel):
+    """Mixin for a top-level model with image placeholders in its prompt."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the original, on the user's full-length inputs; logits come back full-length, zeros at dropped columns.
+
+        Hidden states, attentions and the KV cache of the language model have the compact length.
+        """
+        if args:
+            kwargs.update(zip(positional_names(type(self)), args, strict=False))
+        name_cache(kwargs)
+        handle: Handle = self.__dict__[HANDLE]
+        refuse_inputs(kwargs)
+        refuse_other_features(handle, self.config, kwargs)
+        cache = cache_in(kwargs)
+        layout = getattr(cache, LAYOUT, None)
+        if present(handle, kwargs) and is_full_prompt(self, handle, kwargs):
+            with forget_ahead(self, handle.family), _recording(self, handle, kwargs), recording(self, handle):
+                return _forward_shrunk(self, super().forward, handle, kwargs)
+        if layout is not None:
+            follow_layout(handle, layout, kwargs)
+        return _with_alignment(self, super().forward, handle, kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As the original: full-length prompts in, full-length sequences out."""
+        kwargs.update(zip(positional_names(type(self), "generate"), args, strict=False))
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}
+        name_cache(kwargs)
+        handle: Handle = self.__dict__[HANDLE]
+        option = option_reader(self, kwargs)
+        cache = cache_in(kwargs)
+        layout: Layout | None = getattr(cache, LAYOUT, None)
+        refuse_inputs(kwargs)
+        if "inputs" in kwargs and "input_ids" not in kwargs:
+            kwargs["input_ids"] = kwargs.pop("inputs")
+        require_ids(handle, kwargs)
+        nothing_to_do = not present(handle, kwargs) and layout is None
+        if option("is_assistant") or "input_ids" not in kwargs or nothing_to_do:
+            return super().generate(**kwargs)
+        user_ids = kwargs["input_ids"]
+        kwargs.setdefault("attention_mask", whole_mask(user_ids, layout, cache, option))
+        refuse_without_cache(handle, option("use_cache"))
+        with forget_ahead(self, handle.family):
+            with torch.no_grad():
+                shrunk = shrink_for_generate(self, handle, kwargs, layout)
+            if shrunk is None:
+                return super().generate(**kwargs)
+            view = PromptView(user_ids, kwargs["input_ids"].shape[1])
+            shift_lengths(kwargs, option, user_ids.shape[1] - view.compact_length)
+            with_user_view(kwargs, view, option)
+            output = _without_layout(cache, super().generate, kwargs)
+        return _user_output(output, view, shrunk.layout, cache)
+
+
+def _forward_shrunk(model: nn.Module, forward: Any, handle: Handle, kwargs: dict[str, Any]) -> Any:
+    ids, cache = kwargs["input_ids"], cache_in(kwargs)
+    layout = (getattr(cache, LAYOUT, None) or empty_layout(ids)).for_rows(len(ids))
+    mask = mask_2d(kwargs, ids, cached_columns(cache) + layout.shift)
+    if mask.shape[1] < ids.shape[1]:
+        raise ValueError(f"attention_mask has {mask.shape[1]} columns, input_ids has {ids.shape[1]}")
+    old = mask.shape[1] - ids.shape[1]
+    keep, named = kwargs.pop("logits_to_keep", 0), getattr(model.config, "return_dict", True)
+    as_tuple = kwargs.pop("return_dict", named) is False
+    if not named:  # the stock forward would look there
+        kwargs["return_dict"] = True
+    old_mask = layout.compact_mask(mask[:, :old]) if old else mask[:, :0]
+    if keeps_positions_on(handle, layout) and kwargs.get("position_ids") is None:
+        kwargs["position_ids"] = positions_of_columns(handle, ids, mask.shape[1])
+    shrunk = shrink_new_columns(model, handle, kwargs, ids, mask[:, old:], layout, 0, old_mask.sum(dim=1))
+    kwargs["attention_mask"] = torch.cat([old_mask, kwargs["attention_mask"]], dim=1)
+    same_columns = kwargs.get("labels") is None and shrunk.compaction.keeps_last(keep)
+    output = _with_alignment(model, forward, handle, {**kwargs, "logits_to_keep": keep if same_columns else 0})
+    if not same_columns:
+        output.logits = _slice_logits(shrunk.compaction.expand(output.logits), keep)
+    if cache_from(output) is not None:
+        compact_ids = torch.cat([layout.ids, ids.new_zeros(len(ids), old_mask.shape[1] - layout.ids.shape[1]),
+                                 kwargs["input_ids"]], dim=1)  # fmt: skip
+        layout = dataclasses.replace(
+            shrunk.layout, length=mask.shape[1], mask=kwargs["attention_mask"], ids=compact_ids
+        )
+        setattr(cache_from(output), LAYOUT, layout)
+    return output.to_tuple() if as_tuple else output
+
+
+def _slice_logits(logits: Tensor, keep: int | Tensor) -> Tensor:
+    if isinstance(keep, Tensor):
+        return logits[:, keep]
+    return logits[:, -keep:] if keep else logits
+
+
+def _without_layout(cache: Any, generate: Any, kwargs: dict[str, Any]) -> Any:
+    """Run the stock ``generate`` on compact inputs; the cache's layout, in the user's columns, is set aside."""
+    layout = getattr(cache, LAYOUT, None)
+    if layout is None:
+        return generate(**kwargs)
+    delattr(cache, LAYOUT)
+    try:
+        return generate(**kwargs)
+    except BaseException:
+        setattr(cache, LAYOUT, layout)
+        raise
+
+
+def _user_output(output: Any, view: PromptView, layout: Layout, cache: Any) -> Any:
+    if isinstance(output, Tensor):
+        output = view.full(output)
+    else:
+        output.sequences = view.full(output.sequences)
+        made = cache_from(output)
+        cache = cache if made is None else made
+    if cache is not None:
+        setattr(cache, LAYOUT, layout)
+    return output
+
+
+def _images_of_rows(
+    model: Any, handle: Handle, kwargs: dict[str, Any], vision: list[Tensor], text: list[Tensor]
+) -> Tensor:
+    """(B,) images in every row of the text side, for families whose prompts are not shrunk."""
+    rows = text[0].shape[1] if text else 0
+    images = vision[0].shape[1] if vision else 0
+    if not images or not rows:
+        return torch.zeros(rows, dtype=torch.int64)
+    if handle.family.images_per_row is not None:
+        return handle.family.images_per_row(model.config, kwargs)
+    if images % rows:
+        raise ValueError(f"{images} images for {rows} rows of text: the alignment loss needs as many for every row")
+    return torch.full((rows,), images // rows)
+
+
+def _aligns(model: nn.Module, handle: Handle) -> bool:
+    """Whether this forward has an alignment loss."""
+    both = {"vision", "text"} <= handle.cross_paths.keys()
+    return model.training and both and handle.text_path != "" and bool(handle.family.vision_projection)
+
+
+def _recording(model: nn.Module, handle: Handle, kwargs: dict[str, Any]) -> AbstractContextManager[Any]:
+    """Both sides' lists of cross tokens, or two empty ones where no alignment loss is wanted."""
+    if not _aligns(model, handle):
+        return nullcontext(([], []))
+    first = next((modality.name for modality in present(handle, kwargs)), "")
+    own = handle.own_towers.get(first)
+    encoder_path = handle.encoder_path if own is None else own.encoder_path
+    return recorded_cross_tokens(module_at(model, encoder_path), module_at(model, handle.text_path))
+
+
+def _with_alignment(model: nn.Module, forward: Any, handle: Handle, kwargs: dict[str, Any]) -> Any:
+    """Run the stock forward; in training, add the alignment loss of cross or alignment tokens (not to tuples)."""
+    if guides(model, handle):
+        return with_guidance(model, forward, handle, kwargs)
+    if not _aligns(model, handle):
+        return forward(**kwargs)
+    family = handle.family
+    with forget_ahead(model, family), _recording(model, handle, kwargs) as (vision, text):
+        rows = images_per_row(model, handle, kwargs) if present(handle, kwargs) else None
+        output = forward(**kwargs)
+    if isinstance(output, tuple):
+        return output
+    if rows is None or not vision or not text:
+        rows = _images_of_rows(model, handle, kwargs, vision, text)
+    towards = [
+        [module_at(model, path) for path in paths] for paths in (family.vision_projection, family.text_projection)
+    ]
+    cell = None if family.cross_cell is None else partial(family.cross_cell, model.config)
+    output = add_alignment_loss(
+        output, vision[0] if vision else None, text[0] if text else None, towards, rows, handle.method.kl, cell
+    )
+    if handle.own_towers:  # DDP wants a gradient of every tower's cross tokens, also where a batch has images alone
+        for path in handle.cross_paths.values():
+            output.alignment_loss = output.alignment_loss + 0 * module_at(model, path)().sum()
+    return output

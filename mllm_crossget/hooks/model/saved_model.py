@@ -1,0 +1,45 @@
+"""``save_pretrained`` of an accelerated model: the stock checkpoint, and the library's own files beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+from torch import Tensor, nn
+
+from mllm_crossget.hooks.model.cross_files import without_cross_tokens, write_files
+
+
+class SavedModel(nn.Module):
+    """Mixin for every top-level model."""
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """As the original - the checkpoint holds the stock weights alone - plus ``crossget_config.json`` and
+        ``crossget.safetensors`` beside it. ``push_to_hub`` uploads the whole folder."""
+        upload = {name: kwargs.pop(name) for name in ("repo_id", "commit_message", "private") if name in kwargs}
+        state = self.state_dict() if state_dict is None else state_dict
+        super().save_pretrained(save_directory, is_main_process, without_cross_tokens(state), **kwargs)
+        if is_main_process:
+            write_files(self, save_directory, state)
+        if push_to_hub:
+            _upload(Path(save_directory), token=kwargs.get("token"), **upload)
+
+
+def _upload(
+    folder: Path,
+    repo_id: str | None = None,
+    commit_message: str = "Upload model",
+    private: bool | None = None,
+    token: str | bool | None = None,
+) -> None:
+    api = HfApi(token=token)
+    repo = api.create_repo(repo_id or folder.name, private=private, exist_ok=True)
+    api.upload_folder(folder_path=folder, repo_id=repo.repo_id, commit_message=commit_message)

@@ -1,0 +1,195 @@
+"""From the dial to the thresholds of a dynamic method, on a handful of images."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mllm_crossget.families.base import module_at
+from mllm_crossget.hooks.ground.state import Handle, MergeState, TowerState, base_model, handle_of
+from mllm_crossget.hooks.tower.counts_per_image import recorded_sizes
+from mllm_crossget.methods.dynamic import NOTHING, DynamicMethod
+from mllm_crossget.methods.madtp import MadtpConfig
+
+_TOLERANCE = 0.02
+
+
+@dataclass
+class Calibration:
+    """Finds one threshold after the other while the tower runs on the calibration images.
+
+    Attributes:
+        thresholds: found so far, one per layer.
+    """
+
+    thresholds: list[float] = field(default_factory=list)
+
+    def choose(
+        self, method: DynamicMethod, scores: Tensor, shielded: Tensor, least: Tensor | None, wanted: int
+    ) -> float:
+        """The threshold at which the images of the batch together lose ``wanted`` tokens in this layer, or nearly.
+
+        By bisection over the scores that occur; it lies half-way between two of them, so that rounding does not matter.
+        """
+        values = scores[torch.isfinite(scores)].unique().tolist()
+
+        def removed(threshold: float) -> int:
+            return int(method.removals(scores, threshold, shielded, least).sum())
+
+        steps = [NOTHING, *((a + b) / 2 for a, b in itertools.pairwise(values)), *values[-1:]]
+        found = steps[_nearest(lambda place: removed(steps[place]), len(steps), wanted)]
+        self.thresholds.append(found)
+        return found
+
+
+def _nearest(value_at: Callable[[int], int], count: int, wanted: int) -> int:
+    """The place in 0..count-1 whose value is nearest to ``wanted``, where values never fall."""
+    low, high = 0, count - 1
+    while low < high:
+        middle = (low + high) // 2
+        if value_at(middle) >= wanted:
+            high = middle
+        else:
+            low = middle + 1
+    if low and wanted - value_at(low - 1) <= abs(value_at(low) - wanted):
+        return low - 1
+    return low
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, images: Any = None, processor: Any = None, *, texts: Any = None) -> DynamicMethod:
+    """Find the thresholds of a dynamic method, so that images like these keep the asked number of tokens on average.
+
+    One pass of the vision tower over all images at once: each layer's threshold is set where the images together lose
+    what the fixed schedule of the same dial removes there. Average tokens are thus those of the fixed schedule in every
+    layer, and so are average costs. Likewise for the text tower of a dual encoder that MADTP prunes. Calibrate again
+    after training, which moves the scores.
+
+    Args:
+        model: accelerated with ``CrossGetConfig(dynamic=True, ...)`` or ``MadtpConfig(...)``.
+        images: (images, channels, height, width) pixel values as the processor makes them; or pictures, with
+            ``processor``, of what the model will see. On others the average is off by about the relative spread of
+            their counts / sqrt(images): some dozens do for a spread of 20 %, a thousand for 60 %.
+        processor: a transformers processor or image processor, for pictures and for texts that are strings.
+        texts: for MADTP with a text dial: strings, or ``input_ids`` and ``attention_mask`` as the tokenizer makes them.
+
+    Returns:
+        The settings with the thresholds, which the model now runs with; ``save_crossget`` writes them.
+
+    Raises:
+        ValueError: the model is not accelerated with a dynamic method, the settings cannot be calibrated, or the
+            average cannot be met; the model keeps its settings.
+        TypeError: no images, or no texts, where the settings need them.
+
+    Example:
+        >>> accelerate_mllm(model, CrossGetConfig(dynamic=True, keep_ratio=0.25))
+        >>> calibrate(model, pixel_values)
+    """
+    handle, method = _checked(model)
+    text = handle.text_tower if isinstance(method, MadtpConfig) else None
+    if texts is not None and text is None:
+        raise ValueError("texts were given, but no text tower is pruned: give MadtpConfig a text_keep_ratio or text_r")
+    if images is None and texts is None:
+        raise TypeError("give images, or texts for a text tower that MADTP prunes")
+    found: dict[str, list[float]] = {}
+    if images is not None:
+        found["threshold"] = _on_images(model, handle, method, _pixels(images, processor))
+    if texts is not None and text is not None:
+        found["text_threshold"] = _on_texts(model, handle, _tokens(texts, processor))
+    settings = dataclasses.replace(method, **found)
+    for state in (handle, handle.tower, handle.text_tower):
+        if state is not None:
+            state.method = settings
+    return settings
+
+
+def _on_images(model: nn.Module, handle: Handle, method: DynamicMethod, pixels: Tensor) -> list[float]:
+    state = handle.tower
+    if not isinstance(state, TowerState):
+        raise ValueError(f"{method} leaves the vision tower alone; calibrate it on texts")
+    tower = module_at(base_model(model), handle.family.tower or "")
+    encoder = module_at(base_model(model), handle.encoder_path)
+    with _calibrating(tower, state) as calibration, recorded_sizes(encoder) as sizes:
+        tower(pixels)
+    _check_average(handle, method, sizes[handle.geometry.read - 1])
+    return calibration.thresholds
+
+
+def _on_texts(model: nn.Module, handle: Handle, tokens: dict[str, Tensor]) -> list[float]:
+    if handle.family.text_tower is None or handle.text_tower is None:
+        raise ValueError(f"{handle.method} leaves the text tower alone")
+    text_model = module_at(base_model(model), handle.family.text_tower.path)
+    with _calibrating(text_model, handle.text_tower) as calibration:
+        text_model(**tokens)
+    return calibration.thresholds
+
+
+@contextmanager
+def _calibrating(module: nn.Module, state: Any) -> Iterator[Calibration]:
+    """Evaluation mode, with a calibration in the state; both taken back afterwards."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    state.calibration = calibration = Calibration()
+    try:
+        yield calibration
+    finally:
+        state.calibration = None
+        for part, training in modes:
+            part.training = training
+
+
+def _checked(model: nn.Module) -> tuple[Handle, DynamicMethod]:
+    handle = handle_of(model)
+    if handle is None or not handle.method.is_dynamic or isinstance(handle.tower, MergeState):
+        settings = "not accelerated" if handle is None else f"accelerated with {handle.method}"
+        raise ValueError(
+            f"the model is {settings}; calibrate finds the thresholds of a dynamic method: call "
+            "accelerate_mllm(model, CrossGetConfig(dynamic=True, keep_ratio=0.5)) or MadtpConfig(keep_ratio=0.5) first"
+        )
+    method = handle.method
+    if not isinstance(method, DynamicMethod) or vars(method).get("reference"):
+        raise ValueError("reference=True decides by temperature, not by thresholds; there is nothing to calibrate")
+    return handle, method
+
+
+def _tokens(texts: Any, processor: Any) -> dict[str, Tensor]:
+    if isinstance(texts, (list, tuple)) and texts and all(isinstance(text, str) for text in texts):
+        if processor is None:
+            raise TypeError("give processor=... with texts that are strings")
+        tokenizer = getattr(processor, "tokenizer", processor)
+        texts = tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
+    if not hasattr(texts, "keys") or not isinstance(texts["input_ids"], Tensor) or texts["input_ids"].ndim != 2:
+        raise TypeError(f"texts must be strings, or hold input_ids (texts, tokens), got {type(texts).__name__}")
+    return {name: texts[name] for name in ("input_ids", "attention_mask") if name in texts}
+
+
+def _pixels(images: Any, processor: Any) -> Tensor:
+    if not isinstance(images, Tensor):
+        if processor is None:
+            raise TypeError(
+                f"images must be pixel values (images, channels, height, width), got {type(images).__name__}; give "
+                "processor=... with pictures"
+            )
+        images = getattr(processor, "image_processor", processor)(images=images, return_tensors="pt")["pixel_values"]
+    if images.ndim != 4 or not len(images):
+        raise TypeError(f"images must be of shape (images, channels, height, width), got {tuple(images.shape)}")
+    return images
+
+
+def _check_average(handle: Handle, method: DynamicMethod, size: Tensor) -> None:
+    geometry, asked = handle.geometry, handle.schedule.features
+    features = (size > 0).sum(dim=1) - (geometry.prefix if geometry.drops_prefix else 0)
+    found = features.clamp_max(geometry.placeholders).float().mean().item()
+    if abs(found - asked) > max(_TOLERANCE * asked, 0.5):
+        limit = "" if method.max_visual_tokens is None else f" with max_visual_tokens={method.max_visual_tokens}"
+        raise ValueError(
+            f"an average of {asked} visual tokens cannot be met on these {len(size)} images{limit}: the nearest is "
+            f"{found:.1f}; ask for another keep_ratio"
+        )

@@ -1,0 +1,113 @@
+"""From the tower's tokens to the features that take the placeholders' places.
+
+A family names its mixin (``Family.features``); it is put in front of the class that owns ``get_image_features``.
+Features that had to be computed before the prompt could be shrunk (their number depends on the image) are kept for the
+stock code's own call, so that nothing is encoded twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mllm_crossget.families.base import Family, module_at
+from mllm_crossget.families.modality import Modality
+from mllm_crossget.hooks.ground.journal import Journal
+
+if TYPE_CHECKING:
+    from mllm_crossget.hooks.ground.state import Handle  # which knows the state that mixins of features leave behind
+
+_AHEAD = "_mllm_crossget_ahead"
+
+
+class FeaturesMixin(nn.Module):
+    """Base of the mixins for the owner of ``get_image_features``."""
+
+    @classmethod
+    def install(cls, journal: Journal, owner: nn.Module, handle: Handle) -> None:
+        """Put the mixin into ``owner``, and change what else it needs; all of it through the journal."""
+        journal.swap_class(owner, cls)
+
+
+class ReducedFeatures(FeaturesMixin):
+    """Hands out what was encoded ahead."""
+
+    def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
+        """As the original."""
+        return encoded_ahead(self, "get_image_features", args, kwargs) or super().get_image_features(*args, **kwargs)
+
+
+class CutFeatures(ReducedFeatures):
+    """Cuts the cross token off where it would not fit."""
+
+    def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
+        """As the original, one feature fewer per image."""
+        return with_features(super().get_image_features(*args, **kwargs), without_last)
+
+
+FEATURES: dict[str, type[FeaturesMixin]] = {"plain": ReducedFeatures}
+
+
+def features_of(output: Any) -> Any:
+    """The projected features in what ``get_image_features`` returns: a list of (k, D) or a tensor (images, k, D)."""
+    return output.pooler_output if hasattr(output, "pooler_output") else output[1]
+
+
+def with_features(output: Any, change: Any) -> Any:
+    """The same output with its features changed by a function of them."""
+    if hasattr(output, "pooler_output"):
+        output.pooler_output = change(output.pooler_output)
+        return output
+    return (output[0], change(output[1]), *output[2:])
+
+
+def without_last(features: Any) -> Any:
+    """Features of every image but the last one, which is the cross token."""
+    if isinstance(features, Tensor):
+        return features[:, :-1]
+    return [image[:-1] for image in features]
+
+
+def encode_ahead(model: nn.Module, family: Family, modality: Modality, kwargs: dict[str, Any]) -> list[int]:
+    """Encode the images of a call now, unless that was done already, and return the number of features of each."""
+    owner = module_at(model, family.features_owner or "")
+    arguments = {name: kwargs[name] for name in modality.arguments if kwargs.get(name) is not None}
+    pixels = kwargs[modality.pixels]
+    output = encoded_ahead(owner, modality.encode, (pixels,), {})
+    if output is None:
+        output = getattr(owner, modality.encode)(pixels, **arguments, return_dict=True)
+        owner.__dict__.setdefault(_AHEAD, {})[modality.encode] = (_identity(pixels), output)
+    return [len(image) for image in features_of(output)]
+
+
+def ahead_of(model: nn.Module, family: Family, modality: Modality) -> Any:
+    """What ``encode_ahead`` has kept of a modality."""
+    return module_at(model, family.features_owner or "").__dict__[_AHEAD][modality.encode][1]
+
+
+def encoded_ahead(owner: nn.Module, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What ``encode_ahead`` has kept for this call, or None. It is handed out for the very same pixels only: beams and
+    samples repeat the images in transformers before 5.23, which are then encoded as usual."""
+    kept = owner.__dict__.get(_AHEAD, {}).get(method)
+    if kept is None:
+        return None
+    pixels = args[0] if args else next((v for k, v in kwargs.items() if k.startswith("pixel_values")), None)
+    return kept[1] if isinstance(pixels, Tensor) and _identity(pixels) == kept[0] else None
+
+
+@contextmanager
+def forget_ahead(model: nn.Module, family: Family) -> Iterator[None]:
+    """Drop what was encoded ahead when the ``with`` block ends."""
+    try:
+        yield
+    finally:
+        if family.features_owner is not None:
+            module_at(model, family.features_owner).__dict__.pop(_AHEAD, None)
+
+
+def _identity(pixels: Tensor) -> tuple[int, torch.Size, torch.dtype]:
+    return pixels.data_ptr(), pixels.shape, pixels.dtype

@@ -1,0 +1,118 @@
+"""Grids that the stock model makes new vectors from: frames are pooled, grids of too many tiles are resized.
+
+What the tower merged is copied back to its patches in front of that step, so that the geometry is the stock model's;
+behind it the cells of a frame, or of a resized grid, are merged again, each by itself, to the share that the tower
+kept. So the tower and the language model both work on fewer tokens. The second merging is that of
+``hooks.projector.post_merge``, without a cross token; LLaVA-NeXT-Video pools in front of its projector, and there the
+cells are the tower's features.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mllm_crossget.families.tile_packing import NEWLINE, layouts, reduced_layout
+from mllm_crossget.hooks.ground.journal import Journal
+from mllm_crossget.hooks.ground.state import MergeState
+from mllm_crossget.hooks.projector.features import FEATURES
+from mllm_crossget.hooks.projector.post_merge import merge_features
+from mllm_crossget.hooks.projector.tiles import PLACES, GridFeatures, place, reading, sources_of
+from mllm_crossget.hooks.tower.fixed_counts import trace_of
+from mllm_crossget.methods.base import Method
+from mllm_crossget.ops.merging import unmerge
+from mllm_crossget.schedule import at_share
+
+_AGAIN = "_mllm_crossget_again"
+
+
+class VideoGridFeatures(GridFeatures):
+    """Mixin for models that pack tiles and pool the frames of videos (LLaVA-NeXT-Video)."""
+
+    @classmethod
+    def install(cls, journal: Journal, owner: nn.Module, handle: Any) -> None:
+        """See ``ReducedFeatures.install``."""
+        super().install(journal, owner, handle)
+        again = handle.again = MergeState(_same_share(handle), ())
+        journal.set_attribute(owner, _AGAIN, again)
+        resampler = getattr(owner, "vision_resampler", None)  # LLaVA-NeXT-Video's pooling of frames
+        if resampler is not None:
+            journal.set_attribute(resampler, PLACES, owner.__dict__[PLACES])
+            journal.set_attribute(resampler, _AGAIN, again)
+            journal.swap_class(resampler, ReducedPooling)
+
+    def get_video_features(self, *args: Any, **kwargs: Any) -> Any:
+        """As the original, with fewer features per frame."""
+        with reading(self):
+            return super().get_video_features(*args, **kwargs)
+
+
+class LimitedGridFeatures(VideoGridFeatures):
+    """For LLaVA-OneVision, which resizes grids of too many patches and pools frames in a method."""
+
+    unlimited: ClassVar[dict[str, Any]] = {"vision_aspect_ratio": "anyres_max_1000000"}
+
+    def apply_pooling(self, image_features: Tensor) -> Tensor:
+        """As the original (LLaVA-OneVision's pooling of frames), with fewer cells per frame."""
+        return _pooled(self, super().apply_pooling, image_features)
+
+    def pack_image_features(self, image_features: Any, image_sizes: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the original on features of a reduced tower: a list of (tiles, tokens, D)."""
+        stock = super(GridFeatures, self).pack_image_features
+        if not trace_of(self):
+            return stock(image_features, image_sizes, *args, **kwargs)
+        places, tiles = self.__dict__[PLACES], [len(image) for image in image_features]
+        newline, plain = kwargs.get("image_newline"), {**kwargs}
+        plain.pop("image_newline", None)
+        common = (stock, tiles, places.patches, image_sizes, *args)
+        made, whole = layouts(*common, **plain), layouts(*common, **{**plain, **self.unlimited})
+        packed = []
+        for index, source in enumerate(sources_of(self).split(tiles)):
+            tokens, layout = image_features[index], made[index]
+            if len(layout) == len(whole[index]):
+                packed.append(place(tokens, source, layout, newline, places))
+                continue
+            grid = stock([unmerge(tokens, source)], image_sizes[index : index + 1], *args, **kwargs)[0][0]
+            base = place(tokens[:1], source[:1], layout[: places.patches], newline, places)
+            is_newline = (layout == NEWLINE).to(grid.device)[places.patches :]
+            packed.append(torch.cat([base, _merged_grid(grid[places.patches :], is_newline, self.__dict__[_AGAIN])]))
+        return packed, torch.tensor([len(image) for image in packed], device=image_features[0].device)
+
+
+class ReducedPooling(nn.Module):
+    """Mixin for a module that pools frames (LLaVA-NeXT-Video): fewer cells per frame."""
+
+    def forward(self, image_features: Tensor) -> Any:
+        """As the original on the frames' patches, then merged."""
+        return _pooled(self, super().forward, image_features)
+
+
+FEATURES["video_grid"] = VideoGridFeatures
+FEATURES["limited_grid"] = LimitedGridFeatures
+
+
+def _same_share(handle: Any) -> Method:
+    """The method with the share of tokens that the tower keeps as its dial."""
+    schedule = handle.schedule
+    kept = schedule.features - (schedule.cross and not schedule.drop_cross)
+    return at_share(handle.method, kept / schedule.placeholders)
+
+
+def _pooled(module: nn.Module, stock: Any, image_features: Tensor) -> Tensor:
+    """(frames, tokens, D) of a reduced tower -> (frames, cells that are left, D)."""
+    if not trace_of(module):
+        return stock(image_features)
+    return merge_features(stock(unmerge(image_features, sources_of(module))), [], module.__dict__[_AGAIN]).features
+
+
+def _merged_grid(grid: Tensor, is_newline: Tensor, state: MergeState) -> Tensor:
+    """(L, D) of a resized grid with newlines, merged: a token stands where its first cell stood, and a newline stays
+    while its row holds one."""
+    merged = merge_features(grid[~is_newline][None], [], state)
+    layout = torch.full((len(grid),), NEWLINE, device=grid.device)
+    layout[~is_newline] = torch.arange(len(grid) - int(is_newline.sum()), device=grid.device)
+    order = reduced_layout(layout, merged.source[0], 1)
+    rows = torch.cat([merged.features[0], grid[is_newline][:1]])
+    return rows[order]  # NEWLINE is the last row

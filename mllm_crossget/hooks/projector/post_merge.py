@@ -1,0 +1,197 @@
+"""Merging behind the projector: one image's features, k of n stay, and it is known which cells each of them stands for.
+
+For models whose tower or projector wants the whole grid of patches; behind a projector it follows the merging inside
+the tower (``hooks.projector.whole_grid``, ``hooks.projector.pooled_tiles``). The method's own matching runs on the
+projected features as keys. Where a method wants the importance of the tokens, it is the attention that the features pay
+to one another: one head, features scaled to mean square 1 as the language model's first norm does, softmax of their dot
+products / sqrt(width) plus the log sizes, averaged over the queries. Nothing is learned here: there are no cross
+tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mllm_crossget.families.modality import Modality
+from mllm_crossget.hooks.ground.journal import Journal
+from mllm_crossget.hooks.ground.state import LayerTrace, MergeState, TowerState
+from mllm_crossget.hooks.projector.features import FEATURES, FeaturesMixin, encoded_ahead, features_of, with_features
+from mllm_crossget.methods.base import Method, Signals
+from mllm_crossget.ops.importance import attention_importance
+from mllm_crossget.ops.merging import compose_source, merge
+
+_STATE = "_mllm_crossget_merge"
+_KEPT = "_mllm_crossget_kept"
+
+
+@dataclass
+class Merged:
+    """Images of one size after merging. B images, n tokens in, k tokens out.
+
+    Attributes:
+        features: (B, k, D) merged features, in the order of the cells that stayed.
+        companions: further (B, k, ·) features of the same cells, merged alike.
+        kept: (B, k) the cell that each of them was.
+        source: (B, n) the row that each cell has become.
+    """
+
+    features: Tensor
+    companions: list[Tensor]
+    kept: Tensor
+    source: Tensor
+
+
+def hook_merge(
+    journal: Journal,
+    owner: nn.Module,
+    method: Method,
+    modalities: tuple[Modality, ...],
+    tower: TowerState | None = None,
+) -> MergeState:
+    """Give the owner of ``get_image_features`` its state; its class is swapped by the family's ``features``."""
+    state = MergeState(method, modalities, tower=tower)
+    journal.set_attribute(owner, _STATE, state)
+    return state
+
+
+def merge_features(features_BND: Tensor, companions: list[Tensor], state: MergeState) -> Merged:
+    """Merge the features of images of one size, each image by itself.
+
+    Args:
+        features_BND: (B, n, D) projected features.
+        companions: (B, n, ·) features of the same cells from elsewhere (deepstack), merged along the same matches.
+        state: the method, its counts, and where to trace.
+    """
+    batch, tokens, width = features_BND.shape
+    size = torch.ones(batch, tokens, dtype=torch.float32, device=features_BND.device)
+    kept = source = torch.arange(tokens, device=features_BND.device).expand(batch, -1)
+    features = features_BND
+    for removed in state.schedule(tokens).removals:
+        keys, importance = nn.functional.normalize(features.detach().float(), dim=-1), None
+        if state.method.needs_importance:  # mean square 1 is length sqrt(width): sqrt(width)² / sqrt(width) is left
+            one_head = keys[:, None]
+            importance = attention_importance(one_head, one_head, width**0.5, size.log(), cross_token=False)
+        match = state.method.match(Signals(keys, importance, ()), removed)
+        companions = [merge(other, size, match)[0] for other in companions]
+        features, size = merge(features, size, match)
+        kept, source = kept.gather(1, match.kept), compose_source(source, match)
+        if state.trace is not None:
+            state.trace.append(LayerTrace(match, size, source))
+    return Merged(features, companions, kept, source)
+
+
+def kept_cells(output: Any) -> list[Tensor] | None:
+    """(k,) cells that stayed, of every image (tile, frame) in what ``get_image_features`` returned; None if unknown."""
+    return getattr(output, _KEPT, None)
+
+
+def with_kept_cells(output: Any, cells: list[Tensor]) -> Any:
+    """The output, which now says that these cells stayed."""
+    setattr(output, _KEPT, cells)
+    return output
+
+
+class MergedFeatures(FeaturesMixin):
+    """Mixin for the owner of ``get_image_features``: merges each image's features."""
+
+    def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
+        """As the original, with fewer features per image."""
+        return _merged(self, "get_image_features", super().get_image_features, args, kwargs)
+
+
+class MergedVideoFeatures(MergedFeatures):
+    """The same for models with videos: every frame of a video is an image."""
+
+    def get_video_features(self, *args: Any, **kwargs: Any) -> Any:
+        """As the original, with fewer features per frame."""
+        return _merged(self, "get_video_features", super().get_video_features, args, kwargs)
+
+
+FEATURES["merged"] = MergedFeatures
+FEATURES["merged_videos"] = MergedVideoFeatures
+
+
+def _merged(
+    owner: nn.Module, method: str, stock: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    ahead = encoded_ahead(owner, method, args, kwargs)
+    if ahead is not None:
+        return ahead
+    state: MergeState = owner.__dict__[_STATE]
+    if state.running:
+        return stock(*args, **kwargs)
+    if kwargs.get("return_dict") is False:  # a tuple does not say which of its entries are the features
+        return _merged(owner, method, stock, args, {**kwargs, "return_dict": True}).to_tuple()
+    state.running = True
+    try:
+        output = stock(*args, **kwargs)
+    finally:
+        state.running = False
+    modality = next(modality for modality in state.modalities if modality.encode == method)
+    arguments = {**dict(zip(inspect.signature(stock).parameters, args, strict=False)), **kwargs}
+    return _merge_output(owner, state, modality, output, arguments)
+
+
+def _merge_output(owner: nn.Module, state: MergeState, modality: Modality, output: Any, kwargs: dict[str, Any]) -> Any:
+    features = features_of(output)
+    entries = list(features)  # a tensor (images, n, D) or a list of one (·, D) for each row or image
+    if not entries:
+        return output
+    sizes = [len(entry) for entry in entries]
+    runs = sizes if modality.counts is None else modality.counts(owner, kwargs)
+    if sum(runs) != sum(sizes):
+        raise ValueError(f"{sum(sizes)} visual features for images of {runs} tokens: unknown structure")
+    layers = getattr(output, "deepstack_features", None) or []
+    packed = [part if isinstance(part, Tensor) else torch.cat(list(part)) for part in (entries, *layers)]
+    merged, kept = _merge_runs(packed, runs, state)
+    new_sizes = _sizes_after(sizes, runs, [len(cells) for cells in kept])
+    split = [list(torch.split(values, new_sizes)) for values in merged]
+    output = with_features(output, lambda old: torch.stack(split[0]) if isinstance(old, Tensor) else split[0])
+    if layers:  # packed before transformers 5.23, one tensor for each image since
+        output.deepstack_features = [
+            new if isinstance(old, Tensor) else parts
+            for old, new, parts in zip(layers, merged[1:], split[1:], strict=True)
+        ]
+    if hasattr(output, "pooler_output"):
+        with_kept_cells(output, kept)
+    return output
+
+
+def _merge_runs(flat: list[Tensor], runs: list[int], state: MergeState) -> tuple[list[Tensor], list[Tensor]]:
+    """Merge the runs of packed features, all runs of one length at once; the order of the runs stays.
+
+    Args:
+        flat: (Σn, D) packed features, and companions of the same length.
+
+    Returns:
+        The same, (Σk, D) each, and the cells kept by each run.
+    """
+    parts = [torch.split(values, runs) for values in flat]
+    results: dict[int, list[Tensor]] = {}
+    kept: dict[int, Tensor] = {}
+    for length in sorted(set(runs)):
+        members = [index for index, run in enumerate(runs) if run == length]
+        first, *others = [torch.stack([part[index] for index in members]) for part in parts]
+        merged = merge_features(first, others, state)
+        for row, index in enumerate(members):
+            results[index] = [values[row] for values in (merged.features, *merged.companions)]
+            kept[index] = merged.kept[row]
+    order = range(len(runs))
+    return [torch.cat([results[i][k] for i in order]) for k in range(len(flat))], [kept[i] for i in order]
+
+
+def _sizes_after(sizes: list[int], runs: list[int], kept: list[int]) -> list[int]:
+    """Lengths of the entries after merging; an entry holds one or several whole runs, or none."""
+    new_sizes, index = [], 0
+    for size in sizes:
+        new, filled = 0, 0
+        while filled < size:
+            filled, new, index = filled + runs[index], new + kept[index], index + 1
+        new_sizes.append(new)
+    return new_sizes

@@ -1,0 +1,55 @@
+"""What leaves a tower whose images have different numbers of tokens: features without dead rows, and counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from mllm_crossget.families.base import module_at
+from mllm_crossget.hooks.ground.journal import Journal
+from mllm_crossget.hooks.ground.state import Handle
+from mllm_crossget.hooks.projector.features import ReducedFeatures, with_features
+from mllm_crossget.hooks.tower.counts_per_image import recorded_sizes
+
+_PLACES = "_mllm_crossget_ragged"
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Path from the features' owner to the encoder, the layer that is read, tokens dropped in front of the patches,
+    and the most features that an image has room for."""
+
+    encoder: str
+    read: int
+    dropped: int
+    most: int
+
+
+def install_ragged_features(journal: Journal, owner: nn.Module, handle: Handle) -> None:
+    """Make ``get_image_features`` of ``owner`` give each image its own number of features."""
+    geometry = handle.geometry
+    path = handle.encoder_path.removeprefix(f"{handle.family.features_owner}.")
+    dropped = geometry.prefix if geometry.drops_prefix else 0
+    journal.set_attribute(owner, _PLACES, _Places(path, geometry.read, dropped, geometry.placeholders))
+    journal.swap_class(owner, RaggedFeatures)
+
+
+class RaggedFeatures(ReducedFeatures):
+    """Mixin for the owner of ``get_image_features``: cuts off the rows behind each image's last token, and the cross
+    token where nothing was merged and it would not fit."""
+
+    def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
+        """As the original; the features are a list of (k, D), k for each image its own."""
+        places: _Places = self.__dict__[_PLACES]
+        with recorded_sizes(module_at(self, places.encoder)) as sizes:
+            output = super().get_image_features(*args, **kwargs)
+        if not sizes:  # encoded ahead
+            return output
+        counts = (sizes[places.read - 1] > 0).sum(dim=1) - places.dropped
+        return with_features(output, lambda features: _cut(features, counts.clamp_max(places.most)))
+
+
+def _cut(features: Any, counts: Tensor) -> list[Tensor]:
+    return [image[:count] for image, count in zip(features, counts.tolist(), strict=True)]

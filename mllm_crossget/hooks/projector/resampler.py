@@ -1,0 +1,156 @@
+"""Towers of images of any size in front of a cross-attention resampler (Idefics2, Aria).
+
+The stock tower takes images of different sizes padded to the largest one, with a mask of patches. Padding must not
+merge with patches, and how many tokens an image keeps must not depend on its neighbours. So every image is cut out of
+its padding, and images of one size run together; what comes out is padded again, and the resampler gets a mask of that.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mllm_crossget.families.base import module_at
+from mllm_crossget.hooks.ground.journal import Journal
+from mllm_crossget.hooks.ground.state import Handle, TowerState
+from mllm_crossget.hooks.projector.features import FEATURES, ReducedFeatures
+
+_CALL = "_mllm_crossget_resampled"
+
+
+class ResampledFeatures(ReducedFeatures):
+    """Mixin for the owner of ``get_image_features``: tower and resampler share what is known of one call."""
+
+    @classmethod
+    def install(cls, journal: Journal, owner: nn.Module, handle: Handle) -> None:
+        """See ``ReducedFeatures.install``."""
+        family = handle.family
+        paths = [str(path).removeprefix(f"{family.features_owner}.") for path in (family.tower, family.projector)]
+        journal.set_attribute(owner, _CALL, paths)
+        journal.swap_class(owner, cls)
+        journal.swap_class(module_at(owner, paths[0]), CroppedTower)
+        if isinstance(handle.tower, TowerState):
+            handle.tower.ignores_mask = True
+        resampler = module_at(owner, paths[1])
+        journal.swap_class(resampler, RESAMPLERS[handle.family.model_type])
+
+    def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
+        """As the original: as many features per image."""
+        modules = [module_at(self, path) for path in self.__dict__[_CALL]]
+        call: dict[str, Any] = {}
+        for module in modules:
+            module.__dict__[_CALL] = call
+        try:
+            return super().get_image_features(*args, **kwargs)
+        finally:
+            for module in modules:
+                del module.__dict__[_CALL]
+
+
+class CroppedTower(nn.Module):
+    """Mixin for a tower with ``patch_attention_mask``: (B, rows, columns), True where a patch belongs to the image."""
+
+    def forward(self, pixel_values: Tensor, patch_attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        """As the original on every image without its padding; outputs are padded with zeros at the end.
+
+        Raises:
+            ValueError: patches of an image that are no rectangle in the upper left corner.
+        """
+        stock, call = super().forward, self.__dict__.get(_CALL, {})
+        patch = self.config.patch_size
+        grid = (pixel_values.shape[2] // patch, pixel_values.shape[3] // patch)
+        call["patches"] = grid[0] * grid[1]
+        sizes = [grid] * len(pixel_values) if patch_attention_mask is None else _rectangles(patch_attention_mask)
+        if set(sizes) <= {grid}:
+            return stock(pixel_values, patch_attention_mask=None, **kwargs)
+        outputs, order = [], []
+        for size in sorted(set(sizes), reverse=True):
+            members = [index for index, other in enumerate(sizes) if other == size]
+            rows, columns = size[0] * patch, size[1] * patch
+            outputs.append(stock(pixel_values[members, :, :rows, :columns], patch_attention_mask=None, **kwargs))
+            order += members
+        places = torch.tensor(order).argsort()
+        lengths = [length for output in outputs for length in [output.last_hidden_state.shape[1]] * len(output[0])]
+        call["lengths"] = torch.tensor(lengths)[places]
+        return _joined(outputs, places.to(pixel_values.device))
+
+
+class MaskedConnector(nn.Module):
+    """Mixin for Idefics2's connector: its mask, True for real tokens, is made anew."""
+
+    def forward(self, image_hidden_states: Tensor, attention_mask: Tensor) -> Any:
+        """As the original."""
+        call = self.__dict__.get(_CALL, {})
+        if "patches" in call:
+            attention_mask = _real_tokens(image_hidden_states, call)
+        return super().forward(image_hidden_states, attention_mask)
+
+
+class CountedProjector(nn.Module):
+    """Mixin for Aria's projector: it looks its number of queries up by the number of patches, which stays what it was;
+    its mask, True for padding, is made anew."""
+
+    def forward(self, key_value_states: Tensor, attn_mask: Tensor | None = None) -> Any:
+        """As the original."""
+        call = self.__dict__.get(_CALL, {})
+        if "patches" not in call:
+            return super().forward(key_value_states, attn_mask)
+        queries: Any = self.patch_to_query_dict
+        if call["patches"] not in queries:
+            raise ValueError(
+                f"images of {call['patches']} patches, but the projector knows {sorted(queries)}; resize them with the "
+                "model's processor"
+            )
+        mask = ~_real_tokens(key_value_states, call) if "lengths" in call else None
+        self.__dict__["patch_to_query_dict"] = {key_value_states.shape[1]: queries[call["patches"]]}
+        try:
+            return super().forward(key_value_states, mask)
+        finally:
+            self.__dict__["patch_to_query_dict"] = queries
+
+
+FEATURES["resampled"] = ResampledFeatures
+RESAMPLERS: dict[str, type[nn.Module]] = {"idefics2": MaskedConnector, "aria": CountedProjector}
+
+
+def _rectangles(mask: Tensor) -> list[tuple[int, int]]:
+    """Rows and columns of patches of every image: (B, rows, columns) -> B pairs."""
+    mask = mask.bool()
+    rows, columns = mask[:, :, 0].sum(dim=1), mask[:, 0, :].sum(dim=1)
+    down, right = (torch.arange(size, device=mask.device) for size in mask.shape[1:])
+    rectangle = (down[None, :, None] < rows[:, None, None]) & (right[None, None, :] < columns[:, None, None])
+    if not torch.equal(rectangle, mask) or bool((rows == 0).any()):
+        raise ValueError(
+            "the mask of an image's pixels is no rectangle in the upper left corner; pass pixel_values and their mask "
+            "as the model's processor makes them, or restore_mllm(model) first"
+        )
+    return list(zip(rows.tolist(), columns.tolist(), strict=True))
+
+
+def _real_tokens(tokens: Tensor, call: dict[str, Any]) -> Tensor:
+    """(B, T) True for tokens that are no padding."""
+    lengths = call.get("lengths", torch.full((len(tokens),), tokens.shape[1]))
+    return torch.arange(tokens.shape[1], device=tokens.device) < lengths.to(tokens.device)[:, None]
+
+
+def _joined(outputs: list[Any], places: Tensor) -> Any:
+    """One output of several, image by image in the order of ``places``, padded with zeros."""
+    joined = outputs[0]
+    joined.last_hidden_state = _padded([output.last_hidden_state for output in outputs], 1)[places]
+    for name, dims in (("hidden_states", 1), ("attentions", 2)):
+        if joined.get(name):
+            layers = zip(*(output[name] for output in outputs), strict=True)
+            joined[name] = tuple(None if layer[0] is None else _padded(list(layer), dims)[places] for layer in layers)
+    return joined
+
+
+def _padded(parts: list[Tensor], dims: int) -> Tensor:
+    """(b, t, D) states (``dims`` 1) or (b, heads, t, t) maps (2) of several lengths t one under the other."""
+    longest = max(part.shape[-2] for part in parts)
+    rows = []
+    for part in parts:
+        missing = longest - part.shape[-2]
+        rows.append(nn.functional.pad(part, (0, missing if dims == 2 else 0, 0, missing)))
+    return torch.cat(rows)

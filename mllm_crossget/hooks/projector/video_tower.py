@@ -1,0 +1,38 @@
+"""Features of models in which videos have a vision tower of their own (VideoLlava), reduced like the one for images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from mllm_crossget.hooks.ground.journal import Journal
+from mllm_crossget.hooks.ground.state import Handle
+from mllm_crossget.hooks.projector.features import FEATURES, ReducedFeatures, with_features, without_last
+
+_CUTS = "_mllm_crossget_cuts"
+
+
+class TwoTowersFeatures(ReducedFeatures):
+    """Mixin for the owner of both methods: each cuts the cross token off where it would not fit."""
+
+    @classmethod
+    def install(cls, journal: Journal, owner: nn.Module, handle: Handle) -> None:
+        """See ``ReducedFeatures.install``."""
+        cuts = {name: tower.schedule.drop_cross for name, tower in handle.own_towers.items()}
+        journal.set_attribute(owner, _CUTS, {"image": handle.schedule.drop_cross, **cuts})
+        journal.swap_class(owner, cls)
+
+    def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
+        """As the original, with fewer features per image."""
+        return self._cut("image", super().get_image_features(*args, **kwargs))
+
+    def get_video_features(self, *args: Any, **kwargs: Any) -> Any:
+        """As the original, with fewer features per frame."""
+        return self._cut("video", super().get_video_features(*args, **kwargs))
+
+    def _cut(self, name: str, output: Any) -> Any:
+        return with_features(output, without_last) if self.__dict__[_CUTS][name] else output
+
+
+FEATURES["two_towers"] = TwoTowersFeatures

@@ -1,0 +1,366 @@
+"""From the user's keyword arguments to compact ones: which columns are new, which are cached, what travels along.
+
+Everything works on the dictionary of keyword arguments of ``forward`` or ``generate``, in place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mllm_crossget.families.base import module_at
+from mllm_crossget.families.modality import Modality
+from mllm_crossget.hooks.ground.kv_cache import cache_in
+from mllm_crossget.hooks.ground.state import Handle
+from mllm_crossget.hooks.request.compaction import Compaction, Layout, check_counts, outer_padding, plan_compaction
+from mllm_crossget.hooks.request.placeholders import (
+    given_features,
+    image_counts,
+    known_features,
+    placeholders_of,
+    present,
+    token_of,
+)
+from mllm_crossget.hooks.request.rope_positions import cells_that_stay, grid_positions, text_positions
+from mllm_crossget.hooks.request.user_view import prompt_mask
+
+# Arguments of a call that choose which features are read.
+_READ = (
+    "vision_feature_layer",
+    "vision_feature_layers",
+    "vision_feature_select_strategy",
+    "vision_aspect_ratio",
+)
+_TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
+_SHAPES = {
+    2: "(patches, values)",
+    4: "(images, channels, height, width)",
+    5: "(images, tiles or frames, channels, height, width)",
+}
+_PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
+
+
+@dataclass
+class Shrunk:
+    """One prompt after shrinking: the compaction of its new columns (None: nothing dropped) and the layout so far."""
+
+    compaction: Compaction | None
+    layout: Layout
+
+
+def refuse_inputs(kwargs: dict[str, Any]) -> None:
+    """Raise ``ValueError`` for prompts that hide where the placeholders are."""
+    if kwargs.get("inputs_embeds") is not None:
+        raise ValueError(
+            "inputs_embeds given: an accelerated model must see which positions are image placeholders; pass input_ids "
+            "(and pixel_values), or restore_mllm(model) first"
+        )
+    packed = [name for name in _PACKED if kwargs.get(name) is not None]
+    if packed:
+        raise ValueError(
+            f"{packed[0]} given: packed sequences are not supported by an accelerated model; pad the rows instead"
+        )
+
+
+def refuse_other_features(handle: Handle, config: Any, kwargs: dict[str, Any]) -> None:
+    """Raise ``ValueError`` for features of another layer than the schedule was made for."""
+    for name in _READ:
+        value, accelerated = kwargs.get(name), getattr(config, name, None)
+        if value is not None and value != accelerated:
+            raise ValueError(
+                f"{name}={value!r} at call time, but the model was accelerated for {accelerated!r}; set "
+                f"model.config.{name} and call accelerate_mllm again"
+            )
+
+
+def _check_pixels(model: nn.Module, handle: Handle, modality: Modality, pixels: Any) -> None:
+    if not isinstance(pixels, Tensor) or pixels.ndim not in modality.ndim or not pixels.is_floating_point():
+        kind = f"{tuple(pixels.shape)} {pixels.dtype}" if isinstance(pixels, Tensor) else type(pixels).__name__
+        raise TypeError(
+            f"{modality.pixels} must be a float tensor {_SHAPES[modality.ndim[0]]}, got {kind}; use the model's "
+            "processor"
+        )
+    device = next(module_at(model, handle.family.tower).parameters()).device
+    if pixels.device != device and device.type != "meta" and not hasattr(model, "_hf_hook"):
+        raise ValueError(
+            f"{modality.pixels} are on {pixels.device}, the vision tower on {device}; move one of them with .to"
+        )
+
+
+def require_ids(handle: Handle, kwargs: dict[str, Any]) -> None:
+    """Raise ``ValueError`` for images without a prompt."""
+    if present(handle, kwargs) and not isinstance(kwargs.get("input_ids"), Tensor):
+        raise ValueError("images were given without input_ids; pass the prompt's token ids as the processor makes them")
+
+
+def is_full_prompt(model: nn.Module, handle: Handle, kwargs: dict[str, Any]) -> bool:
+    """Whether the call's ids still hold the processor's placeholders. Raises ``ValueError`` where nothing fits."""
+    require_ids(handle, kwargs)
+    ids = kwargs["input_ids"]
+    if ids.ndim != 2 or ids.is_floating_point():
+        raise TypeError(f"input_ids must be integers of shape (rows, columns), got {ids.dtype} {tuple(ids.shape)}")
+    full = [_is_full(model, handle, modality, kwargs) for modality in present(handle, kwargs)]  # every one is checked
+    return any(full)
+
+
+def _is_full(model: nn.Module, handle: Handle, modality: Modality, kwargs: dict[str, Any]) -> bool:
+    if given_features(modality, kwargs) is None:
+        _check_pixels(model, handle, modality, kwargs[modality.pixels])
+    total = int((kwargs["input_ids"] == token_of(model, modality)).sum())
+    features = known_features(model, handle, modality, kwargs)
+    compact = None if features is None else sum(features)
+    if total != compact and features != []:
+        needed = placeholders_of(model, handle, modality, kwargs)
+        if check_counts(total, sum(needed), compact, len(needed)):
+            return True
+    _check_positions(model, handle, modality, kwargs, total)
+    return False
+
+
+def _check_positions(model: nn.Module, handle: Handle, modality: Modality, kwargs: dict[str, Any], total: int) -> None:
+    """A prompt that is compact already does not say where its image tokens were."""
+    kept = handle.family.positions == "grid" or handle.keeps_positions
+    if not kept or kwargs.get("position_ids") is not None:
+        return
+    if total != sum(placeholders_of(model, handle, modality, kwargs)):
+        raise ValueError(
+            f"the prompt holds {total} image placeholders, as many as there are merged tokens, and no position_ids: "
+            "the positions of the tokens that stay follow from the full prompt; pass it as the processor makes it"
+        )
+
+
+def _pad_id(model: nn.Module) -> int:
+    pad = getattr(model.config.get_text_config(), "pad_token_id", None)
+    return 0 if pad is None or pad < 0 else pad
+
+
+def empty_layout(ids: Tensor) -> Layout:
+    """The layout of a cache that holds nothing yet, or nothing but columns as the user sees them."""
+    nothing = ids.new_zeros(ids.shape[0], 0)
+    return Layout(0, nothing, nothing, ids.new_zeros(ids.shape[0]))
+
+
+def cached_columns(cache: Any) -> int:
+    """Columns in a KV cache, None counting as empty."""
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def shrink_new_columns(
+    model: nn.Module,
+    handle: Handle,
+    kwargs: dict[str, Any],
+    ids: Tensor,
+    mask: Tensor,
+    layout: Layout,
+    old: int,
+    past: Tensor | None = None,
+) -> Shrunk:
+    """Replace ``input_ids``, ``attention_mask`` and their companions in ``kwargs`` by compact ones.
+
+    Args:
+        ids, mask: (B, new) the columns that are not in the cache yet.
+        layout: of the cached columns.
+        old: cached columns of the compact prompt; companions get zeros there, which stock code slices off.
+        past: (B,) real ones among the cached columns of the compact prompt, None for none.
+    """
+    left = bool((mask[:, -1] != 0).all())
+    images = {
+        token_of(model, modality): image_counts(model, handle, modality, kwargs) for modality in present(handle, kwargs)
+    }
+    in_grid = handle.family.positions == "grid"
+    keeps_positions = keeps_positions_on(handle, layout)
+    if keeps_positions:
+        _refuse_flash(model)
+    compaction = plan_compaction(ids, mask, images, left, keeps_positions)
+    deltas = None
+    if in_grid:
+        deltas = _place_in_grid(model, handle, kwargs, ids, mask, images, compaction, layout, old, past)
+    removed = layout.removed + ids.shape[1] - outer_padding(mask).sum(dim=1) - compaction.real.sum(dim=1)
+    kwargs["input_ids"] = compaction.compact(ids, _pad_id(model))
+    kwargs["attention_mask"] = compaction.compact(mask, 0)
+    for name in _TOKEN_TYPES:
+        if kwargs.get(name) is not None:
+            kwargs[name] = _prepend_zeros(compaction.compact(kwargs[name][:, -ids.shape[1] :], 0), old)
+    if kwargs.get("position_ids") is not None and deltas is None:
+        positions = kwargs["position_ids"][:, -ids.shape[1] :].expand(ids.shape[0], -1)
+        _refuse_packed_positions(positions, mask)
+        compacted = compaction.compact_positions(positions)
+        if not keeps_positions:
+            compacted = compacted - layout.removed[:, None] * compaction.real
+        kwargs["position_ids"] = _prepend_zeros(compacted, old)
+    if kwargs.get("labels") is not None:
+        kwargs["labels"] = compaction.compact(kwargs["labels"], -100)
+    return Shrunk(compaction, Layout(layout.length, layout.mask, layout.ids, removed, deltas, keeps_positions))
+
+
+def _place_in_grid(
+    model: nn.Module,
+    handle: Handle,
+    kwargs: dict[str, Any],
+    ids: Tensor,
+    mask: Tensor,
+    images: dict[int, list[tuple[int, int]]],
+    compaction: Compaction,
+    layout: Layout,
+    old: int,
+    past: Tensor | None,
+) -> Tensor:
+    """Write the positions of the compact columns into ``kwargs`` and return the deltas for the layout."""
+    kept = {}
+    for modality in present(handle, kwargs):
+        cells = cells_that_stay(model, handle.family, modality, kwargs)
+        counts = images[token_of(model, modality)]
+        kept[token_of(model, modality)] = [(n, own) for (n, _), own in zip(counts, cells, strict=True)]
+    past = layout.removed.new_zeros(len(ids)) if past is None else past
+    positions, deltas = grid_positions(model, handle.family, kwargs, ids, mask, kept, compaction, past, layout.deltas)
+    kwargs["position_ids"] = _prepend_zeros(positions, old)
+    return deltas
+
+
+def _prepend_zeros(values: Tensor, columns: int) -> Tensor:
+    return nn.functional.pad(values, (columns, 0))
+
+
+def _refuse_packed_positions(positions: Tensor, mask: Tensor) -> None:
+    inside = (mask[:, 1:] != 0) & (mask[:, :-1] != 0)
+    if bool(((positions[:, 1:] <= positions[:, :-1]) & inside).any()):
+        raise ValueError(
+            "position_ids start again inside a row, as in packed sequences; packed sequences are not supported by an "
+            "accelerated model: give one sequence per row, padded"
+        )
+
+
+def keeps_positions_on(handle: Handle, layout: Layout | None) -> bool:
+    """Whether columns get the full prompt's positions: as those in the cache did, whatever the settings are by now."""
+    return layout.keeps_positions if layout is not None and layout.length else handle.keeps_positions
+
+
+def _refuse_flash(model: nn.Module) -> None:
+    attention = model.config.get_text_config()._attn_implementation or ""
+    if "flash" in attention:
+        raise ValueError(
+            f'positions="original" with {attention}, which reads gaps between positions as packed sequences; use '
+            '"sdpa" or positions="contiguous"'
+        )
+
+
+def refuse_without_cache(handle: Handle, use_cache: bool | None) -> None:
+    """Raise ``ValueError`` where ``generate`` would drop its mask and read gaps as packed sequences."""
+    if handle.keeps_positions and use_cache is False:
+        raise ValueError(
+            'positions="original" and use_cache=False: generate with a cache, or use positions="contiguous"'
+        )
+
+
+def mask_2d(kwargs: dict[str, Any], ids: Tensor, past: int) -> Tensor:
+    """(B, past + new) the user's mask; all ones if none was given."""
+    mask = kwargs.get("attention_mask")
+    if mask is None:
+        return ids.new_ones(ids.shape[0], past + ids.shape[1])
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[0] != ids.shape[0]:
+        kind = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"attention_mask must be (rows, columns) for input_ids of {tuple(ids.shape)}, got {kind}")
+    return mask
+
+
+def follow_layout(handle: Handle, layout: Layout, kwargs: dict[str, Any]) -> None:
+    """A later forward on a compact cache (a decode loop written by hand): translate mask and positions, in place."""
+    ids, cache = kwargs["input_ids"], cache_in(kwargs)
+    columns = cached_columns(cache) + layout.shift + ids.shape[1]
+    mask = kwargs.get("attention_mask")
+    if mask is None:
+        mask = ids.new_ones(ids.shape[0], columns)
+    if mask.ndim == 2 and mask.shape[1] != columns:
+        raise ValueError(
+            f"attention_mask has {mask.shape[1]} columns; the prompt and the tokens after it, with all image "
+            f"placeholders, have {columns}"
+        )
+    if mask.ndim == 2:
+        kwargs["attention_mask"] = layout.compact_mask(mask)
+    if layout.keeps_positions:
+        if kwargs.get("position_ids") is None:
+            kwargs["position_ids"] = positions_of_columns(handle, ids, columns)
+    elif layout.deltas is not None:  # the user's positions are those of the full prompt, as the model's own
+        deltas = layout.for_rows(ids.shape[0]).deltas
+        if kwargs.get("position_ids") is None and mask.ndim == 2:
+            kwargs["position_ids"] = text_positions(kwargs["attention_mask"], deltas)[..., -ids.shape[1] :]
+    elif kwargs.get("position_ids") is not None:
+        removed = layout.for_rows(ids.shape[0]).removed
+        kwargs["position_ids"] = kwargs["position_ids"] - removed[:, None].to(kwargs["position_ids"])
+
+
+def positions_of_columns(handle: Handle, ids: Tensor, columns: int) -> Tensor:
+    """(B, new) what the stock model gives the last of so many columns, where it is given no positions."""
+    places = torch.arange(columns - ids.shape[1], columns, device=ids.device) + handle.family.first_position
+    return places.expand(ids.shape[0], -1)
+
+
+def positions_of_mask(mask: Tensor) -> Tensor:
+    """(B, columns) what the stock ``generate`` makes of a mask; a masked column inside a row has its neighbour's."""
+    return (mask.long().cumsum(dim=1) - 1).clamp_min(0)
+
+
+def whole_mask(ids: Tensor, layout: Layout | None, cache: Any, option: Any) -> Tensor:
+    """(B, cached + new) the mask in the user's columns where ``generate`` was given none."""
+    mask = prompt_mask(ids, option)
+    if layout is None:
+        return mask
+    covered = cached_columns(cache) + layout.shift
+    return mask if ids.shape[1] > covered else torch.cat([mask.new_ones(len(ids), covered), mask], dim=1)
+
+
+def shrink_for_generate(
+    model: nn.Module, handle: Handle, kwargs: dict[str, Any], layout: Layout | None
+) -> Shrunk | None:
+    """Compact ``generate``'s inputs in place; None if the prompt is compact already."""
+    user_ids, mask, cache = kwargs["input_ids"], kwargs["attention_mask"], cache_in(kwargs)
+    mask = mask_2d(kwargs, user_ids, 0)
+    if mask.shape[1] < user_ids.shape[1]:
+        raise ValueError(f"attention_mask has {mask.shape[1]} columns, input_ids has {user_ids.shape[1]}")
+    known = (layout or empty_layout(user_ids)).for_rows(len(user_ids))
+    covered = cached_columns(cache) + known.shift if cache is not None else 0
+    repeats_all = user_ids.shape[1] == mask.shape[1]  # else the ids are the new columns alone
+    new_ids = user_ids[:, covered:] if repeats_all else user_ids
+    new_mask = mask[:, mask.shape[1] - new_ids.shape[1] :]
+    shrunk = Shrunk(None, known)
+    cached_ids, cached_mask = _columns_in_cache(known, user_ids if repeats_all else None, mask, covered)
+    keeps_positions = keeps_positions_on(handle, layout)
+    if present(handle, kwargs) and not is_full_prompt(model, handle, {**kwargs, "input_ids": new_ids}):
+        return None
+    if keeps_positions and kwargs.get("position_ids") is None:
+        kwargs["position_ids"] = positions_of_mask(mask)
+    if present(handle, kwargs):
+        shrunk = shrink_new_columns(
+            model, handle, kwargs, new_ids, new_mask, known, cached_ids.shape[1] if repeats_all else 0,
+            cached_mask.sum(dim=1),
+        )  # fmt: skip
+        new_ids, new_mask = kwargs["input_ids"], kwargs["attention_mask"]
+    elif keeps_positions:
+        kwargs["position_ids"] = kwargs["position_ids"][:, -new_ids.shape[1] :]
+    elif kwargs.get("position_ids") is not None and known.deltas is None:
+        kwargs["position_ids"] = kwargs["position_ids"][:, -new_ids.shape[1] :] - known.removed[:, None]
+    compact_mask = torch.cat([cached_mask, new_mask], dim=1)
+    if known.deltas is not None and kwargs.get("position_ids") is None:
+        kwargs["position_ids"] = text_positions(compact_mask, known.deltas)
+    positions = kwargs.get("position_ids")
+    if positions is not None:  # prefill in chunks slices them by the cache's length
+        kwargs["position_ids"] = _prepend_zeros(positions, compact_mask.shape[1] - positions.shape[-1])
+    compact_ids = torch.cat([cached_ids, new_ids], dim=1)
+    kwargs["input_ids"] = compact_ids if repeats_all else new_ids
+    kwargs["attention_mask"] = compact_mask
+    shrunk.layout = dataclasses.replace(shrunk.layout, length=mask.shape[1], mask=compact_mask, ids=compact_ids)
+    return shrunk
+
+
+def _columns_in_cache(layout: Layout, ids: Tensor | None, mask: Tensor, covered: int) -> tuple[Tensor, Tensor]:
+    """Ids and mask of the compact columns in the cache: the compact prompt, then what was generated after it."""
+    between = mask[:, layout.length : covered]
+    generated = torch.zeros_like(between) if ids is None else ids[:, layout.length : covered]
+    return (
+        torch.cat([layout.ids.to(generated), generated], dim=1),
+        torch.cat([layout.mask.to(between), between], dim=1),
+    )

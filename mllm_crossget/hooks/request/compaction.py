@@ -1,0 +1,220 @@
+"""The prompt side: fewer image placeholders in front of the language model, the user's layout behind it.
+
+Pure tensor functions on token ids and masks; knows no model. B rows, L columns of the user's prompt, C columns after
+compaction.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+LAYOUT = "_mllm_crossget_layout"
+
+
+@dataclass
+class Compaction:
+    """Which columns of a prompt stay.
+
+    Attributes:
+        index: (B, C) column of the user's prompt for every compact column; 0 where ``real`` is False.
+        real: (B, C) False for padding made by the compaction.
+        length: L.
+        places: (B, C) column whose position a compact column has if positions are kept: its own, and for an image's
+            tokens columns evenly spread over the image, its last among them; None if not asked for.
+    """
+
+    index: Tensor
+    real: Tensor
+    length: int
+    places: Tensor | None = None
+
+    def compact(self, values_BL: Tensor, fill: int) -> Tensor:
+        """(B, L) -> (B, C); padding gets ``fill``."""
+        return values_BL.gather(1, self.index).masked_fill(~self.real, fill)
+
+    def compact_positions(self, positions_BL: Tensor) -> Tensor:
+        """Position ids, (B, L) -> (B, C): without the gaps that the dropped placeholders leave, or kept."""
+        if self.places is not None:
+            return positions_BL.gather(1, self.places).masked_fill(~self.real, 0)
+        dropped = torch.ones_like(positions_BL)
+        dropped.scatter_reduce_(1, self.index, (~self.real).to(dropped.dtype), "amin")
+        dropped = dropped * self._inside(positions_BL)
+        return self.compact(positions_BL - dropped.cumsum(dim=1), 0)
+
+    def keeps_last(self, columns: int | Tensor) -> bool:
+        """Whether the last ``columns`` compact columns are the last ones of the user's prompt, in every row."""
+        if isinstance(columns, Tensor) or not 0 < columns <= self.index.shape[1]:
+            return False
+        last = torch.arange(self.length - columns, self.length, device=self.index.device)
+        return bool(((self.index[:, -columns:] == last) & self.real[:, -columns:]).all())
+
+    def _inside(self, values_BL: Tensor) -> Tensor:
+        """(B, L) 1 from a row's first kept column on: padding in front of it was no placeholder."""
+        columns = torch.arange(self.length, device=values_BL.device)
+        first = self.index.masked_fill(~self.real, self.length).amin(dim=1, keepdim=True)
+        return (columns >= first).to(values_BL.dtype)
+
+    def expand(self, values_BCV: Tensor) -> Tensor:
+        """(B, C, V) -> (B, L, V) in the user's columns; zeros where a column was dropped."""
+        batch, width = values_BCV.shape[0], values_BCV.shape[2]
+        index = self.index.masked_fill(~self.real, self.length)  # padding goes to a spare column that is cut off
+        full = values_BCV.new_zeros(batch, self.length + 1, width)
+        return full.scatter(1, index[..., None].expand(-1, -1, width), values_BCV)[:, :-1]
+
+
+@dataclass
+class Layout:
+    """Remembered on a KV cache: how the compact columns in it relate to the user's columns.
+
+    Attributes:
+        length: columns of the user's prompt that the compaction covered.
+        mask: (B, C) attention mask of the compact columns that replaced them.
+        ids: (B, C) their token ids.
+        removed: (B,) positions taken out of each row.
+        deltas: (B,) position minus compact column of the text behind the prompt, where image tokens have positions in
+            a grid (``hooks.request.rope_positions``), else None.
+        keeps_positions: text has the positions of the user's columns.
+    """
+
+    length: int
+    mask: Tensor
+    ids: Tensor
+    removed: Tensor
+    deltas: Tensor | None = None
+    keeps_positions: bool = False
+
+    @property
+    def shift(self) -> int:
+        """Columns by which the user's layout is longer."""
+        return self.length - self.mask.shape[1]
+
+    def for_rows(self, rows: int) -> Layout:
+        """The layout of a cache with ``rows`` rows: several answers per row of the prompt repeat its rows."""
+        known = self.mask.shape[0]
+        if rows % known:
+            raise ValueError(
+                f"the KV cache was made for {known} rows, got {rows}: continue with the rows it was made for"
+            )
+        if rows == known:
+            return self
+        mask, ids, removed, deltas = (
+            None if part is None else part.repeat_interleave(rows // known, dim=0)
+            for part in (self.mask, self.ids, self.removed, self.deltas)
+        )
+        return Layout(self.length, mask, ids, removed, deltas, self.keeps_positions)
+
+    def compact_mask(self, mask_BL: Tensor) -> Tensor:
+        """The user's mask over all columns so far, in compact columns."""
+        prefix = self.for_rows(mask_BL.shape[0]).mask.to(mask_BL)
+        return torch.cat([prefix, mask_BL[:, self.length :]], dim=1)
+
+
+def plan_compaction(
+    ids_BL: Tensor,
+    mask_BL: Tensor | None,
+    images: dict[int, list[tuple[int, int]]],
+    left: bool,
+    keep_positions: bool = False,
+) -> Compaction:
+    """Choose the columns that stay: of every image's ``n`` placeholders the last ``k``, of the padding none but what
+    rows of different length need.
+
+    The last placeholders stay so that the logit in front of the first text token exists.
+
+    Args:
+        ids_BL: (B, L) token ids.
+        mask_BL: (B, L) attention mask, or None for all ones.
+        images: by the placeholder's token id, (n, k) of every image in the order of the flattened batch.
+        left: pad shorter rows on the left.
+        keep_positions: also find where the positions of the columns that stay are.
+
+    Raises:
+        ValueError: placeholders do not add up to the images, or an image's placeholders cross rows.
+    """
+    stays = torch.ones_like(ids_BL, dtype=torch.bool)
+    for token, counts in images.items():
+        is_image = ids_BL == token
+        _check_rows(is_image, [n for n, _ in counts])
+        stays[is_image] = torch.cat([torch.arange(n) >= n - k for n, k in counts]).to(ids_BL.device)
+    if mask_BL is not None:
+        stays &= ~outer_padding(mask_BL)
+    columns = max(1, int(stays.sum(dim=1).max()))
+    if left:
+        order = stays.to(torch.uint8).argsort(dim=1, stable=True)[:, -columns:]
+    else:
+        order = stays.to(torch.uint8).argsort(dim=1, stable=True, descending=True)[:, :columns]
+    real = stays.gather(1, order)
+    index, places = order.masked_fill(~real, 0), None
+    if keep_positions:
+        places = _spread(ids_BL, images).gather(1, index)
+    return Compaction(index, real, ids_BL.shape[1], places)
+
+
+def _spread(ids_BL: Tensor, images: dict[int, list[tuple[int, int]]]) -> Tensor:
+    """(B, L) own columns, and for the last k of an image's n placeholders the middles of k equal parts of the image.
+
+    The last one stays last: ``generate`` goes on from the position of the prompt's last token.
+    """
+    columns = torch.arange(ids_BL.shape[1], device=ids_BL.device).expand_as(ids_BL).clone()
+    for token, counts in images.items():
+        own, start, taken = columns[ids_BL == token], 0, []
+        for n, k in counts:
+            spots = (torch.arange(k) * 2 + 1) * n // (2 * max(k, 1))
+            spots[-1:] = n - 1
+            taken.append(start + torch.cat([torch.arange(n - k), spots]))
+            start += n
+        if taken:
+            columns[ids_BL == token] = own[torch.cat(taken).to(own.device)]
+    return columns
+
+
+def check_counts(total: int, full: int, compact: int | None, images: int) -> bool:
+    """Whether a prompt is still in the processor's layout (True) or compact already (False).
+
+    Args:
+        total: placeholders in the prompt.
+        full, compact: placeholders in the two layouts; None where the compact count is not known in advance (the stock
+            model then compares placeholders with features itself).
+        images: number of images.
+
+    Raises:
+        ValueError: the number of placeholders fits neither.
+    """
+    if total == compact or (compact is None and total < full):
+        return False
+    if total == full:
+        return True
+    if compact is None:
+        raise ValueError(
+            f"the prompt holds {total} image placeholders for {images} image(s) that need {full} together; was it made "
+            "by this model's processor, for these images?"
+        )
+    per_image = f"{full // images} (as the processor makes them) or {compact // images} (already reduced)"
+    raise ValueError(
+        f"the prompt holds {total} image placeholders for {images} image(s); expected {per_image} each, that is {full} "
+        f"or {compact}. Is the image token missing from a prompt, or was the prompt made for another image size?"
+    )
+
+
+def outer_padding(mask_BL: Tensor) -> Tensor:
+    """(B, L) True in the masked runs at both ends of each row; masked columns in between stay what they are."""
+    real = (mask_BL != 0).to(torch.int64)
+    return (real.cumsum(dim=1) == 0) | (real.flip(1).cumsum(dim=1).flip(1) == 0)
+
+
+def _check_rows(is_image: Tensor, sizes: list[int]) -> None:
+    borders, total = set(), 0
+    for size in [0, *sizes]:
+        total += size
+        borders.add(total)
+    ends = is_image.sum(dim=1).cumsum(dim=0).tolist()
+    bad = [row for row, end in enumerate(ends) if end not in borders]
+    if bad:
+        found = int(is_image[bad[0]].sum())
+        raise ValueError(
+            f"row {bad[0]} of the prompt ends in the middle of an image's placeholders: {found} placeholders for "
+            f"images of {sorted(set(sizes))} tokens; was the prompt truncated?"
+        )

@@ -1,0 +1,142 @@
+"""How many placeholders every image of a call has in the user's prompt, and how many features the language model gets.
+
+Everything reads the dictionary of keyword arguments of ``forward`` or ``generate``; nothing is changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mllm_crossget.families.modality import Modality, all_of
+from mllm_crossget.hooks.ground.state import Handle, MergeState
+from mllm_crossget.hooks.projector.features import encode_ahead
+
+
+def given_features(modality: Modality, kwargs: dict[str, Any]) -> Any:
+    """Precomputed features of a modality in a call, (images, ·, ·) or a list, or None."""
+    outputs = kwargs.get("mm_encoder_outputs") or {}
+    return None if outputs.get(modality.name) is None else outputs[modality.name].pooler_output
+
+
+def present(handle: Handle, kwargs: dict[str, Any]) -> list[Modality]:
+    """The modalities that a call brings, as pixels or as precomputed features."""
+    return [
+        modality
+        for modality in handle.family.modalities
+        if kwargs.get(modality.pixels) is not None or given_features(modality, kwargs) is not None
+    ]
+
+
+def token_of(model: nn.Module, modality: Modality) -> int:
+    """Token id of a modality's placeholder."""
+    return int(getattr(model.config, modality.token))
+
+
+def placeholders_of(model: nn.Module, handle: Handle, modality: Modality, kwargs: dict[str, Any]) -> list[int]:
+    """Placeholders of every image that the untouched model needs."""
+    features = given_features(modality, kwargs)
+    if features is not None and handle.merging is not None and getattr(handle.geometry, "fixed", True):
+        images = sum(len(image) for image in features) // handle.schedule.features
+        return [handle.schedule.placeholders] * images
+    if features is not None and modality.reduced_counts is not None:
+        frames = frames_of(model, handle, modality, features)
+        return [_counted(model, modality, count, all_of) for count in frames]
+    if modality.counts is not None:
+        return modality.counts(model, kwargs)
+    return [handle.schedule.placeholders] * len(kwargs[modality.pixels] if features is None else features)
+
+
+def known_features(model: nn.Module, handle: Handle, modality: Modality, kwargs: dict[str, Any]) -> list[int] | None:
+    """Features of every image as far as they are known without encoding it."""
+    features = given_features(modality, kwargs)
+    if features is not None:
+        return [len(image) for image in features]
+    if handle.method.is_dynamic:
+        return None
+    if modality.reduced_counts is not None:
+        return modality.reduced_counts(model, kwargs, lambda tokens: _kept_of_part(handle, modality, tokens))
+    if handle.merging is not None:
+        return _merged_counts(handle.merging, placeholders_of(model, handle, modality, kwargs))
+    return None if modality.counts is not None else [handle.schedule.features] * len(kwargs[modality.pixels])
+
+
+def frames_of(model: nn.Module, handle: Handle, modality: Modality, features: Any) -> list[int]:
+    """Frames in every entry of precomputed features of videos.
+
+    Raises:
+        ValueError: an entry whose length no whole number of frames has.
+    """
+    one, two = (_counted(model, modality, frames, lambda tokens: _kept_of_part(handle, modality, tokens))
+                for frames in (1, 2))  # fmt: skip
+    lengths = [len(entry) for entry in features]
+    if any((length - one) % (two - one) or length < one for length in lengths):
+        raise ValueError(
+            f"precomputed features of {modality.name}s have lengths {lengths}, but a frame has {two - one} at the "
+            "present settings; make them with get_video_features of the accelerated model"
+        )
+    return [1 + (length - one) // (two - one) for length in lengths]
+
+
+def _counted(model: nn.Module, modality: Modality, frames: int, kept: Callable[[int], int]) -> int:
+    """Features of one video of so many frames."""
+    if modality.reduced_counts is None:
+        raise RuntimeError(f"{modality.name}s have no frames")
+    return modality.reduced_counts(model, {modality.pixels: torch.empty(1, frames)}, kept)[0]
+
+
+def _kept_of_part(handle: Handle, modality: Modality, tokens: int) -> int:
+    """Features of a frame of ``tokens`` placeholders."""
+    if modality.name in handle.own_towers:
+        return handle.own_towers[modality.name].schedule.features
+    return tokens if handle.again is None else handle.again.schedule(tokens).features
+
+
+def _merged_counts(merging: MergeState, placeholders: list[int]) -> list[int]:
+    return [merging.schedule(tokens).features for tokens in placeholders]
+
+
+def image_counts(model: nn.Module, handle: Handle, modality: Modality, kwargs: dict[str, Any]) -> list[tuple[int, int]]:
+    """(placeholders of the user's prompt, features) of every image of a call; encodes the images where only that can
+    tell."""
+    placeholders = placeholders_of(model, handle, modality, kwargs)
+    if handle.merging is not None:
+        return list(zip(placeholders, _merged_counts(handle.merging, placeholders), strict=True))
+    known = known_features(model, handle, modality, kwargs)
+    features = encode_ahead(model, handle.family, modality, kwargs) if known is None else known
+    return list(zip(placeholders, features, strict=True))
+
+
+def expected_counts(
+    model: nn.Module, handle: Handle, modality: Modality, kwargs: dict[str, Any]
+) -> list[tuple[int, int]]:
+    """As ``image_counts`` without encoding: where only the image can tell, the settings' average share."""
+    placeholders = placeholders_of(model, handle, modality, kwargs)
+    known = known_features(model, handle, modality, kwargs)
+    if known is None:
+        share = handle.schedule.features / handle.schedule.placeholders
+        known = [min(count, round(count * share)) for count in placeholders]
+    return list(zip(placeholders, known, strict=True))
+
+
+def images_per_row(model: nn.Module, handle: Handle, kwargs: dict[str, Any]) -> Tensor:
+    """(B,) tower images (a tile or a frame counts as one) in every row of a compact prompt.
+
+    Only the first modality of the family that is there counts: one forward records the cross tokens of one encoding.
+    """
+    modality = present(handle, kwargs)[0]
+    features = known_features(model, handle, modality, kwargs)
+    if features is None:
+        features = encode_ahead(model, handle.family, modality, kwargs)
+    given = given_features(modality, kwargs)
+    if given is not None and modality.reduced_counts is not None:
+        parts = frames_of(model, handle, modality, given)
+    else:
+        parts = [1] * len(features) if modality.parts is None else modality.parts(model, kwargs)
+    ends = torch.tensor(features).cumsum(0)
+    rows = (kwargs["input_ids"] == token_of(model, modality)).sum(dim=1).cumsum(0).cpu()
+    row_of_image = torch.searchsorted(rows, ends)  # the first row that ends at or behind the image's last placeholder
+    return torch.zeros(len(rows), dtype=torch.int64).index_add(0, row_of_image, torch.tensor(parts))

@@ -1,0 +1,266 @@
+"""A call of ``get_image_features`` taken apart into images, and its output put together from images.
+
+One class for each way in which transformers' models pack images into tensors. What an image's features follow from is
+said here; the weights, and what else holds for a whole call, is not (``hooks.reuse.feature_reuse``).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mllm_crossget.families.tile_packing import tile_counts
+from mllm_crossget.hooks.ground.vision_cache import Encoded
+from mllm_crossget.hooks.projector.features import features_of
+from mllm_crossget.hooks.projector.post_merge import kept_cells, with_kept_cells
+
+_PIXELS = ("pixel_values", "pixel_values_images")
+_DEEPSTACK = "deepstack_features"
+
+
+@dataclass(frozen=True)
+class Form:
+    """How an output is written: its class, whether features are one tensor (images, k, D) or a list, and how many
+    layers of companions it has, each one tensor or a list."""
+
+    kind: type
+    stacked: bool
+    layers: int
+    packed: bool
+
+
+class Pieces(ABC):
+    """The images of one call.
+
+    Args:
+        owner: the module that has ``get_image_features``.
+        arguments: of the call, by name, without those that are None.
+        pixels: name of the argument with the pixels.
+    """
+
+    def __init__(self, owner: Any, arguments: dict[str, Any], pixels: str) -> None:
+        self.owner, self.arguments, self.pixels = owner, arguments, pixels
+        self.values: Tensor = arguments[pixels]
+        self.host = self.values.detach().cpu()  # copied once, not image by image
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Images."""
+
+    @abstractmethod
+    def content(self, image: int) -> list[Tensor]:
+        """All tensors of the call that the features of an image follow from."""
+
+    @abstractmethod
+    def select(self, images: list[int]) -> dict[str, Any]:
+        """Arguments of a call with some of the images, in this order."""
+
+    def encodable(self, images: list[int]) -> list[int]:
+        """The images in an order in which ``select`` can hand them over, with what else must be encoded for that."""
+        return images
+
+    def split(self, output: Any, images: int) -> list[Encoded]:
+        """The images of an output, which was made of so many."""
+        features = features_of(output)
+        entries = self._images_of(features, images)
+        layers = getattr(output, _DEEPSTACK, None) or []
+        sizes = [len(entry) for entry in entries]
+        companions = [layer.split(sizes) if isinstance(layer, Tensor) else list(layer) for layer in layers]
+        packed = bool(layers) and isinstance(layers[0], Tensor)
+        form = Form(type(output), isinstance(features, Tensor), len(layers), packed)
+        cells: Sequence[Tensor | None] = kept_cells(output) or [None] * images
+        return [
+            Encoded(entry, tuple(layer[index] for layer in companions), cells[index], form)
+            for index, entry in enumerate(entries)
+        ]
+
+    def join(self, entries: Sequence[Encoded]) -> Any:
+        """An output with the features of these images; its other fields, such as hidden states, are None."""
+        form: Form = entries[0].form
+        entries = [entry.copied() for entry in entries]  # whoever writes into an output leaves the cache alone
+        own = [entry.features for entry in entries]
+        features = torch.stack(own) if form.stacked else self._joined(own)
+        layers = [[entry.companions[layer] for entry in entries] for layer in range(form.layers)]
+        output = form.kind()
+        output.pooler_output = features  # set as transformers' models do: older outputs have no such field
+        if layers:
+            output.deepstack_features = [torch.cat(layer) if form.packed else layer for layer in layers]
+        cells = [entry.cells for entry in entries if entry.cells is not None]
+        return with_kept_cells(output, cells) if cells else output
+
+    def _images_of(self, features: Any, images: int) -> list[Tensor]:
+        entries = list(features)
+        if len(entries) != images:
+            raise ValueError(f"{len(entries)} entries of visual features for {images} images: unknown structure")
+        return entries
+
+    def _joined(self, features: list[Tensor]) -> list[Tensor]:
+        return features
+
+
+class Rows(Pieces):
+    """(images, channels, height, width): every row is an image, a tile or a frame; ``pixel_mask`` has rows, too."""
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def content(self, image: int) -> list[Tensor]:
+        """See ``Pieces``."""
+        return [self.host[image], *(values[image] for values in self._masks().values())]
+
+    def select(self, images: list[int]) -> dict[str, Any]:
+        """See ``Pieces``."""
+        rows = {self.pixels: self.values, **self._masks()}
+        return {**self.arguments, **{name: values[images] for name, values in rows.items()}}
+
+    def _masks(self) -> dict[str, Tensor]:
+        mask = self.arguments.get("pixel_mask")
+        return {} if mask is None else {"pixel_mask": mask}
+
+
+class Tiles(Pieces):
+    """Images cut into tiles, (images, most tiles, ...) or (all tiles, ...), with ``image_sizes``.
+
+    In LLaVA-OneVision an image that is not alone in its row (``batch_num_images``) is not cut.
+    """
+
+    def __init__(self, owner: Any, arguments: dict[str, Any], pixels: str) -> None:
+        super().__init__(owner, arguments, pixels)
+        self.sizes: Tensor = torch.as_tensor(arguments["image_sizes"])
+        rows = arguments.get("batch_num_images")
+        self.tiles = tile_counts(owner, self.sizes, rows)
+        self.cut = [True] * len(self.sizes)
+        if rows is not None:
+            self.cut = [int(count) == 1 for count in rows for _ in range(int(count))]
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def content(self, image: int) -> list[Tensor]:
+        """See ``Pieces``."""
+        return [self._own(self.host, image), self.sizes[image], torch.tensor(self.cut[image])]
+
+    def encodable(self, images: list[int]) -> list[int]:
+        """Images that are not cut first: they stand in one row, which needs two of them at least."""
+        whole = [image for image in images if not self.cut[image]]
+        if len(whole) == 1:
+            whole += [image for image, cut in enumerate(self.cut) if not cut and image not in whole][:1]
+        return whole + [image for image in images if self.cut[image]]
+
+    def select(self, images: list[int]) -> dict[str, Any]:
+        """See ``Pieces``; in the order of ``encodable``."""
+        chosen = {self.pixels: torch.cat([self._own(self.values, image) for image in images])}
+        chosen["image_sizes"] = self.sizes[images]
+        rows = self.arguments.get("batch_num_images")
+        if rows is not None:
+            whole = sum(not self.cut[image] for image in images)
+            counts = [whole] * (whole > 0) + [1] * (len(images) - whole)
+            chosen["batch_num_images"] = torch.tensor(counts, device=getattr(rows, "device", None))
+        return {**self.arguments, **chosen}
+
+    def _own(self, values: Tensor, image: int) -> Tensor:
+        if values.ndim == 5:
+            return values[image, : self.tiles[image]]
+        start = sum(self.tiles[:image])
+        return values[start : start + self.tiles[image]]
+
+
+class Packed(Pieces):
+    """(all patches, values) with the grid of every image in ``image_grid_thw`` (Qwen-VL)."""
+
+    def __init__(self, owner: Any, arguments: dict[str, Any], pixels: str) -> None:
+        super().__init__(owner, arguments, pixels)
+        self.grids: Tensor = arguments["image_grid_thw"]
+        self.lengths: list[int] = self.grids.prod(-1).tolist()
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def content(self, image: int) -> list[Tensor]:
+        """See ``Pieces``."""
+        return [self._own(self.host, image), self.grids[image]]
+
+    def select(self, images: list[int]) -> dict[str, Any]:
+        """See ``Pieces``."""
+        own = torch.cat([self._own(self.values, image) for image in images])
+        return {**self.arguments, self.pixels: own, "image_grid_thw": self.grids[images]}
+
+    def _own(self, values: Tensor, image: int) -> Tensor:
+        start = sum(self.lengths[:image])
+        return values[start : start + self.lengths[image]]
+
+
+class PaddedRows(Pieces):
+    """(rows, most images, channels, height, width), images of zeros where a row has fewer (Idefics).
+
+    Features are a list with all images of a row one behind the other, as many of every image. An image is the same one
+    if it is padded to the same height and width.
+    """
+
+    def __init__(self, owner: Any, arguments: dict[str, Any], pixels: str) -> None:
+        super().__init__(owner, arguments, pixels)
+        real = (self.host != 0).flatten(2).any(dim=2)
+        self.of_rows: list[int] = real.sum(dim=1).tolist()
+        self.places: list[tuple[int, int]] = [(row, image) for row, image in real.nonzero().tolist()]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def content(self, image: int) -> list[Tensor]:
+        """See ``Pieces``."""
+        mask = self.arguments.get("pixel_attention_mask")
+        return [self.host[self.places[image]], *([] if mask is None else [mask[self.places[image]]])]
+
+    def select(self, images: list[int]) -> dict[str, Any]:
+        """See ``Pieces``; all images in one row."""
+        rows, columns = zip(*(self.places[image] for image in images), strict=True)
+        names = [name for name in (self.pixels, "pixel_attention_mask") if name in self.arguments]
+        return {**self.arguments, **{name: self.arguments[name][list(rows), list(columns)][None] for name in names}}
+
+    def _images_of(self, features: Any, images: int) -> list[Tensor]:
+        values = torch.cat(list(features))
+        if len(values) % images:
+            raise ValueError(f"{len(values)} visual features for {images} images: unknown structure")
+        return list(values.split(len(values) // images))
+
+    def _joined(self, features: list[Tensor]) -> list[Tensor]:
+        empty, rest = features[0][:0], iter(features)
+        return [torch.cat([empty, *(next(rest) for _ in range(count))]) for count in self.of_rows]
+
+
+_ARGUMENTS: dict[type[Pieces], tuple[str, ...]] = {
+    Rows: ("pixel_mask",),
+    Tiles: ("image_sizes", "batch_num_images"),
+    Packed: ("image_grid_thw",),
+    PaddedRows: ("pixel_attention_mask",),
+}
+
+
+def pieces_of(owner: Any, arguments: dict[str, Any], words: tuple[str, ...]) -> Pieces | None:
+    """The images of a call, or None where there are none, or arguments that are not known.
+
+    Args:
+        owner: the module that has ``get_image_features``.
+        arguments: of the call, by name, without those that are None.
+        words: names of arguments that are no tensors and hold for all images.
+    """
+    pixels = next((name for name in _PIXELS if name in arguments), None)
+    values = arguments.get(pixels or "")
+    if not isinstance(values, Tensor) or values.numel() == 0:
+        return None
+    kind: type[Pieces] = Rows if values.ndim == 4 else PaddedRows
+    if "image_sizes" in arguments:
+        kind = Tiles
+    elif "image_grid_thw" in arguments:
+        kind = Packed
+    known = {pixels, *_ARGUMENTS[kind], *words}
+    if not arguments.keys() <= known or (kind is Tiles and not hasattr(owner.config, "image_grid_pinpoints")):
+        return None
+    if kind is Packed and bool((arguments["image_grid_thw"][:, 0] != 1).any()):
+        return None  # frames: their cells are kept frame by frame
+    return kind(owner, arguments, str(pixels))

@@ -1,0 +1,138 @@
+"""A text decoder that cross-attends to the states of a reduced text encoder (question answering with BLIP).
+
+The decoder gets the tokens that are left, and their sizes in the place of the question's mask, which its generate
+repeats for beams as it does the states. Its cross-attention adds the log sizes to the logits, minus infinity for what
+fills a row up: as if a merged token stood there as often as it has tokens. The stock decoder does not look at the mask
+of the question, and so attends to its padding too; behind a reduced encoder it does not, so that no answer depends on
+the other questions of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mllm_crossget.families.base import BertNames, TextTower, module_at
+from mllm_crossget.hooks.ground.arguments import positional_names
+from mllm_crossget.hooks.ground.journal import Journal
+from mllm_crossget.hooks.text.bert_text import CALL, SIZES
+
+_MODULES = "_mllm_crossget_question_modules"
+_BIAS = "_mllm_crossget_bias"
+_KEYWORD = "crossget_bias"
+_MASK = "encoder_attention_mask"
+
+
+def hook_question(journal: Journal, model: nn.Module, tower: TextTower, names: BertNames, weighs: bool) -> None:
+    """Let the decoder of a model read what its reduced text encoder leaves; changes are written into ``journal``.
+
+    Args:
+        journal: where the changes are written.
+        model: the whole model.
+        tower: its text encoder, with the path to the decoder that reads it.
+        names: names inside the layers of both.
+        weighs: whether the decoder's cross-attention adds the log sizes.
+    """
+    head, decoder = tower.reader.rpartition(".")[0], module_at(model, tower.reader)
+    journal.set_attribute(model, _MODULES, (f"{tower.path}.{tower.encoder}", head, tower.reader))
+    journal.swap_class(model, AskedModel)
+    journal.swap_class(module_at(model, head), AnsweringHead)
+    journal.set_attribute(decoder, _BIAS, weighs)
+    journal.swap_class(decoder, AnsweringDecoder)
+    for layer in getattr(module_at(decoder, tower.encoder), names.layers):
+        inner = getattr(getattr(layer, names.crossing), names.inner)
+        journal.set_attribute(inner, _BIAS, None)
+        journal.set_attribute(layer, _MODULES, (names.crossing, names.inner))
+        journal.swap_class(inner, BiasedCrossing)
+        journal.swap_class(layer, AnsweringLayer)
+
+
+class AskedModel(nn.Module):
+    """Mixin for the whole model: encoder and decoder share what is known of one call."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the original."""
+        with _call(self):
+            return super().forward(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As the original."""
+        with _call(self):
+            return super().generate(*args, **kwargs)
+
+
+class AnsweringHead(nn.Module):
+    """Mixin for the decoder with its head: puts the sizes in the place of the question's mask."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the original."""
+        if args:
+            kwargs.update(zip(positional_names(type(self)), args, strict=False))
+        return super().forward(**_with_sizes(self, kwargs))
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As the original."""
+        return super().generate(*args, **_with_sizes(self, kwargs))
+
+
+class AnsweringDecoder(nn.Module):
+    """Mixin for the decoder: hands the log sizes to the layers."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the original."""
+        if args:
+            kwargs.update(zip(positional_names(type(self)), args, strict=False))
+        sizes = kwargs.get(_MASK)
+        if CALL in self.__dict__ and sizes is not None:
+            bias = sizes.log() if self.__dict__[_BIAS] else (sizes > 0).log()
+            kwargs[_KEYWORD] = bias.clamp_min(torch.finfo(torch.float16).min)[:, None, None]
+        return super().forward(**kwargs)
+
+
+class AnsweringLayer(nn.Module):
+    """Mixin for a layer of the decoder: lends its cross-attention the log sizes."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the original."""
+        bias: Tensor | None = kwargs.pop(_KEYWORD, None)
+        crossing, inner = self.__dict__[_MODULES]
+        attention = getattr(getattr(self, crossing), inner)
+        attention.__dict__[_BIAS] = bias
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            attention.__dict__[_BIAS] = None
+
+
+class BiasedCrossing(nn.Module):
+    """Mixin for a cross-attention that adds what stands in ``encoder_attention_mask`` to its logits."""
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Any:
+        """As the original."""
+        bias: Tensor | None = self.__dict__[_BIAS]
+        if bias is not None:
+            kwargs[_MASK] = bias.to(hidden_states.dtype)
+        return super().forward(hidden_states, **kwargs)
+
+
+@contextmanager
+def _call(model: nn.Module) -> Iterator[None]:
+    modules = [module_at(model, path) for path in model.__dict__[_MODULES]]
+    call: dict[str, Tensor] = {}
+    for module in modules:
+        module.__dict__[CALL] = call
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.__dict__[CALL]
+
+
+def _with_sizes(decoder: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The sizes are taken away once: what ``generate`` hands on was repeated for the beams."""
+    call = decoder.__dict__.get(CALL, {})
+    return {**kwargs, _MASK: call.pop(SIZES)} if SIZES in call else kwargs

@@ -1,0 +1,233 @@
+"""A BERT that reads a text and cross-attends to an image (BLIP): text tokens merge inside every layer, behind the
+self-attention with its residual and norm, and in front of cross-attention and MLP.
+
+That is the station between attention and MLP of the other towers; the image's cross-attention lies behind it, so that
+tokens that have left do not read the image either. BERT is post-norm: what merges are normed states. CrossGET's rules
+are those of its text tower for CLIP with the first token, which is read out, in the place of the end mark: the metric
+is the key of all heads, importance the cosine with that token's query, it is protected, and self-attention adds the log
+token size. The text cross token is written into the first token, as where text is not reduced.
+
+Padding that the attention mask names is taken out in front of the first layer and merges with nothing, so no row
+depends on the rows beside it. Behind the last layer every column of the input gets the state of the token it has
+become, but for a text decoder that reads the states (``hooks.text.answer_decoder``), which gets the tokens that are
+left.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+
+from mllm_crossget.families.base import BertNames, TextTower
+from mllm_crossget.hooks.ground.arguments import positional_names
+from mllm_crossget.hooks.ground.journal import Journal
+from mllm_crossget.hooks.ground.kv_cache import CACHE, cache_in, name_cache
+from mllm_crossget.hooks.ground.state import TextTowerState
+from mllm_crossget.hooks.text.clip_text import text_trace
+from mllm_crossget.hooks.text.rows import (
+    Columns,
+    Texts,
+    attention_slot,
+    columns_of,
+    compact,
+    in_columns,
+    mask_of,
+    match_and_merge,
+    moved_columns,
+    tokens_of_rows,
+    with_removals,
+)
+from mllm_crossget.hooks.tower.attention import OpenSlot, hook_attention, reduced_attention
+from mllm_crossget.methods.base import Method
+from mllm_crossget.ops.matching import Match
+from mllm_crossget.schedule import TextGeometry
+
+CALL = "_mllm_crossget_question"
+SIZES = "sizes"
+_STATE = "_mllm_crossget_text_encoder"
+_KEYWORD = "crossget_texts"
+
+
+def hook_text_encoder(
+    journal: Journal, model: Any, tower: TextTower, method: Method, geometry: TextGeometry
+) -> TextTowerState:
+    """Make a BERT, its encoder and its layers reduce tokens; every change is written into ``journal``."""
+    state = TextTowerState(method, geometry, tower, model.config)
+    state.schedule(geometry.context)
+    encoder, names = model.get_submodule(tower.encoder), _names(state)
+    for layer in getattr(encoder, names.layers):
+        inner = getattr(getattr(layer, names.attention), names.inner)
+        journal.set_attribute(layer, _STATE, state)
+        hook_attention(journal, inner)
+        journal.swap_class(inner, BertAttention)
+        journal.swap_class(layer, ReducedBertLayer)
+    for module, mixin in ((encoder, ReducedBertEncoder), (model, ReducedBert)):
+        journal.set_attribute(module, _STATE, state)
+        journal.swap_class(module, mixin)
+    return state
+
+
+class BertAttention(nn.Module):
+    """Mixin for a self-attention that computes its own map (BLIP's BERT): through the interface."""
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, T, D) tokens in, (B, T, D) and the (B, H, T, T) map out."""
+        query, key, value = (
+            part(hidden_states).unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)
+            for part in (self.query, self.key, self.value)
+        )
+        dropout = self.dropout.p if self.training else 0.0
+        mixed, weights = reduced_attention(self, query, key, value, attention_mask, dropout=dropout)
+        return mixed.flatten(2), weights
+
+
+class ReducedBert(nn.Module):
+    """Mixin for a BERT: finds the padding and hands it to the encoder."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the original. ``last_hidden_state`` keeps the columns of the input: a merged token's state stands in all
+        the columns that went into it; padding that was taken out is zero.
+
+        Raises:
+            ValueError: a mask that is not (rows, columns) or hides the first token, or a call as a decoder.
+        """
+        if args:
+            kwargs.update(zip(positional_names(type(self)), args, strict=False))
+        name_cache(kwargs)
+        kwargs[_KEYWORD] = _texts(kwargs)
+        kwargs["attention_mask"] = None
+        return super().forward(**kwargs)
+
+
+class ReducedBertEncoder(nn.Module):
+    """Mixin for the encoder: an explicit loop that threads token sizes and places through the layers."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        """(B, T, D) embeddings in, (B, T, D) states in the columns of the input in ``last_hidden_state`` out."""
+        state: TextTowerState = self.__dict__[_STATE]
+        texts: Texts | None = kwargs.pop(_KEYWORD, None)
+        kwargs.pop(CACHE, None)  # None: a call as a decoder was refused
+        if texts is None:
+            raise RuntimeError("a reduced text encoder was called without its model, which knows the padding")
+        hidden, end, lengths, place = compact(hidden_states, texts)
+        columns = columns_of(end, lengths, hidden.shape[1], cross=False)
+        source = torch.arange(hidden.shape[1], device=hidden.device).expand(len(hidden), -1)
+        originals = [group.tokens for group in columns.groups]
+        size = None
+        for index, layer in enumerate(getattr(self, _names(state).layers)):
+            columns = with_removals(columns, [state.schedule(tokens).removals[index] for tokens in originals])
+            mask = mask_of(columns, hidden, causal=False)
+            hidden, size, match, slot = layer(
+                hidden, encoder_hidden_states, mask, encoder_attention_mask, size, columns, **kwargs
+            )
+            if slot is not None:
+                source = slot.gather(1, source)
+                columns = moved_columns(columns, slot)
+            if state.trace is not None:
+                state.trace.append(text_trace(match, size, source, hidden))
+        if CALL in self.__dict__:
+            self.__dict__[CALL][SIZES] = _sizes(size, columns, hidden)
+        else:
+            hidden = in_columns(hidden, source, place, texts.real, hidden_states.shape[1])
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)
+
+
+class ReducedBertLayer(nn.Module):
+    """Mixin for a post-norm layer: attention, residual and norm, **match and merge**, cross-attention, MLP."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        size: Tensor | None = None,
+        columns: Columns | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None, Match | None, Tensor | None]:
+        """One layer.
+
+        Args:
+            hidden_states: (B, T, D).
+            encoder_hidden_states: (B, V, ·) the image's tokens, or None.
+            attention_mask: additive, (B, 1, T, T), or None.
+            encoder_attention_mask: as the original, whose cross-attention does not look at it.
+            size: (B, T) token sizes, None as long as nothing was merged.
+            columns: where things are, and how many tokens leave.
+
+        Returns:
+            (B, T', D) tokens, their sizes (or None), the match (None if nothing was removed or rows differ in length)
+            and (B, T) the new column of every old one (None if nothing was removed).
+        """
+        if columns is None:
+            raise RuntimeError("a layer of a reduced text encoder was called without its encoder")
+        state: TextTowerState = self.__dict__[_STATE]
+        names, method = _names(state), state.method
+        attention = getattr(self, names.attention)
+        slot = attention_slot(method, columns, size)
+        with OpenSlot(getattr(attention, names.inner), slot):
+            hidden_states = attention(hidden_states, attention_mask=attention_mask)[0]
+        hidden_states, size, match, moved = match_and_merge(method, slot, columns, hidden_states, size, first=False)
+        if encoder_hidden_states is not None:
+            crossing = getattr(self, names.crossing)
+            hidden_states = crossing(
+                hidden_states, attention_mask=encoder_attention_mask, encoder_hidden_states=encoder_hidden_states
+            )[0]
+        return getattr(self, names.mlp)(hidden_states), size, match, moved
+
+
+def _names(state: TextTowerState) -> BertNames:
+    if not isinstance(state.tower.names, BertNames):
+        raise TypeError("this text tower has pre-norm layers; see hooks.text_tower")
+    return state.tower.names
+
+
+def _texts(kwargs: dict[str, Any]) -> Texts:
+    """The rows' first and real tokens. Raises ``ValueError`` for what cannot be served."""
+    if kwargs.get("is_decoder") or cache_in(kwargs) is not None:
+        raise ValueError(
+            "this text encoder is reduced and cannot run as a decoder: leave is_decoder and the cache out, or "
+            "restore_mllm(model) first"
+        )
+    inputs = (kwargs.get(name) for name in ("input_ids", "inputs_embeds", "encoder_embeds"))
+    tokens = next((value for value in inputs if value is not None), None)
+    if tokens is None:
+        raise ValueError("a text encoder needs input_ids or inputs_embeds")
+    rows, mask = tokens.shape[:2], kwargs.get("attention_mask")
+    first = torch.zeros(rows[0], dtype=torch.int64, device=tokens.device)
+    if mask is None:
+        return Texts(first, None)
+    if not isinstance(mask, Tensor) or mask.shape != rows:
+        found = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(
+            f"attention_mask must be (rows, columns) as the text, {tuple(rows)}, for a reduced text encoder; got "
+            f"{found}"
+        )
+    real = mask != 0
+    if not bool(real[:, 0].all()):
+        raise ValueError(
+            "attention_mask hides the first token of a row, which the model reads out: pad texts on the right "
+            '(tokenizer.padding_side="right")'
+        )
+    return Texts(first, None if bool(real.all()) else real)
+
+
+def _sizes(size: Tensor | None, columns: Columns, hidden: Tensor) -> Tensor:
+    """(B, T) token sizes, 0 for what fills a row up."""
+    if size is None:
+        size = torch.ones(hidden.shape[:2], dtype=torch.float32, device=hidden.device)
+    places = torch.arange(hidden.shape[1], device=hidden.device)
+    return size * (places < tokens_of_rows(columns, hidden)[:, None])

@@ -1,0 +1,171 @@
+"""The text tower of a dual encoder for methods that prune: every text keeps its own number of tokens.
+
+By default what stands behind the end mark is taken out first: under a causal mask nothing there reaches the embedding.
+Start and end mark stay, the pooled token goes in front of the end mark, which sees it, and the embedding is read from
+the end mark wherever it has got to. In reference mode (official code) every column counts, the pooled token is the last
+one, where no token sees it, and the embedding is read from the end mark's old column.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
+
+from mllm_crossget.hooks.ground.state import LayerTrace, TextTowerState
+from mllm_crossget.hooks.text.clip_text import KEYWORD, layer_names, text_state
+from mllm_crossget.hooks.text.rows import Texts, compact, in_columns
+from mllm_crossget.hooks.tower.attention import AttentionSlot, OpenSlot
+from mllm_crossget.hooks.tower.counts_per_image import record_features
+from mllm_crossget.methods.dynamic import RaggedSignals
+from mllm_crossget.methods.madtp import MadtpConfig
+from mllm_crossget.ops.ragged import Step, last_behind_pooled, reduce_tokens
+
+
+class RaggedTextEncoder(nn.Module):
+    """Mixin for a text encoder: an explicit loop that threads token sizes through the layers."""
+
+    def forward(self, inputs_embeds: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> BaseModelOutput:
+        """(B, T, D) embeddings in, (B, T, D) out: in the columns of the input the state of the token that each has
+        become, zeros behind the end mark. In reference mode the pruned sequence itself, zeros behind it."""
+        state = text_state(self)
+        texts: Texts | None = kwargs.get(KEYWORD)
+        if texts is None:
+            raise RuntimeError("a reduced text encoder was called without its text model, which knows the end marks")
+        batch, columns = inputs_embeds.shape[:2]
+        reference = _method(state).reference
+        hidden, place = inputs_embeds, None
+        size = torch.ones(batch, columns, dtype=torch.float32, device=inputs_embeds.device)
+        if not reference:
+            texts = up_to_the_end(texts, columns)
+            hidden, _, lengths, place = compact(inputs_embeds, texts)
+            alive = lengths if lengths is not None else torch.full_like(texts.end, columns)
+            size = (torch.arange(hidden.shape[1], device=hidden.device) < alive[:, None]).float()
+        starts = (size > 0).sum(dim=1).tolist()
+        source = torch.arange(hidden.shape[1], device=hidden.device).expand(batch, -1)
+        least = int(texts.end.max()) + 2
+        for index, layer in enumerate(getattr(self, layer_names(state).layers)):
+            wanted = [state.schedule(tokens).tokens[index + 1] for tokens in starts] if state.calibration else None
+            alignment = _alignment(self, state, hidden, size, index)
+            hidden, size, step = layer(hidden, None, size, alignment, index, least, wanted)
+            if step is not None:
+                source = step.slot.gather(1, source)
+            if state.trace is not None:
+                state.trace.append(LayerTrace(step, size, source))
+        if reference:
+            return BaseModelOutput(last_hidden_state=nn.functional.pad(hidden, (0, 0, 0, columns - hidden.shape[1])))
+        return BaseModelOutput(last_hidden_state=in_columns(hidden, source, place, texts.real, columns))
+
+
+class RaggedTextLayer(nn.Module):
+    """Mixin for a pre-norm transformer layer: norm, attention, residual, **one step**, norm, MLP, residual."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        size: Tensor | None = None,
+        alignment: Tensor | None = None,
+        index: int = 0,
+        least: int = 0,
+        wanted: list[int] | None = None,
+    ) -> tuple[Tensor, Tensor, Step | None]:
+        """One layer.
+
+        Args:
+            hidden_states: (B, T, D).
+            attention_mask: not used; the mask follows from ``size``.
+            size: (B, T) token sizes, 0 for dead rows.
+            alignment: (B, T - 1, K) match of the layer's input with the alignment tokens, or None.
+            index: of the layer.
+            least: in reference mode, tokens that are kept in any case.
+            wanted: while calibrating, tokens that every text is to be left with.
+
+        Returns:
+            (B, M, D) tokens, their sizes, and the step (None if no text lost a token).
+        """
+        state = text_state(self)
+        if size is None:
+            raise RuntimeError("a layer of a reduced text tower was called without its encoder")
+        names, method = layer_names(state), _method(state)
+        bias = text_bias(size, state.tower.causal, hidden_states.dtype)
+        slot = AttentionSlot(record_keys=True, pruning_prefix=1, pruning_bias=bias, pruning_alive=size > 0)
+        attention = getattr(self, names.attention)
+        with OpenSlot(attention, slot):
+            attended = attention(getattr(self, names.norm1)(hidden_states), attention_mask=bias[:, None])[0]
+        hidden_states = hidden_states + attended
+        step = _choose(state, method, slot, size, alignment, index, least, wanted)
+        if step is not None:
+            hidden_states, size = reduce_tokens(hidden_states, step), step.size
+        hidden_states = hidden_states + getattr(self, names.mlp)(getattr(self, names.norm2)(hidden_states))
+        return hidden_states, size, step
+
+
+def up_to_the_end(texts: Texts, columns: int) -> Texts:
+    """Without the columns behind the end marks."""
+    inside = torch.arange(columns, device=texts.end.device) <= texts.end[:, None]
+    real = inside if texts.real is None else inside & texts.real
+    return Texts(texts.end, None if bool(real.all()) else real)
+
+
+def text_bias(size: Tensor, causal: bool, dtype: torch.dtype) -> Tensor:
+    """(B, T, T) additive mask: nothing behind a token if causal, and no dead row; a dead row sees itself."""
+    tokens = size.shape[1]
+    seen = (size > 0)[:, None].expand(-1, tokens, -1)
+    if causal:
+        seen = seen & torch.ones(tokens, tokens, dtype=torch.bool, device=size.device).tril()
+    seen = seen | torch.eye(tokens, dtype=torch.bool, device=size.device)
+    return torch.zeros(seen.shape, dtype=dtype, device=size.device).masked_fill(~seen, torch.finfo(dtype).min)
+
+
+def _method(state: TextTowerState) -> MadtpConfig:
+    if not isinstance(state.method, MadtpConfig):
+        raise TypeError(f"{type(state.method).__name__} keeps the same number of tokens in every text of a length")
+    return state.method
+
+
+def _choose(
+    state: TextTowerState,
+    method: MadtpConfig,
+    slot: AttentionSlot,
+    size: Tensor,
+    alignment: Tensor | None,
+    index: int,
+    least: int,
+    wanted: list[int] | None,
+) -> Step | None:
+    """The layer's step, or None if no text loses a token."""
+    slot.take()
+    alive, places = size > 0, torch.arange(size.shape[1], device=size.device)
+    count = alive.sum(dim=1)
+    shielded = ~alive | (places < 1)
+    if method.reference:
+        method = dataclasses.replace(method, min_keep=least)
+    else:
+        shielded = shielded | (places == count[:, None] - 1)
+    signals = RaggedSignals(size, shielded, 1, None, None, slot.received, slot.class_received, alignment)
+    if alignment is not None:
+        signals.alignment_width = state.alignment_width
+    scores, context = method.scores(signals)
+    if state.calibration is not None and wanted is not None:
+        total = int(count.sum()) - sum(wanted)
+        threshold = state.calibration.choose(method, scores, shielded, None, total)
+    else:
+        threshold = method.text_layer_threshold(index)
+    removals = method.removals(scores, threshold, shielded)
+    if not bool(removals.any()):
+        return None
+    step = method.step(signals, scores, context, removals)
+    return step if method.reference else last_behind_pooled(step, count, removals > 0)
+
+
+def _alignment(encoder: Any, state: TextTowerState, hidden: Tensor, size: Tensor, index: int) -> Tensor | None:
+    """(B, T - 1, K) match of a layer's input, without the start mark, with the alignment tokens."""
+    if not state.alignment_width:
+        return None
+    scores, mapped = state.alignment_owner.alignment_tokens(hidden[:, 1:], index, True)
+    record_features(encoder, scores, mapped, size[:, 1:] > 0)
+    return scores

@@ -1,0 +1,137 @@
+"""The language side of CrossGET: a learned vector shifts the first real token of each row's text, in every layer.
+
+The side may be a decoder, an encoder, or the text half of a Q-Former; what is written travels to the layers as an
+argument, so gradient checkpointing can replay a layer and two forwards may precede one backward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mllm_crossget.hooks.ground.arguments import positional_names
+from mllm_crossget.hooks.ground.cross_tokens import RECORD, write_token
+from mllm_crossget.hooks.ground.journal import Journal
+from mllm_crossget.hooks.ground.kv_cache import cache_in, name_cache
+
+_STATE = "_mllm_crossget_text"
+_SKIP = "_mllm_crossget_skip"
+_KEYWORD = "crossget_text"
+
+
+@dataclass
+class FirstTokens:
+    """Where and what to write in one forward: (B,) positions, (B,) which rows, (layers, D) vectors, and the detached
+    states found there, by layer (kept by index, so that a replayed layer writes the same entry)."""
+
+    index: Tensor
+    valid: Tensor
+    vectors: Tensor
+    found: dict[int, Tensor]
+
+
+def hook_text(
+    journal: Journal, language_model: nn.Module, layers: nn.ModuleList, cross_tokens: nn.Module, skip: int = 0
+) -> None:
+    """Make the text side write its cross tokens; every change is written into ``journal``.
+
+    Args:
+        journal: where the changes are written.
+        language_model: the module that is called with the text and its mask.
+        layers: its layers.
+        cross_tokens: one vector per layer.
+        skip: real tokens in front of the text that are no text.
+    """
+    journal.add_module(language_model, "cross_tokens", cross_tokens)
+    journal.set_attribute(language_model, _SKIP, skip)
+    for index, layer in enumerate(layers):
+        journal.set_attribute(layer, _STATE, index)
+        journal.swap_class(layer, GuidedLayer)
+    journal.swap_class(language_model, GuidedModel)
+
+
+class GuidedModel(nn.Module):
+    """Mixin for a text side: finds the first real token of every row's text and hands it to the layers."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the original; cached decode steps are not touched."""
+        if args:
+            kwargs.update(zip(positional_names(type(self)), args, strict=False))
+        name_cache(kwargs)
+        first = _first_tokens(self, kwargs)
+        if first is None:
+            return super().forward(**kwargs)
+        output = super().forward(**kwargs, **{_KEYWORD: first})
+        if RECORD in self.__dict__:
+            self.__dict__[RECORD].append(_cross_tokens_of(first))
+        return output
+
+
+class GuidedLayer(nn.Module):
+    """Mixin for a layer of the text side: writes its cross token in front of everything else."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As the original, with one token per row replaced (``hooks.ground.cross_tokens.write_token``)."""
+        first: FirstTokens | None = kwargs.pop(_KEYWORD, None)
+        if first is not None:
+            layer = self.__dict__[_STATE]
+            device = hidden_states.device
+            index, valid = first.index.to(device), first.valid.to(device)
+            if self.training:
+                rows = index.clamp(0, hidden_states.shape[1] - 1)[:, None, None].expand(-1, 1, hidden_states.shape[-1])
+                first.found[layer] = hidden_states.detach().gather(1, rows)[:, 0]
+            hidden_states = write_token(hidden_states, index, valid, first.vectors[layer])
+        return super().forward(hidden_states, *args, **kwargs)
+
+
+def _first_tokens(model: nn.Module, kwargs: dict[str, Any]) -> FirstTokens | None:
+    embeds, ids, cache = kwargs.get("inputs_embeds"), kwargs.get("input_ids"), cache_in(kwargs)
+    tokens = embeds if embeds is not None else ids
+    if tokens is None:
+        return None
+    batch, length = tokens.shape[:2]
+    queries = kwargs.get("query_embeds")
+    if queries is not None and tokens is ids:  # a Q-Former puts them in front of the text itself
+        length += queries.shape[1]
+    past = 0 if cache is None else cache.get_seq_length()
+    is_empty = isinstance(past, int) and past == 0
+    if length == 1 and not is_empty:  # a decode step: the first token is in the cache
+        return None
+    skip = model.__dict__[_SKIP]
+    column, found = _text_column(kwargs.get("attention_mask"), skip, batch, tokens.device)
+    index = column - past
+    valid = found & (index >= 0) & (index < length)
+    return FirstTokens(index, valid, model.cross_tokens(), {})
+
+
+def _text_column(mask: Any, skip: int, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(B,) column of the first real token behind ``skip`` real ones, and whether there is one, from whatever form of
+    mask transformers hands over."""
+    if isinstance(mask, dict):  # one mask per kind of layer; all hide the same padding
+        mask = next((part for part in mask.values() if part is not None), None)
+    if mask is None:
+        column = torch.full((batch,), skip, dtype=torch.int64, device=device)
+        return column, torch.ones_like(column, dtype=torch.bool)
+    if not isinstance(mask, Tensor):
+        raise ValueError(
+            f"attention_mask is a {type(mask).__name__}, from which padding cannot be read; pass (rows, columns), "
+            'or use attn_implementation="sdpa" for the language model'
+        )
+    if mask.ndim == 4:  # (B, 1, queries, keys), bool or additive: the last query sees everything that is real
+        row = mask[:, 0, -1]
+        seen = row if row.dtype == torch.bool else row > torch.finfo(row.dtype).min / 2
+        seen = seen.expand(batch, -1)
+    else:
+        seen = mask != 0
+    wanted = seen & (seen.cumsum(dim=-1) == skip + 1)
+    return wanted.to(torch.uint8).argmax(dim=-1), wanted.any(dim=-1)
+
+
+def _cross_tokens_of(first: FirstTokens) -> Tensor:
+    """(layers, B, D) found state + learned vector, in the graph of the vectors (also under gradient checkpointing)."""
+    layers = sorted(first.found)  # not all of them where a decoder drops layers in training
+    found = torch.stack([first.found[layer].to(first.vectors.device) for layer in layers])
+    return found + first.vectors[layers, None].to(found.dtype)

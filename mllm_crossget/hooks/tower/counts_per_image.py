@@ -1,0 +1,249 @@
+"""The vision side for methods that choose per image: every image of a batch has its own number of tokens.
+
+Tokens of an image stand first in its row - class token, patches, cross token -, dead rows of size 0 behind them. A dead
+row gets no attention (its key bias is -inf), is no query of any importance, and takes no part in a matching, so that an
+image's result does not depend on the others; after each layer the batch is as long as its longest row. As in
+``hooks.tower.fixed_counts``, state travels through the layers as positional arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
+
+from mllm_crossget.hooks.ground.cross_tokens import RECORD
+from mllm_crossget.hooks.ground.state import TowerState
+from mllm_crossget.hooks.tower.attention import AttentionSlot, OpenSlot
+from mllm_crossget.hooks.tower.fixed_counts import first_cross_token, layer_trace, refuse_mask, tower_state
+from mllm_crossget.methods.dynamic import DynamicMethod, RaggedSignals
+from mllm_crossget.ops.alignment_attention import alignment_features
+from mllm_crossget.ops.importance import ragged_query_weights
+from mllm_crossget.ops.ragged import Step, reduce_tokens
+
+SIZES = "_mllm_crossget_sizes"
+_FEATURES = "_mllm_crossget_alignment_features"
+
+
+@contextmanager
+def recorded_sizes(encoder: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect the (B, T) token sizes after every layer; they live on the encoder for the length of the block.
+
+    A block inside another one hands its sizes on to the outer one.
+    """
+    outer: list[Tensor] | None = encoder.__dict__.get(SIZES)
+    sizes: list[Tensor] = []
+    encoder.__dict__[SIZES] = sizes
+    try:
+        yield sizes
+    finally:
+        if outer is None:
+            del encoder.__dict__[SIZES]
+        else:
+            outer.extend(sizes)
+            encoder.__dict__[SIZES] = outer
+
+
+@contextmanager
+def recorded_alignment(encoder: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect what the alignment tokens find in each layer's input: (B, K, width) per layer, with gradients.
+
+    Inside another such block the outer one's list goes on: images may be encoded in front of the forward that reads
+    them.
+    """
+    if _FEATURES in encoder.__dict__:
+        yield encoder.__dict__[_FEATURES]
+        return
+    features: list[Tensor] = []
+    encoder.__dict__[_FEATURES] = features
+    try:
+        yield features
+    finally:
+        del encoder.__dict__[_FEATURES]
+
+
+class RaggedEncoder(nn.Module):
+    """Mixin for an encoder: an explicit loop that threads token sizes and cross token through the layers."""
+
+    def forward(self, inputs_embeds: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> BaseModelOutput:
+        """(B, N, D) embeddings in, (B, T, D) tokens in ``last_hidden_state`` out; zeros behind each image's tokens."""
+        refuse_mask(attention_mask)
+        state = tower_state(self)
+        start, prefix = inputs_embeds.shape[1], state.geometry.prefix
+        schedule = state.schedule(start)
+        hidden, vectors = inputs_embeds, None
+        if schedule.cross:
+            hidden = torch.cat([hidden, first_cross_token(hidden, prefix)], dim=1)
+            vectors = self.cross_tokens()
+        written: list[Tensor] = []
+        size = source = None
+        for index, layer in enumerate(getattr(self, state.names.layers)):
+            cross = None
+            if vectors is not None:
+                last = _last(hidden, size).detach()
+                cross = last + vectors[index].to(device=last.device, dtype=last.dtype)
+                written.append(cross)
+            hidden, size, step = layer(hidden, None, size, cross, _alignment(self, hidden, size, index), start, index)
+            if step is not None:
+                source = step.slot if source is None else step.slot.gather(1, source)
+            _record(self, hidden, size)
+            if state.trace is not None:
+                state.trace.append(layer_trace(step, size, source, hidden, schedule.tokens[0]))
+        if state.keeps_sizes:
+            state.sizes = size
+        if written and RECORD in self.__dict__:
+            self.__dict__[RECORD].append(torch.stack(written))
+        if size is not None:
+            hidden = hidden * (size > 0)[..., None]
+        return BaseModelOutput(last_hidden_state=hidden)
+
+
+class RaggedLayer(nn.Module):
+    """Mixin for a pre-norm transformer layer: norm, attention, residual, **one step**, norm, MLP, residual."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        size: Tensor | None = None,
+        cross: Tensor | None = None,
+        alignment: Tensor | None = None,
+        start: int = 0,
+        index: int = 0,
+    ) -> tuple[Tensor, Tensor | None, Step | None]:
+        """One layer.
+
+        Args:
+            hidden_states: (B, T, D).
+            attention_mask: not used by the supported towers.
+            size: (B, T) token sizes, 0 for dead rows; None as long as every row is one original token.
+            cross: (B, D) the cross token to write into the last place of every image.
+            alignment: (B, T - prefix, K) match of the layer's input with the alignment tokens, or None.
+            start: tokens of an image in front of the first layer.
+            index: of the layer.
+
+        Returns:
+            (B, M, D) tokens, their sizes (or None), and the step (None if no image lost a token).
+        """
+        state = tower_state(self)
+        names, method = state.names, _dynamic(state)
+        attention = getattr(self, names.attention)
+        if cross is not None:
+            hidden_states = _with_last(hidden_states, size, cross)
+        reduces = state.calibration is not None or method.removes_in(index)
+        slot = _slot(state, size, cross is not None, reduces)
+        masked = {} if attention_mask is None else {"attention_mask": attention_mask}  # not every attention takes one
+        with OpenSlot(attention, slot):
+            attended = attention(getattr(self, names.norm1)(hidden_states), **masked)[0]
+        hidden_states = hidden_states + attended
+        step = None
+        if reduces:
+            step = _choose(state, slot, size, cross is not None, alignment, start, index)
+        if step is not None:
+            hidden_states, size = reduce_tokens(hidden_states, step), step.size
+        hidden_states = hidden_states + getattr(self, names.mlp)(getattr(self, names.norm2)(hidden_states))
+        return hidden_states, size, step
+
+
+def _dynamic(state: TowerState) -> DynamicMethod:
+    if not isinstance(state.method, DynamicMethod):
+        raise TypeError(f"{type(state.method).__name__} keeps the same number of tokens in every image")
+    return state.method
+
+
+def _slot(state: TowerState, size: Tensor | None, cross: bool, reduces: bool) -> AttentionSlot:
+    method = _dynamic(state)
+    bias = weights = None
+    if size is not None:
+        bias = size.log() if method.proportional_attention else (size > 0).log()
+        weights = ragged_query_weights(size > 0, cross)
+    return AttentionSlot(
+        key_bias=bias,
+        record_keys=reduces,
+        record_importance=reduces and method.needs_importance,
+        cross_token=cross,
+        query_weights=weights,
+        pruning_prefix=state.geometry.prefix if reduces and method.needs_pruning_signals else None,
+    )
+
+
+def _choose(
+    state: TowerState,
+    slot: AttentionSlot,
+    size: Tensor | None,
+    cross: bool,
+    alignment: Tensor | None,
+    start: int,
+    index: int,
+) -> Step | None:
+    """The layer's step, or None if no image loses a token."""
+    method, prefix = _dynamic(state), state.geometry.prefix
+    keys, importance = slot.take()
+    if size is None:
+        size = torch.ones(keys.shape[:2], dtype=torch.float32, device=keys.device)
+    alive = size > 0
+    places = torch.arange(size.shape[1], device=size.device)
+    shielded = ~alive | (places < prefix)
+    if cross:
+        shielded = shielded | (places == alive.sum(dim=1, keepdim=True) - 1)
+    signals = RaggedSignals(size, shielded, prefix, keys, importance, slot.received, slot.class_received, alignment)
+    if alignment is not None:
+        signals.alignment_width = state.alignment_width
+    scores, context = method.scores(signals)
+    count, least = alive.sum(dim=1), None
+    if method.max_visual_tokens is not None:
+        least = (count - state.most_tokens(start, index)).clamp_min(0)
+    if state.calibration is None:
+        threshold = method.layer_threshold(index)
+    else:
+        wanted = int(count.sum()) - len(count) * state.schedule(start).tokens[index + 1]
+        threshold = state.calibration.choose(method, scores, shielded, least, wanted)
+    removals = method.removals(scores, threshold, shielded, least)
+    return method.step(signals, scores, context, removals) if bool(removals.any()) else None
+
+
+def _alignment(encoder: Any, hidden: Tensor, size: Tensor | None, index: int) -> Tensor | None:
+    """(B, T - prefix, K) match of a layer's input with the alignment tokens; None for an encoder without them."""
+    state = tower_state(encoder)
+    if not state.alignment_width:
+        return None
+    prefix = state.geometry.prefix
+    scores, mapped = encoder.alignment_tokens(hidden[:, prefix:], index)
+    record_features(encoder, scores, mapped, None if size is None else size[:, prefix:] > 0)
+    return scores
+
+
+def record_features(encoder: Any, scores: Tensor, mapped: Tensor, alive: Tensor | None) -> None:
+    """What the alignment tokens find in a layer's input, for ``recorded_alignment``."""
+    if _FEATURES in encoder.__dict__:
+        encoder.__dict__[_FEATURES].append(alignment_features(scores, mapped, alive)[1])
+
+
+def _record(encoder: nn.Module, hidden: Tensor, size: Tensor | None) -> None:
+    if SIZES in encoder.__dict__:
+        ones = torch.ones(hidden.shape[:2], device=hidden.device)
+        encoder.__dict__[SIZES].append(ones if size is None else size)
+
+
+def _last_places(size: Tensor) -> Tensor:
+    """(B, 1, 1) place of the last token of every image."""
+    return (size > 0).sum(dim=1)[:, None, None] - 1
+
+
+def _last(hidden: Tensor, size: Tensor | None) -> Tensor:
+    """(B, D) the last token of every image."""
+    if size is None:
+        return hidden[:, -1]
+    return hidden.gather(1, _last_places(size).expand(-1, 1, hidden.shape[-1]))[:, 0]
+
+
+def _with_last(hidden: Tensor, size: Tensor | None, value: Tensor) -> Tensor:
+    """The hidden states with (B, D) in the last place of every image."""
+    value = value[:, None].to(hidden.dtype)
+    if size is None:
+        return torch.cat([hidden[:, :-1], value], dim=1)
+    return hidden.scatter(1, _last_places(size).expand(-1, 1, hidden.shape[-1]), value)

@@ -1,0 +1,41 @@
+"""SigLIP's pooling head on merged tokens: a token that stands for several patches counts that often.
+
+One query attends to all tokens; with the log token size on the logits, merging equal tokens does not change the result.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from mllm_crossget.hooks.ground.journal import Journal
+from mllm_crossget.hooks.ground.state import TowerState
+
+_STATE = "_mllm_crossget_pooling"
+
+
+def hook_pooling(journal: Journal, head: nn.Module, state: TowerState) -> None:
+    """Make a pooling head weigh tokens by the sizes that the tower's encoder leaves in ``state.sizes``."""
+    journal.set_attribute(head, _STATE, state)
+    journal.swap_class(head, WeightedPooling)
+    state.keeps_sizes = True
+
+
+class WeightedPooling(nn.Module):
+    """Mixin for an attention pooling head with ``probe``, ``attention``, ``layernorm`` and ``mlp``."""
+
+    def forward(self, hidden_state: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """(B, T, D) -> (B, D); as the original where nothing was merged."""
+        state: TowerState = self.__dict__[_STATE]
+        size, state.sizes = state.sizes, None
+        weighs = state.method.proportional_attention
+        if size is None or not (weighs or bool((size == 0).any())):
+            return super().forward(hidden_state, *args, **kwargs)
+        size = size if weighs else (size > 0).to(size.dtype)
+        batch, tokens = size.shape
+        heads = self.attention.num_heads
+        bias = size.log().to(hidden_state.dtype)[:, None, None].expand(-1, heads, 1, -1).reshape(-1, 1, tokens)
+        probe = self.probe.repeat(batch, 1, 1)
+        pooled = self.attention(probe, hidden_state, hidden_state, attn_mask=bias, need_weights=False)[0]
+        return (pooled + self.mlp(self.layernorm(pooled)))[:, 0]
