@@ -43,10 +43,13 @@ class ReductionConfig:
         text_r: tokens removed in each layer of the text tower, as ``r``.
         merge_every: merge in the first layer of the vision tower and in every such layer after it, not in all of them:
             fewer matchings, later reduction. None is 1. A list ``r`` says the same layer by layer.
-        positions: of image tokens and text in the language model. None or "contiguous": those that stay close the gaps,
-            as in the official code. "original": text keeps the positions of the full prompt and the tokens of an image
-            spread over the image's; that saves what a model has learned about distances, such as which of several
-            images a token belongs to, where it is not fine-tuned.
+        positions: of image tokens and text in the language model. None or "original": text keeps the positions of the
+            full prompt, and an image's token has the lower median position of the tokens that it stands for; distances
+            are those that the model has learned. "contiguous": tokens that stay close the gaps, as in the official
+            code.
+        size_bias: whether a token that stands for n visual tokens weighs as n of them in the language model's attention
+            (log n is added to its logits), in the prompt and in every decoding step. None: for methods that weigh
+            tokens by their sizes inside the tower.
 
     Raises:
         ValueError: two dials of one tower at once, or a value outside its range.
@@ -61,6 +64,7 @@ class ReductionConfig:
     text_r: int | list[int] | None = None
     merge_every: int | None = None
     positions: str | None = None
+    size_bias: bool | None = None
 
     method: ClassVar[str] = ""
     uses_cross_tokens: ClassVar[bool] = False
@@ -78,6 +82,8 @@ class ReductionConfig:
             self.visual_tokens = _checked_count("visual_tokens", self.visual_tokens, least=1)
         if self.merge_every is not None:
             self._check_merge_every()
+        if self.size_bias is not None and not isinstance(self.size_bias, bool):
+            raise TypeError(f"size_bias must be True, False or None, got {self.size_bias!r}")
         if self.positions not in (None, *POSITIONS):
             raise ValueError(f"positions must be one of {POSITIONS}, got {self.positions!r}")
         for name in ("r", "vision_r", "text_r"):
@@ -120,7 +126,7 @@ class ReductionConfig:
     @property
     def keeps_positions(self) -> bool:
         """Whether text and images keep their positions in the language model."""
-        return self.positions == "original"
+        return self.positions != "contiguous"
 
     @property
     def vision_removals(self) -> int | list[int] | None:

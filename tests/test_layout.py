@@ -19,7 +19,7 @@ MOST_LINES_OF_A_FUNCTION = 60
 _BASE = {"config", "schedule", "ops"}
 _FLOOR = {*_BASE, "flop_formulas", "families", "methods"}
 # Rooms of ``hooks`` from the ground up: each may import those below it.
-ROOMS = ("ground", "tower", "projector", "text", "request", "reuse", "model", "apply")
+ROOMS = ("ground", "tower", "projector", "text", "language", "request", "reuse", "model", "apply")
 _HOOKS = {*_FLOOR, *(f"hooks.{room}" for room in ROOMS)}
 _API = {*_HOOKS, "support", "api", "batching", "checkpoint", "moved"}
 _USES = {*_API, "retrieval", "training", "benchmark", "costs", "integrations", "embedded", "visualize"}

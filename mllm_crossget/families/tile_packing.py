@@ -59,8 +59,9 @@ def layouts(
     return [image[:, 0].round().long() for image in packed]
 
 
-def reduced_layout(layout: Tensor, token: Tensor, tiles: int) -> Tensor:
-    """The layout after merging: every token once, where its first patch stood; newlines of rows that are left.
+def places_that_stay(layout: Tensor, token: Tensor, tiles: int) -> Tensor:
+    """The entries of a layout that stay after merging: every token once, where its first patch stood, and newlines of
+    rows that are left.
 
     A token all of whose patches lie in the padding does not appear. A newline goes if its row of the grid had patches
     and no token stands in it any more. (Very narrow images are unpadded to rows without a patch: those stay.)
@@ -71,7 +72,7 @@ def reduced_layout(layout: Tensor, token: Tensor, tiles: int) -> Tensor:
         tiles: tiles of the image; the first one is the base image, which stands in front of the grid.
 
     Returns:
-        (K,) tokens and ``NEWLINE``.
+        (K,) ascending indices into ``layout``.
     """
     is_newline = layout == NEWLINE
     tokens = token[layout.clamp(min=0)]
@@ -83,4 +84,31 @@ def reduced_layout(layout: Tensor, token: Tensor, tiles: int) -> Tensor:
     row = is_newline.long().cumsum(0) - is_newline.long()  # a newline belongs to the row that it ends
     had, holds = (torch.zeros_like(layout).index_add_(0, row, flags.long()) for flags in (in_grid, in_grid & stays))
     stays |= is_newline & ((holds > 0) | (had == 0))[row]
-    return torch.where(is_newline, NEWLINE, tokens)[stays]
+    return stays.nonzero()[:, 0]
+
+
+def reduced_layout(layout: Tensor, token: Tensor, stays: Tensor) -> Tensor:
+    """(K,) tokens and ``NEWLINE``: the layout after merging.
+
+    Args:
+        layout, token: see ``places_that_stay``.
+        stays: what it returns.
+    """
+    return torch.where(layout[stays] == NEWLINE, NEWLINE, token[layout[stays].clamp(min=0)])
+
+
+def become(layout: Tensor, token: Tensor, stays: Tensor) -> Tensor:
+    """(L,) which of the entries that stay every entry of a layout has become; -1 for a newline that goes.
+
+    Args:
+        layout, token: see ``places_that_stay``.
+        stays: what it returns.
+    """
+    rows = torch.arange(len(stays), device=layout.device)
+    kept = token[layout[stays].clamp(min=0)]
+    row_of_token = torch.full((int(token.max()) + 1,), -1, device=layout.device)
+    is_token = layout[stays] != NEWLINE
+    row_of_token[kept[is_token]] = rows[is_token]
+    row = row_of_token[token[layout.clamp(min=0)]].masked_fill(layout == NEWLINE, -1)
+    row[stays] = rows
+    return row

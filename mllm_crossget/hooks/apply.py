@@ -19,6 +19,7 @@ from mllm_crossget.hooks.ground.alignment_tokens import AlignmentTokens
 from mllm_crossget.hooks.ground.cross_tokens import CrossTokens
 from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.hooks.ground.state import HANDLE, Handle, OwnTower, TowerState
+from mllm_crossget.hooks.language.sized_model import hook_language_model
 from mllm_crossget.hooks.model.bare_tower import RaggedTower
 from mllm_crossget.hooks.model.dual_encoder import DualModel
 from mllm_crossget.hooks.model.placeholder_model import AlignedModel, ReducedModel
@@ -28,7 +29,7 @@ from mllm_crossget.hooks.projector import resampler as _registers_resampled_feat
 from mllm_crossget.hooks.projector import tiles as _registers_grid_features  # noqa: F401
 from mllm_crossget.hooks.projector import video_tower as _registers_own_towers  # noqa: F401
 from mllm_crossget.hooks.projector import whole_grid as _registers_whole_grids  # noqa: F401
-from mllm_crossget.hooks.projector.features import FEATURES, CutFeatures
+from mllm_crossget.hooks.projector.features import FEATURES, ReducedFeatures, TowerFeatures
 from mllm_crossget.hooks.projector.post_merge import hook_merge
 from mllm_crossget.hooks.projector.ragged_features import install_ragged_features
 from mllm_crossget.hooks.projector.readers import RaggedCrossAttention, RaggedReader, hook_reader
@@ -72,6 +73,7 @@ def apply_method(
             if method.reduces_text:
                 _hook_text_tower(model, handle)
             _hook_language(model, handle)  # in front of a text encoder's own changes: it writes before a layer reads
+            _weigh_sizes(model, handle)
             _add_alignment_tokens(model, handle)
             _hook_top(model, handle)
     except BaseException:
@@ -207,6 +209,14 @@ def _hook_language(model: Any, handle: Handle) -> None:
     hook_text(handle.journal, language_model, layers, tokens, side.skip)
 
 
+def _weigh_sizes(model: Any, handle: Handle) -> None:
+    """Token sizes and positions with gaps reach the language model's attention."""
+    if not (handle.size_bias or handle.keeps_positions) or handle.family.language_model is None:
+        return
+    language_model: Any = module_at(model, handle.family.language_model)
+    hook_language_model(handle.journal, language_model, language_model.layers)
+
+
 def _hook_top(model: Any, handle: Handle) -> None:
     family, journal = handle.family, handle.journal
     if _LONGEST in vars(model):  # else static caches would keep the length of longer, full prompts
@@ -218,8 +228,10 @@ def _hook_top(model: Any, handle: Handle) -> None:
             install_ragged_features(journal, owner, handle)
         elif family.features != "plain":
             FEATURES[family.features].install(journal, owner, handle)
-        elif handle.schedule.drop_cross or counted:
-            journal.swap_class(owner, CutFeatures if handle.schedule.drop_cross else FEATURES["plain"])
+        elif isinstance(handle.tower, TowerState):
+            TowerFeatures.install(journal, owner, handle)
+        elif counted:
+            journal.swap_class(owner, ReducedFeatures)
     if family.text_tower is not None and family.text_tower.appends and family.tower is not None:
         journal.swap_class(model, DualModel)
     elif handle.method.is_dynamic and family.tower == "":

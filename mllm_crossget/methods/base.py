@@ -42,6 +42,11 @@ class Method(ReductionConfig):
     needs_importance: ClassVar[bool] = False
     proportional_attention: ClassVar[bool] = True
 
+    @property
+    def weighs_sizes(self) -> bool:
+        """Whether a merged token counts as many times in the language model as the tokens it stands for."""
+        return self.proportional_attention if self.size_bias is None else self.size_bias
+
     def uses_cosine(self, published: bool) -> bool:
         """Whether importance in a vision tower is the cosine with the cross token's query, and not attention received.
 

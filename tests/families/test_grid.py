@@ -15,7 +15,7 @@ from transformers import LlavaOnevisionModel
 
 from mllm_crossget import CrossGetConfig, accelerate_mllm, trace_merges
 from mllm_crossget.families import llava_next, llava_next_video, llava_onevision
-from mllm_crossget.families.tile_packing import NEWLINE, reduced_layout
+from mllm_crossget.families.tile_packing import NEWLINE, places_that_stay, reduced_layout
 from mllm_crossget.hooks.ground.state import LayerTrace, MergeState, handle_of
 from mllm_crossget.hooks.projector import pooled_tiles as pooled_grid
 from mllm_crossget.hooks.projector.post_merge import Merged
@@ -201,7 +201,8 @@ def test_the_order_is_that_of_a_loop_over_rows() -> None:
         index = [torch.arange(tiles * PATCHES, dtype=torch.float64).view(tiles, PATCHES, 1)]
         marker = torch.full((1,), -1.0, dtype=torch.float64)
         layout = model.model.pack_image_features(index, sizes, "default", image_newline=marker)[0][0][:, 0].long()
-        found = reduced_layout(layout, torch.tensor(token), tiles).tolist()
+        stays = places_that_stay(layout, torch.tensor(token), tiles)
+        found = reduced_layout(layout, torch.tensor(token), stays).tolist()
         assert found == by_hand(layout.tolist(), token, tiles)
 
 

@@ -215,6 +215,11 @@ class Handle:
         return self.method.keeps_positions and self.family.positions != "grid"
 
     @property
+    def size_bias(self) -> bool:
+        """Whether token sizes reach the language model's attention."""
+        return self.method.weighs_sizes and bool(self.family.modalities) and self.tower is not None
+
+    @property
     def merging(self) -> MergeState | None:
         """State of the merging of every image's features behind the projector, or None."""
         if isinstance(self.tower, MergeState):

@@ -22,6 +22,7 @@ class Encoded:
         features: (k, D) what the language model gets.
         companions: (k, ·) further features of the same tokens, one for each layer that has some (deepstack).
         cells: (k,) the grid's cells that were kept, where positions need them.
+        groups: (k,) token sizes and (k,) places of what the features stand for, or None.
         form: how an output that holds it is written; the same for every image of a model.
     """
 
@@ -29,11 +30,13 @@ class Encoded:
     companions: tuple[Tensor, ...] = ()
     cells: Tensor | None = None
     form: Any = None
+    groups: Any = None
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All of its tensors."""
-        return (self.features, *self.companions) + (() if self.cells is None else (self.cells,))
+        cells = () if self.cells is None else (self.cells,)
+        return (self.features, *self.companions, *cells, *(self.groups or ()))
 
     @property
     def size(self) -> int:
@@ -44,7 +47,8 @@ class Encoded:
         """The same with tensors of its own, which belong to no graph and to no larger tensor."""
         features, *companions = (tensor.detach().clone() for tensor in (self.features, *self.companions))
         cells = None if self.cells is None else self.cells.detach().clone()
-        return Encoded(features, tuple(companions), cells, self.form)
+        groups = None if self.groups is None else type(self.groups)(*(part.clone() for part in self.groups))
+        return Encoded(features, tuple(companions), cells, self.form, groups)
 
 
 class VisionCache:

@@ -17,6 +17,13 @@ from mllm_crossget.hooks.ground.arguments import positional_names
 from mllm_crossget.hooks.ground.cross_tokens import recorded_cross_tokens
 from mllm_crossget.hooks.ground.kv_cache import cache_from, cache_in, name_cache
 from mllm_crossget.hooks.ground.state import HANDLE, Handle
+from mllm_crossget.hooks.language.sized_model import (
+    COLUMNS,
+    generating,
+    generating_log_sizes,
+    keep_log_sizes,
+    log_sizes_on,
+)
 from mllm_crossget.hooks.model.cross_loss import add_alignment_loss
 from mllm_crossget.hooks.model.madtp_loss import guides, recording, with_guidance
 from mllm_crossget.hooks.model.saved_model import SavedModel
@@ -26,12 +33,13 @@ from mllm_crossget.hooks.request.compact_call import (
     empty_layout,
     follow_layout,
     is_full_prompt,
+    joined_log_sizes,
     keeps_positions_on,
+    log_sizes_of_compact,
     mask_2d,
     positions_of_columns,
     refuse_inputs,
     refuse_other_features,
-    refuse_without_cache,
     require_ids,
     shrink_for_generate,
     shrink_new_columns,
@@ -76,7 +84,18 @@ class ReducedModel(SavedModel):
                 return _forward_shrunk(self, super().forward, handle, kwargs)
         if layout is not None:
             follow_layout(handle, layout, kwargs)
-        return _with_alignment(self, super().forward, handle, kwargs)
+        if handle.size_bias:
+            _give_log_sizes(self, handle, kwargs)
+        with forget_ahead(self, handle.family):
+            return _with_alignment(self, super().forward, handle, kwargs)
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> Any:
+        """As the original; the cache knows the sizes of the prompt's tokens from the start."""
+        made = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        sizes = generating_log_sizes(self)
+        if sizes is not None:
+            keep_log_sizes(cache_in(model_kwargs), sizes)
+        return made
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As the original: full-length prompts in, full-length sequences out."""
@@ -96,7 +115,6 @@ class ReducedModel(SavedModel):
             return super().generate(**kwargs)
         user_ids = kwargs["input_ids"]
         kwargs.setdefault("attention_mask", whole_mask(user_ids, layout, cache, option))
-        refuse_without_cache(handle, option("use_cache"))
         with forget_ahead(self, handle.family):
             with torch.no_grad():
                 shrunk = shrink_for_generate(self, handle, kwargs, layout)
@@ -105,7 +123,8 @@ class ReducedModel(SavedModel):
             view = PromptView(user_ids, kwargs["input_ids"].shape[1])
             shift_lengths(kwargs, option, user_ids.shape[1] - view.compact_length)
             with_user_view(kwargs, view, option)
-            output = _without_layout(cache, super().generate, kwargs)
+            with generating(self, shrunk.layout.log_sizes):
+                output = _without_layout(cache, super().generate, kwargs)
         return _user_output(output, view, shrunk.layout, cache)
 
 
@@ -125,6 +144,9 @@ def _forward_shrunk(model: nn.Module, forward: Any, handle: Handle, kwargs: dict
         kwargs["position_ids"] = positions_of_columns(handle, ids, mask.shape[1])
     shrunk = shrink_new_columns(model, handle, kwargs, ids, mask[:, old:], layout, 0, old_mask.sum(dim=1))
     kwargs["attention_mask"] = torch.cat([old_mask, kwargs["attention_mask"]], dim=1)
+    sizes = joined_log_sizes(layout, old_mask.shape[1], shrunk.layout.log_sizes, kwargs["input_ids"].shape[1])
+    if sizes is not None:
+        kwargs[COLUMNS] = sizes
     same_columns = kwargs.get("labels") is None and shrunk.compaction.keeps_last(keep)
     output = _with_alignment(model, forward, handle, {**kwargs, "logits_to_keep": keep if same_columns else 0})
     if not same_columns:
@@ -133,10 +155,20 @@ def _forward_shrunk(model: nn.Module, forward: Any, handle: Handle, kwargs: dict
         compact_ids = torch.cat([layout.ids, ids.new_zeros(len(ids), old_mask.shape[1] - layout.ids.shape[1]),
                                  kwargs["input_ids"]], dim=1)  # fmt: skip
         layout = dataclasses.replace(
-            shrunk.layout, length=mask.shape[1], mask=kwargs["attention_mask"], ids=compact_ids
+            shrunk.layout, length=mask.shape[1], mask=kwargs["attention_mask"], ids=compact_ids, log_sizes=sizes
         )
         setattr(cache_from(output), LAYOUT, layout)
     return output.to_tuple() if as_tuple else output
+
+
+def _give_log_sizes(model: nn.Module, handle: Handle, kwargs: dict[str, Any]) -> None:
+    """Token sizes for a forward on a prompt that is compact already: inside ``generate``, or the user's own."""
+    sizes, cache = generating_log_sizes(model), cache_in(kwargs)
+    if sizes is None and present(handle, kwargs) and log_sizes_on(cache) is None:
+        sizes = log_sizes_of_compact(model, handle, kwargs)
+        sizes = None if sizes is None else nn.functional.pad(sizes, (cached_columns(cache), 0))
+    if sizes is not None:
+        kwargs[COLUMNS] = sizes
 
 
 def _slice_logits(logits: Tensor, keep: int | Tensor) -> Tensor:

@@ -7,9 +7,10 @@ stock code's own call, so that nothing is encoded twice.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +18,13 @@ from torch import Tensor, nn
 from mllm_crossget.families.base import Family, module_at
 from mllm_crossget.families.modality import Modality
 from mllm_crossget.hooks.ground.journal import Journal
-
-if TYPE_CHECKING:
-    from mllm_crossget.hooks.ground.state import Handle  # which knows the state that mixins of features leave behind
+from mllm_crossget.hooks.ground.state import Handle
+from mllm_crossget.hooks.projector.groups import Groups, groups_of_source, source_of_trace, with_groups
+from mllm_crossget.hooks.tower.fixed_counts import Encoding, kept_trace, trace_of
+from mllm_crossget.schedule import Schedule
 
 _AHEAD = "_mllm_crossget_ahead"
+_PLACES = "_mllm_crossget_places"
 
 
 class FeaturesMixin(nn.Module):
@@ -33,6 +36,40 @@ class FeaturesMixin(nn.Module):
         journal.swap_class(owner, cls)
 
 
+@dataclass(frozen=True)
+class TowerPlaces:
+    """How the features of an image follow from its tokens in the tower.
+
+    Attributes:
+        encoder: path from the features' owner to the module that holds the layers.
+        read: layers that have run when the features are read.
+        dropped: tokens in front of the patches that are dropped.
+        cross: whether a cross token travels as the last token.
+        drop_cross: whether it is cut off.
+    """
+
+    encoder: str
+    read: int
+    dropped: int
+    cross: bool
+    drop_cross: bool
+
+    @classmethod
+    def of(cls, handle: Handle, encoder_path: str, schedule: Schedule) -> TowerPlaces:
+        """The places for a tower whose layers are at ``encoder_path`` in the model."""
+        geometry = handle.geometry
+        path = encoder_path.removeprefix(f"{handle.family.features_owner}.")
+        dropped = geometry.prefix if geometry.drops_prefix else 0
+        return cls(path, geometry.read, dropped, schedule.cross, schedule.drop_cross)
+
+    def groups(self, encoding: Encoding) -> list[Groups]:
+        """What the features of every image of an encoding stand for."""
+        layers = encoding[: self.read]
+        source = source_of_trace(layers)
+        source = source[:, self.dropped : source.shape[1] - self.cross] - self.dropped
+        return groups_of_source(source, layers[-1].size.shape[1] - self.dropped - self.drop_cross)
+
+
 class ReducedFeatures(FeaturesMixin):
     """Hands out what was encoded ahead."""
 
@@ -41,15 +78,45 @@ class ReducedFeatures(FeaturesMixin):
         return encoded_ahead(self, "get_image_features", args, kwargs) or super().get_image_features(*args, **kwargs)
 
 
-class CutFeatures(ReducedFeatures):
-    """Cuts the cross token off where it would not fit."""
+class TowerFeatures(ReducedFeatures):
+    """The tower's tokens themselves, one feature each: says what they stand for, and cuts the cross token off where it
+    would not fit."""
+
+    @classmethod
+    def install(cls, journal: Journal, owner: nn.Module, handle: Handle) -> None:
+        """See ``FeaturesMixin.install``."""
+        journal.set_attribute(owner, _PLACES, TowerPlaces.of(handle, handle.encoder_path, handle.schedule))
+        journal.swap_class(owner, cls)
 
     def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
-        """As the original, one feature fewer per image."""
-        return with_features(super().get_image_features(*args, **kwargs), without_last)
+        """As the original, with fewer features per image."""
+        places: TowerPlaces = self.__dict__[_PLACES]
+        return tower_features(self, places, super().get_image_features, args, kwargs)
 
 
-FEATURES: dict[str, type[FeaturesMixin]] = {"plain": ReducedFeatures}
+def tower_features(
+    owner: nn.Module,
+    places: TowerPlaces,
+    stock: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    readers: tuple[nn.Module, ...] = (),
+) -> Any:
+    """The stock features of a reduced tower, with their groups, without a cross token that does not fit.
+
+    ``readers`` see what the tower merges, as the encoder itself does.
+    """
+    encoder = module_at(owner, places.encoder)
+    with kept_trace(encoder, *readers):
+        output = stock(*args, **kwargs)
+        encoding = trace_of(encoder)
+        if not encoding:  # encoded ahead
+            return output
+        groups = places.groups(encoding)
+    return with_groups(with_features(output, without_last) if places.drop_cross else output, groups)
+
+
+FEATURES: dict[str, type[FeaturesMixin]] = {"plain": TowerFeatures}
 
 
 def features_of(output: Any) -> Any:

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from mllm_crossget.families.base import module_at
 from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.hooks.ground.state import Handle, LayerTrace
-from mllm_crossget.hooks.projector.features import FEATURES, ReducedFeatures, with_features, without_last
-from mllm_crossget.hooks.tower.fixed_counts import kept_trace, tower_state, trace_of
+from mllm_crossget.hooks.projector.features import FEATURES, ReducedFeatures, TowerPlaces, tower_features
+from mllm_crossget.hooks.tower.fixed_counts import tower_state, trace_of
 from mllm_crossget.ops.matching import Match
 from mllm_crossget.ops.merging import merge
 
 _PATHS = "_mllm_crossget_paths"
+_PLACES = "_mllm_crossget_layers"
 
 
 class ConcatenatedFeatures(ReducedFeatures):
@@ -29,18 +30,18 @@ class ConcatenatedFeatures(ReducedFeatures):
         """See ``ReducedFeatures.install``."""
         prefix = f"{handle.family.features_owner}."
         tower, encoder = (path.removeprefix(prefix) for path in (handle.family.tower, handle.encoder_path))
-        journal.set_attribute(owner, _PATHS, (tower, encoder, handle.schedule.drop_cross))
+        journal.set_attribute(owner, _PATHS, tower)
+        journal.set_attribute(owner, _PLACES, TowerPlaces.of(handle, handle.encoder_path, handle.schedule))
         journal.swap_class(owner, cls)
         module: Any = module_at(owner, tower)
         journal.set_attribute(module, _PATHS, encoder.removeprefix(f"{tower}."))
         journal.swap_class(module, AlignedStates)
 
     def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
-        """As the original, fewer features per image."""
-        tower, encoder, drop_cross = self.__dict__[_PATHS]
-        with kept_trace(module_at(self, encoder), module_at(self, tower)):
-            output = super().get_image_features(*args, **kwargs)
-        return with_features(output, without_last) if drop_cross else output
+        """As the original, with fewer features per image."""
+        places: TowerPlaces = self.__dict__[_PLACES]
+        readers = (module_at(self, self.__dict__[_PATHS]),)
+        return tower_features(self, places, super().get_image_features, args, kwargs, readers)
 
 
 class AlignedStates(nn.Module):

@@ -14,10 +14,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from mllm_crossget.families.tile_packing import NEWLINE, layouts, reduced_layout
+from mllm_crossget.families.tile_packing import NEWLINE, become, layouts, places_that_stay, reduced_layout
 from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.hooks.ground.state import MergeState
-from mllm_crossget.hooks.projector.features import FEATURES
+from mllm_crossget.hooks.projector.features import FEATURES, features_of
+from mllm_crossget.hooks.projector.groups import Groups, groups_of_source, joined_groups, with_groups
 from mllm_crossget.hooks.projector.post_merge import merge_features
 from mllm_crossget.hooks.projector.tiles import PLACES, GridFeatures, place, reading, sources_of
 from mllm_crossget.hooks.tower.fixed_counts import trace_of
@@ -45,8 +46,11 @@ class VideoGridFeatures(GridFeatures):
 
     def get_video_features(self, *args: Any, **kwargs: Any) -> Any:
         """As the original, with fewer features per frame."""
-        with reading(self):
-            return super().get_video_features(*args, **kwargs)
+        with reading(self) as encoding:
+            output = super().get_video_features(*args, **kwargs)
+        if not encoding.groups:
+            return output
+        return with_groups(output, _groups_of_videos(encoding.groups, features_of(output)))
 
 
 class LimitedGridFeatures(VideoGridFeatures):
@@ -72,12 +76,15 @@ class LimitedGridFeatures(VideoGridFeatures):
         for index, source in enumerate(sources_of(self).split(tiles)):
             tokens, layout = image_features[index], made[index]
             if len(layout) == len(whole[index]):
-                packed.append(place(tokens, source, layout, newline, places))
+                packed.append(place(tokens, source, layout, newline, places, trace_of(self)))
                 continue
             grid = stock([unmerge(tokens, source)], image_sizes[index : index + 1], *args, **kwargs)[0][0]
-            base = place(tokens[:1], source[:1], layout[: places.patches], newline, places)
+            base = place(tokens[:1], source[:1], layout[: places.patches], newline, places, trace_of(self))
             is_newline = (layout == NEWLINE).to(grid.device)[places.patches :]
-            packed.append(torch.cat([base, _merged_grid(grid[places.patches :], is_newline, self.__dict__[_AGAIN])]))
+            cells, groups = _merged_grid(grid[places.patches :], is_newline, self.__dict__[_AGAIN])
+            packed.append(torch.cat([base, cells]))
+            whole = joined_groups([trace_of(self).groups.pop(), groups], [places.patches, len(is_newline)])
+            trace_of(self).groups.append(whole)
         return packed, torch.tensor([len(image) for image in packed], device=image_features[0].device)
 
 
@@ -104,15 +111,34 @@ def _pooled(module: nn.Module, stock: Any, image_features: Tensor) -> Tensor:
     """(frames, tokens, D) of a reduced tower -> (frames, cells that are left, D)."""
     if not trace_of(module):
         return stock(image_features)
-    return merge_features(stock(unmerge(image_features, sources_of(module))), [], module.__dict__[_AGAIN]).features
+    merged = merge_features(stock(unmerge(image_features, sources_of(module))), [], module.__dict__[_AGAIN])
+    groups = groups_of_source(merged.source, merged.features.shape[1])
+    trace_of(module).groups += [(frame, merged.source.shape[1]) for frame in groups]
+    return merged.features
 
 
-def _merged_grid(grid: Tensor, is_newline: Tensor, state: MergeState) -> Tensor:
+def _groups_of_videos(frames: list[tuple[Groups, int]], features: Any) -> list[Groups]:
+    """Groups of whole videos from those of their frames, each with its number of cells; some models put one newline
+    behind a video."""
+    videos, kept = [], len(frames[0][0].size)
+    count = len(features[0]) // kept
+    for first in range(0, len(frames), count):
+        own = [groups for groups, _ in frames[first : first + count]]
+        cells = [cells for _, cells in frames[first : first + count]]
+        newlines = len(features[0]) - count * kept
+        newline = Groups(own[0].size.new_ones(newlines), own[0].place.new_zeros(newlines))
+        videos.append(joined_groups([*own, newline], [*cells, newlines]))
+    return videos
+
+
+def _merged_grid(grid: Tensor, is_newline: Tensor, state: MergeState) -> tuple[Tensor, Groups]:
     """(L, D) of a resized grid with newlines, merged: a token stands where its first cell stood, and a newline stays
-    while its row holds one."""
+    while its row holds one. And what the features stand for."""
     merged = merge_features(grid[~is_newline][None], [], state)
     layout = torch.full((len(grid),), NEWLINE, device=grid.device)
     layout[~is_newline] = torch.arange(len(grid) - int(is_newline.sum()), device=grid.device)
-    order = reduced_layout(layout, merged.source[0], 1)
+    stays = places_that_stay(layout, merged.source[0], 1)
+    order = reduced_layout(layout, merged.source[0], stays)
     rows = torch.cat([merged.features[0], grid[is_newline][:1]])
-    return rows[order]  # NEWLINE is the last row
+    groups = groups_of_source(become(layout, merged.source[0], stays)[None], len(stays))[0]
+    return rows[order], groups  # NEWLINE is the last row

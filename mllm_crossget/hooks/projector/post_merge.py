@@ -22,6 +22,7 @@ from mllm_crossget.families.modality import Modality
 from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.hooks.ground.state import LayerTrace, MergeState, TowerState
 from mllm_crossget.hooks.projector.features import FEATURES, FeaturesMixin, encoded_ahead, features_of, with_features
+from mllm_crossget.hooks.projector.groups import Groups, groups_of_source, with_groups
 from mllm_crossget.methods.base import Method, Signals
 from mllm_crossget.ops.importance import attention_importance
 from mllm_crossget.ops.merging import compose_source, merge
@@ -149,7 +150,7 @@ def _merge_output(owner: nn.Module, state: MergeState, modality: Modality, outpu
         raise ValueError(f"{sum(sizes)} visual features for images of {runs} tokens: unknown structure")
     layers = getattr(output, "deepstack_features", None) or []
     packed = [part if isinstance(part, Tensor) else torch.cat(list(part)) for part in (entries, *layers)]
-    merged, kept = _merge_runs(packed, runs, state)
+    merged, kept, groups = _merge_runs(packed, runs, state)
     new_sizes = _sizes_after(sizes, runs, [len(cells) for cells in kept])
     split = [list(torch.split(values, new_sizes)) for values in merged]
     output = with_features(output, lambda old: torch.stack(split[0]) if isinstance(old, Tensor) else split[0])
@@ -159,31 +160,37 @@ def _merge_output(owner: nn.Module, state: MergeState, modality: Modality, outpu
             for old, new, parts in zip(layers, merged[1:], split[1:], strict=True)
         ]
     if hasattr(output, "pooler_output"):
-        with_kept_cells(output, kept)
+        with_groups(with_kept_cells(output, kept), groups)
     return output
 
 
-def _merge_runs(flat: list[Tensor], runs: list[int], state: MergeState) -> tuple[list[Tensor], list[Tensor]]:
+def _merge_runs(
+    flat: list[Tensor], runs: list[int], state: MergeState
+) -> tuple[list[Tensor], list[Tensor], list[Groups]]:
     """Merge the runs of packed features, all runs of one length at once; the order of the runs stays.
 
     Args:
         flat: (Σn, D) packed features, and companions of the same length.
 
     Returns:
-        The same, (Σk, D) each, and the cells kept by each run.
+        The same, (Σk, D) each, the cells kept by each run, and what the features of each run stand for.
     """
     parts = [torch.split(values, runs) for values in flat]
     results: dict[int, list[Tensor]] = {}
     kept: dict[int, Tensor] = {}
+    groups: dict[int, Groups] = {}
     for length in sorted(set(runs)):
         members = [index for index, run in enumerate(runs) if run == length]
         first, *others = [torch.stack([part[index] for index in members]) for part in parts]
         merged = merge_features(first, others, state)
+        made = groups_of_source(merged.source, merged.features.shape[1])
         for row, index in enumerate(members):
+            groups[index] = made[row]
             results[index] = [values[row] for values in (merged.features, *merged.companions)]
             kept[index] = merged.kept[row]
     order = range(len(runs))
-    return [torch.cat([results[i][k] for i in order]) for k in range(len(flat))], [kept[i] for i in order]
+    features = [torch.cat([results[i][k] for i in order]) for k in range(len(flat))]
+    return features, [kept[i] for i in order], [groups[i] for i in order]
 
 
 def _sizes_after(sizes: list[int], runs: list[int], kept: list[int]) -> list[int]:

@@ -11,7 +11,9 @@ from mllm_crossget.families.base import module_at
 from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.hooks.ground.state import Handle
 from mllm_crossget.hooks.projector.features import ReducedFeatures, with_features
+from mllm_crossget.hooks.projector.groups import Groups, groups_of_source, source_of_trace, with_groups
 from mllm_crossget.hooks.tower.counts_per_image import recorded_sizes
+from mllm_crossget.hooks.tower.fixed_counts import kept_trace, trace_of
 
 _PLACES = "_mllm_crossget_ragged"
 
@@ -43,12 +45,17 @@ class RaggedFeatures(ReducedFeatures):
     def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
         """As the original; the features are a list of (k, D), k for each image its own."""
         places: _Places = self.__dict__[_PLACES]
-        with recorded_sizes(module_at(self, places.encoder)) as sizes:
+        encoder = module_at(self, places.encoder)
+        with recorded_sizes(encoder) as sizes, kept_trace(encoder):
             output = super().get_image_features(*args, **kwargs)
+            encoding = trace_of(encoder)
         if not sizes:  # encoded ahead
             return output
-        counts = (sizes[places.read - 1] > 0).sum(dim=1) - places.dropped
-        return with_features(output, lambda features: _cut(features, counts.clamp_max(places.most)))
+        counts = ((sizes[places.read - 1] > 0).sum(dim=1) - places.dropped).clamp_max(places.most)
+        source = source_of_trace(encoding[: places.read])[:, places.dropped : places.dropped + places.most]
+        whole = groups_of_source(source - places.dropped, int(counts.max()))
+        groups = [Groups(*(part[:count] for part in one)) for one, count in zip(whole, counts.tolist(), strict=True)]
+        return with_groups(with_features(output, lambda features: _cut(features, counts)), groups)
 
 
 def _cut(features: Any, counts: Tensor) -> list[Tensor]:

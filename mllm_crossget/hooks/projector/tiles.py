@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from mllm_crossget.families.base import module_at
-from mllm_crossget.families.tile_packing import layouts, reduced_layout
+from mllm_crossget.families.tile_packing import become, layouts, places_that_stay, reduced_layout
 from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.hooks.projector.features import FEATURES, ReducedFeatures
-from mllm_crossget.hooks.tower.fixed_counts import kept_trace, trace_of
+from mllm_crossget.hooks.projector.groups import Groups, groups_of_source, with_groups
+from mllm_crossget.hooks.tower.fixed_counts import Encoding, kept_trace, trace_of
 
 PLACES = "_mllm_crossget_grid"
 
@@ -55,8 +56,9 @@ class GridFeatures(ReducedFeatures):
 
     def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
         """As the original, with fewer features per image."""
-        with reading(self):
-            return super().get_image_features(*args, **kwargs)
+        with reading(self) as encoding:
+            output = super().get_image_features(*args, **kwargs)
+        return with_groups(output, encoding.groups) if encoding.groups else output
 
     def pack_image_features(self, image_features: Any, image_sizes: Any, *args: Any, **kwargs: Any) -> Any:
         """As the original on features of a reduced tower: a list of (tiles, tokens, D)."""
@@ -68,7 +70,7 @@ class GridFeatures(ReducedFeatures):
         made = layouts(stock, tiles, places.patches, image_sizes, *args, **kwargs)
         sources = sources_of(self).split(tiles)
         packed = [
-            place(tokens, source, layout, newline, places)
+            place(tokens, source, layout, newline, places, trace_of(self))
             for tokens, source, layout in zip(image_features, sources, made, strict=True)
         ]
         return packed, torch.tensor([len(image) for image in packed], device=image_features[0].device)
@@ -77,7 +79,7 @@ class GridFeatures(ReducedFeatures):
 FEATURES["grid"] = GridFeatures
 
 
-def reading(owner: nn.Module) -> AbstractContextManager[None]:
+def reading(owner: nn.Module) -> AbstractContextManager[Encoding]:
     """The owner and its pooling see what the tower merges."""
     resampler = getattr(owner, "vision_resampler", None)
     readers = (owner,) if resampler is None else (owner, resampler)
@@ -91,15 +93,23 @@ def sources_of(module: nn.Module) -> Tensor:
     return source[:, places.start : places.start + places.patches] - places.dropped
 
 
-def place(tokens: Tensor, source: Tensor, layout: Tensor, newline: Tensor | None, places: Places) -> Tensor:
-    """(features, D) of one image from its (tiles, tokens, D)."""
+def place(
+    tokens: Tensor, source: Tensor, layout: Tensor, newline: Tensor | None, places: Places, encoding: Encoding
+) -> Tensor:
+    """(features, D) of one image from its (tiles, tokens, D); ``encoding`` learns what the features stand for."""
     tiles, per_tile, width = tokens.shape
     if newline is None:  # pragma: no cover - no stock caller
         raise ValueError("image_newline is missing; the stock get_image_features hands it over")
     token = source + per_tile * torch.arange(tiles, device=source.device)[:, None]
-    order = reduced_layout(layout.to(source.device), token.flatten(), tiles)
+    layout, token = layout.to(source.device), token.flatten()
+    stays = places_that_stay(layout, token, tiles)
+    order = reduced_layout(layout, token, stays)
+    size, spot = groups_of_source(become(layout, token, stays)[None], len(stays))[0]
     if places.keeps_cross:
         base = int(((order >= 0) & (order < per_tile)).sum())
         order = torch.cat([order[:base], order.new_full((1,), per_tile - 1), order[base:]])
+        size = torch.cat([size[:base], size.new_ones(1), size[base:]])
+        spot = torch.cat([spot[:base], spot.new_full((1,), places.patches - 1), spot[base:]])
+    encoding.groups.append(Groups(size, spot))
     rows = torch.cat([tokens.reshape(-1, width), newline[None].to(tokens)])
     return rows[order]  # NEWLINE is the last row

@@ -8,9 +8,9 @@ from torch import nn
 
 from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.hooks.ground.state import Handle
-from mllm_crossget.hooks.projector.features import FEATURES, ReducedFeatures, with_features, without_last
+from mllm_crossget.hooks.projector.features import FEATURES, ReducedFeatures, TowerPlaces, tower_features
 
-_CUTS = "_mllm_crossget_cuts"
+_TOWERS = "_mllm_crossget_towers"
 
 
 class TwoTowersFeatures(ReducedFeatures):
@@ -19,20 +19,19 @@ class TwoTowersFeatures(ReducedFeatures):
     @classmethod
     def install(cls, journal: Journal, owner: nn.Module, handle: Handle) -> None:
         """See ``ReducedFeatures.install``."""
-        cuts = {name: tower.schedule.drop_cross for name, tower in handle.own_towers.items()}
-        journal.set_attribute(owner, _CUTS, {"image": handle.schedule.drop_cross, **cuts})
+        places = {"image": TowerPlaces.of(handle, handle.encoder_path, handle.schedule)}
+        for name, tower in handle.own_towers.items():
+            places[name] = TowerPlaces.of(handle, tower.encoder_path, tower.schedule)
+        journal.set_attribute(owner, _TOWERS, places)
         journal.swap_class(owner, cls)
 
     def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
         """As the original, with fewer features per image."""
-        return self._cut("image", super().get_image_features(*args, **kwargs))
+        return tower_features(self, self.__dict__[_TOWERS]["image"], super().get_image_features, args, kwargs)
 
     def get_video_features(self, *args: Any, **kwargs: Any) -> Any:
         """As the original, with fewer features per frame."""
-        return self._cut("video", super().get_video_features(*args, **kwargs))
-
-    def _cut(self, name: str, output: Any) -> Any:
-        return with_features(output, without_last) if self.__dict__[_CUTS][name] else output
+        return tower_features(self, self.__dict__[_TOWERS]["video"], super().get_video_features, args, kwargs)
 
 
 FEATURES["two_towers"] = TwoTowersFeatures

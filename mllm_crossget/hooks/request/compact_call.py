@@ -16,9 +16,17 @@ from mllm_crossget.families.base import module_at
 from mllm_crossget.families.modality import Modality
 from mllm_crossget.hooks.ground.kv_cache import cache_in
 from mllm_crossget.hooks.ground.state import Handle
-from mllm_crossget.hooks.request.compaction import Compaction, Layout, check_counts, outer_padding, plan_compaction
+from mllm_crossget.hooks.request.compaction import (
+    Compaction,
+    Layout,
+    check_counts,
+    log_sizes_of,
+    outer_padding,
+    plan_compaction,
+)
 from mllm_crossget.hooks.request.placeholders import (
     given_features,
+    groups_of_call,
     image_counts,
     known_features,
     placeholders_of,
@@ -173,9 +181,8 @@ def shrink_new_columns(
     }
     in_grid = handle.family.positions == "grid"
     keeps_positions = keeps_positions_on(handle, layout)
-    if keeps_positions:
-        _refuse_flash(model)
-    compaction = plan_compaction(ids, mask, images, left, keeps_positions)
+    groups = groups_of_call(model, handle, kwargs) if handle.size_bias or keeps_positions else None
+    compaction = plan_compaction(ids, mask, images, left, keeps_positions, groups)
     deltas = None
     if in_grid:
         deltas = _place_in_grid(model, handle, kwargs, ids, mask, images, compaction, layout, old, past)
@@ -194,7 +201,34 @@ def shrink_new_columns(
         kwargs["position_ids"] = _prepend_zeros(compacted, old)
     if kwargs.get("labels") is not None:
         kwargs["labels"] = compaction.compact(kwargs["labels"], -100)
-    return Shrunk(compaction, Layout(layout.length, layout.mask, layout.ids, removed, deltas, keeps_positions))
+    sizes = compaction.log_sizes if handle.size_bias else None
+    return Shrunk(compaction, Layout(layout.length, layout.mask, layout.ids, removed, deltas, keeps_positions, sizes))
+
+
+def joined_log_sizes(known: Layout, cached: int, new: Tensor | None, columns: int) -> Tensor | None:
+    """(B, cached + columns) log sizes of the columns in the cache and of the new ones; None if all are one token each.
+
+    Args:
+        known: the layout of what is in the cache.
+        cached: compact columns in the cache: the prompt's, then what was generated after it.
+        new: (B, columns) of the new columns, or None.
+    """
+    old = known.log_sizes
+    if old is None and new is None:
+        return None
+    rows = len(old if new is None else new)
+    some = old if new is None else new
+    before = some.new_zeros(rows, cached) if old is None else nn.functional.pad(old, (0, cached - old.shape[1]))
+    return torch.cat([before, some.new_zeros(rows, columns) if new is None else new], dim=1)
+
+
+def log_sizes_of_compact(model: nn.Module, handle: Handle, kwargs: dict[str, Any]) -> Tensor | None:
+    """(B, C) log sizes for a prompt that is compact already, whose placeholders are one for each feature."""
+    groups = groups_of_call(model, handle, kwargs) if handle.size_bias else None
+    if groups is None:
+        return None
+    counts = {token: [(len(size), len(size)) for size, _ in images] for token, images in groups.items()}
+    return log_sizes_of(kwargs["input_ids"], counts, groups)
 
 
 def _place_in_grid(
@@ -237,23 +271,6 @@ def _refuse_packed_positions(positions: Tensor, mask: Tensor) -> None:
 def keeps_positions_on(handle: Handle, layout: Layout | None) -> bool:
     """Whether columns get the full prompt's positions: as those in the cache did, whatever the settings are by now."""
     return layout.keeps_positions if layout is not None and layout.length else handle.keeps_positions
-
-
-def _refuse_flash(model: nn.Module) -> None:
-    attention = model.config.get_text_config()._attn_implementation or ""
-    if "flash" in attention:
-        raise ValueError(
-            f'positions="original" with {attention}, which reads gaps between positions as packed sequences; use '
-            '"sdpa" or positions="contiguous"'
-        )
-
-
-def refuse_without_cache(handle: Handle, use_cache: bool | None) -> None:
-    """Raise ``ValueError`` where ``generate`` would drop its mask and read gaps as packed sequences."""
-    if handle.keeps_positions and use_cache is False:
-        raise ValueError(
-            'positions="original" and use_cache=False: generate with a cache, or use positions="contiguous"'
-        )
 
 
 def mask_2d(kwargs: dict[str, Any], ids: Tensor, past: int) -> Tensor:
@@ -352,7 +369,11 @@ def shrink_for_generate(
     compact_ids = torch.cat([cached_ids, new_ids], dim=1)
     kwargs["input_ids"] = compact_ids if repeats_all else new_ids
     kwargs["attention_mask"] = compact_mask
-    shrunk.layout = dataclasses.replace(shrunk.layout, length=mask.shape[1], mask=compact_mask, ids=compact_ids)
+    sizes = joined_log_sizes(known, cached_ids.shape[1], shrunk.layout.log_sizes if shrunk.compaction else None,
+                             new_ids.shape[1])  # fmt: skip
+    shrunk.layout = dataclasses.replace(
+        shrunk.layout, length=mask.shape[1], mask=compact_mask, ids=compact_ids, log_sizes=sizes
+    )
     return shrunk
 
 

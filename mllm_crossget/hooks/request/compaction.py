@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 LAYOUT = "_mllm_crossget_layout"
 
@@ -23,13 +23,16 @@ class Compaction:
         real: (B, C) False for padding made by the compaction.
         length: L.
         places: (B, C) column whose position a compact column has if positions are kept: its own, and for an image's
-            tokens columns evenly spread over the image, its last among them; None if not asked for.
+            token the lower median of the columns that it stands for; None if not asked for.
+        log_sizes: (B, C) float32 log of the number of the user's columns that a compact column stands for; None if not
+            asked for.
     """
 
     index: Tensor
     real: Tensor
     length: int
     places: Tensor | None = None
+    log_sizes: Tensor | None = None
 
     def compact(self, values_BL: Tensor, fill: int) -> Tensor:
         """(B, L) -> (B, C); padding gets ``fill``."""
@@ -77,6 +80,7 @@ class Layout:
         deltas: (B,) position minus compact column of the text behind the prompt, where image tokens have positions in
             a grid (``hooks.request.rope_positions``), else None.
         keeps_positions: text has the positions of the user's columns.
+        log_sizes: (B, C) log sizes of the compact columns, or None.
     """
 
     length: int
@@ -85,6 +89,7 @@ class Layout:
     removed: Tensor
     deltas: Tensor | None = None
     keeps_positions: bool = False
+    log_sizes: Tensor | None = None
 
     @property
     def shift(self) -> int:
@@ -100,11 +105,11 @@ class Layout:
             )
         if rows == known:
             return self
-        mask, ids, removed, deltas = (
+        mask, ids, removed, deltas, sizes = (
             None if part is None else part.repeat_interleave(rows // known, dim=0)
-            for part in (self.mask, self.ids, self.removed, self.deltas)
+            for part in (self.mask, self.ids, self.removed, self.deltas, self.log_sizes)
         )
-        return Layout(self.length, mask, ids, removed, deltas, self.keeps_positions)
+        return Layout(self.length, mask, ids, removed, deltas, self.keeps_positions, sizes)
 
     def compact_mask(self, mask_BL: Tensor) -> Tensor:
         """The user's mask over all columns so far, in compact columns."""
@@ -118,6 +123,7 @@ def plan_compaction(
     images: dict[int, list[tuple[int, int]]],
     left: bool,
     keep_positions: bool = False,
+    groups: dict[int, list[tuple[Tensor, Tensor]]] | None = None,
 ) -> Compaction:
     """Choose the columns that stay: of every image's ``n`` placeholders the last ``k``, of the padding none but what
     rows of different length need.
@@ -130,6 +136,9 @@ def plan_compaction(
         images: by the placeholder's token id, (n, k) of every image in the order of the flattened batch.
         left: pad shorter rows on the left.
         keep_positions: also find where the positions of the columns that stay are.
+        groups: by the placeholder's token id, (k,) sizes and (k,) places among its n placeholders of every image's
+            tokens, for positions and for ``Compaction.log_sizes``. None: tokens of unknown origin, whose positions are
+            spread evenly over the image.
 
     Raises:
         ValueError: placeholders do not add up to the images, or an image's placeholders cross rows.
@@ -149,21 +158,47 @@ def plan_compaction(
     real = stays.gather(1, order)
     index, places = order.masked_fill(~real, 0), None
     if keep_positions:
-        places = _spread(ids_BL, images).gather(1, index)
-    return Compaction(index, real, ids_BL.shape[1], places)
+        places = _places(ids_BL, images, groups).gather(1, index)
+        # generate goes on from the position of a row's last token, which may be an image's: it keeps its own
+        last = real.long().cumsum(1).argmax(dim=1, keepdim=True)
+        places = places.scatter(1, last, index.gather(1, last))
+    sizes = None if groups is None else log_sizes_of(ids_BL, images, groups).gather(1, index).masked_fill(~real, 0)
+    return Compaction(index, real, ids_BL.shape[1], places, sizes)
 
 
-def _spread(ids_BL: Tensor, images: dict[int, list[tuple[int, int]]]) -> Tensor:
-    """(B, L) own columns, and for the last k of an image's n placeholders the middles of k equal parts of the image.
+def log_sizes_of(
+    ids_BL: Tensor, images: dict[int, list[tuple[int, int]]], groups: dict[int, list[tuple[Tensor, Tensor]]]
+) -> Tensor:
+    """(B, L) log sizes of an image's tokens in the last k of its n placeholders, 0 elsewhere."""
+    sizes = torch.zeros(ids_BL.shape, dtype=torch.float32, device=ids_BL.device)
+    for token, counts in images.items():
+        own = [
+            nn.functional.pad(size, (n - len(size), 0), value=1)
+            for (n, _), (size, _) in zip(counts, groups[token], strict=True)
+        ]
+        if own:
+            sizes[ids_BL == token] = torch.cat(own).log().to(sizes)
+    return sizes
 
-    The last one stays last: ``generate`` goes on from the position of the prompt's last token.
+
+def _places(
+    ids_BL: Tensor,
+    images: dict[int, list[tuple[int, int]]],
+    groups: dict[int, list[tuple[Tensor, Tensor]]] | None,
+) -> Tensor:
+    """(B, L) own columns, and for the last k of an image's n placeholders the columns that its tokens stand for.
+
+    Of tokens of unknown origin: the middles of k equal parts of the image, for the last one the last column.
     """
     columns = torch.arange(ids_BL.shape[1], device=ids_BL.device).expand_as(ids_BL).clone()
     for token, counts in images.items():
         own, start, taken = columns[ids_BL == token], 0, []
-        for n, k in counts:
-            spots = (torch.arange(k) * 2 + 1) * n // (2 * max(k, 1))
-            spots[-1:] = n - 1
+        for image, (n, k) in enumerate(counts):
+            if groups is None:
+                spots = (torch.arange(k) * 2 + 1) * n // (2 * max(k, 1))
+                spots[-1:] = n - 1
+            else:
+                spots = groups[token][image][1].cpu()
             taken.append(start + torch.cat([torch.arange(n - k), spots]))
             start += n
         if taken:

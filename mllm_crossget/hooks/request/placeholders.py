@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from mllm_crossget.families.modality import Modality, all_of
 from mllm_crossget.hooks.ground.state import Handle, MergeState
-from mllm_crossget.hooks.projector.features import encode_ahead
+from mllm_crossget.hooks.projector.features import ahead_of, encode_ahead
+from mllm_crossget.hooks.projector.groups import groups_of
 
 
 def given_features(modality: Modality, kwargs: dict[str, Any]) -> Any:
@@ -120,6 +121,33 @@ def expected_counts(
         share = handle.schedule.features / handle.schedule.placeholders
         known = [min(count, round(count * share)) for count in placeholders]
     return list(zip(placeholders, known, strict=True))
+
+
+def groups_of_call(
+    model: nn.Module, handle: Handle, kwargs: dict[str, Any]
+) -> dict[int, list[tuple[Tensor, Tensor]]] | None:
+    """By the placeholder's token id, (k,) sizes and (k,) places of every image's features; encodes the images.
+
+    Raises:
+        ValueError: precomputed features that do not say what they stand for.
+    """
+    found: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    for modality in present(handle, kwargs):
+        output = (kwargs.get("mm_encoder_outputs") or {}).get(modality.name)
+        given = output is not None
+        if output is None:
+            encode_ahead(model, handle.family, modality, kwargs)
+            output = ahead_of(model, handle.family, modality)
+        groups = groups_of(output)
+        if groups is None and given:
+            raise ValueError(
+                f"mm_encoder_outputs[{modality.name!r}] does not say which tokens its features stand for; make it with "
+                f"this model's {modality.encode}(..., return_dict=True), or pass {modality.pixels}"
+            )
+        if groups is None:  # nothing was merged: features are the untouched model's
+            return None
+        found[token_of(model, modality)] = [tuple(one) for one in groups]
+    return found
 
 
 def images_per_row(model: nn.Module, handle: Handle, kwargs: dict[str, Any]) -> Tensor:

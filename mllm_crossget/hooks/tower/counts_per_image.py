@@ -19,7 +19,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from mllm_crossget.hooks.ground.cross_tokens import RECORD
 from mllm_crossget.hooks.ground.state import TowerState
 from mllm_crossget.hooks.tower.attention import AttentionSlot, OpenSlot
-from mllm_crossget.hooks.tower.fixed_counts import first_cross_token, layer_trace, refuse_mask, tower_state
+from mllm_crossget.hooks.tower.fixed_counts import FORWARD, first_cross_token, layer_trace, refuse_mask, tower_state
 from mllm_crossget.methods.dynamic import DynamicMethod, RaggedSignals
 from mllm_crossget.ops.alignment_attention import alignment_features
 from mllm_crossget.ops.importance import ragged_query_weights
@@ -80,6 +80,7 @@ class RaggedEncoder(nn.Module):
             hidden = torch.cat([hidden, first_cross_token(hidden, prefix)], dim=1)
             vectors = self.cross_tokens()
         written: list[Tensor] = []
+        traces = [trace for trace in (state.trace, self.__dict__.get(FORWARD)) if trace is not None]
         size = source = None
         for index, layer in enumerate(getattr(self, state.names.layers)):
             cross = None
@@ -91,8 +92,8 @@ class RaggedEncoder(nn.Module):
             if step is not None:
                 source = step.slot if source is None else step.slot.gather(1, source)
             _record(self, hidden, size)
-            if state.trace is not None:
-                state.trace.append(layer_trace(step, size, source, hidden, schedule.tokens[0]))
+            for trace in traces:
+                trace.append(layer_trace(step, size, source, hidden, schedule.tokens[0]))
         if state.keeps_sizes:
             state.sizes = size
         if written and RECORD in self.__dict__:

@@ -211,22 +211,35 @@ def layer_trace(
     return LayerTrace(match, size, source)
 
 
+class Encoding(list[LayerTrace]):
+    """One encoding: an entry per layer of the tower, and what the features made behind it stand for.
+
+    Attributes:
+        groups: (token sizes, places) of every image or frame whose features were put together so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.groups: list[Any] = []
+
+
 @contextmanager
-def kept_trace(encoder: nn.Module, *readers: nn.Module) -> Iterator[None]:
+def kept_trace(encoder: nn.Module, *readers: nn.Module) -> Iterator[Encoding]:
     """Let ``readers`` see what the encoder merges, for the length of one encoding (see ``trace_of``).
 
     It lives on the modules for that long, so that replicas of a model do not see each other's and none is ever stale.
     """
-    trace: list[LayerTrace] = []
+    trace = Encoding()
     for module in (encoder, *readers):
         module.__dict__[FORWARD] = trace
     try:
-        yield
+        yield trace
     finally:
         for module in (encoder, *readers):
             module.__dict__.pop(FORWARD, None)
 
 
-def trace_of(module: nn.Module) -> list[LayerTrace]:
-    """One entry per layer of the encoding that is under way; empty in front of it, and outside of ``kept_trace``."""
-    return module.__dict__.get(FORWARD, [])
+def trace_of(module: nn.Module) -> Encoding:
+    """The encoding that is under way; empty in front of it, and outside of ``kept_trace``."""
+    found = module.__dict__.get(FORWARD)
+    return Encoding() if found is None else found

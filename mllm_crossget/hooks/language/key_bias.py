@@ -1,0 +1,139 @@
+"""A bias of the keys in the language model's attention, whatever implementation computes it.
+
+A token that was merged from n tokens gets log n added to its logit in every query's softmax: then it weighs as much as
+n equal tokens would (proportional attention, ToMe section 3.2; in the language model: RESTORE, arXiv 2606.01711). The
+bias travels as a keyword argument through the stock layers, so no module holds state of a call.
+Shapes: B batch, H heads, Q queries, K keys, C columns with a known bias.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from mllm_crossget.hooks.ground.journal import Journal
+
+IMPLEMENTATION = "mllm_crossget_language"
+KEYWORD = "crossget_keys"
+_FIELD = "_attn_implementation_internal"
+_OWN_CONFIG = "_mllm_crossget_language_config"
+_FUSED = 8  # head widths of fused kernels are multiples of this
+
+
+class KeyBias:
+    """The bias of one forward, cut to the keys that a layer attends to.
+
+    Args:
+        bias: (B or fewer, C) of the first C columns of the sequence; later columns have none.
+        columns: columns of the sequence with the present queries, an int or (static caches) a tensor without axes.
+    """
+
+    def __init__(self, bias: Tensor, columns: Any) -> None:
+        self.bias, self.columns = bias, columns
+        self._cut: dict[tuple[int, int], Tensor] = {}
+
+    def of(self, rows: int, keys: int) -> Tensor:
+        """(rows, keys) bias of the last ``keys`` columns; of the first ones where a cache has room for more."""
+        if (rows, keys) not in self._cut:
+            own = self._last(keys)
+            if rows != len(own):  # beams and samples repeat the rows of the prompt
+                own = own.repeat_interleave(rows // len(own), dim=0)
+            self._cut[rows, keys] = own
+        return self._cut[rows, keys]
+
+    def _last(self, keys: int) -> Tensor:
+        if isinstance(self.columns, Tensor):
+            places = torch.arange(keys, device=self.bias.device)
+            places = places + (self.columns.to(places.device) - keys).clamp(min=0)
+            padded = nn.functional.pad(self.bias, (0, 1))
+            return padded[:, places.clamp(max=self.bias.shape[1])]
+        first = max(0, self.columns - keys)
+        own = self.bias[:, first : first + keys]
+        return nn.functional.pad(own, (0, keys - own.shape[1]))
+
+
+def attention_modules(layer: nn.Module) -> Iterator[nn.Module]:
+    """The self-attention modules of a decoder layer that go through transformers' attention interface."""
+    for module in layer.modules():
+        config = vars(module).get("config")
+        if "is_causal" in vars(module) and config is not None and _FIELD in vars(config):
+            yield module
+
+
+def hook_language_attention(journal: Journal, layer: nn.Module) -> None:
+    """Route the attention of one decoder layer through ``biased_attention``."""
+    if IMPLEMENTATION not in ALL_ATTENTION_FUNCTIONS.valid_keys():
+        ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, biased_attention)
+    for attention in attention_modules(layer):
+        shadow = copy.copy(attention.config)
+        shadow.__dict__[_FIELD] = IMPLEMENTATION
+        journal.set_attribute(attention, _OWN_CONFIG, attention.config)
+        journal.set_attribute(attention, "config", shadow)
+
+
+def biased_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' attention interface: the module's own implementation, with a ``KeyBias`` under ``KEYWORD``."""
+    bias: KeyBias | None = kwargs.pop(KEYWORD, None)
+    implementation = vars(module.__dict__[_OWN_CONFIG])[_FIELD] or "eager"
+    eager = vars(sys.modules[type(module).__module__]).get("eager_attention_forward")
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
+    takes_no_mask = "flash" in implementation or implementation == "flex_attention"
+    if takes_no_mask:
+        kwargs.pop("position_ids", None)  # flash attention would read gaps between positions as packed sequences
+    if bias is None:
+        return attend(module, query, key, value, attention_mask, **kwargs)
+    row = bias.of(len(query), key.shape[2])
+    if takes_no_mask:
+        scaling = kwargs.pop("scaling", None) or query.shape[-1] ** -0.5
+        width = value.shape[-1]
+        parts = with_bias_channel(query, key, value, row, scaling)
+        output, weights = attend(module, *parts, attention_mask, scaling=scaling, **kwargs)
+        return output[..., :width], weights
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    mask = with_key_bias(attention_mask, row, query, bool(causal))
+    return attend(module, query, key, value, mask, **kwargs)
+
+
+def with_key_bias(mask: Tensor | None, bias_BK: Tensor, query: Tensor, causal: bool) -> Tensor:
+    """(B, 1, 1 or Q, K) additive mask: the given one (boolean, additive, or None) plus a bias of every key.
+
+    Args:
+        mask: (B, 1, Q, K) or None, which means that queries see the keys up to their own if ``causal``, else all.
+        bias_BK: (B, K).
+        query: (B, H, Q, D), for its length and dtype.
+        causal: what None means.
+    """
+    bias = bias_BK[:, None, None, :].to(query.dtype)
+    queries, keys = query.shape[2], bias.shape[-1]
+    if mask is None:
+        if not causal or queries == 1:
+            return bias
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
+    elif mask.shape[-1] > keys:
+        mask = mask[..., :keys]
+    if mask.dtype == torch.bool:
+        return torch.where(mask, bias, torch.finfo(query.dtype).min)
+    return mask + bias
+
+
+def with_bias_channel(
+    query: Tensor, key: Tensor, value: Tensor, bias_BK: Tensor, scaling: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Carry the bias in one more channel of the keys, for kernels that take no mask: q·k + 1·(bias / scaling).
+
+    Heads are filled up with zeros to eight more channels, which every fused kernel takes.
+    """
+    column = (bias_BK[:, None, :, None] / scaling).to(key.dtype).expand(-1, key.shape[1], -1, -1)
+    ones = torch.ones_like(query[..., :1])
+    query = nn.functional.pad(torch.cat([query, ones], dim=-1), (0, _FUSED - 1))
+    key = nn.functional.pad(torch.cat([key, column], dim=-1), (0, _FUSED - 1))
+    return query, key, nn.functional.pad(value, (0, _FUSED))

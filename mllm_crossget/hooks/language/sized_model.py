@@ -1,0 +1,96 @@
+"""The language model of an accelerated model: it hands the sizes of merged tokens to its layers' attention.
+
+Sizes of the prompt's columns come with the call that brings the prompt, and live beside the KV cache after it: every
+later call on that cache finds them there. Nothing is kept on the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mllm_crossget.hooks.ground.arguments import positional_names
+from mllm_crossget.hooks.ground.journal import Journal
+from mllm_crossget.hooks.ground.kv_cache import cache_from, cache_in, name_cache
+from mllm_crossget.hooks.language.key_bias import KEYWORD, KeyBias, attention_modules, hook_language_attention
+
+COLUMNS = "crossget_log_sizes"
+_ON_CACHE = "_mllm_crossget_log_sizes"
+_GENERATING: ContextVar[tuple[Any, Tensor | None]] = ContextVar("mllm_crossget_log_sizes", default=(None, None))
+
+
+def hook_language_model(journal: Journal, language_model: nn.Module, layers: nn.ModuleList) -> None:
+    """Let a language model's attention weigh tokens by their sizes; every change is written into ``journal``."""
+    for layer in layers:
+        hook_language_attention(journal, layer)
+    journal.swap_class(language_model, SizedLanguageModel)
+
+
+def language_problem(layers: nn.ModuleList) -> str | None:
+    """Why a language model's attention cannot weigh tokens, or None."""
+    if any(True for layer in layers for _ in attention_modules(layer)):
+        return None
+    return f"the layers of {type(layers[0]).__name__} do not use transformers' attention interface"
+
+
+class SizedLanguageModel(nn.Module):
+    """Mixin for the language model (decoder) of an accelerated model."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the original. ``crossget_log_sizes``: (B, C) log token sizes of the sequence's first C columns."""
+        if args:
+            kwargs.update(zip(positional_names(type(self)), args, strict=False))
+        name_cache(kwargs)
+        given: Tensor | None = kwargs.pop(COLUMNS, None)
+        cache = cache_in(kwargs)
+        sizes = given if given is not None else log_sizes_on(cache)
+        if sizes is None:
+            return super().forward(**kwargs)
+        tokens = kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+        past = 0 if cache is None else cache.get_seq_length()
+        if given is None and tokens.shape[1] > 1 and not torch.compiler.is_compiling() and int(past) == 0:
+            keep_log_sizes(cache, None)  # the cache was emptied: its sizes are those of another prompt
+            return super().forward(**kwargs)
+        output = super().forward(**kwargs, **{KEYWORD: KeyBias(sizes, past + tokens.shape[1])})
+        if given is not None:
+            keep_log_sizes(cache_from(output), given)
+        return output
+
+
+def log_sizes_on(cache: Any) -> Tensor | None:
+    """(B, C) log sizes of the first columns of a KV cache; None if they are all one token each."""
+    return getattr(cache, _ON_CACHE, None)
+
+
+def keep_log_sizes(cache: Any, sizes: Tensor | None) -> None:
+    """Remember the log sizes of a cache's columns beside it; None forgets them."""
+    if cache is None:
+        return
+    if sizes is not None:
+        setattr(cache, _ON_CACHE, sizes)
+    elif hasattr(cache, _ON_CACHE):
+        delattr(cache, _ON_CACHE)
+
+
+@contextmanager
+def generating(model: nn.Module, sizes: Tensor | None) -> Iterator[None]:
+    """The log sizes of the prompt that ``generate`` of a model works on in this thread, for the length of a block."""
+    token = _GENERATING.set((model, sizes))
+    try:
+        yield
+    finally:
+        _GENERATING.reset(token)
+
+
+def generating_log_sizes(model: nn.Module) -> Tensor | None:
+    """The log sizes of the model's ``generate`` that is under way in this thread; None outside, and in compiled code,
+    which finds them on the cache."""
+    if torch.compiler.is_compiling():
+        return None
+    owner, sizes = _GENERATING.get()
+    return sizes if owner is model else None
