@@ -36,13 +36,15 @@ def make_case(method: str = "crossget", tower: str = "clip", text: str = "llama"
     return Case(model, oracle)
 
 
-@pytest.fixture(params=[*((method, tower) for method in METHODS for tower in TOWERS), ("crossget", "original")],
+@pytest.fixture(params=[*((method, tower) for method in METHODS for tower in TOWERS), ("crossget", "contiguous"), ("tome", "plain")],
                 ids="-".join)  # fmt: skip
 def any_case(request: pytest.FixtureRequest) -> Case:
-    """Every method on every tower, and tokens that keep their positions."""
+    """Every method on every tower with the defaults, tokens that close the gaps, and tokens that all weigh the same."""
     method, tower = request.param
-    if tower == "original":
+    if tower == "contiguous":
         return make_case(method, visual_tokens=FEATURES, positions=tower)
+    if tower == "plain":
+        return make_case(method, visual_tokens=FEATURES, positions="contiguous", size_bias=False)
     return make_case(method, tower)
 
 
