@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _CHUNK = 1024  # queries that are compared at a time: the (I, C) matrix is never held
+# Cosines nearer than this are equal: a processor may round the products of equal embeddings differently.
+_ROUNDING = 1e-6
 
 
 def retrieval_ranks(
@@ -20,7 +22,7 @@ def retrieval_ranks(
     """At which place every query finds what belongs to it.
 
     Among equal similarities the wrong answers come first, so that a model that says the same for everything is not
-    rewarded.
+    rewarded. Similarities are equal where their cosines are less than 1e-6 apart, which is rounding.
 
     Args:
         image_IE, text_CE: embeddings of images and captions.
@@ -46,15 +48,20 @@ def retrieval_ranks(
         rows = torch.arange(start, start + len(similarity), device=images.device)
         own = rows[:, None] == owner
         best = similarity.masked_fill(~own, -torch.inf).amax(dim=1, keepdim=True)
-        rank = ((similarity >= best) & ~own).sum(dim=1)
+        rank = ((similarity >= best - _slack(images[start : start + _CHUNK], texts)) & ~own).sum(dim=1)
         to_text.append(torch.where(own.any(dim=1), rank, -1))
     to_image = []
     for start in range(0, len(texts), _CHUNK):
         similarity = texts[start : start + _CHUNK] @ images.mT
         own = owner[start : start + _CHUNK, None]
-        # Minus itself: the own image is always as similar as itself.
-        to_image.append((similarity >= similarity.gather(1, own)).sum(dim=1) - 1)
+        found = similarity.gather(1, own) - _slack(texts[start : start + _CHUNK], images)
+        to_image.append((similarity >= found).sum(dim=1) - 1)  # minus itself: the own image is always as similar
     return torch.cat(to_text), torch.cat(to_image)
+
+
+def _slack(queries_QE: Tensor, answers_AE: Tensor) -> Tensor:
+    """(Q, A) by how much products may differ that are equal but for rounding."""
+    return _ROUNDING * queries_QE.norm(dim=-1, keepdim=True) * answers_AE.norm(dim=-1)
 
 
 def retrieval_recall(

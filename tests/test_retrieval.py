@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mllm_crossget import retrieval_ranks, retrieval_recall
 from mllm_crossget.ops.contrastive import contrastive_loss
+from tests.rounding import RoundedAnyhow
 
 
 def slow_ranks(images: Tensor, texts: Tensor, owner: list[int]) -> tuple[list[int], list[int]]:
@@ -61,6 +62,14 @@ def test_a_model_that_says_the_same_for_everything_finds_nothing() -> None:
     same = torch.ones(5, 3)
     assert retrieval_recall(same, same, ks=(1, 4))["text_to_image@4"] == 0.0
     assert retrieval_recall(torch.eye(5), torch.eye(5), ks=(1,))["image_to_text@1"] == 1.0
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_nor_does_it_where_products_round_differently(normalize: bool) -> None:
+    images, texts = 3 * torch.randn(1, 16).expand(40, -1), torch.randn(1, 16).expand(40, -1)
+    with RoundedAnyhow():
+        to_text, to_image = retrieval_ranks(images, texts, torch.arange(40), normalize=normalize)
+    assert to_text.tolist() == to_image.tolist() == [39] * 40
 
 
 def test_products_instead_of_cosines() -> None:

@@ -32,7 +32,12 @@ def _tile(keys, rows, columns, tokens, WIDTH: tl.constexpr, ROWS: tl.constexpr, 
 @triton.jit
 def _best_kernel(keys, hidden, rank, best, tokens, RANKED: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
                  COLUMNS: tl.constexpr, CHANNELS: tl.constexpr):  # fmt: skip
-    """Largest similarity of some rows: to all tokens, or to those of a higher rank number."""
+    """Largest similarity of some rows to the tokens of a higher rank number; without ranks: to all tokens, and of these
+    to the rows, into ``best``, which then holds -inf before.
+
+    Without ranks the blocks left of the diagonal are left out, and a product counts for both of its tokens: the two
+    directions of a pair may round differently, but the two tokens must see the same number.
+    """
     image = tl.program_id(0)
     keys += image * tokens * WIDTH
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -41,7 +46,10 @@ def _best_kernel(keys, hidden, rank, best, tokens, RANKED: tl.constexpr, WIDTH: 
     running = tl.full((ROWS,), float("-inf"), dtype=tl.float32)
     if RANKED:
         row_rank = tl.load(rank + image * tokens + row, mask=known, other=0.0)
-    for start in range(0, tokens, COLUMNS):
+        leftmost = 0
+    else:
+        leftmost = tl.program_id(1) * ROWS // COLUMNS * COLUMNS
+    for start in range(leftmost, tokens, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
         column_hidden = tl.load(hidden + image * tokens + column, mask=column < tokens, other=1)
         allowed = (column_hidden[None, :] == 0) & (row_hidden[:, None] == 0) & (row[:, None] != column[None, :])
@@ -49,8 +57,14 @@ def _best_kernel(keys, hidden, rank, best, tokens, RANKED: tl.constexpr, WIDTH: 
             column_rank = tl.load(rank + image * tokens + column, mask=column < tokens, other=0.0)
             allowed = allowed & (column_rank[None, :] > row_rank[:, None])
         tile = _tile(keys, row, column, tokens, WIDTH, ROWS, COLUMNS, CHANNELS)
-        running = tl.maximum(running, tl.max(tl.where(allowed, tile, float("-inf")), axis=1))
-    tl.store(best + image * tokens + row, running, mask=known)
+        tile = tl.where(allowed, tile, float("-inf"))
+        running = tl.maximum(running, tl.max(tile, axis=1))
+        if not RANKED:
+            tl.atomic_max(best + image * tokens + column, tl.max(tile, axis=0), mask=column < tokens, sem="relaxed")
+    if RANKED:
+        tl.store(best + image * tokens + row, running, mask=known)
+    else:
+        tl.atomic_max(best + image * tokens + row, running, mask=known, sem="relaxed")
 
 
 @triton.jit
@@ -77,8 +91,10 @@ def _survivor_kernel(keys, hidden, src, dst, tokens, sources, WIDTH: tl.constexp
 
 
 class FusedSimilarity:
-    """A ``ops.graph.Graph`` without a map. Pairs that round differently in their two directions are not made equal, as
-    ``ops.graph.SimilarityMap`` does: the sums of a pair run over its channels in the same order both ways.
+    """A ``ops.graph.Graph`` without a map.
+
+    Tokens that are nearest to each other have equal ``best`` to the bit on every processor, as the same products count
+    for both; a maximum is the same in whatever order it is taken.
 
     Args:
         keys_BTD: (B, T, D) keys of length 1, float32.
@@ -117,7 +133,7 @@ class FusedSimilarity:
 
     def _largest(self, rank: Tensor | None) -> Tensor:
         batch, tokens, _ = self._keys.shape
-        best = torch.empty(batch, tokens, dtype=torch.float32, device=self._keys.device)
+        best = torch.full((batch, tokens), -torch.inf, dtype=torch.float32, device=self._keys.device)
         grid = (batch, triton.cdiv(tokens, _ROWS))
         _best_kernel[grid](self._keys, self._hidden, best if rank is None else rank, best, tokens,
                            RANKED=rank is not None, **self._sizes)  # fmt: skip

@@ -3,7 +3,11 @@
 A token's score is its importance minus its similarity to the best token that ranks *below* it, so never less than its
 importance minus its best similarity at all, which is at hand. The tokens with the smallest such floors are scored; if
 the r-th smallest score is below every other token's floor, no other token can be among the r that leave. Where that is
-not so, all of them are scored. Shape suffixes: B batch, T tokens, C candidates, R tokens removed.
+not so, all of them are scored. Products that are made twice may round twice, so that a similarity to a token below can
+exceed the best one by its last bits. Where all are scored it then counts as the best one, so that a floor is one; the
+scores of candidates are compared with floors of other tokens only.
+
+Shape suffixes: B batch, T tokens, C candidates, R tokens removed.
 """
 
 from __future__ import annotations
@@ -36,7 +40,7 @@ def lowest_scores(graph: Graph, importance_BT: Tensor, r: int) -> Tensor:
     rank = ranks(best)
     found = _among_candidates(graph, best, rank, importance_BT, r)
     if found is None:
-        score = importance_BT - graph.best_below(rank)
+        score = importance_BT - torch.minimum(graph.best_below(rank), best)
         found = score.argsort(dim=-1, stable=True)[:, :r]
     return found.sort(dim=-1).values
 

@@ -31,10 +31,13 @@ class Graph(Protocol):
     shielded tokens."""
 
     def best(self) -> Tensor:
-        """(B, T) similarity of every token to the token most like it."""
+        """(B, T) similarity of every token to the token most like it. Two tokens that are nearest to each other have
+        equal values to the bit on every processor, however the products of their two directions round: that they are
+        tied decides which of them may leave."""
 
     def best_below(self, rank_BT: Tensor) -> Tensor:
-        """(B, T) the same among tokens of a higher rank number; -inf where there is none."""
+        """(B, T) the same among tokens of a higher rank number; -inf where there is none. May differ from ``best`` by
+        rounding where the two are of the same pair."""
 
     def best_below_of(self, rows_BC: Tensor, rank_BT: Tensor) -> Tensor:
         """(B, C) the same for some of the tokens."""
@@ -108,8 +111,8 @@ def similarity_map(keys_BTD: Tensor, shielded_BT: Tensor | None, out: Tensor | N
 
 
 def best_of_map(similarity_BTT: Tensor) -> Tensor:
-    """(B, T) largest similarity of every token. Kernels may round S_ij and S_ji differently, but the tie rule needs two
-    tokens that are nearest to each other to have equal values: hence along rows and along columns."""
+    """(B, T) largest similarity of every token. A processor may round S_ij and S_ji differently, but the tie rule needs
+    two tokens that are nearest to each other to have equal values: hence along rows and along columns."""
     return torch.maximum(similarity_BTT.amax(dim=-1), similarity_BTT.amax(dim=-2))
 
 
@@ -180,7 +183,8 @@ class SimilarityMap:
 
 
 class SimilarityTiles:
-    """The graph without a map: rows of it are computed as they are needed, once for every question."""
+    """The graph without a map: rows of it are computed as they are needed, once for every question, and may round
+    differently in each. ``best`` therefore counts every product for both of its tokens."""
 
     def __init__(self, keys_BTD: Tensor, shielded_BT: Tensor | None) -> None:
         self._left, self._right = _factors(keys_BTD, shielded_BT)

@@ -52,7 +52,8 @@ def complete_graph_soft_matching(
 
     Every token may merge with every other. Tokens are ranked by their best similarity; a token is scored only against
     tokens ranked below it, so that both halves of a pair are never removed together. The ``r`` tokens with the smallest
-    ``importance - similarity`` leave, each into the most similar token that stays. Equal values: lower index first.
+    ``importance - similarity`` leave, each into the most similar token that stays. Equal values: lower index first. Two
+    tokens that are nearest to each other are equal in rank on every processor, whatever their products round to.
 
     Args:
         keys_BTD: (B, T, D) metric tokens, any float dtype; ranked in float32.

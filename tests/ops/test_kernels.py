@@ -13,12 +13,14 @@ from mllm_crossget.ops.importance import query_weights, ragged_query_weights
 from tests import reference
 from tests.ops.test_matching import assert_decision
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.usefixtures("torch_code")  # Numba would match instead of what is compared
 pytest.importorskip("triton", reason="Triton is not installed (it comes for Linux only)")
-FusedSimilarity = importlib.import_module("mllm_crossget.kernels.triton_graph").FusedSimilarity
+triton = importlib.import_module("triton")
+tl = importlib.import_module("triton.language")
+kernels = importlib.import_module("mllm_crossget.kernels.triton_graph")
+FusedSimilarity, _plain_tile = kernels.FusedSimilarity, kernels._tile
 received_attention = importlib.import_module("mllm_crossget.kernels.triton_importance").received_attention
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def problem(batch, tokens, width, protected):
@@ -42,12 +44,54 @@ def test_kernels_answer_as_the_map(shape):
     assert ours.best_survivor(src[:, :0]).shape == (shape[0], 0)
 
 
-def test_the_matching_with_kernels_equals_the_oracle(monkeypatch):
-    """Also with ties everywhere, and with a token that is not finite."""
+def match_with_kernels(monkeypatch):
     monkeypatch.setattr(
         "mllm_crossget.ops.matching.similarity_graph",
         lambda keys, shielded, *rest: FusedSimilarity(graph._finite_keys(keys), shielded),
     )
+
+
+@triton.jit
+def lopsided_tile(keys, rows, columns, tokens, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+                  CHANNELS: tl.constexpr):  # fmt: skip
+    """Products a few bits larger below the diagonal: where the lower index ranks first, it no longer would."""
+    tile = _plain_tile(keys, rows, columns, tokens, WIDTH, ROWS, COLUMNS, CHANNELS)
+    return tile + tl.where(rows[:, None] > columns[None, :], 5e-7, 0.0)
+
+
+# A kernel that was compiled for a GPU keeps the parts that it was compiled with.
+lopsided = pytest.param("lopsided", marks=pytest.mark.skipif(DEVICE != "cpu", reason="Triton's interpreter only"))
+
+
+@pytest.mark.parametrize("products", ["as they are", lopsided])
+@pytest.mark.parametrize("shape", [(1, 577, 64), (2, 150, 16)])
+def test_the_two_halves_of_a_pair_see_the_same_number(monkeypatch, shape, products):
+    """The tie rule lives on it, whatever the kernels round."""
+    keys, _ = problem(*shape, ())
+    unit = graph.normalised(keys.double())
+    nearest = (unit @ unit.mT - 3 * torch.eye(shape[1], device=DEVICE)).argmax(dim=-1)
+    mutual = nearest.gather(1, nearest) == torch.arange(shape[1], device=DEVICE)
+    if products == "lopsided":
+        monkeypatch.setattr(kernels, "_tile", lopsided_tile)
+    best = FusedSimilarity(graph.normalised(keys), None).best()
+    assert mutual.sum() > 100
+    assert torch.equal(best[mutual], best.gather(1, nearest)[mutual])
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="Triton's interpreter only")
+def test_lopsided_products_change_no_decision(monkeypatch):
+    match_with_kernels(monkeypatch)
+    monkeypatch.setattr(kernels, "_tile", lopsided_tile)
+    keys, importance = torch.randn(2, 150, 16), torch.rand(2, 150) / 10
+    match = complete_graph_soft_matching(keys, importance, 60, (0, 149))
+    for row in range(2):
+        expected = reference.complete_graph_matching(keys[row], importance[row], 60, {0, 149})
+        assert_decision(match, row, expected)
+
+
+def test_the_matching_with_kernels_equals_the_oracle(monkeypatch):
+    """Also with ties everywhere, and with a token that is not finite."""
+    match_with_kernels(monkeypatch)
     ties = torch.randint(0, 2, (2, 40, 4), device=DEVICE) - 0.5
     for keys in (ties, torch.randn(2, 40, 8, device=DEVICE)):
         importance = torch.randint(0, 3, (2, 40), device=DEVICE) / 4
@@ -122,7 +166,9 @@ from mllm_crossget.kernels import graph, importance
 sizes = {"WIDTH": 64, "ROWS": 32, "COLUMNS": 64, "CHANNELS": 64}
 shared = {"keys": "*fp32", "hidden": "*i8", "tokens": "i32"}
 kernels = [
-    (graph._best_kernel, shared | {"rank": "*fp32", "best": "*fp32"}, sizes | {"RANKED": True}),
+    (graph._best_kernel, shared | {"rank": "*fp32", "best": "*fp32"}, sizes | {"RANKED": ranked})
+    for ranked in (True, False)
+] + [
     (graph._survivor_kernel, shared | {"src": "*i64", "dst": "*i64", "sources": "i32"}, sizes),
 ]
 for half in ("*bf16", "*fp32"):
