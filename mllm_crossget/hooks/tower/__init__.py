@@ -8,4 +8,6 @@ where every image keeps the same number of tokens), ``counts_per_image`` (where 
 
 from mllm_crossget.moved import moved_names
 
-__getattr__ = moved_names(__name__, "hooks.ground.state", "hooks.tower.fixed_counts")
+__getattr__ = moved_names(
+    __name__, "hooks.ground.state", "hooks.tower.fixed_counts", "hooks.tower.encoder", "hooks.tower.layer"
+)
