@@ -14,6 +14,8 @@ from mllm_crossget.moved import MOVED
 PACKAGES = (
     ("mllm_crossget.hooks.tower", "LayerTrace"),
     ("mllm_crossget.hooks.tower", "hook_tower"),
+    ("mllm_crossget.hooks.tower", "first_cross_token"),
+    ("mllm_crossget.hooks.tower", "CrossInPlace"),
     ("mllm_crossget.hooks.text", "positional_names"),
     ("mllm_crossget.hooks.model", "ReducedModel"),
     ("mllm_crossget.hooks.reuse", "use_cache"),

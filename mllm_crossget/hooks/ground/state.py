@@ -64,6 +64,8 @@ class TowerState:
         alignment_width: of the encoder's alignment tokens; 0 if it has none.
         calibration: finds the layers' thresholds while ``calibrate`` runs, else None.
         ignores_mask: whether what calls the encoder has seen to it that its mask hides nothing.
+        at_output: whether a layer that removes tokens does so behind its MLP, in what it returns, and not in front of
+            it.
     """
 
     method: Method
@@ -76,6 +78,7 @@ class TowerState:
     alignment_width: int = 0
     calibration: Any = None
     ignores_mask: bool = False
+    at_output: bool = False
     schedules: dict[int, Schedule] = field(default_factory=dict)
     caps: dict[int, Schedule] = field(default_factory=dict)
 

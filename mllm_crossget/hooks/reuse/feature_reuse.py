@@ -20,7 +20,7 @@ from mllm_crossget.hooks.ground.state import MergeState, TowerState
 from mllm_crossget.hooks.ground.vision_cache import Encoded, VisionCache, content_key
 from mllm_crossget.hooks.projector.features import encoded_ahead
 from mllm_crossget.hooks.reuse.image_packing import Pieces, pieces_of
-from mllm_crossget.hooks.tower.counts_per_image import SIZES
+from mllm_crossget.hooks.tower.encoder import SIZES
 
 if TYPE_CHECKING:
     from mllm_crossget.hooks.ground.state import Handle

@@ -15,6 +15,7 @@ left.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,23 +27,12 @@ from mllm_crossget.hooks.ground.arguments import positional_names
 from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.hooks.ground.kv_cache import CACHE, cache_in, name_cache
 from mllm_crossget.hooks.ground.state import TextTowerState
-from mllm_crossget.hooks.text.clip_text import text_trace
-from mllm_crossget.hooks.text.rows import (
-    Columns,
-    Texts,
-    attention_slot,
-    columns_of,
-    compact,
-    in_columns,
-    mask_of,
-    match_and_merge,
-    moved_columns,
-    tokens_of_rows,
-    with_removals,
-)
-from mllm_crossget.hooks.tower.attention import OpenSlot, hook_attention, reduced_attention
+from mllm_crossget.hooks.text.encoder import run_texts
+from mllm_crossget.hooks.text.rows import Columns, Texts, attention_slot, in_columns, match_and_merge, tokens_of_rows
+from mllm_crossget.hooks.tower.attention import hook_attention, reduced_attention
+from mllm_crossget.hooks.tower.encoder import sizes_of
+from mllm_crossget.hooks.tower.layer import Taken, run_post_norm_layer
 from mllm_crossget.methods.base import Method
-from mllm_crossget.ops.matching import Match
 from mllm_crossget.schedule import TextGeometry
 
 CALL = "_mllm_crossget_question"
@@ -105,7 +95,7 @@ class ReducedBert(nn.Module):
 
 
 class ReducedBertEncoder(nn.Module):
-    """Mixin for the encoder: an explicit loop that threads token sizes and places through the layers."""
+    """Mixin for the encoder: the loop of ``hooks.text.encoder``, whose layers may read an image."""
 
     def forward(
         self,
@@ -122,31 +112,23 @@ class ReducedBertEncoder(nn.Module):
         kwargs.pop(CACHE, None)  # None: a call as a decoder was refused
         if texts is None:
             raise RuntimeError("a reduced text encoder was called without its model, which knows the padding")
-        hidden, end, lengths, place = compact(hidden_states, texts)
-        columns = columns_of(end, lengths, hidden.shape[1], cross=False)
-        source = torch.arange(hidden.shape[1], device=hidden.device).expand(len(hidden), -1)
-        originals = [group.tokens for group in columns.groups]
-        size = None
-        for index, layer in enumerate(getattr(self, _names(state).layers)):
-            columns = with_removals(columns, [state.schedule(tokens).removals[index] for tokens in originals])
-            mask = mask_of(columns, hidden, causal=False)
-            hidden, size, match, slot = layer(
-                hidden, encoder_hidden_states, mask, encoder_attention_mask, size, columns, **kwargs
-            )
-            if slot is not None:
-                source = slot.gather(1, source)
-                columns = moved_columns(columns, slot)
-            if state.trace is not None:
-                state.trace.append(text_trace(match, size, source, hidden))
+
+        def call(
+            layer: nn.Module, index: int, hidden: Tensor, mask: Tensor | None, size: Tensor | None, columns: Columns
+        ) -> Taken:
+            return layer(hidden, encoder_hidden_states, mask, encoder_attention_mask, size, columns, **kwargs)
+
+        run = run_texts(state, getattr(self, _names(state).layers), hidden_states, texts, call)
+        hidden = run.hidden
         if CALL in self.__dict__:
-            self.__dict__[CALL][SIZES] = _sizes(size, columns, hidden)
+            self.__dict__[CALL][SIZES] = _sizes(run.size, run.columns, hidden)
         else:
-            hidden = in_columns(hidden, source, place, texts.real, hidden_states.shape[1])
+            hidden = in_columns(hidden, run.source, run.place, texts.real, hidden_states.shape[1])
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)
 
 
 class ReducedBertLayer(nn.Module):
-    """Mixin for a post-norm layer: attention, residual and norm, **match and merge**, cross-attention, MLP."""
+    """Mixin for a post-norm layer, whose step is to **match and merge** row by row."""
 
     def forward(
         self,
@@ -157,7 +139,7 @@ class ReducedBertLayer(nn.Module):
         size: Tensor | None = None,
         columns: Columns | None = None,
         **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None, Match | None, Tensor | None]:
+    ) -> Taken:
         """One layer.
 
         Args:
@@ -175,18 +157,19 @@ class ReducedBertLayer(nn.Module):
         if columns is None:
             raise RuntimeError("a layer of a reduced text encoder was called without its encoder")
         state: TextTowerState = self.__dict__[_STATE]
-        names, method = _names(state), state.method
-        attention = getattr(self, names.attention)
-        slot = attention_slot(method, columns, size)
-        with OpenSlot(getattr(attention, names.inner), slot):
-            hidden_states = attention(hidden_states, attention_mask=attention_mask)[0]
-        hidden_states, size, match, moved = match_and_merge(method, slot, columns, hidden_states, size, first=False)
-        if encoder_hidden_states is not None:
-            crossing = getattr(self, names.crossing)
-            hidden_states = crossing(
-                hidden_states, attention_mask=encoder_attention_mask, encoder_hidden_states=encoder_hidden_states
-            )[0]
-        return getattr(self, names.mlp)(hidden_states), size, match, moved
+        slot = attention_slot(state.method, columns, size)
+        step = partial(match_and_merge, state.method, slot, columns, False)
+        return run_post_norm_layer(
+            self,
+            _names(state),
+            slot,
+            hidden_states,
+            size,
+            step,
+            attention_mask,
+            encoder_hidden_states,
+            encoder_attention_mask,
+        )
 
 
 def _names(state: TextTowerState) -> BertNames:
@@ -227,7 +210,5 @@ def _texts(kwargs: dict[str, Any]) -> Texts:
 
 def _sizes(size: Tensor | None, columns: Columns, hidden: Tensor) -> Tensor:
     """(B, T) token sizes, 0 for what fills a row up."""
-    if size is None:
-        size = torch.ones(hidden.shape[:2], dtype=torch.float32, device=hidden.device)
     places = torch.arange(hidden.shape[1], device=hidden.device)
-    return size * (places < tokens_of_rows(columns, hidden)[:, None])
+    return sizes_of(hidden, size) * (places < tokens_of_rows(columns, hidden)[:, None])

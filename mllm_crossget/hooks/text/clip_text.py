@@ -9,6 +9,7 @@ State travels as positional arguments through the layers and back, so gradient c
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,24 +20,20 @@ from mllm_crossget.families.base import LayerNames, TextTower
 from mllm_crossget.hooks.ground.arguments import positional_names
 from mllm_crossget.hooks.ground.cross_tokens import RECORD
 from mllm_crossget.hooks.ground.journal import Journal
-from mllm_crossget.hooks.ground.state import LayerTrace, TextTowerState
+from mllm_crossget.hooks.ground.state import TextTowerState
+from mllm_crossget.hooks.text.encoder import run_texts
 from mllm_crossget.hooks.text.rows import (
     Columns,
     Texts,
     attention_slot,
-    columns_of,
-    compact,
     in_columns,
-    mask_of,
     match_and_merge,
-    moved_columns,
     row_at,
-    with_removals,
     with_row,
 )
-from mllm_crossget.hooks.tower.attention import OpenSlot, hook_attention
+from mllm_crossget.hooks.tower.attention import hook_attention
+from mllm_crossget.hooks.tower.layer import Taken, run_layer
 from mllm_crossget.methods.base import Method
-from mllm_crossget.ops.matching import Match
 from mllm_crossget.schedule import TextGeometry
 
 _STATE = "_mllm_crossget_text_tower"
@@ -96,7 +93,7 @@ class ReducedTextModel(nn.Module):
 
 
 class ReducedTextEncoder(nn.Module):
-    """Mixin for a text encoder: an explicit loop that threads token sizes and places through the layers."""
+    """Mixin for a text encoder: the loop of ``hooks.text.encoder``, with the cross token that a layer writes."""
 
     def forward(self, inputs_embeds: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> BaseModelOutput:
         """(B, T, D) embeddings in, (B, T, D) states in the columns of the input in ``last_hidden_state`` out."""
@@ -104,37 +101,29 @@ class ReducedTextEncoder(nn.Module):
         texts: Texts | None = kwargs.get(KEYWORD)
         if texts is None:
             raise RuntimeError("a reduced text encoder was called without its text model, which knows the end marks")
-        hidden, end, lengths, place = compact(inputs_embeds, texts)
         vectors = self.cross_tokens() if state.method.uses_cross_tokens else None
-        columns = columns_of(end, lengths, hidden.shape[1], vectors is not None)
-        if vectors is not None:
-            hidden = torch.cat([hidden, torch.zeros_like(hidden[:, :1])], dim=1)
-        source = torch.arange(hidden.shape[1], device=hidden.device).expand(len(hidden), -1)
-        originals = [group.tokens - (vectors is not None) for group in columns.groups]
         written: list[Tensor] = []
-        size = None
-        for index, layer in enumerate(getattr(self, layer_names(state).layers)):
-            removals = [state.schedule(tokens).removals[index] for tokens in originals]
-            columns = with_removals(columns, removals)
+
+        def call(
+            layer: nn.Module, index: int, hidden: Tensor, mask: Tensor | None, size: Tensor | None, columns: Columns
+        ) -> Taken:
             cross = None
             if vectors is not None:
                 vector = vectors[index].to(device=hidden.device, dtype=hidden.dtype)
                 cross = row_at(hidden, columns.end).detach() + vector
                 written.append(cross)
-            mask = mask_of(columns, hidden, state.tower.causal)
-            hidden, size, match, slot = layer(hidden, mask, size, cross, columns)
-            if slot is not None:
-                source = slot.gather(1, source)
-                columns = moved_columns(columns, slot)
-            if state.trace is not None:
-                state.trace.append(text_trace(match, size, source, hidden))
+            return layer(hidden, mask, size, cross, columns)
+
+        layers = getattr(self, layer_names(state).layers)
+        run = run_texts(state, layers, inputs_embeds, texts, call, cross=vectors is not None)
         if written and RECORD in self.__dict__:
             self.__dict__[RECORD].append(torch.stack(written))
-        return BaseModelOutput(last_hidden_state=in_columns(hidden, source, place, texts.real, inputs_embeds.shape[1]))
+        states = in_columns(run.hidden, run.source, run.place, texts.real, inputs_embeds.shape[1])
+        return BaseModelOutput(last_hidden_state=states)
 
 
 class ReducedTextLayer(nn.Module):
-    """Mixin for a pre-norm transformer layer: norm, attention, residual, **match and merge**, norm, MLP, residual."""
+    """Mixin for a pre-norm transformer layer, whose step is to **match and merge** row by row."""
 
     def forward(
         self,
@@ -143,7 +132,7 @@ class ReducedTextLayer(nn.Module):
         size: Tensor | None = None,
         cross: Tensor | None = None,
         columns: Columns | None = None,
-    ) -> tuple[Tensor, Tensor | None, Match | None, Tensor | None]:
+    ) -> Taken:
         """One layer.
 
         Args:
@@ -160,18 +149,11 @@ class ReducedTextLayer(nn.Module):
         if columns is None:
             raise RuntimeError("a layer of a reduced text tower was called without its encoder")
         state: TextTowerState = self.__dict__[_STATE]
-        names, method = layer_names(state), state.method
-        attention = getattr(self, names.attention)
         if cross is not None and columns.cross is not None:
             hidden_states = with_row(hidden_states, columns.cross, cross)
-        slot = attention_slot(method, columns, size)
-        with OpenSlot(attention, slot):
-            attended = attention(getattr(self, names.norm1)(hidden_states), attention_mask=attention_mask)[0]
-        hidden_states = hidden_states + attended
-        first = state.tower.first
-        hidden_states, size, match, moved = match_and_merge(method, slot, columns, hidden_states, size, first)
-        hidden_states = hidden_states + getattr(self, names.mlp)(getattr(self, names.norm2)(hidden_states))
-        return hidden_states, size, match, moved
+        slot = attention_slot(state.method, columns, size)
+        step = partial(match_and_merge, state.method, slot, columns, state.tower.first)
+        return run_layer(self, layer_names(state), slot, hidden_states, size, step, attention_mask)
 
 
 def layer_names(state: TextTowerState) -> LayerNames:
@@ -209,8 +191,3 @@ def _texts(state: TextTowerState, ids: Tensor, mask: Any) -> Texts:
     if ids.shape[1] == state.geometry.context:  # padded to the fixed length: every row has the same, as the reference
         return Texts(end, None)
     return Texts(end, real.scatter(1, end[:, None], True))
-
-
-def text_trace(match: Match | None, size: Tensor | None, source: Tensor, hidden: Tensor) -> LayerTrace:
-    """A trace entry, also where nothing was merged yet."""
-    return LayerTrace(match, torch.ones(hidden.shape[:2], device=hidden.device) if size is None else size, source)

@@ -15,18 +15,20 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from mllm_crossget.hooks.ground.state import LayerTrace, TextTowerState
+from mllm_crossget.hooks.ground.state import TextTowerState
 from mllm_crossget.hooks.text.clip_text import KEYWORD, layer_names, text_state
 from mllm_crossget.hooks.text.rows import Texts, compact, in_columns
-from mllm_crossget.hooks.tower.attention import AttentionSlot, OpenSlot
+from mllm_crossget.hooks.tower.attention import AttentionSlot
 from mllm_crossget.hooks.tower.counts_per_image import record_features
+from mllm_crossget.hooks.tower.encoder import own_rows, run_layers
+from mllm_crossget.hooks.tower.layer import Taken, carry_out, run_layer
 from mllm_crossget.methods.dynamic import RaggedSignals
 from mllm_crossget.methods.madtp import MadtpConfig
-from mllm_crossget.ops.ragged import Step, last_behind_pooled, reduce_tokens
+from mllm_crossget.ops.ragged import Step, last_behind_pooled
 
 
 class RaggedTextEncoder(nn.Module):
-    """Mixin for a text encoder: an explicit loop that threads token sizes through the layers."""
+    """Mixin for a text encoder: the loop of ``hooks.tower.encoder``, every text with its own sizes from the start."""
 
     def forward(self, inputs_embeds: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> BaseModelOutput:
         """(B, T, D) embeddings in, (B, T, D) out: in the columns of the input the state of the token that each has
@@ -45,23 +47,22 @@ class RaggedTextEncoder(nn.Module):
             alive = lengths if lengths is not None else torch.full_like(texts.end, columns)
             size = (torch.arange(hidden.shape[1], device=hidden.device) < alive[:, None]).float()
         starts = (size > 0).sum(dim=1).tolist()
-        source = torch.arange(hidden.shape[1], device=hidden.device).expand(batch, -1)
         least = int(texts.end.max()) + 2
-        for index, layer in enumerate(getattr(self, layer_names(state).layers)):
+
+        def call(layer: nn.Module, index: int, hidden: Tensor, size: Tensor | None) -> Taken:
             wanted = [state.schedule(tokens).tokens[index + 1] for tokens in starts] if state.calibration else None
             alignment = _alignment(self, state, hidden, size, index)
-            hidden, size, step = layer(hidden, None, size, alignment, index, least, wanted)
-            if step is not None:
-                source = step.slot.gather(1, source)
-            if state.trace is not None:
-                state.trace.append(LayerTrace(step, size, source))
+            return layer(hidden, None, size, alignment, index, least, wanted)
+
+        layers, traces = getattr(self, layer_names(state).layers), [] if state.trace is None else [state.trace]
+        hidden, _, source = run_layers(layers, hidden, size, own_rows(hidden), call, traces)
         if reference:
             return BaseModelOutput(last_hidden_state=nn.functional.pad(hidden, (0, 0, 0, columns - hidden.shape[1])))
         return BaseModelOutput(last_hidden_state=in_columns(hidden, source, place, texts.real, columns))
 
 
 class RaggedTextLayer(nn.Module):
-    """Mixin for a pre-norm transformer layer: norm, attention, residual, **one step**, norm, MLP, residual."""
+    """Mixin for a pre-norm transformer layer, in whose step every text loses as many tokens as its scores say."""
 
     def forward(
         self,
@@ -72,7 +73,7 @@ class RaggedTextLayer(nn.Module):
         index: int = 0,
         least: int = 0,
         wanted: list[int] | None = None,
-    ) -> tuple[Tensor, Tensor, Step | None]:
+    ) -> Taken:
         """One layer.
 
         Args:
@@ -85,23 +86,20 @@ class RaggedTextLayer(nn.Module):
             wanted: while calibrating, tokens that every text is to be left with.
 
         Returns:
-            (B, M, D) tokens, their sizes, and the step (None if no text lost a token).
+            (B, M, D) tokens, their sizes, the step and (B, T) the new row of every old one (both None if no text lost a
+            token).
         """
         state = text_state(self)
         if size is None:
             raise RuntimeError("a layer of a reduced text tower was called without its encoder")
-        names, method = layer_names(state), _method(state)
+        method = _method(state)
         bias = text_bias(size, state.tower.causal, hidden_states.dtype)
         slot = AttentionSlot(record_keys=True, pruning_prefix=1, pruning_bias=bias, pruning_alive=size > 0)
-        attention = getattr(self, names.attention)
-        with OpenSlot(attention, slot):
-            attended = attention(getattr(self, names.norm1)(hidden_states), attention_mask=bias[:, None])[0]
-        hidden_states = hidden_states + attended
-        step = _choose(state, method, slot, size, alignment, index, least, wanted)
-        if step is not None:
-            hidden_states, size = reduce_tokens(hidden_states, step), step.size
-        hidden_states = hidden_states + getattr(self, names.mlp)(getattr(self, names.norm2)(hidden_states))
-        return hidden_states, size, step
+
+        def step(hidden: Tensor, size: Tensor) -> Taken:
+            return carry_out(_choose(state, method, slot, size, alignment, index, least, wanted), hidden, size)
+
+        return run_layer(self, layer_names(state), slot, hidden_states, size, step, bias[:, None])
 
 
 def up_to_the_end(texts: Texts, columns: int) -> Texts:

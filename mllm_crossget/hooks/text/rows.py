@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from mllm_crossget.hooks.tower.attention import AttentionSlot
+from mllm_crossget.hooks.tower.encoder import sizes_of
+from mllm_crossget.hooks.tower.layer import Taken
 from mllm_crossget.methods.base import Method, Signals
 from mllm_crossget.ops.matching import Match
 from mllm_crossget.ops.merging import merge, unmerge
@@ -115,29 +117,23 @@ def attention_slot(method: Method, columns: Columns, size: Tensor | None) -> Att
 
 
 def match_and_merge(
-    method: Method, slot: AttentionSlot, columns: Columns, hidden: Tensor, size: Tensor | None, first: bool
-) -> tuple[Tensor, Tensor | None, Match | None, Tensor | None]:
-    """One layer's step behind its attention.
+    method: Method, slot: AttentionSlot, columns: Columns, first: bool, hidden: Tensor, size: Tensor | None
+) -> Taken:
+    """One layer's step.
 
     Args:
         method: decides.
         slot: what the attention recorded.
         columns: where things are, and how many tokens leave.
+        first: whether the first token is protected beside the one that is read out.
         hidden: (B, T, D).
         size: (B, T) token sizes, None as long as nothing was merged.
-        first: whether the first token is protected beside the one that is read out.
-
-    Returns:
-        (B, T', D) tokens, their sizes (or None), the match (None if nothing was removed or rows differ in length) and
-        (B, T) the new column of every old one (None if nothing was removed).
     """
     if not slot.record_keys:
         return hidden, size, None, None
     keys, importance = slot.take()
     signals = Signals(keys, importance, protected_tokens(columns, keys, first), in_order=True)
-    if size is None:
-        size = torch.ones(hidden.shape[:2], dtype=torch.float32, device=hidden.device)
-    return reduce_rows(method, signals, hidden, size, columns.groups)
+    return reduce_rows(method, signals, hidden, sizes_of(hidden, size), columns.groups)
 
 
 def reduce_rows(

@@ -2,8 +2,7 @@
 
 Tokens of an image stand first in its row - class token, patches, cross token -, dead rows of size 0 behind them. A dead
 row gets no attention (its key bias is -inf), is no query of any importance, and takes no part in a matching, so that an
-image's result does not depend on the others; after each layer the batch is as long as its longest row. As in
-``hooks.tower.fixed_counts``, state travels through the layers as positional arguments.
+image's result does not depend on the others; after each layer the batch is as long as its longest row.
 """
 
 from __future__ import annotations
@@ -16,16 +15,16 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from mllm_crossget.hooks.ground.cross_tokens import RECORD
 from mllm_crossget.hooks.ground.state import TowerState
-from mllm_crossget.hooks.tower.attention import AttentionSlot, OpenSlot
-from mllm_crossget.hooks.tower.fixed_counts import FORWARD, first_cross_token, layer_trace, refuse_mask, tower_state
+from mllm_crossget.hooks.tower.attention import AttentionSlot
+from mllm_crossget.hooks.tower.encoder import SIZES, last_places, last_token, refuse_mask, run_tower
+from mllm_crossget.hooks.tower.fixed_counts import tower_state
+from mllm_crossget.hooks.tower.layer import Taken, carry_out, run_layer
 from mllm_crossget.methods.dynamic import DynamicMethod, RaggedSignals
 from mllm_crossget.ops.alignment_attention import alignment_features
 from mllm_crossget.ops.importance import ragged_query_weights
-from mllm_crossget.ops.ragged import Step, reduce_tokens
+from mllm_crossget.ops.ragged import Step
 
-SIZES = "_mllm_crossget_sizes"
 _FEATURES = "_mllm_crossget_alignment_features"
 
 
@@ -67,44 +66,24 @@ def recorded_alignment(encoder: nn.Module) -> Iterator[list[Tensor]]:
 
 
 class RaggedEncoder(nn.Module):
-    """Mixin for an encoder: an explicit loop that threads token sizes and cross token through the layers."""
+    """Mixin for an encoder: the loop of ``hooks.tower.encoder``, whose layers see how many tokens an image had."""
 
     def forward(self, inputs_embeds: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> BaseModelOutput:
         """(B, N, D) embeddings in, (B, T, D) tokens in ``last_hidden_state`` out; zeros behind each image's tokens."""
         refuse_mask(attention_mask)
-        state = tower_state(self)
-        start, prefix = inputs_embeds.shape[1], state.geometry.prefix
-        schedule = state.schedule(start)
-        hidden, vectors = inputs_embeds, None
-        if schedule.cross:
-            hidden = torch.cat([hidden, first_cross_token(hidden, prefix)], dim=1)
-            vectors = self.cross_tokens()
-        written: list[Tensor] = []
-        traces = [trace for trace in (state.trace, self.__dict__.get(FORWARD)) if trace is not None]
-        size = source = None
-        for index, layer in enumerate(getattr(self, state.names.layers)):
-            cross = None
-            if vectors is not None:
-                last = _last(hidden, size).detach()
-                cross = last + vectors[index].to(device=last.device, dtype=last.dtype)
-                written.append(cross)
-            hidden, size, step = layer(hidden, None, size, cross, _alignment(self, hidden, size, index), start, index)
-            if step is not None:
-                source = step.slot if source is None else step.slot.gather(1, source)
-            _record(self, hidden, size)
-            for trace in traces:
-                trace.append(layer_trace(step, size, source, hidden, schedule.tokens[0]))
-        if state.keeps_sizes:
-            state.sizes = size
-        if written and RECORD in self.__dict__:
-            self.__dict__[RECORD].append(torch.stack(written))
+        start = inputs_embeds.shape[1]
+
+        def arguments(index: int, hidden: Tensor, size: Tensor | None) -> tuple[Any, ...]:
+            return _alignment(self, hidden, size, index), start, index
+
+        hidden, size = run_tower(self, tower_state(self), inputs_embeds, arguments)
         if size is not None:
             hidden = hidden * (size > 0)[..., None]
         return BaseModelOutput(last_hidden_state=hidden)
 
 
 class RaggedLayer(nn.Module):
-    """Mixin for a pre-norm transformer layer: norm, attention, residual, **one step**, norm, MLP, residual."""
+    """Mixin for a pre-norm transformer layer, in whose step every image loses as many tokens as its scores say."""
 
     def forward(
         self,
@@ -115,39 +94,43 @@ class RaggedLayer(nn.Module):
         alignment: Tensor | None = None,
         start: int = 0,
         index: int = 0,
-    ) -> tuple[Tensor, Tensor | None, Step | None]:
+    ) -> Taken:
         """One layer.
 
         Args:
             hidden_states: (B, T, D).
             attention_mask: not used by the supported towers.
             size: (B, T) token sizes, 0 for dead rows; None as long as every row is one original token.
-            cross: (B, D) the cross token to write into the last place of every image.
+            cross: (D,) what makes the last token of every image the layer's cross token, or None.
             alignment: (B, T - prefix, K) match of the layer's input with the alignment tokens, or None.
             start: tokens of an image in front of the first layer.
             index: of the layer.
 
         Returns:
-            (B, M, D) tokens, their sizes (or None), and the step (None if no image lost a token).
+            (B, M, D) tokens, their sizes (or None), the step and (B, T) the new row of every old one (both None if no
+            image lost a token).
         """
         state = tower_state(self)
-        names, method = state.names, _dynamic(state)
-        attention = getattr(self, names.attention)
+        crossed = cross is not None
         if cross is not None:
-            hidden_states = _with_last(hidden_states, size, cross)
-        reduces = state.calibration is not None or method.removes_in(index)
-        slot = _slot(state, size, cross is not None, reduces)
-        masked = {} if attention_mask is None else {"attention_mask": attention_mask}  # not every attention takes one
-        with OpenSlot(attention, slot):
-            attended = attention(getattr(self, names.norm1)(hidden_states), **masked)[0]
-        hidden_states = hidden_states + attended
-        step = None
-        if reduces:
-            step = _choose(state, slot, size, cross is not None, alignment, start, index)
-        if step is not None:
-            hidden_states, size = reduce_tokens(hidden_states, step), step.size
-        hidden_states = hidden_states + getattr(self, names.mlp)(getattr(self, names.norm2)(hidden_states))
-        return hidden_states, size, step
+            last = last_token(hidden_states, size)
+            hidden_states = _with_last(hidden_states, size, last.detach() + cross)
+        reduces = state.calibration is not None or _dynamic(state).removes_in(index)
+        slot = _slot(state, size, crossed, reduces)
+
+        def step(hidden: Tensor, size: Tensor | None) -> Taken:
+            return carry_out(_choose(state, slot, size, crossed, alignment, start, index), hidden, size)
+
+        return run_layer(
+            self,
+            state.names,
+            slot,
+            hidden_states,
+            size,
+            step if reduces else None,
+            attention_mask,
+            at_output=state.at_output,
+        )
 
 
 def _dynamic(state: TowerState) -> DynamicMethod:
@@ -224,27 +207,9 @@ def record_features(encoder: Any, scores: Tensor, mapped: Tensor, alive: Tensor 
         encoder.__dict__[_FEATURES].append(alignment_features(scores, mapped, alive)[1])
 
 
-def _record(encoder: nn.Module, hidden: Tensor, size: Tensor | None) -> None:
-    if SIZES in encoder.__dict__:
-        ones = torch.ones(hidden.shape[:2], device=hidden.device)
-        encoder.__dict__[SIZES].append(ones if size is None else size)
-
-
-def _last_places(size: Tensor) -> Tensor:
-    """(B, 1, 1) place of the last token of every image."""
-    return (size > 0).sum(dim=1)[:, None, None] - 1
-
-
-def _last(hidden: Tensor, size: Tensor | None) -> Tensor:
-    """(B, D) the last token of every image."""
-    if size is None:
-        return hidden[:, -1]
-    return hidden.gather(1, _last_places(size).expand(-1, 1, hidden.shape[-1]))[:, 0]
-
-
 def _with_last(hidden: Tensor, size: Tensor | None, value: Tensor) -> Tensor:
     """The hidden states with (B, D) in the last place of every image."""
     value = value[:, None].to(hidden.dtype)
     if size is None:
         return torch.cat([hidden[:, :-1], value], dim=1)
-    return hidden.scatter(1, _last_places(size).expand(-1, 1, hidden.shape[-1]), value)
+    return hidden.scatter(1, last_places(size).expand(-1, 1, hidden.shape[-1]), value)

@@ -1,32 +1,30 @@
-"""The vision side: tokens merge inside every layer, between attention and MLP.
+"""The vision side: tokens merge inside every layer, equally many in every image.
 
-State travels as positional arguments (hidden states, mask, token sizes, cross token, removals) through the layers and
-back, so gradient checkpointing can replay a layer and two forwards may precede one backward.
+The loop over the layers is ``hooks.tower.encoder``, a layer ``hooks.tower.layer``; here is what hooks them, and what
+such a layer does in its step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from mllm_crossget.families.base import LayerNames
-from mllm_crossget.hooks.ground.cross_tokens import RECORD
 from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.hooks.ground.state import LayerTrace, TowerState
-from mllm_crossget.hooks.tower.attention import AttentionSlot, OpenSlot, hook_attention
+from mllm_crossget.hooks.tower.attention import AttentionSlot, hook_attention
+from mllm_crossget.hooks.tower.encoder import FORWARD, refuse_mask, run_tower, sizes_of
+from mllm_crossget.hooks.tower.layer import Taken, run_layer
 from mllm_crossget.methods.base import Method, Signals
-from mllm_crossget.ops.matching import Match
-from mllm_crossget.ops.merging import compose_source, merge
-from mllm_crossget.ops.ragged import Step
+from mllm_crossget.ops.merging import merge
 from mllm_crossget.schedule import TowerGeometry
 
 _STATE = "_mllm_crossget_tower"
-FORWARD = "_mllm_crossget_forward"
 
 
 def hook_tower(
@@ -64,39 +62,20 @@ def tower_state(encoder: nn.Module) -> TowerState:
 
 
 class ReducedEncoder(nn.Module):
-    """Mixin for an encoder: an explicit loop that threads token sizes and cross token through the layers."""
+    """Mixin for an encoder: the loop of ``hooks.tower.encoder``, with as many tokens to remove as the schedule says."""
 
     def forward(self, inputs_embeds: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> BaseModelOutput:
         """(B, N, D) embeddings in, (B, T, D) reduced tokens in ``last_hidden_state`` out."""
         state = tower_state(self)
         if not state.ignores_mask:
             refuse_mask(attention_mask)
-        schedule = state.schedule(inputs_embeds.shape[1])
-        hidden, vectors = inputs_embeds, None
-        if schedule.cross:
-            hidden = torch.cat([hidden, first_cross_token(hidden, state.geometry.prefix)], dim=1)
-            vectors = self.cross_tokens().unbind()
-        traces = [trace for trace in (state.trace, self.__dict__.get(FORWARD)) if trace is not None]
-        written: list[Tensor] = []
-        size = source = None
-        for index, layer in enumerate(getattr(self, state.names.layers)):
-            cross = None if vectors is None else vectors[index].to(hidden)
-            if cross is not None and RECORD in self.__dict__:
-                written.append(hidden[:, -1].detach() + cross)
-            hidden, size, match = layer(hidden, None, size, cross, schedule.removals[index])
-            if traces and match is not None:
-                source = compose_source(source, match)
-            for trace in traces:
-                trace.append(layer_trace(match, size, source, hidden, schedule.tokens[0]))
-        if written:
-            self.__dict__[RECORD].append(torch.stack(written))
-        if state.keeps_sizes:
-            state.sizes = size
+        removals = state.schedule(inputs_embeds.shape[1]).removals
+        hidden, _ = run_tower(self, state, inputs_embeds, lambda index, hidden, size: (removals[index],))
         return BaseModelOutput(last_hidden_state=hidden)
 
 
 class ReducedLayer(nn.Module):
-    """Mixin for a pre-norm transformer layer: norm, attention, residual, **match and merge**, norm, MLP, residual."""
+    """Mixin for a pre-norm transformer layer, whose step is to **match and merge**."""
 
     def forward(
         self,
@@ -105,7 +84,7 @@ class ReducedLayer(nn.Module):
         size: Tensor | None = None,
         cross: Tensor | None = None,
         removed: int = 0,
-    ) -> tuple[Tensor, Tensor | None, Match | None]:
+    ) -> Taken:
         """One layer.
 
         Args:
@@ -116,11 +95,11 @@ class ReducedLayer(nn.Module):
             removed: tokens to merge away here.
 
         Returns:
-            (B, T - removed, D) tokens, their sizes (or None), and the match (None if nothing was removed).
+            (B, T - removed, D) tokens, their sizes (or None), the match and (B, T) the new row of every old one (both
+            None if nothing was removed).
         """
         state: TowerState = self.__dict__[_STATE]
-        names, method = state.names, state.method
-        attention = getattr(self, names.attention)
+        method = state.method
         slot = AttentionSlot(
             key_bias=size.log() if size is not None and method.proportional_attention else None,
             record_keys=removed > 0,
@@ -128,87 +107,21 @@ class ReducedLayer(nn.Module):
             cross_token=cross is not None,
             guide=-1 if state.cosine and cross is not None and method.needs_importance else None,
         )
-        masked = {} if attention_mask is None else {"attention_mask": attention_mask}  # not every attention takes one
-        with OpenSlot(attention, slot), CrossInPlace(hidden_states, cross) as tokens:
-            attended = attention(getattr(self, names.norm1)(tokens), **masked)[0]
-            hidden_states = tokens + _scaled(self, names.scale1, attended)
-        match = None
-        if removed:
-            keys, importance = slot.take()
-            protected = (0,) * state.geometry.prefix + ((hidden_states.shape[1] - 1,) if cross is not None else ())
-            match = method.match(Signals(keys, importance, protected), removed)
-            if size is None:
-                size = torch.ones(hidden_states.shape[:2], dtype=torch.float32, device=hidden_states.device)
-            hidden_states, size = merge(hidden_states, size, match)
-        added = getattr(self, names.mlp)(getattr(self, names.norm2)(hidden_states))
-        if names.dropout:
-            added = getattr(self, names.dropout)(added)
-        return hidden_states + _scaled(self, names.scale2, added), size, match
-
-
-class CrossInPlace:
-    """Tokens with the cross token as the last one, for attention and what is added to it, in a ``with`` block.
-
-    A copy where gradients pass, and on a GPU, which wants few launches. Else it is written into its place and what
-    stood there is put back at the end, since others may hold these tokens: they are the output of the layer before.
-
-    Args:
-        hidden: (B, T, D) tokens.
-        cross: (D,) added to the last token, from which no gradient comes back; None for the tokens as they are.
-    """
-
-    __slots__ = ("_before", "_cross", "_hidden", "_last")
-
-    def __init__(self, hidden: Tensor, cross: Tensor | None) -> None:
-        self._hidden, self._cross = hidden, cross
-        self._last: Tensor | None = None
-        self._before: Tensor | None = None
-
-    def __enter__(self) -> Tensor:
-        hidden, cross = self._hidden, self._cross
-        if cross is None:
-            return hidden
-        if torch.is_grad_enabled() or not hidden.is_cpu or torch.compiler.is_compiling():
-            return torch.cat([hidden[:, :-1], hidden[:, -1:].detach() + cross], dim=1)
-        self._last = hidden.select(1, -1)
-        self._before = self._last.clone()
-        self._last.add_(cross)
-        return hidden
-
-    def __exit__(self, *error: object) -> None:
-        if self._last is not None and self._before is not None:
-            self._last.copy_(self._before)
-
-
-def _scaled(layer: nn.Module, scale: str, added: Tensor) -> Tensor:
-    """What a branch adds to the residual stream, times the layer's scale of that name (LayerScale) if it has one."""
-    return getattr(layer, scale) * added if scale else added
-
-
-def first_cross_token(hidden: Tensor, prefix: int) -> Tensor:
-    """A copy of the class token (as the reference); the mean of the patches where a tower has none."""
-    return hidden[:, :1] if prefix else hidden.mean(dim=1, keepdim=True)
-
-
-def refuse_mask(attention_mask: Tensor | None) -> None:
-    """Raise ``ValueError`` for a tower that was given a mask."""
-    if attention_mask is not None:
-        raise ValueError(
-            "this vision tower was called with an attention mask (packed or padded patches); masked towers are not "
-            "supported by mllm_crossget: pass images without padding, or restore_mllm(model) first"
+        step = partial(_match_and_merge, state, slot, removed) if removed else None
+        return run_layer(
+            self, state.names, slot, hidden_states, size, step, attention_mask, cross, at_output=state.at_output
         )
 
 
-def layer_trace(
-    match: Match | Step | None, size: Tensor | None, source: Tensor | None, hidden: Tensor, start: int
-) -> LayerTrace:
-    """A trace entry, also where nothing was merged yet; ``start`` tokens stood in front of the first layer."""
-    batch, tokens = hidden.shape[:2]
-    if size is None:
-        size = torch.ones(batch, tokens, device=hidden.device)
-    if source is None:
-        source = torch.arange(start, device=hidden.device).expand(batch, -1)
-    return LayerTrace(match, size, source)
+def _match_and_merge(
+    state: TowerState, slot: AttentionSlot, removed: int, hidden: Tensor, size: Tensor | None
+) -> Taken:
+    """The step of a layer that removes tokens."""
+    keys, importance = slot.take()
+    protected = (0,) * state.geometry.prefix + ((hidden.shape[1] - 1,) if slot.cross_token else ())
+    match = state.method.match(Signals(keys, importance, protected), removed)
+    hidden, size = merge(hidden, sizes_of(hidden, size), match)
+    return hidden, size, match, match.slot
 
 
 class Encoding(list[LayerTrace]):

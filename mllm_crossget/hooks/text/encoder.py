@@ -1,0 +1,68 @@
+"""The loop over a text encoder's layers for rows that are matched on their own tokens (``hooks.text.rows``): padding
+goes out in front, every layer is told where things are, and afterwards the caller gets what leads back to the input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from mllm_crossget.hooks.ground.state import TextTowerState
+from mllm_crossget.hooks.text.rows import Columns, Texts, columns_of, compact, mask_of, moved_columns, with_removals
+from mllm_crossget.hooks.tower.encoder import own_rows, run_layers
+from mllm_crossget.hooks.tower.layer import Taken
+
+TextCall: TypeAlias = Callable[[nn.Module, int, Tensor, Tensor | None, Tensor | None, Columns], Taken]
+"""Layer, its index, (B, T, D) tokens, additive mask, (B, T) sizes and columns -> what the layer returned."""
+
+
+class TextRun(NamedTuple):
+    """Behind the last layer: (B, T, D) tokens, (B, T) sizes (None: all one), where things are, and (B, N) the row of
+    every compacted token and (B, N) the compacted column of every column of the input (None: none was taken out)."""
+
+    hidden: Tensor
+    size: Tensor | None
+    columns: Columns
+    source: Tensor
+    place: Tensor | None
+
+
+def run_texts(
+    state: TextTowerState,
+    layers: Iterable[nn.Module],
+    embeds: Tensor,
+    texts: Texts,
+    call: TextCall,
+    cross: bool = False,
+) -> TextRun:
+    """Layer by layer.
+
+    Args:
+        state: of the hooked encoder.
+        layers: of the encoder.
+        embeds: (B, T, D).
+        texts: which of them are real, and which is read out.
+        call: calls one layer with all that it takes.
+        cross: whether a cross token travels behind every row's last token; ``call`` hands the layer its value.
+    """
+    hidden, end, lengths, place = compact(embeds, texts)
+    columns = columns_of(end, lengths, hidden.shape[1], cross)
+    originals = [group.tokens - cross for group in columns.groups]
+    if cross:
+        hidden = torch.cat([hidden, torch.zeros_like(hidden[:, :1])], dim=1)
+
+    def call_with_columns(layer: nn.Module, index: int, hidden: Tensor, size: Tensor | None) -> Taken:
+        nonlocal columns
+        columns = with_removals(columns, [state.schedule(tokens).removals[index] for tokens in originals])
+        taken = call(layer, index, hidden, mask_of(columns, hidden, state.tower.causal), size, columns)
+        if taken[3] is not None:
+            columns = moved_columns(columns, taken[3])
+        return taken
+
+    source = own_rows(hidden)
+    traces = [] if state.trace is None else [state.trace]
+    hidden, size, followed = run_layers(layers, hidden, None, source, call_with_columns, traces)
+    return TextRun(hidden, size, columns, source if followed is None else followed, place)

@@ -1,0 +1,131 @@
+"""The loop over an encoder's layers, for every tower: it threads the sizes through them and follows the tokens.
+
+State travels as positional arguments (hidden states, mask, token sizes, cross token, ...) through the layers and back,
+so gradient checkpointing can replay a layer and two forwards may precede one backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from mllm_crossget.hooks.ground.cross_tokens import RECORD
+from mllm_crossget.hooks.ground.state import LayerTrace, TowerState
+from mllm_crossget.hooks.tower.layer import Taken
+
+FORWARD = "_mllm_crossget_forward"
+SIZES = "_mllm_crossget_sizes"
+
+Call: TypeAlias = Callable[[nn.Module, int, Tensor, Tensor | None], Taken]
+"""Layer, its index, (B, T, D) tokens and (B, T) sizes -> what the layer returned."""
+
+
+def run_layers(
+    layers: Iterable[nn.Module],
+    hidden: Tensor,
+    size: Tensor | None,
+    source: Tensor | None,
+    call: Call,
+    traces: Sequence[list[LayerTrace]] = (),
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Layer by layer.
+
+    Args:
+        layers: of the encoder.
+        hidden: (B, N, D) in front of the first layer.
+        size: (B, N) sizes there; None if all are one.
+        source: (B, N) where every token stands, to be followed through the layers (``own_rows``); None: not followed.
+        call: calls one layer with all that it takes.
+        traces: lists that get one entry per layer; they ask for ``source``.
+
+    Returns:
+        (B, T, D) tokens, (B, T) sizes or None, and (B, N) the row of every token of the first layer, or None.
+    """
+    for index, layer in enumerate(layers):
+        hidden, size, decided, slot = call(layer, index, hidden, size)
+        if source is not None and slot is not None:
+            source = slot.gather(1, source)
+        for trace in traces:
+            trace.append(LayerTrace(decided, sizes_of(hidden, size), source))
+    return hidden, size, source
+
+
+def run_tower(
+    encoder: Any,
+    state: TowerState,
+    embeds: Tensor,
+    arguments: Callable[[int, Tensor, Tensor | None], tuple[Any, ...]],
+) -> tuple[Tensor, Tensor | None]:
+    """All layers of a vision tower, with the cross token as the last one where there is one.
+
+    Args:
+        encoder, state: the hooked encoder.
+        embeds: (B, N, D).
+        arguments: (index of the layer, its input, sizes there) -> what the layer gets behind tokens, mask, sizes and
+            cross token.
+
+    Returns:
+        (B, T, D) tokens and (B, T) their sizes, None if nothing was merged.
+    """
+    hidden, vectors = embeds, None
+    if state.schedule(embeds.shape[1]).cross:
+        hidden = torch.cat([hidden, first_cross_token(hidden, state.geometry.prefix)], dim=1)
+        vectors = encoder.cross_tokens().unbind()
+    written: list[Tensor] = []
+
+    def call(layer: nn.Module, index: int, hidden: Tensor, size: Tensor | None) -> Taken:
+        cross = None if vectors is None else vectors[index].to(hidden)
+        if cross is not None and RECORD in encoder.__dict__:
+            written.append(last_token(hidden, size).detach() + cross)
+        taken: Taken = layer(hidden, None, size, cross, *arguments(index, hidden, size))
+        if SIZES in encoder.__dict__:
+            encoder.__dict__[SIZES].append(sizes_of(*taken[:2]))
+        return taken
+
+    traces = [trace for trace in (state.trace, encoder.__dict__.get(FORWARD)) if trace is not None]
+    source = own_rows(hidden) if traces else None
+    hidden, size, _ = run_layers(getattr(encoder, state.names.layers), hidden, None, source, call, traces)
+    if written:
+        encoder.__dict__[RECORD].append(torch.stack(written))
+    if state.keeps_sizes:
+        state.sizes = size
+    return hidden, size
+
+
+def own_rows(hidden: Tensor) -> Tensor:
+    """(B, N) where the tokens of (B, N, D) stand."""
+    return torch.arange(hidden.shape[1], device=hidden.device).expand(len(hidden), -1)
+
+
+def sizes_of(hidden: Tensor, size: Tensor | None) -> Tensor:
+    """(B, T) sizes, also where nothing was merged yet."""
+    return torch.ones(hidden.shape[:2], dtype=torch.float32, device=hidden.device) if size is None else size
+
+
+def first_cross_token(hidden: Tensor, prefix: int) -> Tensor:
+    """A copy of the class token (as the reference); the mean of the patches where a tower has none."""
+    return hidden[:, :1] if prefix else hidden.mean(dim=1, keepdim=True)
+
+
+def last_places(size: Tensor) -> Tensor:
+    """(B, 1, 1) place of the last token of every image, in front of its dead rows."""
+    return (size > 0).sum(dim=1)[:, None, None] - 1
+
+
+def last_token(hidden: Tensor, size: Tensor | None) -> Tensor:
+    """(B, D) the last token of every image."""
+    if size is None:
+        return hidden[:, -1]
+    return hidden.gather(1, last_places(size).expand(-1, 1, hidden.shape[-1]))[:, 0]
+
+
+def refuse_mask(attention_mask: Tensor | None) -> None:
+    """Raise ``ValueError`` for a tower that was given a mask."""
+    if attention_mask is not None:
+        raise ValueError(
+            "this vision tower was called with an attention mask (packed or padded patches); masked towers are not "
+            "supported by mllm_crossget: pass images without padding, or restore_mllm(model) first"
+        )
