@@ -8,7 +8,7 @@ from torch import nn
 
 from mllm_crossget import families as _registered_families  # noqa: F401 - registers them
 from mllm_crossget import methods as _registered_methods  # noqa: F401 - registers them
-from mllm_crossget.families.base import (
+from mllm_crossget.families.family import (
     BertNames,
     Family,
     LayerNames,
@@ -22,7 +22,7 @@ from mllm_crossget.families.base import (
 )
 from mllm_crossget.hooks.ground.state import base_model
 from mllm_crossget.hooks.tower.attention import attention_problem
-from mllm_crossget.methods.base import Method
+from mllm_crossget.methods.method import Method
 from mllm_crossget.methods.madtp import MadtpConfig
 from mllm_crossget.schedule import MergeGeometry, TowerGeometry, make_schedule, make_text_schedule
 

@@ -15,10 +15,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mllm_crossget.costs.language import language_costs
-from mllm_crossget.families.base import TOWERS, Family, TextTower, config_at, families, family_of
+from mllm_crossget.families.family import TOWERS, Family, TextTower, config_at, families, family_of
 from mllm_crossget.families.modality import Tiles
 from mllm_crossget.flop_formulas import attention_flops, linear_flops, pooling_head_flops
-from mllm_crossget.methods.base import Method, Signals
+from mllm_crossget.methods.method import Method, Signals
 from mllm_crossget.methods.madtp import MadtpConfig
 from mllm_crossget.schedule import (
     MergeGeometry,

@@ -16,8 +16,8 @@ from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModel, AutoMo
 from mllm_crossget.config import DIALS
 from mllm_crossget.costs.flops import Flops, model_flops, tiles_of, visual_tokens
 from mllm_crossget.costs.geometries.llava import resolve
-from mllm_crossget.families.base import TextTower, config_at, family_of
-from mllm_crossget.methods.base import Method
+from mllm_crossget.families.family import TextTower, config_at, family_of
+from mllm_crossget.methods.method import Method
 from mllm_crossget.schedule import Schedule, TowerGeometry, make_schedule, make_text_schedule
 from mllm_crossget.support import unsupported_reason
 

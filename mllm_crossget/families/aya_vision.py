@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mllm_crossget.families.base import SIGLIP_TOWER, Family, patches_per_image, register_family, tower_kind
+from mllm_crossget.families.family import SIGLIP_TOWER, Family, patches_per_image, register_family, tower_kind
 from mllm_crossget.families.gemma3 import siglip_flops
 from mllm_crossget.families.llava import layer_that_is_read
 from mllm_crossget.families.modality import Modality

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mllm_crossget.families.base import Family, TextSide, patches_per_image, register_family, tower_kind
+from mllm_crossget.families.family import Family, TextSide, patches_per_image, register_family, tower_kind
 from mllm_crossget.flop_formulas import attention_flops, linear_flops
 from mllm_crossget.schedule import TowerGeometry
 

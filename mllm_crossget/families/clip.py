@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mllm_crossget.families.base import (
+from mllm_crossget.families.family import (
     CLIP_TOWER,
     Family,
     TextTower,

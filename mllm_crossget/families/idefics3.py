@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mllm_crossget.families.base import (
+from mllm_crossget.families.family import (
     Family,
     TowerKind,
     patches_per_image,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mllm_crossget.families.base import Family, TextSide, register_family
+from mllm_crossget.families.family import Family, TextSide, register_family
 from mllm_crossget.families.blip2 import (
     Q_FORMER_INPUT,
     connector_flops,

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mllm_crossget.families.base import Family, LayerNames, TowerKind, register_family, register_tower, tower_kind
+from mllm_crossget.families.family import Family, LayerNames, TowerKind, register_family, register_tower, tower_kind
 from mllm_crossget.families.llava import layer_that_is_read
 from mllm_crossget.families.modality import Modality
 from mllm_crossget.flop_formulas import linear_flops, vit_flops

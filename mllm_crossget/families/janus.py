@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mllm_crossget.families.base import (
+from mllm_crossget.families.family import (
     Family,
     TowerKind,
     patches_per_image,

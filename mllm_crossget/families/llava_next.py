@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mllm_crossget.families.base import Family, register_family
+from mllm_crossget.families.family import Family, register_family
 from mllm_crossget.families.llava import TOWERS, geometry, two_layer_projector_flops
 from mllm_crossget.families.modality import Modality, Tiles
 from mllm_crossget.families.tile_packing import layouts, tile_counts

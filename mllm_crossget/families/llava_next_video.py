@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from mllm_crossget.families.base import register_family
+from mllm_crossget.families.family import register_family
 from mllm_crossget.families.llava_next import EXACT, IMAGE, LLAVA_NEXT
 from mllm_crossget.families.llava_onevision import VIDEO as FRAMES
 from mllm_crossget.families.llava_onevision import frame_counts

@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from mllm_crossget.families.base import Family, register_family
+from mllm_crossget.families.family import Family, register_family
 from mllm_crossget.families.llava import TOWERS, two_layer_projector_flops
 from mllm_crossget.families.llava_next import EXACT, grid_geometry, parts, require_sizes, square_tiles
 from mllm_crossget.families.modality import Modality, Tiles, all_of

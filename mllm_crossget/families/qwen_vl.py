@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mllm_crossget.families.base import Family, register_family
+from mllm_crossget.families.family import Family, register_family
 from mllm_crossget.families.modality import Modality
 from mllm_crossget.flop_formulas import attention_flops, linear_flops
 from mllm_crossget.schedule import MergeGeometry

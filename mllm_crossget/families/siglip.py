@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mllm_crossget.families.base import SIGLIP_TOWER, Family, TextTower, patches_per_image, register_family
+from mllm_crossget.families.family import SIGLIP_TOWER, Family, TextTower, patches_per_image, register_family
 from mllm_crossget.flop_formulas import linear_flops
 from mllm_crossget.schedule import TowerGeometry
 

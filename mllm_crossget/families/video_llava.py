@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from mllm_crossget.families.base import patches_per_image, register_family
+from mllm_crossget.families.family import patches_per_image, register_family
 from mllm_crossget.families.llava import LLAVA, geometry
 from mllm_crossget.families.llava_onevision import VIDEO as FRAMES
 from mllm_crossget.families.llava_onevision import frame_counts

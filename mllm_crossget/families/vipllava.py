@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mllm_crossget.families.base import Family, patches_per_image, register_family, tower_kind
+from mllm_crossget.families.family import Family, patches_per_image, register_family, tower_kind
 from mllm_crossget.families.modality import Modality
 from mllm_crossget.flop_formulas import linear_flops
 from mllm_crossget.schedule import TowerGeometry

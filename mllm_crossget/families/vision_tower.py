@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mllm_crossget.families.base import (
+from mllm_crossget.families.family import (
     CLIP_TOWER,
     SIGLIP_TOWER,
     Family,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mllm_crossget.families.base import (
+from mllm_crossget.families.family import (
     BertNames,
     Family,
     config_at,
@@ -40,7 +40,7 @@ from mllm_crossget.hooks.text.first_token import hook_text
 from mllm_crossget.hooks.tower.counts_per_image import RaggedEncoder, RaggedLayer
 from mllm_crossget.hooks.tower.fixed_counts import hook_tower
 from mllm_crossget.hooks.tower.pooling_head import hook_pooling
-from mllm_crossget.methods.base import Method
+from mllm_crossget.methods.method import Method
 from mllm_crossget.methods.madtp import MadtpConfig
 from mllm_crossget.schedule import Geometry, MergeGeometry, TowerGeometry, make_schedule
 

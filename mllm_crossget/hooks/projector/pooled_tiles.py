@@ -21,7 +21,7 @@ from mllm_crossget.hooks.projector.features import FEATURES
 from mllm_crossget.hooks.projector.post_merge import merge_features
 from mllm_crossget.hooks.projector.tiles import PLACES, GridFeatures, place, reading, sources_of
 from mllm_crossget.hooks.tower.fixed_counts import trace_of
-from mllm_crossget.methods.base import Method
+from mllm_crossget.methods.method import Method
 from mllm_crossget.ops.merging import unmerge
 from mllm_crossget.schedule import at_share
 

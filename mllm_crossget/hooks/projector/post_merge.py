@@ -22,7 +22,7 @@ from mllm_crossget.families.modality import Modality
 from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.hooks.ground.state import LayerTrace, MergeState, TowerState
 from mllm_crossget.hooks.projector.features import FEATURES, FeaturesMixin, encoded_ahead, features_of, with_features
-from mllm_crossget.methods.base import Method, Signals
+from mllm_crossget.methods.method import Method, Signals
 from mllm_crossget.ops.importance import attention_importance
 from mllm_crossget.ops.merging import compose_source, merge
 

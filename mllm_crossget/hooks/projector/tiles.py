@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mllm_crossget.families.base import module_at
+from mllm_crossget.families.family import module_at
 from mllm_crossget.families.tile_packing import layouts, reduced_layout
 from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.hooks.projector.features import FEATURES, ReducedFeatures

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mllm_crossget.families.base import module_at
+from mllm_crossget.families.family import module_at
 from mllm_crossget.families.modality import Modality
 from mllm_crossget.hooks.ground.kv_cache import cache_in
 from mllm_crossget.hooks.ground.state import Handle

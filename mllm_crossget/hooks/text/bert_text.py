@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from mllm_crossget.families.base import BertNames, TextTower
+from mllm_crossget.families.family import BertNames, TextTower
 from mllm_crossget.hooks.ground.arguments import positional_names
 from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.hooks.ground.kv_cache import CACHE, cache_in, name_cache
@@ -41,7 +41,7 @@ from mllm_crossget.hooks.text.rows import (
     with_removals,
 )
 from mllm_crossget.hooks.tower.attention import OpenSlot, hook_attention, reduced_attention
-from mllm_crossget.methods.base import Method
+from mllm_crossget.methods.method import Method
 from mllm_crossget.ops.matching import Match
 from mllm_crossget.schedule import TextGeometry
 

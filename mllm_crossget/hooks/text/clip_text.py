@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from mllm_crossget.families.base import LayerNames, TextTower
+from mllm_crossget.families.family import LayerNames, TextTower
 from mllm_crossget.hooks.ground.arguments import positional_names
 from mllm_crossget.hooks.ground.cross_tokens import RECORD
 from mllm_crossget.hooks.ground.journal import Journal
@@ -35,7 +35,7 @@ from mllm_crossget.hooks.text.rows import (
     with_row,
 )
 from mllm_crossget.hooks.tower.attention import OpenSlot, hook_attention
-from mllm_crossget.methods.base import Method
+from mllm_crossget.methods.method import Method
 from mllm_crossget.ops.matching import Match
 from mllm_crossget.schedule import TextGeometry
 

@@ -20,7 +20,8 @@ from mllm_crossget.hooks.ground.cross_tokens import RECORD
 from mllm_crossget.hooks.ground.state import TowerState
 from mllm_crossget.hooks.tower.attention import AttentionSlot, OpenSlot
 from mllm_crossget.hooks.tower.fixed_counts import first_cross_token, layer_trace, refuse_mask, tower_state
-from mllm_crossget.methods.dynamic import DynamicMethod, RaggedSignals
+from mllm_crossget.methods.capabilities import PerImage
+from mllm_crossget.methods.signals import RaggedSignals
 from mllm_crossget.ops.alignment_attention import alignment_features
 from mllm_crossget.ops.importance import ragged_query_weights
 from mllm_crossget.ops.ragged import Step, reduce_tokens
@@ -149,10 +150,11 @@ class RaggedLayer(nn.Module):
         return hidden_states, size, step
 
 
-def _dynamic(state: TowerState) -> DynamicMethod:
-    if not isinstance(state.method, DynamicMethod):
+def _dynamic(state: TowerState) -> PerImage:
+    method = state.method.per_image
+    if method is None:
         raise TypeError(f"{type(state.method).__name__} keeps the same number of tokens in every image")
-    return state.method
+    return method
 
 
 def _slot(state: TowerState, size: Tensor | None, cross: bool, reduces: bool) -> AttentionSlot:

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from mllm_crossget.families.base import LayerNames
+from mllm_crossget.families.family import LayerNames
 from mllm_crossget.hooks.ground.cross_tokens import RECORD
 from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.hooks.ground.state import LayerTrace, TowerState
 from mllm_crossget.hooks.tower.attention import AttentionSlot, OpenSlot, hook_attention
-from mllm_crossget.methods.base import Method, Signals
+from mllm_crossget.methods.method import Method, Signals
 from mllm_crossget.ops.matching import Match
 from mllm_crossget.ops.merging import compose_source, merge
 from mllm_crossget.ops.ragged import Step
