@@ -17,6 +17,7 @@ from mllm_crossget.hooks.ground.state import HANDLE, Handle, LayerTrace, base_mo
 from mllm_crossget.hooks.ground.vision_cache import VisionCache
 from mllm_crossget.hooks.reuse.feature_reuse import check_reuse, use_cache
 from mllm_crossget.methods.method import Method, checked_method
+from mllm_crossget.schedule import acting_geometry
 from mllm_crossget.support import check_dials, supported_family
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -61,7 +62,7 @@ def accelerate_mllm(
     chosen = _settings(config, method, keep_ratio, visual_tokens, r, options)
     target = base_model(model)
     family = supported_family(target)
-    geometry = family.geometry(target.config)
+    geometry = acting_geometry(chosen, family.geometry(target.config))
     check_dials(chosen, family, target)
     check_reuse(target, family, reuse_vision)
     old = handle_of(target)

@@ -21,9 +21,9 @@ from mllm_crossget.families.family import (
     tower_kind,
 )
 from mllm_crossget.hooks.ground.state import base_model
+from mllm_crossget.hooks.projector.features import FEATURES
 from mllm_crossget.hooks.tower.attention import attention_problem
-from mllm_crossget.methods.method import Method
-from mllm_crossget.methods.madtp import MadtpConfig
+from mllm_crossget.methods.method import Method, Place
 from mllm_crossget.schedule import MergeGeometry, TowerGeometry, make_schedule, make_text_schedule
 
 
@@ -108,7 +108,13 @@ def _check_layers(model: nn.Module, tower: str, encoder: nn.Module, names: Layer
 
 
 def check_dials(method: Method, family: Family, model: Any) -> None:
-    """The dials fit the model's towers and its geometry. Raises ``ValueError``."""
+    """The method's place and dials fit the model's towers and its geometry. Raises ``ValueError``."""
+    problem = place_problem(method, family, model)
+    if problem is not None:
+        raise ValueError(
+            f"{type(method).__name__} acts at {type(model).__name__}'s {method.place.value}, which is not possible: "
+            f"{problem}"
+        )
     if method.is_dynamic:
         _refuse_fixed_counts(model, family)
     if method.positions is not None:
@@ -124,7 +130,7 @@ def check_dials(method: Method, family: Family, model: Any) -> None:
     elif method.reduces_text:
         geometry = text.geometry(model.config)
         make_text_schedule(method, geometry, geometry.context)
-    if text is not None and method.reduces_text and isinstance(method, MadtpConfig) and not text.causal:
+    if text is not None and method.reduces_text and method.per_text is not None and not text.causal:
         reason = "is read from its last column" if text.appends else "is a BERT, and its pruning is not implemented"
         raise ValueError(
             f"MADTP prunes CLIP's text tower, but not that of {type(model).__name__}, which {reason}; leave "
@@ -140,6 +146,47 @@ def check_dials(method: Method, family: Family, model: Any) -> None:
             f"{type(model).__name__} has no vision tower: give text_keep_ratio or text_r instead of keep_ratio, "
             "visual_tokens or r"
         )
+
+
+def place_problem(method: Method, family: Family, model: Any) -> str | None:
+    """Why a method cannot act where it wants to in a model, or None if it can."""
+    if method.place is Place.TOWER_LAYERS:
+        if method.needs_features or method.needs_class_attention:
+            return "inside layers there are keys and importance, not features or the class token's attention"
+        return None
+    if method.place is Place.LANGUAGE_MODEL:
+        return "nothing serves that place yet; use a method that acts in the vision tower or behind the projector"
+    if method.is_dynamic:
+        return "a number of tokens per image is served inside the tower's layers alone"
+    if method.reduces_text:
+        return "text is reduced inside the text tower's layers alone; leave text_keep_ratio and text_r out"
+    reason = FEATURES[family.features].refused.get(method.place)
+    if reason is not None:
+        return reason
+    return (
+        _projector_problem(method, family)
+        if method.place is Place.PROJECTOR
+        else _output_problem(method, family, model)
+    )
+
+
+def _projector_problem(method: Method, family: Family) -> str | None:
+    if family.features_owner is None or not family.modalities:
+        return "its prompt has no placeholders that features of the image take, so there is nothing to choose from"
+    if method.needs_class_attention:
+        return "behind the projector there is no class token, whose attention the method wants"
+    return None
+
+
+def _output_problem(method: Method, family: Family, model: Any) -> str | None:
+    if not family.towers or family.tower is None:
+        return "it has no vision tower"
+    if family.text_tower is not None and not family.text_tower.reads_image:
+        return "its image embedding is all that is read of the tower's output"
+    geometry = family.geometry(model.config)
+    if method.needs_class_attention and not getattr(geometry, "prefix", 0):
+        return "its tower has no class token, whose attention the method wants"
+    return None
 
 
 def _check_own_tower(method: Method, name: str, geometry: TowerGeometry) -> None:

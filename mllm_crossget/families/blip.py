@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mllm_crossget.families.family import BertNames, Family, TextSide, TextTower, register_family
 from mllm_crossget.families.blip2 import self_attention_block_flops, vision_type, vit_geometry
+from mllm_crossget.families.family import BertNames, Family, TextSide, TextTower, register_family
 from mllm_crossget.flop_formulas import attention_flops, linear_flops
 
 _POST_NORM = "vision_model.post_layernorm"

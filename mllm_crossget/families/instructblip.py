@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from mllm_crossget.families.family import Family, TextSide, register_family
 from mllm_crossget.families.blip2 import (
     Q_FORMER_INPUT,
     connector_flops,
@@ -18,6 +17,7 @@ from mllm_crossget.families.blip2 import (
     vision_type,
     vit_geometry,
 )
+from mllm_crossget.families.family import Family, TextSide, register_family
 from mllm_crossget.flop_formulas import attention_flops
 
 

@@ -128,8 +128,8 @@ class MadtpConfig(DynamicMethod):
 
     def with_thresholds(self, images: Sequence[float] | None = None, texts: Sequence[float] | None = None) -> Self:
         """See ``Method``."""
-        found = {"threshold": images, "text_threshold": texts}
-        return replace(self, **{name: list(values) for name, values in found.items() if values is not None})
+        on_texts = self.text_threshold if texts is None else list(texts)
+        return replace(self, threshold=self.threshold if images is None else list(images), text_threshold=on_texts)
 
     def layer_flops(self, shape: LayerShape) -> int:
         """In every layer the match with the alignment tokens; where tokens leave, QKᵀ once more for the best head, and

@@ -138,7 +138,7 @@ class CrossGetTrainer(Trainer):
         total = dict(zip(names, values.tolist(), strict=True))
         summary = {name: total[name] / total["steps"] for name in _TERMS if name in self._window}
         handle = _handle(self.model)
-        if total["images"] and not vars(handle.method).get("reference"):  # which has no dial that would tell
+        if total["images"] and handle.method.tempered is None:  # which has no dial that would tell
             text = round((total["tokens"] - total["images"] * prompt_tokens_per_image(self.model)) / total["rows"])
             summary["visual_tokens"] = handle.schedule.features
             summary["flops_saved"] = flops_saved(self.model, max(1, text))

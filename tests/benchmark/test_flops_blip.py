@@ -18,8 +18,8 @@ from mllm_crossget.costs.flops import model_flops
 from mllm_crossget.costs.geometries.llava import GEOMETRIES, resolve
 from mllm_crossget.costs.inspect_model import inspection
 from mllm_crossget.costs.language import language_costs
-from mllm_crossget.families.family import BLIP2_TOWER
 from mllm_crossget.families.blip2 import vit_geometry
+from mllm_crossget.families.family import BLIP2_TOWER
 from mllm_crossget.hooks.ground.cross_tokens import CrossTokens
 from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.hooks.tower.fixed_counts import hook_tower

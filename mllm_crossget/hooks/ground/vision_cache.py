@@ -22,6 +22,7 @@ class Encoded:
         features: (k, D) what the language model gets.
         companions: (k, ·) further features of the same tokens, one for each layer that has some (deepstack).
         cells: (k,) the grid's cells that were kept, where positions need them.
+        sizes: (k,) original tokens in each, where that is known.
         form: how an output that holds it is written; the same for every image of a model.
     """
 
@@ -29,11 +30,12 @@ class Encoded:
     companions: tuple[Tensor, ...] = ()
     cells: Tensor | None = None
     form: Any = None
+    sizes: Tensor | None = None
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All of its tensors."""
-        return (self.features, *self.companions) + (() if self.cells is None else (self.cells,))
+        return (self.features, *self.companions, *(one for one in (self.cells, self.sizes) if one is not None))
 
     @property
     def size(self) -> int:
@@ -43,8 +45,8 @@ class Encoded:
     def copied(self) -> Encoded:
         """The same with tensors of its own, which belong to no graph and to no larger tensor."""
         features, *companions = (tensor.detach().clone() for tensor in (self.features, *self.companions))
-        cells = None if self.cells is None else self.cells.detach().clone()
-        return Encoded(features, tuple(companions), cells, self.form)
+        cells, sizes = (None if one is None else one.detach().clone() for one in (self.cells, self.sizes))
+        return Encoded(features, tuple(companions), cells, self.form, sizes)
 
 
 class VisionCache:

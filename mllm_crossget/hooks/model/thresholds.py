@@ -31,9 +31,7 @@ class Calibration:
 
     thresholds: list[float] = field(default_factory=list)
 
-    def choose(
-        self, method: PerImage, scores: Tensor, shielded: Tensor, least: Tensor | None, wanted: int
-    ) -> float:
+    def choose(self, method: PerImage, scores: Tensor, shielded: Tensor, least: Tensor | None, wanted: int) -> float:
         """The threshold at which the images of the batch together lose ``wanted`` tokens in this layer, or nearly.
 
         By bisection over the scores that occur; it lies half-way between two of them, so that rounding does not matter.

@@ -7,9 +7,9 @@ stock code's own call, so that nothing is encoded twice.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mllm_crossget.families.family import Family, module_at
 from mllm_crossget.families.modality import Modality
 from mllm_crossget.hooks.ground.journal import Journal
+from mllm_crossget.methods.method import Place
 
 if TYPE_CHECKING:
     from mllm_crossget.hooks.ground.state import Handle  # which knows the state that mixins of features leave behind
@@ -25,7 +26,13 @@ _AHEAD = "_mllm_crossget_ahead"
 
 
 class FeaturesMixin(nn.Module):
-    """Base of the mixins for the owner of ``get_image_features``."""
+    """Base of the mixins for the owner of ``get_image_features``.
+
+    Class attributes:
+        refused: places where no method can act in models of this kind, and why not.
+    """
+
+    refused: ClassVar[Mapping[Place, str]] = {}
 
     @classmethod
     def install(cls, journal: Journal, owner: nn.Module, handle: Handle) -> None:

@@ -6,7 +6,8 @@ so that every row of the concatenation is the same group of patches in all layer
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -15,6 +16,7 @@ from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.hooks.ground.state import Handle, LayerTrace
 from mllm_crossget.hooks.projector.features import FEATURES, ReducedFeatures, with_features, without_last
 from mllm_crossget.hooks.tower.fixed_counts import kept_trace, tower_state, trace_of
+from mllm_crossget.methods.method import Place
 from mllm_crossget.ops.matching import Match
 from mllm_crossget.ops.merging import merge
 
@@ -23,6 +25,10 @@ _PATHS = "_mllm_crossget_paths"
 
 class ConcatenatedFeatures(ReducedFeatures):
     """Mixin for the owner of ``get_image_features``."""
+
+    refused: ClassVar[Mapping[Place, str]] = {
+        Place.TOWER_OUTPUT: "its projector reads several layers side by side, and a selection would be of one of them"
+    }
 
     @classmethod
     def install(cls, journal: Journal, owner: nn.Module, handle: Handle) -> None:

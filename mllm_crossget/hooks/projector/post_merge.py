@@ -11,9 +11,9 @@ tokens.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +22,14 @@ from mllm_crossget.families.modality import Modality
 from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.hooks.ground.state import LayerTrace, MergeState, TowerState
 from mllm_crossget.hooks.projector.features import FEATURES, FeaturesMixin, encoded_ahead, features_of, with_features
-from mllm_crossget.methods.method import Method, Signals
+from mllm_crossget.methods.method import Method, Place
+from mllm_crossget.methods.signals import Signals
 from mllm_crossget.ops.importance import attention_importance
 from mllm_crossget.ops.merging import compose_source, merge
 
 _STATE = "_mllm_crossget_merge"
 _KEPT = "_mllm_crossget_kept"
+_SIZES = "_mllm_crossget_kept_sizes"
 
 
 @dataclass
@@ -39,12 +41,14 @@ class Merged:
         companions: further (B, k, ·) features of the same cells, merged alike.
         kept: (B, k) the cell that each of them was.
         source: (B, n) the row that each cell has become.
+        size: (B, k) float32 cells in each of them.
     """
 
     features: Tensor
     companions: list[Tensor]
     kept: Tensor
     source: Tensor
+    size: Tensor
 
 
 def hook_merge(
@@ -77,13 +81,14 @@ def merge_features(features_BND: Tensor, companions: list[Tensor], state: MergeS
         if state.method.needs_importance:  # mean square 1 is length sqrt(width): sqrt(width)² / sqrt(width) is left
             one_head = keys[:, None]
             importance = attention_importance(one_head, one_head, width**0.5, size.log(), cross_token=False)
-        match = state.method.match(Signals(keys, importance, ()), removed)
+        seen = features.detach() if state.method.needs_features else None
+        match = state.method.match(Signals(keys, importance, (), features=seen), removed)
         companions = [merge(other, size, match)[0] for other in companions]
         features, size = merge(features, size, match)
         kept, source = kept.gather(1, match.kept), compose_source(source, match)
         if state.trace is not None:
             state.trace.append(LayerTrace(match, size, source))
-    return Merged(features, companions, kept, source)
+    return Merged(features, companions, kept, source, size)
 
 
 def kept_cells(output: Any) -> list[Tensor] | None:
@@ -97,8 +102,24 @@ def with_kept_cells(output: Any, cells: list[Tensor]) -> Any:
     return output
 
 
+def kept_sizes(output: Any) -> list[Tensor] | None:
+    """(k,) original tokens in each that is left, of every image (tile, frame) in what ``get_image_features`` returned;
+    None if unknown. Where a method throws tokens away they are in none of them."""
+    return getattr(output, _SIZES, None)
+
+
+def with_kept_sizes(output: Any, sizes: list[Tensor]) -> Any:
+    """The output, which now says so many original tokens are in those that are left."""
+    setattr(output, _SIZES, sizes)
+    return output
+
+
 class MergedFeatures(FeaturesMixin):
     """Mixin for the owner of ``get_image_features``: merges each image's features."""
+
+    refused: ClassVar[Mapping[Place, str]] = {
+        Place.TOWER_OUTPUT: "its tower packs all images into one sequence, which its patch merger wants as it is"
+    }
 
     def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
         """As the original, with fewer features per image."""
@@ -149,7 +170,7 @@ def _merge_output(owner: nn.Module, state: MergeState, modality: Modality, outpu
         raise ValueError(f"{sum(sizes)} visual features for images of {runs} tokens: unknown structure")
     layers = getattr(output, "deepstack_features", None) or []
     packed = [part if isinstance(part, Tensor) else torch.cat(list(part)) for part in (entries, *layers)]
-    merged, kept = _merge_runs(packed, runs, state)
+    merged, kept, counted = _merge_runs(packed, runs, state)
     new_sizes = _sizes_after(sizes, runs, [len(cells) for cells in kept])
     split = [list(torch.split(values, new_sizes)) for values in merged]
     output = with_features(output, lambda old: torch.stack(split[0]) if isinstance(old, Tensor) else split[0])
@@ -159,31 +180,34 @@ def _merge_output(owner: nn.Module, state: MergeState, modality: Modality, outpu
             for old, new, parts in zip(layers, merged[1:], split[1:], strict=True)
         ]
     if hasattr(output, "pooler_output"):
-        with_kept_cells(output, kept)
+        with_kept_sizes(with_kept_cells(output, kept), counted)
     return output
 
 
-def _merge_runs(flat: list[Tensor], runs: list[int], state: MergeState) -> tuple[list[Tensor], list[Tensor]]:
+def _merge_runs(
+    flat: list[Tensor], runs: list[int], state: MergeState
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Merge the runs of packed features, all runs of one length at once; the order of the runs stays.
 
     Args:
         flat: (Σn, D) packed features, and companions of the same length.
 
     Returns:
-        The same, (Σk, D) each, and the cells kept by each run.
+        The same, (Σk, D) each, the cells kept by each run, and how many cells each of these holds.
     """
     parts = [torch.split(values, runs) for values in flat]
     results: dict[int, list[Tensor]] = {}
-    kept: dict[int, Tensor] = {}
+    kept: dict[int, tuple[Tensor, Tensor]] = {}
     for length in sorted(set(runs)):
         members = [index for index, run in enumerate(runs) if run == length]
         first, *others = [torch.stack([part[index] for index in members]) for part in parts]
         merged = merge_features(first, others, state)
         for row, index in enumerate(members):
             results[index] = [values[row] for values in (merged.features, *merged.companions)]
-            kept[index] = merged.kept[row]
+            kept[index] = merged.kept[row], merged.size[row]
     order = range(len(runs))
-    return [torch.cat([results[i][k] for i in order]) for k in range(len(flat))], [kept[i] for i in order]
+    together = [torch.cat([results[i][k] for i in order]) for k in range(len(flat))]
+    return together, [kept[i][0] for i in order], [kept[i][1] for i in order]
 
 
 def _sizes_after(sizes: list[int], runs: list[int], kept: list[int]) -> list[int]:

@@ -7,7 +7,8 @@ its padding, and images of one size run together; what comes out is padded again
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +17,18 @@ from mllm_crossget.families.family import module_at
 from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.hooks.ground.state import Handle, TowerState
 from mllm_crossget.hooks.projector.features import FEATURES, ReducedFeatures
+from mllm_crossget.methods.method import Place
 
 _CALL = "_mllm_crossget_resampled"
 
 
 class ResampledFeatures(ReducedFeatures):
     """Mixin for the owner of ``get_image_features``: tower and resampler share what is known of one call."""
+
+    refused: ClassVar[Mapping[Place, str]] = {
+        Place.TOWER_OUTPUT: "its images are of any size and run group by group; selecting behind them is not written",
+        Place.PROJECTOR: "its resampler gives as many vectors as it has queries, which prompts have placeholders for",
+    }
 
     @classmethod
     def install(cls, journal: Journal, owner: nn.Module, handle: Handle) -> None:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from torch import nn
 
 from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.hooks.ground.state import Handle
 from mllm_crossget.hooks.projector.features import FEATURES, ReducedFeatures, with_features, without_last
+from mllm_crossget.methods.method import Place
 
 _CUTS = "_mllm_crossget_cuts"
 
 
 class TwoTowersFeatures(ReducedFeatures):
     """Mixin for the owner of both methods: each cuts the cross token off where it would not fit."""
+
+    refused: ClassVar[Mapping[Place, str]] = dict.fromkeys(
+        (Place.TOWER_OUTPUT, Place.PROJECTOR),
+        "its videos have a tower of their own; selecting behind two towers is not written",
+    )
 
     @classmethod
     def install(cls, journal: Journal, owner: nn.Module, handle: Handle) -> None:

@@ -9,7 +9,8 @@ grid: it guides the tower and stays there.
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from mllm_crossget.hooks.ground.state import Handle, LayerTrace, TowerState
 from mllm_crossget.hooks.projector.features import FEATURES
 from mllm_crossget.hooks.projector.post_merge import MergedFeatures, hook_merge
 from mllm_crossget.hooks.tower.fixed_counts import kept_trace, trace_of
+from mllm_crossget.methods.method import Place
 from mllm_crossget.ops.merging import unmerge
 
 _ENCODER = "_mllm_crossget_encoder"
@@ -27,6 +29,11 @@ _ENCODER = "_mllm_crossget_encoder"
 
 class WholeGridFeatures(MergedFeatures):
     """Mixin for the owner of ``get_image_features``: fewer features per image, made of a reduced tower's tokens."""
+
+    refused: ClassVar[Mapping[Place, str]] = {
+        Place.TOWER_OUTPUT: "its projector makes features of the whole grid of patches; methods that act behind the "
+        "projector can choose among these"
+    }
 
     @classmethod
     def install(cls, journal: Journal, owner: nn.Module, handle: Handle) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from mllm_crossget.families.tile_packing import tile_counts
 from mllm_crossget.hooks.ground.vision_cache import Encoded
 from mllm_crossget.hooks.projector.features import features_of
-from mllm_crossget.hooks.projector.post_merge import kept_cells, with_kept_cells
+from mllm_crossget.hooks.projector.post_merge import kept_cells, kept_sizes, with_kept_cells, with_kept_sizes
 
 _PIXELS = ("pixel_values", "pixel_values_images")
 _DEEPSTACK = "deepstack_features"
@@ -74,8 +74,9 @@ class Pieces(ABC):
         packed = bool(layers) and isinstance(layers[0], Tensor)
         form = Form(type(output), isinstance(features, Tensor), len(layers), packed)
         cells: Sequence[Tensor | None] = kept_cells(output) or [None] * images
+        counted: Sequence[Tensor | None] = kept_sizes(output) or [None] * images
         return [
-            Encoded(entry, tuple(layer[index] for layer in companions), cells[index], form)
+            Encoded(entry, tuple(layer[index] for layer in companions), cells[index], form, counted[index])
             for index, entry in enumerate(entries)
         ]
 
@@ -91,7 +92,9 @@ class Pieces(ABC):
         if layers:
             output.deepstack_features = [torch.cat(layer) if form.packed else layer for layer in layers]
         cells = [entry.cells for entry in entries if entry.cells is not None]
-        return with_kept_cells(output, cells) if cells else output
+        counted = [entry.sizes for entry in entries if entry.sizes is not None]
+        output = with_kept_cells(output, cells) if cells else output
+        return with_kept_sizes(output, counted) if counted else output
 
     def _images_of(self, features: Any, images: int) -> list[Tensor]:
         entries = list(features)
