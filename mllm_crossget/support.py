@@ -12,6 +12,7 @@ from mllm_crossget.families.family import (
     BertNames,
     Family,
     LayerNames,
+    Positions,
     config_at,
     families,
     family_of,
@@ -21,7 +22,7 @@ from mllm_crossget.families.family import (
     tower_kind,
 )
 from mllm_crossget.hooks.ground.state import base_model
-from mllm_crossget.hooks.projector.features import FEATURES
+from mllm_crossget.hooks.projector.kinds import MIXINS
 from mllm_crossget.hooks.tower.attention import attention_problem
 from mllm_crossget.methods.method import Method, Place
 from mllm_crossget.schedule import MergeGeometry, TowerGeometry, make_schedule, make_text_schedule
@@ -79,7 +80,7 @@ def _check_structure(model: nn.Module, family: Family, tower: bool) -> None:
             ) from error
     if tower and family.tower is not None:
         vision_type = config_at(model.config, family.vision_config).model_type
-        kind = tower_kind(vision_type, family.towers, type(model).__name__)
+        kind = tower_kind(vision_type, family.vision.kinds, type(model).__name__)
         for path in (family.tower, *(modality.tower for modality in family.modalities if modality.tower)):
             _check_layers(model, "vision", module_at(module_at(model, path), kind.encoder), kind.names)
     if family.text_tower is not None:
@@ -160,7 +161,7 @@ def place_problem(method: Method, family: Family, model: Any) -> str | None:
         return "a number of tokens per image is served inside the tower's layers alone"
     if method.reduces_text:
         return "text is reduced inside the text tower's layers alone; leave text_keep_ratio and text_r out"
-    reason = FEATURES[family.features].refused.get(method.place)
+    reason = MIXINS[family.features].refused.get(method.place)
     if reason is not None:
         return reason
     return (
@@ -202,7 +203,7 @@ def _check_positions(method: Method, family: Family, model: nn.Module) -> None:
         raise ValueError(
             f"{type(model).__name__} gets no shorter prompt: positions={method.positions!r} says nothing, leave it out"
         )
-    if family.positions == "grid" and not method.keeps_positions:
+    if family.positions is Positions.GRID and not method.keeps_positions:
         raise ValueError(
             f"positions={method.positions!r}, but image tokens of {type(model).__name__} have positions in time, "
             "height and width, which are always kept; leave it out"

@@ -15,7 +15,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mllm_crossget.costs.language import language_costs
-from mllm_crossget.families.family import TOWERS, Family, TextTower, config_at, families, family_of
+from mllm_crossget.families.family import Family, TextTower, config_at, families, family_of
 from mllm_crossget.families.modality import Tiles
 from mllm_crossget.flop_formulas import attention_flops, linear_flops, pooling_head_flops
 from mllm_crossget.methods.capabilities import LayerShape
@@ -199,17 +199,22 @@ def _encoder(vision: Any, schedule: Schedule, inside: bool = True) -> int:
 
 
 def _reducer(
-    vision: Any, schedule: Schedule, method: Method, one_softmax: bool, cosine: bool, prefix: int, ends: int = 0
+    vision: Any,
+    schedule: Schedule,
+    method: Method,
+    one_softmax: bool,
+    cosine: bool,
+    prefix: int,
+    ends: int = 0,
+    has_map: bool = False,
 ) -> int:
     """What the method itself says that it adds to a layer; else per reducing layer the matching on the keys of a head
     and, where asked for, the importance: a product of the query weights with every head's map, and QKᵀ once more unless
     attention shares its map; token sizes enter it as one more channel (a GPU adds them for nothing). What fills maps up
     to whole registers is not counted. Where the importance is a cosine, the matching is on the keys of all heads, and
     the cosines with one query are not counted (a product per channel, no matrix product). The class token's attention
-    is one query's QKᵀ."""
+    is one query's QKᵀ. ``has_map``: the attention keeps its map, of which the mean over heads is enough."""
     heads, width = vision.num_attention_heads, vision.hidden_size
-    kind = TOWERS.get(vision.model_type)
-    has_map = kind is not None and kind.names.fused  # the attention keeps its map: its mean over heads is enough
     total = 0
     for tokens, removed in zip(schedule.tokens, schedule.removals, strict=False):
         own = method.layer_flops(LayerShape(tokens, removed, prefix, width, heads))
@@ -232,10 +237,11 @@ def _tower_parts(
     vision = config_at(config, family.vision_config)
     cosine = schedule.cross and method.uses_cosine(family.cosine)
     prefix = getattr(family.geometry(config), "prefix", 0)
+    has_map = any(kind.names.fused for kind in family.vision.kinds if kind.model_type == vision.model_type)
     return (
         family.tower_flops(config)[0] if family.tower_flops else _patch_embedding(vision, family),
         _encoder(vision, schedule, inside=method.place is Place.TOWER_LAYERS),
-        _reducer(vision, schedule, method, one_softmax, cosine, prefix, prefix + schedule.cross)
+        _reducer(vision, schedule, method, one_softmax, cosine, prefix, prefix + schedule.cross, has_map)
         if method.reduces_vision
         else 0,
         _connector(config, family, schedule, text_tokens),

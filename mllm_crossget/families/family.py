@@ -23,246 +23,66 @@ model returns, and its lengths for everything that is not named here):
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
+from mllm_crossget.families.family_parts import (
+    CrossPaths,
+    FamilyCosts,
+    FamilyDocs,
+    LanguageSide,
+    PromptSide,
+    VisionSide,
+)
+from mllm_crossget.families.feature_kind import FeatureKind, Positions
 from mllm_crossget.families.modality import Modality, Tiles
-from mllm_crossget.schedule import Geometry, TextGeometry
-
-
-@dataclass(frozen=True)
-class LayerNames:
-    """Attribute names inside an encoder (``layers``) and inside its pre-norm layers.
-
-    ``fused`` tells that the attention multiplies ``qkv`` itself and does not use transformers' attention interface.
-    ``scale1``, ``scale2``: factors of what attention and MLP add (LayerScale), ``dropout``: of what the MLP adds; ""
-    where a layer has none.
-    """
-
-    layers: str = "layers"
-    norm1: str = "layer_norm1"
-    attention: str = "self_attn"
-    norm2: str = "layer_norm2"
-    mlp: str = "mlp"
-    fused: bool = False
-    scale1: str = ""
-    scale2: str = ""
-    dropout: str = ""
-    inner: ClassVar[str] = ""
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """What a layer must have."""
-        named = (self.norm1, self.attention, self.norm2, self.mlp, self.scale1, self.scale2, self.dropout)
-        return tuple(filter(None, named))
-
-
-@dataclass(frozen=True)
-class TowerKind:
-    """A kind of vision tower, known by the ``model_type`` of its configuration.
-
-    Args:
-        model_type: of the vision configuration.
-        prefix: tokens in front of the patches (1 for a class token).
-        encoder: path from the tower to the module that holds the layers.
-        names: attribute names inside it.
-    """
-
-    model_type: str
-    prefix: int
-    encoder: str = "encoder"
-    names: LayerNames = LayerNames()
-
-
-@dataclass(frozen=True)
-class BertNames:
-    """Attribute names inside an encoder and inside its post-norm layers, which may cross-attend to an image behind
-    their self-attention (BLIP). ``attention`` is the module that attends, norms and adds; ``inner`` the one inside it
-    that multiplies queries and keys."""
-
-    layers: str = "layer"
-    attention: str = "attention"
-    inner: str = "self"
-    crossing: str = "crossattention"
-    mlp: str = "feed_forward_chunk"
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """What a layer must have."""
-        return self.attention, self.mlp
-
-
-CLIP_TOWER = TowerKind("clip_vision_model", prefix=1)
-SIGLIP_TOWER = TowerKind("siglip_vision_model", prefix=0)
-BLIP_TOWER = TowerKind("blip_vision_model", prefix=1, names=LayerNames(fused=True))
-BLIP2_TOWER = TowerKind("blip_2_vision_model", prefix=1)
-INSTRUCTBLIP_TOWER = TowerKind("instructblip_vision_model", prefix=1)
-INSTRUCTBLIPVIDEO_TOWER = TowerKind("instructblipvideo_vision_model", prefix=1)
-TOWERS = {
-    kind.model_type: kind
-    for kind in (CLIP_TOWER, SIGLIP_TOWER, BLIP_TOWER, BLIP2_TOWER, INSTRUCTBLIP_TOWER, INSTRUCTBLIPVIDEO_TOWER)
-}
-
-
-@dataclass(frozen=True)
-class TextSide:
-    """Where text cross tokens are written: into the first real token of every row's text, in front of every layer.
-
-    Args:
-        model: path to the module that is called with the text and its mask (a decoder, an encoder, a Q-Former).
-        layers: path from there to the list of layers.
-        config: path from the configuration to the part that holds ``hidden_size``.
-        skip: real tokens in front of the text that are no text (query tokens, image features).
-        keyword: what the text and its mask begin with in the model's call: "qformer_" for ``qformer_input_ids`` and
-            ``qformer_attention_mask``, whose text then stands behind ``skip`` tokens that are in neither of them.
-    """
-
-    model: str
-    layers: str = "layers"
-    config: str = "text_config"
-    skip: int = 0
-    keyword: str = ""
-
-
-def register_tower(kind: TowerKind) -> TowerKind:
-    """Make a kind of tower known, from the file of the family that has it."""
-    TOWERS[kind.model_type] = kind
-    return kind
-
-
-@dataclass(frozen=True)
-class TextTower:
-    """The text tower of a dual encoder, or a BERT that reads a text and an image.
-
-    Args:
-        path: to the module whose ``forward`` takes ``input_ids``.
-        config: path from the configuration to the text configuration; "" if it is the text configuration.
-        end: (text configuration, (B, T) input ids) -> (B,) place of the token that the text's embedding is read from,
-            as the model itself finds it. It guides the matching and survives to the last layer.
-        causal: whether a token sees only those in front of it.
-        first: whether the first token is protected as well (CLIP's start mark).
-        takes_mask: whether padding that an attention mask names can be taken out; False where the model reads the last
-            column whatever it is (SigLIP).
-        encoder: path from the module to the one that holds the layers.
-        names: attribute names inside it, which say what kind of layers these are.
-        reads_image: whether its layers cross-attend to the image.
-        reader: path to the text decoder, inside the module with its head, that cross-attends to its states; "" where
-            there is none.
-    """
-
-    path: str
-    config: str
-    end: Callable[[Any, Tensor], Tensor]
-    causal: bool = True
-    first: bool = True
-    takes_mask: bool = True
-    encoder: str = "encoder"
-    names: LayerNames | BertNames = LayerNames()
-    reads_image: bool = False
-    reader: str = ""
-
-    @property
-    def appends(self) -> bool:
-        """Whether its cross token travels as one more token; a BERT's is written into its first token instead, as
-        where text is not reduced (``Family.text_side``)."""
-        return isinstance(self.names, LayerNames)
-
-    def geometry(self, config: Any) -> TextGeometry:
-        """What a schedule needs to know, from the model's configuration."""
-        text = config_at(config, self.config)
-        return TextGeometry(text.num_hidden_layers, text.max_position_embeddings, 1 + self.first, self.appends)
+from mllm_crossget.families.tower_kinds import (
+    BLIP2_TOWER,
+    BLIP_TOWER,
+    CLIP_TOWER,
+    INSTRUCTBLIP_TOWER,
+    INSTRUCTBLIPVIDEO_TOWER,
+    SIGLIP_TOWER,
+    BertNames,
+    LayerNames,
+    TextSide,
+    TextTower,
+    TowerKind,
+    config_at,
+    patches_per_image,
+    tower_kind,
+)
+from mllm_crossget.schedule import Geometry
 
 
 @dataclass(frozen=True)
 class Family:
-    """A model family.
+    """A model family: data in named parts. Whatever is in a part can be read from the family too, by the names below.
 
     Args:
         model_type: of the top configuration (``model.config.model_type``).
-        tower: path to the vision tower; "" if the model is the tower, None if it has none.
-        vision_config: path from the configuration to the vision configuration.
-        geometry: configuration -> the tower's geometry, or a ``MergeGeometry`` where tokens are merged behind the
-            projector. Raises ``ValueError`` where the configuration cannot be served.
-        towers: the tower kinds that are served.
-        note: one line for the table of families: where tokens are reduced.
-        exact: one line for the table: what equals the untouched model or a reference exactly, what is left out.
-        language_model: path to the language model (its decoder, or the model with its head), or None.
-        text_side: configuration -> where text cross tokens are written; None: in the ``layers`` of ``language_model``.
-        language_layers: configuration -> paths of the language model's lists of layers, which LoRA adapts; None:
-            ``layers`` of ``language_model``.
-        projector: path to the module that maps vision features to the text width, or None.
-        vision_projection: paths of the modules that map a vision cross token, one after the other, to where it is
-            compared with the text cross token; empty where there is no such map (then there is no alignment loss).
-        cross_cell: (configuration, (images, D) cross tokens) -> (images, ...) what the first of these modules takes for
-            a cell of the grid all of whose patches are that token, where it takes cells; None: the token itself.
-        text_projection: likewise for a text cross token; empty leaves it as it is.
-        images_per_row: (configuration, keyword arguments of the call) -> (B,) images in every row of the text; None:
-            the same number for every row. Only asked where ``modalities`` is empty.
-        features_owner: path to the module whose ``get_image_features`` the top model calls, or None.
-        features: how features reach the prompt, a name known to ``hooks.projector.features``.
-        dynamic: whether every image may keep its own number of tokens (methods that choose per image).
-        readers: paths of the models that cross-attend to the tower's tokens, behind its ``post_layernorm``, and heed
-            ``encoder_attention_mask``.
-        cross_attentions: for a reader that does not (BLIP's text models): path to its list of layers, and path from a
-            layer to the module that computes its cross-attention.
-        modalities: visual inputs with placeholders in the prompt; empty where the language side gets as many tokens as
-            without reduction, or has no prompt.
-        positions: "contiguous", or "grid": image tokens have positions in time, height and width, and those that stay
-            keep their own (``hooks.request.rope_positions``).
-        first_position: of a prompt's first token, where the model's forward is given no positions.
-        tiles: configuration -> how often the tower runs for a typical image, for costs without an image; None: once.
-        llm_tokens: (configuration, tower features) -> visual tokens that the language model gets; None: all features.
-        connector_flops: (configuration, tower features) -> FLOPs between tower and language model; all tokens of an
-            image where they are merged behind the projector.
-        tower_flops: configuration -> FLOPs of patch embedding and layers for one image that is not reduced.
-        connector_text_flops: (configuration, text tokens) -> FLOPs that the text adds there.
-        language_flops: (configuration, visual tokens, text tokens, new tokens) -> FLOPs of prefill, logits of the last
-            token, decoding; of a decoder that reads a text tower, whose tokens then take the place of the visual ones;
-            None: a language model that reads visual and text tokens as one prompt.
+        vision: the tower, and what reads it.
+        docs: its line in the table of families.
+        prompt: how features reach the prompt.
+        language: language model or text tower.
+        crossing: where cross tokens are compared.
+        costs: formulas.
         classes: names of the model classes that are served, where the model type has others of another structure;
             empty: all that no other family of this model type names.
         variant: tells families of one model type apart; "" for the one that a bare configuration means.
-        cosine: CrossGET's CLIP flavour was published for it: importance is the cosine of a token's key with the cross
-            token's query, the metric the keys of all heads. Otherwise, as for LLaVA, attention received and keys
-            added up over heads.
-        text_tower: of a dual encoder or another model whose text can be reduced, else None.
     """
 
     model_type: str
-    tower: str | None
-    vision_config: str
-    geometry: Callable[[Any], Geometry]
-    towers: tuple[str, ...]
-    note: str
-    exact: str = ""
-    language_model: str | None = None
-    text_side: Callable[[Any], TextSide | None] | None = None
-    language_layers: Callable[[Any], tuple[str, ...]] | None = None
-    projector: str | None = None
-    vision_projection: tuple[str, ...] = ()
-    cross_cell: Callable[[Any, Tensor], Tensor] | None = None
-    text_projection: tuple[str, ...] = ()
-    images_per_row: Callable[[Any, dict[str, Any]], Tensor] | None = None
-    features_owner: str | None = None
-    features: str = "plain"
-    positions: str = "contiguous"
-    first_position: int = 0
-    dynamic: bool = False
-    readers: tuple[str, ...] = ()
-    cross_attentions: tuple[str, str] | None = None
-    modalities: tuple[Modality, ...] = ()
-    tiles: Callable[[Any], Tiles] | None = None
-    llm_tokens: Callable[[Any, int], int] | None = None
-    connector_flops: Callable[[Any, int], int] | None = None
-    tower_flops: Callable[[Any], tuple[int, int]] | None = None
-    connector_text_flops: Callable[[Any, int], int] | None = None
-    language_flops: Callable[[Any, int, int, int], tuple[int, int, int]] | None = None
+    vision: VisionSide
+    docs: FamilyDocs
+    prompt: PromptSide = field(default_factory=PromptSide)
+    language: LanguageSide = field(default_factory=LanguageSide)
+    crossing: CrossPaths = field(default_factory=CrossPaths)
+    costs: FamilyCosts = field(default_factory=FamilyCosts)
     classes: tuple[str, ...] = ()
     variant: str = ""
-    cosine: bool = False
-    text_tower: TextTower | None = None
 
     @property
     def key(self) -> str:
@@ -272,6 +92,156 @@ class Family:
     def serves(self, class_names: Iterable[str]) -> bool:
         """Whether a model with one of these class names has this family's structure."""
         return not self.classes or not set(self.classes).isdisjoint(class_names)
+
+    @property
+    def towers(self) -> tuple[str, ...]:
+        """Model types of the towers that are served."""
+        return tuple(kind.model_type for kind in self.vision.kinds)
+
+    @property
+    def tower(self) -> str | None:
+        """See ``VisionSide.tower``."""
+        return self.vision.tower
+
+    @property
+    def vision_config(self) -> str:
+        """See ``VisionSide.config``."""
+        return self.vision.config
+
+    @property
+    def geometry(self) -> Callable[[Any], Geometry]:
+        """See ``VisionSide.geometry``."""
+        return self.vision.geometry
+
+    @property
+    def projector(self) -> str | None:
+        """See ``VisionSide.projector``."""
+        return self.vision.projector
+
+    @property
+    def dynamic(self) -> bool:
+        """See ``VisionSide.dynamic``."""
+        return self.vision.dynamic
+
+    @property
+    def cosine(self) -> bool:
+        """See ``VisionSide.cosine``."""
+        return self.vision.cosine
+
+    @property
+    def readers(self) -> tuple[str, ...]:
+        """See ``VisionSide.readers``."""
+        return self.vision.readers
+
+    @property
+    def cross_attentions(self) -> tuple[str, str] | None:
+        """See ``VisionSide.cross_attentions``."""
+        return self.vision.cross_attentions
+
+    @property
+    def features_owner(self) -> str | None:
+        """See ``PromptSide.owner``."""
+        return self.prompt.owner
+
+    @property
+    def features(self) -> FeatureKind:
+        """See ``PromptSide.kind``."""
+        return self.prompt.kind
+
+    @property
+    def modalities(self) -> tuple[Modality, ...]:
+        """See ``PromptSide.modalities``."""
+        return self.prompt.modalities
+
+    @property
+    def positions(self) -> Positions:
+        """See ``PromptSide.positions``."""
+        return self.prompt.positions
+
+    @property
+    def first_position(self) -> int:
+        """See ``PromptSide.first_position``."""
+        return self.prompt.first_position
+
+    @property
+    def images_per_row(self) -> Callable[[Any, dict[str, Any]], Tensor] | None:
+        """See ``PromptSide.images_per_row``."""
+        return self.prompt.images_per_row
+
+    @property
+    def language_model(self) -> str | None:
+        """See ``LanguageSide.model``."""
+        return self.language.model
+
+    @property
+    def text_side(self) -> Callable[[Any], TextSide | None] | None:
+        """See ``LanguageSide.text_side``."""
+        return self.language.text_side
+
+    @property
+    def language_layers(self) -> Callable[[Any], tuple[str, ...]] | None:
+        """See ``LanguageSide.layers``."""
+        return self.language.layers
+
+    @property
+    def text_tower(self) -> TextTower | None:
+        """See ``LanguageSide.text_tower``."""
+        return self.language.text_tower
+
+    @property
+    def vision_projection(self) -> tuple[str, ...]:
+        """See ``CrossPaths.vision``."""
+        return self.crossing.vision
+
+    @property
+    def cross_cell(self) -> Callable[[Any, Tensor], Tensor] | None:
+        """See ``CrossPaths.cell``."""
+        return self.crossing.cell
+
+    @property
+    def text_projection(self) -> tuple[str, ...]:
+        """See ``CrossPaths.text``."""
+        return self.crossing.text
+
+    @property
+    def tiles(self) -> Callable[[Any], Tiles] | None:
+        """See ``FamilyCosts.tiles``."""
+        return self.costs.tiles
+
+    @property
+    def llm_tokens(self) -> Callable[[Any, int], int] | None:
+        """See ``FamilyCosts.llm_tokens``."""
+        return self.costs.llm_tokens
+
+    @property
+    def connector_flops(self) -> Callable[[Any, int], int] | None:
+        """See ``FamilyCosts.connector``."""
+        return self.costs.connector
+
+    @property
+    def connector_text_flops(self) -> Callable[[Any, int], int] | None:
+        """See ``FamilyCosts.connector_text``."""
+        return self.costs.connector_text
+
+    @property
+    def tower_flops(self) -> Callable[[Any], tuple[int, int]] | None:
+        """See ``FamilyCosts.tower``."""
+        return self.costs.tower
+
+    @property
+    def language_flops(self) -> Callable[[Any, int, int, int], tuple[int, int, int]] | None:
+        """See ``FamilyCosts.language``."""
+        return self.costs.language
+
+    @property
+    def note(self) -> str:
+        """See ``FamilyDocs.note``."""
+        return self.docs.note
+
+    @property
+    def exact(self) -> str:
+        """See ``FamilyDocs.exact``."""
+        return self.docs.exact
 
 
 _FAMILIES: dict[str, Family] = {}
@@ -334,30 +304,36 @@ def module_at(root: nn.Module, path: str) -> nn.Module:
     return root.get_submodule(path) if path else root
 
 
-def config_at(config: Any, path: str) -> Any:
-    """Sub-configuration at a dotted path; "" is the configuration itself."""
-    for name in filter(None, path.split(".")):
-        config = getattr(config, name)
-    return config
-
-
-def patches_per_image(vision_config: Any) -> int:
-    """Patch tokens of one image: (image_size // patch_size)²; image and patch size in pixels."""
-    return (vision_config.image_size // vision_config.patch_size) ** 2
-
-
-def tower_kind(model_type: str, towers: tuple[str, ...], owner: str) -> TowerKind:
-    """The kind of a vision tower. Raises ``ValueError`` that names the supported ones."""
-    if model_type not in towers:
-        reason = _TOWER_REASONS.get(model_type, "its layers are not known to mllm_crossget")
-        raise ValueError(
-            f"{owner} with a {model_type!r} vision tower is not supported: {reason}; supported towers: "
-            f"{', '.join(towers)}"
-        )
-    return TOWERS[model_type]
-
-
-_TOWER_REASONS = {
-    "pixtral": "it packs all images into one sequence with a block mask and splits the features by the patch grid",
-    "qwen2_vl": "it packs all images into one sequence and merges 2x2 blocks of the patch grid",
-}
+__all__ = [
+    "BLIP2_TOWER",
+    "BLIP_TOWER",
+    "CLIP_TOWER",
+    "INSTRUCTBLIPVIDEO_TOWER",
+    "INSTRUCTBLIP_TOWER",
+    "SIGLIP_TOWER",
+    "BertNames",
+    "CrossPaths",
+    "Family",
+    "FamilyCosts",
+    "FamilyDocs",
+    "FeatureKind",
+    "LanguageSide",
+    "LayerNames",
+    "Positions",
+    "PromptSide",
+    "TextSide",
+    "TextTower",
+    "TowerKind",
+    "VisionSide",
+    "config_at",
+    "families",
+    "family_of",
+    "language_layers_of",
+    "module_at",
+    "patches_per_image",
+    "refuse_family",
+    "refused_families",
+    "register_family",
+    "text_side_of",
+    "tower_kind",
+]

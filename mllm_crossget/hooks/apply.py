@@ -10,6 +10,7 @@ from torch import nn
 from mllm_crossget.families.family import (
     BertNames,
     Family,
+    FeatureKind,
     config_at,
     module_at,
     text_side_of,
@@ -22,13 +23,8 @@ from mllm_crossget.hooks.ground.state import HANDLE, Handle, OwnTower, TowerStat
 from mllm_crossget.hooks.model.bare_tower import RaggedTower
 from mllm_crossget.hooks.model.dual_encoder import DualModel
 from mllm_crossget.hooks.model.placeholder_model import AlignedModel, ReducedModel
-from mllm_crossget.hooks.projector import multi_layer as _registers_concatenated_features  # noqa: F401
-from mllm_crossget.hooks.projector import pooled_tiles as _registers_pooled_grids  # noqa: F401
-from mllm_crossget.hooks.projector import resampler as _registers_resampled_features  # noqa: F401
-from mllm_crossget.hooks.projector import tiles as _registers_grid_features  # noqa: F401
-from mllm_crossget.hooks.projector import video_tower as _registers_own_towers  # noqa: F401
-from mllm_crossget.hooks.projector import whole_grid as _registers_whole_grids  # noqa: F401
-from mllm_crossget.hooks.projector.features import FEATURES, CutFeatures, FeaturesMixin
+from mllm_crossget.hooks.projector.features import CutFeatures, FeaturesMixin, ReducedFeatures
+from mllm_crossget.hooks.projector.kinds import MIXINS
 from mllm_crossget.hooks.projector.post_merge import MergedFeatures, hook_merge
 from mllm_crossget.hooks.projector.ragged_features import install_ragged_features
 from mllm_crossget.hooks.projector.readers import RaggedCrossAttention, RaggedReader, hook_reader
@@ -102,7 +98,7 @@ def _hook_encoder(model: Any, handle: Handle, path: str, place: str, geometry: T
     """Hook the layers of the tower at a path, with the cross tokens of a place; the path to them, and their state."""
     family, method = handle.family, handle.method
     vision_config = config_at(model.config, family.vision_config)
-    kind = tower_kind(vision_config.model_type, family.towers, type(model).__name__)
+    kind = tower_kind(vision_config.model_type, family.vision.kinds, type(model).__name__)
     encoder = module_at(module_at(model, path), kind.encoder)
     encoder_path = ".".join(filter(None, (path, kind.encoder)))
     layers = getattr(encoder, kind.names.layers)
@@ -120,7 +116,9 @@ def _hook_encoder(model: Any, handle: Handle, path: str, place: str, geometry: T
 def _hook_output(model: Any, handle: Handle, geometry: TowerGeometry) -> None:
     """Hook the layer that is read, for a method that selects behind it."""
     family, path = handle.family, handle.family.tower or ""
-    kind = tower_kind(config_at(model.config, family.vision_config).model_type, family.towers, type(model).__name__)
+    kind = tower_kind(
+        config_at(model.config, family.vision_config).model_type, family.vision.kinds, type(model).__name__
+    )
     layers = getattr(module_at(module_at(model, path), kind.encoder), kind.names.layers)
     handle.encoder_path = ".".join(filter(None, (path, kind.encoder)))
     handle.tower = hook_output(handle.journal, layers, kind.names, handle.method, geometry)
@@ -231,10 +229,10 @@ def _hook_top(model: Any, handle: Handle) -> None:
             install_ragged_features(journal, owner, handle)
         elif handle.method.place is not Place.TOWER_LAYERS:
             _features_of_selection(model, handle).install(journal, owner, handle)
-        elif family.features != "plain":
-            FEATURES[family.features].install(journal, owner, handle)
+        elif family.features is not FeatureKind.PLAIN:
+            MIXINS[family.features].install(journal, owner, handle)
         elif handle.schedule.drop_cross or counted:
-            journal.swap_class(owner, CutFeatures if handle.schedule.drop_cross else FEATURES["plain"])
+            journal.swap_class(owner, CutFeatures if handle.schedule.drop_cross else ReducedFeatures)
     if family.text_tower is not None and family.text_tower.appends and family.tower is not None:
         journal.swap_class(model, DualModel)
     elif handle.method.is_dynamic and family.tower == "":
@@ -252,7 +250,7 @@ def _features_of_selection(model: Any, handle: Handle) -> type[FeaturesMixin]:
     if handle.method.place is Place.TOWER_OUTPUT:
         return SelectedFeatures
     merges_there = isinstance(handle.family.geometry(model.config), MergeGeometry)
-    return FEATURES[handle.family.features] if merges_there else MergedFeatures
+    return MIXINS[handle.family.features] if merges_there else MergedFeatures
 
 
 def _cross_tokens(handle: Handle, place: str, layers: nn.ModuleList, width: int) -> nn.Module:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mllm_crossget.families.family import Family, LayerNames, TextTower, module_at
+from mllm_crossget.families.family import Family, LayerNames, Positions, TextTower, module_at
 from mllm_crossget.families.modality import Modality
 from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.hooks.ground.vision_cache import VisionCache
@@ -214,7 +214,7 @@ class Handle:
     @property
     def keeps_positions(self) -> bool:
         """Whether image tokens and text keep positions of the full prompt that a grid does not give them anyway."""
-        return self.method.keeps_positions and self.family.positions != "grid"
+        return self.method.keeps_positions and self.family.positions is not Positions.GRID
 
     @property
     def merging(self) -> MergeState | None:

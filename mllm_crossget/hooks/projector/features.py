@@ -1,8 +1,8 @@
 """From the tower's tokens to the features that take the placeholders' places.
 
-A family names its mixin (``Family.features``); it is put in front of the class that owns ``get_image_features``.
-Features that had to be computed before the prompt could be shrunk (their number depends on the image) are kept for the
-stock code's own call, so that nothing is encoded twice.
+A family names a kind of features (``FeatureKind``), for which ``kinds`` has a mixin; it is put in front of the class
+that owns ``get_image_features``. Features that had to be computed before the prompt could be shrunk (their number
+depends on the image) are kept for the stock code's own call, so that nothing is encoded twice.
 """
 
 from __future__ import annotations
@@ -54,9 +54,6 @@ class CutFeatures(ReducedFeatures):
     def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
         """As the original, one feature fewer per image."""
         return with_features(super().get_image_features(*args, **kwargs), without_last)
-
-
-FEATURES: dict[str, type[FeaturesMixin]] = {"plain": ReducedFeatures}
 
 
 def features_of(output: Any) -> Any:

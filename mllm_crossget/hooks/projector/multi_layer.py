@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mllm_crossget.families.family import module_at
 from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.hooks.ground.state import Handle, LayerTrace
-from mllm_crossget.hooks.projector.features import FEATURES, ReducedFeatures, with_features, without_last
+from mllm_crossget.hooks.projector.features import ReducedFeatures, with_features, without_last
 from mllm_crossget.hooks.tower.fixed_counts import kept_trace, tower_state, trace_of
 from mllm_crossget.methods.method import Place
 from mllm_crossget.ops.matching import Match
@@ -72,6 +72,3 @@ def _merged(state: Tensor, trace: list[LayerTrace]) -> Tensor:
         if isinstance(layer.match, Match):  # families of this kind have no method that prunes
             state, size = merge(state, size, layer.match._replace(weight=None))
     return state
-
-
-FEATURES["concatenated"] = ConcatenatedFeatures

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from mllm_crossget.families.tile_packing import NEWLINE, layouts, reduced_layout
 from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.hooks.ground.state import MergeState
-from mllm_crossget.hooks.projector.features import FEATURES
 from mllm_crossget.hooks.projector.post_merge import merge_features
 from mllm_crossget.hooks.projector.tiles import PLACES, GridFeatures, place, reading, sources_of
 from mllm_crossget.hooks.tower.fixed_counts import trace_of
@@ -87,10 +86,6 @@ class ReducedPooling(nn.Module):
     def forward(self, image_features: Tensor) -> Any:
         """As the original on the frames' patches, then merged."""
         return _pooled(self, super().forward, image_features)
-
-
-FEATURES["video_grid"] = VideoGridFeatures
-FEATURES["limited_grid"] = LimitedGridFeatures
 
 
 def _same_share(handle: Any) -> Method:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from mllm_crossget.families.modality import Modality
 from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.hooks.ground.state import LayerTrace, MergeState, TowerState
-from mllm_crossget.hooks.projector.features import FEATURES, FeaturesMixin, encoded_ahead, features_of, with_features
+from mllm_crossget.hooks.projector.features import FeaturesMixin, encoded_ahead, features_of, with_features
 from mllm_crossget.methods.method import Method, Place
 from mllm_crossget.methods.signals import Signals
 from mllm_crossget.ops.importance import attention_importance
@@ -132,10 +132,6 @@ class MergedVideoFeatures(MergedFeatures):
     def get_video_features(self, *args: Any, **kwargs: Any) -> Any:
         """As the original, with fewer features per frame."""
         return _merged(self, "get_video_features", super().get_video_features, args, kwargs)
-
-
-FEATURES["merged"] = MergedFeatures
-FEATURES["merged_videos"] = MergedVideoFeatures
 
 
 def _merged(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mllm_crossget.families.family import module_at
 from mllm_crossget.families.tile_packing import layouts, reduced_layout
 from mllm_crossget.hooks.ground.journal import Journal
-from mllm_crossget.hooks.projector.features import FEATURES, ReducedFeatures
+from mllm_crossget.hooks.projector.features import ReducedFeatures
 from mllm_crossget.hooks.tower.fixed_counts import kept_trace, trace_of
 from mllm_crossget.methods.method import Place
 
@@ -79,9 +79,6 @@ class GridFeatures(ReducedFeatures):
             for tokens, source, layout in zip(image_features, sources, made, strict=True)
         ]
         return packed, torch.tensor([len(image) for image in packed], device=image_features[0].device)
-
-
-FEATURES["grid"] = GridFeatures
 
 
 def reading(owner: nn.Module) -> AbstractContextManager[None]:

@@ -9,7 +9,7 @@ from torch import nn
 
 from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.hooks.ground.state import Handle
-from mllm_crossget.hooks.projector.features import FEATURES, ReducedFeatures, with_features, without_last
+from mllm_crossget.hooks.projector.features import ReducedFeatures, with_features, without_last
 from mllm_crossget.methods.method import Place
 
 _CUTS = "_mllm_crossget_cuts"
@@ -40,6 +40,3 @@ class TwoTowersFeatures(ReducedFeatures):
 
     def _cut(self, name: str, output: Any) -> Any:
         return with_features(output, without_last) if self.__dict__[_CUTS][name] else output
-
-
-FEATURES["two_towers"] = TwoTowersFeatures

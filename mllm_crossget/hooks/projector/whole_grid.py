@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from mllm_crossget.families.family import module_at
 from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.hooks.ground.state import Handle, LayerTrace, TowerState
-from mllm_crossget.hooks.projector.features import FEATURES
 from mllm_crossget.hooks.projector.post_merge import MergedFeatures, hook_merge
 from mllm_crossget.hooks.tower.fixed_counts import kept_trace, trace_of
 from mllm_crossget.methods.method import Place
@@ -108,6 +107,3 @@ def _refuse_hidden(mask: Tensor) -> None:
 def _whole(states: Tensor, layer: LayerTrace | None, tokens: int) -> Tensor:
     """(B, T, D) states behind a layer (None: in front of the first) -> (B, tokens, D), without the cross token."""
     return states[:, :tokens] if layer is None else unmerge(states, layer.source[:, :tokens])
-
-
-FEATURES["whole_grid"] = WholeGridFeatures

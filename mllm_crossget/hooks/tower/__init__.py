@@ -2,7 +2,7 @@
 
 In: patch embeddings (B, N, D). Out: tokens (B, T, D) behind every layer, with their sizes. Read ``attention`` (what is
 recorded), ``fixed_counts`` (the layer loop where every image keeps the same number of tokens), ``counts_per_image``
-(where each keeps its own), ``pooling_head`` (SigLIP's).
+(where each keeps its own), ``output_selection`` (one step behind the layer that is read), ``pooling_head`` (SigLIP's).
 """
 
 from mllm_crossget.moved import moved_names
