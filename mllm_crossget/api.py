@@ -16,7 +16,8 @@ from mllm_crossget.hooks.apply import apply_method
 from mllm_crossget.hooks.ground.state import HANDLE, Handle, LayerTrace, base_model, handle_of, live_cross_tokens
 from mllm_crossget.hooks.ground.vision_cache import VisionCache
 from mllm_crossget.hooks.reuse.feature_reuse import check_reuse, use_cache
-from mllm_crossget.methods.base import Method
+from mllm_crossget.methods.method import Method, checked_method
+from mllm_crossget.schedule import acting_geometry
 from mllm_crossget.support import check_dials, supported_family
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -61,7 +62,7 @@ def accelerate_mllm(
     chosen = _settings(config, method, keep_ratio, visual_tokens, r, options)
     target = base_model(model)
     family = supported_family(target)
-    geometry = family.geometry(target.config)
+    geometry = acting_geometry(chosen, family.geometry(target.config))
     check_dials(chosen, family, target)
     check_reuse(target, family, reuse_vision)
     old = handle_of(target)
@@ -243,11 +244,10 @@ def _settings(
     dials = {"keep_ratio": keep_ratio, "visual_tokens": visual_tokens, "r": r}
     given = {name: value for name, value in {"method": method, **dials, **options}.items() if value is not None}
     if config is not None:
-        if not isinstance(config, Method):
-            raise TypeError(f"config must be a method's dataclass such as CrossGetConfig, got {type(config).__name__}")
+        chosen = checked_method(config)
         if given:
             raise ValueError(f"got a config and {sorted(given)}; set them in the config, or leave the config out")
-        return config
+        return chosen
     given.pop("method", None)
     kind = method_class(method or "crossget")
     unknown = sorted(set(options) - set(kind.__dataclass_fields__))

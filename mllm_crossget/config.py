@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -24,6 +25,21 @@ POSITIONS = ("contiguous", "original")
 _METHODS: dict[str, type[ReductionConfig]] = {}
 
 Config = TypeVar("Config", bound="ReductionConfig")
+
+
+class Place(Enum):
+    """Where a method acts on its way from pixels to the answer.
+
+    TOWER_LAYERS: in the layers of a tower, between attention and MLP (behind the projector, layer by layer, where a
+    model's tower is left alone). TOWER_OUTPUT: once, behind the layer that the language side reads. PROJECTOR: once, on
+    the features that take the placeholders' places. LANGUAGE_MODEL: in the language model's layers; nothing serves it
+    yet.
+    """
+
+    TOWER_LAYERS = "tower layers"
+    TOWER_OUTPUT = "tower output"
+    PROJECTOR = "projector"
+    LANGUAGE_MODEL = "language model"
 
 
 @dataclass
@@ -67,6 +83,7 @@ class ReductionConfig:
     size_bias: bool | None = None
 
     method: ClassVar[str] = ""
+    place: ClassVar[Place] = Place.TOWER_LAYERS
     uses_cross_tokens: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -263,6 +280,7 @@ def _checked_removals(name: str, value: Any) -> int | list[int]:
 __all__ = [
     "CONFIG_NAME",
     "DIALS",
+    "Place",
     "ReductionConfig",
     "find_file",
     "method_class",

@@ -24,6 +24,14 @@ def vit_flops(vision: Any, tokens: int) -> int:
     return layers + (pooling_head_flops(vision, tokens) if getattr(vision, "vision_use_head", False) else 0)
 
 
+def vit_image_flops(config: Any) -> tuple[int, int]:
+    """Patch embedding, and layers, of a model's plain vision transformer without class token on one image or tile."""
+    vision = config.vision_config
+    patches = (vision.image_size // vision.patch_size) ** 2
+    inputs = vision.num_channels * vision.patch_size**2
+    return linear_flops(patches, inputs, vision.hidden_size), vit_flops(vision, patches)
+
+
 def pooling_head_flops(vision: Any, tokens: int) -> int:
     """SigLIP's attention pooling: one query attends to all tokens, then an MLP on its one output."""
     width = vision.hidden_size

@@ -25,6 +25,7 @@ MOVED = {
     "benchmark.relative_geometries": "costs.geometries.relatives",
     "benchmark.reuse": "benchmark.reuse_timing",
     "embedded.retrieval": "embedded.dual_encoder",
+    "families.base": "families.family",
     "families.grid": "families.tile_packing",
     "hooks.alignment": "hooks.model.cross_loss",
     "hooks.alignment_tokens": "hooks.ground.alignment_tokens",
@@ -65,6 +66,7 @@ MOVED = {
     "integrations.lmms_eval.costs": "integrations.lmms_eval.token_costs",
     "kernels.graph": "kernels.triton_graph",
     "kernels.importance": "kernels.triton_importance",
+    "methods.base": "methods.method",
     "training.budget": "training.compute_budget",
 }
 

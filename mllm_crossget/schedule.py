@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import TypeVar
 
-from mllm_crossget.config import ReductionConfig
+from mllm_crossget.config import Place, ReductionConfig
 
 Config = TypeVar("Config", bound=ReductionConfig)
 
@@ -152,6 +152,13 @@ def ramp(layers: int, r: int | list[int], inflect: float = 0.0) -> list[int]:
     return [int(first + step * layer) for layer in range(layers)]
 
 
+def acting_geometry(config: ReductionConfig, geometry: Geometry) -> Geometry:
+    """What a method's counts are about: a tower, or the features behind the projector where the method acts there."""
+    if config.place is Place.PROJECTOR and isinstance(geometry, TowerGeometry):
+        return MergeGeometry(geometry.placeholders)
+    return geometry
+
+
 def make_schedule(config: ReductionConfig, geometry: Geometry) -> Schedule:
     """Turn the dial of ``config`` into counts for a tower, or for the merging behind a projector.
 
@@ -162,13 +169,17 @@ def make_schedule(config: ReductionConfig, geometry: Geometry) -> Schedule:
     removes at most half of the tokens.
     In front of a projector that wants the whole grid, a tower keeps the same share of its patches as the dial asks of
     the cells behind it, or as few as it can.
+    A method that acts once, behind the tower or behind the projector, has one step, which may leave a single token.
 
     Raises:
         ValueError: more tokens asked for than there are, fewer than the tower can get down to, a list of removals of
-            the wrong length, or ``r`` where there is no layer to apply it to.
+            the wrong length, ``r`` where there is no layer to apply it to, or a place that the geometry has not.
     """
+    geometry = acting_geometry(config, geometry)
     if isinstance(geometry, MergeGeometry):
         return _merge_schedule(config, geometry)
+    if config.place is not Place.TOWER_LAYERS:
+        return _output_schedule(config, geometry)
     cross = config.uses_cross_tokens and config.reduces_vision
     start = geometry.patches + geometry.prefix + cross
     protected = geometry.prefix + cross
@@ -261,20 +272,48 @@ def _text_removals_per_layer(r: int | list[int], geometry: TextGeometry) -> list
     return wanted
 
 
-def _merge_schedule(config: ReductionConfig, geometry: MergeGeometry) -> Schedule:
+def _refuse_layer_dials(config: ReductionConfig, instead: str) -> None:
+    """Raise ``ValueError`` for a dial that counts layers where none reduces; ``instead`` says what does."""
     if config.vision_removals is not None:
         raise ValueError(
-            f"r={config.vision_removals} counts tokens per layer of the vision tower, but the tokens of this model are "
-            "merged behind its projector; give keep_ratio or visual_tokens instead"
+            f"r={config.vision_removals} counts tokens per layer of the vision tower, but {instead}; give keep_ratio "
+            "or visual_tokens instead"
         )
     if (config.merge_every or 1) > 1:
+        raise ValueError(f"merge_every={config.merge_every} counts layers of the tower, but {instead}; leave it out")
+
+
+def _output_schedule(config: ReductionConfig, geometry: TowerGeometry) -> Schedule:
+    """One step behind the layer that is read; the layers behind that one run on the tokens that are left."""
+    if config.place is not Place.TOWER_OUTPUT or geometry.cells is not None:
+        raise ValueError(f"{type(config).__name__} acts at the {config.place.value}, where nothing is reduced here")
+    _refuse_layer_dials(config, f"{type(config).__name__} acts once, behind the layer that is read")
+    removed, start = geometry.placeholders - _target(config, geometry), geometry.patches + geometry.prefix
+    if removed >= geometry.patches:
         raise ValueError(
-            f"merge_every={config.merge_every} counts layers of the vision tower, but the tokens of this model are "
-            "merged behind its projector; leave it out"
+            f"{geometry.placeholders - removed} visual token leaves no patch beside the class token, which is read "
+            f"too; ask for visual_tokens>={geometry.placeholders - geometry.patches + 1}"
         )
+    behind = geometry.layers - geometry.read
+    removals = (0,) * (geometry.read - 1) + (removed,) + (0,) * behind
+    tokens = (start,) * geometry.read + (start - removed,) * (behind + 1)
+    return Schedule(removals, tokens, geometry.placeholders, geometry.placeholders - removed, False, False)
+
+
+def _one_step(tokens: int, left: int) -> Schedule:
+    """All tokens that are to go leave at once."""
+    return Schedule(
+        (tokens - left,) * (left < tokens), (tokens, left)[: 1 + (left < tokens)], tokens, left, False, False
+    )
+
+
+def _merge_schedule(config: ReductionConfig, geometry: MergeGeometry) -> Schedule:
+    _refuse_layer_dials(config, "the tokens of this model are merged behind its projector")
     wanted = config.visual_tokens
     too_many = wanted is not None and wanted > geometry.tokens and not geometry.fixed
     target = geometry.tokens if too_many else _target(config, geometry)
+    if config.place is not Place.TOWER_LAYERS:
+        return _one_step(geometry.tokens, target)
     steps, left = 0, geometry.tokens
     while left > target:
         steps, left = steps + 1, left - removable(left, 0)

@@ -8,10 +8,11 @@ from torch import nn
 
 from mllm_crossget import families as _registered_families  # noqa: F401 - registers them
 from mllm_crossget import methods as _registered_methods  # noqa: F401 - registers them
-from mllm_crossget.families.base import (
+from mllm_crossget.families.family import (
     BertNames,
     Family,
     LayerNames,
+    Positions,
     config_at,
     families,
     family_of,
@@ -21,9 +22,9 @@ from mllm_crossget.families.base import (
     tower_kind,
 )
 from mllm_crossget.hooks.ground.state import base_model
+from mllm_crossget.hooks.projector.kinds import MIXINS
 from mllm_crossget.hooks.tower.attention import attention_problem
-from mllm_crossget.methods.base import Method
-from mllm_crossget.methods.madtp import MadtpConfig
+from mllm_crossget.methods.method import Method, Place
 from mllm_crossget.schedule import MergeGeometry, TowerGeometry, make_schedule, make_text_schedule
 
 
@@ -79,7 +80,7 @@ def _check_structure(model: nn.Module, family: Family, tower: bool) -> None:
             ) from error
     if tower and family.tower is not None:
         vision_type = config_at(model.config, family.vision_config).model_type
-        kind = tower_kind(vision_type, family.towers, type(model).__name__)
+        kind = tower_kind(vision_type, family.vision.kinds, type(model).__name__)
         for path in (family.tower, *(modality.tower for modality in family.modalities if modality.tower)):
             _check_layers(model, "vision", module_at(module_at(model, path), kind.encoder), kind.names)
     if family.text_tower is not None:
@@ -108,7 +109,13 @@ def _check_layers(model: nn.Module, tower: str, encoder: nn.Module, names: Layer
 
 
 def check_dials(method: Method, family: Family, model: Any) -> None:
-    """The dials fit the model's towers and its geometry. Raises ``ValueError``."""
+    """The method's place and dials fit the model's towers and its geometry. Raises ``ValueError``."""
+    problem = place_problem(method, family, model)
+    if problem is not None:
+        raise ValueError(
+            f"{type(method).__name__} acts at {type(model).__name__}'s {method.place.value}, which is not possible: "
+            f"{problem}"
+        )
     if method.is_dynamic:
         _refuse_fixed_counts(model, family)
     if method.positions is not None:
@@ -124,7 +131,7 @@ def check_dials(method: Method, family: Family, model: Any) -> None:
     elif method.reduces_text:
         geometry = text.geometry(model.config)
         make_text_schedule(method, geometry, geometry.context)
-    if text is not None and method.reduces_text and isinstance(method, MadtpConfig) and not text.causal:
+    if text is not None and method.reduces_text and method.per_text is not None and not text.causal:
         reason = "is read from its last column" if text.appends else "is a BERT, and its pruning is not implemented"
         raise ValueError(
             f"MADTP prunes CLIP's text tower, but not that of {type(model).__name__}, which {reason}; leave "
@@ -142,6 +149,47 @@ def check_dials(method: Method, family: Family, model: Any) -> None:
         )
 
 
+def place_problem(method: Method, family: Family, model: Any) -> str | None:
+    """Why a method cannot act where it wants to in a model, or None if it can."""
+    if method.place is Place.TOWER_LAYERS:
+        if method.needs_features or method.needs_class_attention:
+            return "inside layers there are keys and importance, not features or the class token's attention"
+        return None
+    if method.place is Place.LANGUAGE_MODEL:
+        return "nothing serves that place yet; use a method that acts in the vision tower or behind the projector"
+    if method.is_dynamic:
+        return "a number of tokens per image is served inside the tower's layers alone"
+    if method.reduces_text:
+        return "text is reduced inside the text tower's layers alone; leave text_keep_ratio and text_r out"
+    reason = MIXINS[family.features].refused.get(method.place)
+    if reason is not None:
+        return reason
+    return (
+        _projector_problem(method, family)
+        if method.place is Place.PROJECTOR
+        else _output_problem(method, family, model)
+    )
+
+
+def _projector_problem(method: Method, family: Family) -> str | None:
+    if family.features_owner is None or not family.modalities:
+        return "its prompt has no placeholders that features of the image take, so there is nothing to choose from"
+    if method.needs_class_attention:
+        return "behind the projector there is no class token, whose attention the method wants"
+    return None
+
+
+def _output_problem(method: Method, family: Family, model: Any) -> str | None:
+    if not family.towers or family.tower is None:
+        return "it has no vision tower"
+    if family.text_tower is not None and not family.text_tower.reads_image:
+        return "its image embedding is all that is read of the tower's output"
+    geometry = family.geometry(model.config)
+    if method.needs_class_attention and not getattr(geometry, "prefix", 0):
+        return "its tower has no class token, whose attention the method wants"
+    return None
+
+
 def _check_own_tower(method: Method, name: str, geometry: TowerGeometry) -> None:
     try:
         make_schedule(method, geometry)
@@ -155,7 +203,7 @@ def _check_positions(method: Method, family: Family, model: nn.Module) -> None:
         raise ValueError(
             f"{type(model).__name__} gets no shorter prompt: positions={method.positions!r} says nothing, leave it out"
         )
-    if family.positions == "grid" and not method.keeps_positions:
+    if family.positions is Positions.GRID and not method.keeps_positions:
         raise ValueError(
             f"positions={method.positions!r}, but image tokens of {type(model).__name__} have positions in time, "
             "height and width, which are always kept; leave it out"

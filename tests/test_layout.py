@@ -155,3 +155,40 @@ def test_the_arrows_are_looked_at() -> None:
     found = {part_of(module) for path in FILES for module in imports(path) if module.startswith("mllm_crossget")}
     rooms = {f"hooks.{room}" for room in ROOMS}
     assert {"api", "config", "families", "methods", "ops", "schedule", *rooms} <= found
+
+
+def names_of_methods() -> dict[str, str]:
+    """File of every class in ``methods`` that derives from another one of these, or from the settings."""
+    files = [path for path in FILES if part_of(module_of(path)) == "methods"]
+    made = [
+        (node, path) for path in files for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef)
+    ]
+    found = {"ReductionConfig": ""}
+    for _ in made:  # a class may derive from one of a later file
+        found |= {
+            node.name: name_of(path) for node, path in made if {ast.unparse(base) for base in node.bases} & found.keys()
+        }
+    del found["ReductionConfig"]
+    return found
+
+
+METHOD_CLASSES = names_of_methods()
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_nobody_asks_which_method_it_is(path: Path) -> None:
+    """A method is one file: others ask for capabilities, not for its class, its fields or its name."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
+            continue
+        called, arguments = node.func.id, [ast.unparse(argument) for argument in node.args]
+        if called in ("isinstance", "issubclass") and len(arguments) == 2:
+            asked = {part.id for part in ast.walk(node.args[1]) if isinstance(part, ast.Name)} & METHOD_CLASSES.keys()
+            assert all(METHOD_CLASSES[name] == name_of(path) for name in asked), f"line {node.lineno}: {asked}"
+        named = called == "getattr" and isinstance(node.args[1], ast.Constant)
+        if (called == "vars" or named) and arguments:
+            assert not arguments[0].endswith(("method", "_method(model)")), f"line {node.lineno}: {ast.unparse(node)}"
+
+
+def test_methods_are_found() -> None:
+    assert {"CrossGetConfig", "DynamicMethod", "MadtpConfig", "Method", "SelectionMethod"} <= METHOD_CLASSES.keys()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mllm_crossget.families.base import Family, module_at
+from mllm_crossget.families.family import Family, module_at
 from mllm_crossget.schedule import Schedule
 
 

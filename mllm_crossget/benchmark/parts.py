@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mllm_crossget.families.base import Family, module_at
+from mllm_crossget.families.family import Family, module_at
 
 PARTS = ("encoder", "projector", "prefill", "decode", "rest")
 

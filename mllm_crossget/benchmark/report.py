@@ -15,8 +15,8 @@ from mllm_crossget.benchmark.parts import PartClock
 from mllm_crossget.benchmark.roofline import Device, Sizes, least_seconds
 from mllm_crossget.benchmark.timing import spread
 from mllm_crossget.costs.flops import Flops, model_flops, visual_tokens
-from mllm_crossget.families.base import Family
-from mllm_crossget.methods.base import Method
+from mllm_crossget.families.family import Family
+from mllm_crossget.methods.method import Method
 from mllm_crossget.schedule import Schedule
 
 

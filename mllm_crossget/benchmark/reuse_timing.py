@@ -26,9 +26,9 @@ from mllm_crossget.benchmark.sample_inputs import prompt_inputs
 from mllm_crossget.benchmark.speed import BenchOptions, load
 from mllm_crossget.benchmark.timing import alternate, environment, spread
 from mllm_crossget.embedded import load_embedded
-from mllm_crossget.families.base import module_at
+from mllm_crossget.families.family import module_at
 from mllm_crossget.hooks.ground.vision_cache import MEBIBYTE, VisionCache
-from mllm_crossget.methods.base import Method
+from mllm_crossget.methods.method import Method
 
 
 @dataclass

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mllm_crossget.config import ReductionConfig
 from mllm_crossget.costs.flops import tiles_of, visual_tokens
-from mllm_crossget.families.base import Family, config_at
+from mllm_crossget.families.family import Family, config_at
 from mllm_crossget.methods.tome import ToMeConfig
 from mllm_crossget.schedule import make_schedule
 

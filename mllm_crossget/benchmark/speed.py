@@ -29,7 +29,7 @@ from mllm_crossget.benchmark.sample_inputs import prompt_inputs
 from mllm_crossget.benchmark.timing import environment, seconds_of
 from mllm_crossget.config import method_class
 from mllm_crossget.costs.geometries.llava import GEOMETRIES, resolve
-from mllm_crossget.families.base import Family, config_at, family_of, module_at
+from mllm_crossget.families.family import Family, config_at, family_of, module_at
 from mllm_crossget.schedule import make_schedule
 
 

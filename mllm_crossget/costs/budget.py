@@ -11,8 +11,8 @@ from torch import Tensor
 
 from mllm_crossget.config import DIALS
 from mllm_crossget.costs.flops import model_flops
-from mllm_crossget.families.base import family_of
-from mllm_crossget.methods.base import Method
+from mllm_crossget.families.family import family_of
+from mllm_crossget.methods.method import Method
 from mllm_crossget.schedule import Schedule, make_schedule
 
 

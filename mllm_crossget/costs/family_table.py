@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mllm_crossget import families as _registered_families  # noqa: F401 - registers them
-from mllm_crossget.families.base import families, refused_families
+from mllm_crossget.families.family import families, refused_families
 
 SERVED = ("model type", "vision towers", "where tokens are reduced", "what is exact")
 REFUSED = ("model type", "why it is refused")

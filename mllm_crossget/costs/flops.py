@@ -15,15 +15,17 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mllm_crossget.costs.language import language_costs
-from mllm_crossget.families.base import TOWERS, Family, TextTower, config_at, families, family_of
+from mllm_crossget.families.family import Family, TextTower, config_at, families, family_of
 from mllm_crossget.families.modality import Tiles
 from mllm_crossget.flop_formulas import attention_flops, linear_flops, pooling_head_flops
-from mllm_crossget.methods.base import Method, Signals
-from mllm_crossget.methods.madtp import MadtpConfig
+from mllm_crossget.methods.capabilities import LayerShape
+from mllm_crossget.methods.method import Method, Place
+from mllm_crossget.methods.signals import Signals
 from mllm_crossget.schedule import (
     MergeGeometry,
     Schedule,
     TowerGeometry,
+    acting_geometry,
     behind_grid,
     make_schedule,
     make_text_schedule,
@@ -103,7 +105,7 @@ def model_flops(
     if family.tower is None:
         text = _text_tower(config, family.text_tower, method, text_tokens, 0)[0] if family.text_tower else 0
         return Flops(0, 0, 0, _projection(config, family), text, 0, 0)
-    geometry = family.geometry(config)
+    geometry = acting_geometry(method, family.geometry(config))
     schedule = make_schedule(method, geometry) if schedule is None else schedule
     runs = images * tiles_of(config, family).count
     visual = visual_tokens(config, family, schedule)
@@ -148,12 +150,16 @@ def matching_flops(method: Method, tokens: int, width: int, removed: int, ends: 
     for two channels that carry the protection), ToMe even with odd tokens (half of T² / 2), random nothing.
     """
     keys = torch.empty(1, tokens, width, device="meta")
-    importance = torch.empty(1, tokens, device="meta") if method.needs_importance else None
+    importance, attention = (
+        torch.empty(1, tokens, device="meta") if wanted else None
+        for wanted in (method.needs_importance, method.needs_class_attention)
+    )
     protected: Any = tuple(range(ends))
     if method.is_dynamic:  # dead tokens lie elsewhere in every image
         protected = torch.zeros(1, tokens, dtype=torch.bool, device="meta")
     with FlopCounterMode(display=False) as counter:
-        method.match(Signals(keys, importance, protected), removed)
+        features = keys if method.needs_features else None
+        method.match(Signals(keys, importance, protected, features=features, class_attention=attention), removed)
     return int(counter.get_total_flops())
 
 
@@ -177,8 +183,9 @@ def _patch_embedding(vision: Any, family: Family) -> int:
     return linear_flops(patches, channels * vision.patch_size**2, vision.hidden_size)
 
 
-def _encoder(vision: Any, schedule: Schedule) -> int:
-    """Per layer: q, k, v, o and attention on the tokens that enter, two MLP matrices on those that are left."""
+def _encoder(vision: Any, schedule: Schedule, inside: bool = True) -> int:
+    """Per layer: q, k, v, o and attention on the tokens that enter, two MLP matrices on those that are left, where
+    tokens leave ``inside`` the layer and not behind it."""
     width = vision.hidden_size
     inner = getattr(vision, "intermediate_size", None) or int(width * vision.mlp_ratio)
     total = 0
@@ -186,50 +193,40 @@ def _encoder(vision: Any, schedule: Schedule) -> int:
         total += (
             4 * linear_flops(tokens, width, width)
             + attention_flops(tokens, tokens, width)
-            + 2 * linear_flops(left, width, inner)
+            + 2 * linear_flops(left if inside else tokens, width, inner)
         )
     return total + (pooling_head_flops(vision, schedule.tokens[-1]) if getattr(vision, "vision_use_head", False) else 0)
 
 
 def _reducer(
-    vision: Any, schedule: Schedule, method: Method, one_softmax: bool, cosine: bool = False, ends: int = 0
+    vision: Any,
+    schedule: Schedule,
+    method: Method,
+    one_softmax: bool,
+    cosine: bool,
+    prefix: int,
+    ends: int = 0,
+    has_map: bool = False,
 ) -> int:
-    """Per reducing layer: the matching on the keys of a head and, where asked for, the importance: a product of the
-    query weights with every head's map, and QKᵀ once more unless attention shares its map; token sizes enter it as one
-    more channel (a GPU adds them for nothing). What fills maps up to whole registers is not counted. Where the
-    importance is a cosine, the matching is on the keys of all heads, and the cosines with one query are not counted (a
-    product per channel, no matrix product)."""
+    """What the method itself says that it adds to a layer; else per reducing layer the matching on the keys of a head
+    and, where asked for, the importance: a product of the query weights with every head's map, and QKᵀ once more unless
+    attention shares its map; token sizes enter it as one more channel (a GPU adds them for nothing). What fills maps up
+    to whole registers is not counted. Where the importance is a cosine, the matching is on the keys of all heads, and
+    the cosines with one query are not counted (a product per channel, no matrix product). The class token's attention
+    is one query's QKᵀ. ``has_map``: the attention keeps its map, of which the mean over heads is enough."""
     heads, width = vision.num_attention_heads, vision.hidden_size
-    if isinstance(method, MadtpConfig):
-        return _pruning(vision, schedule, method)
-    kind = TOWERS.get(vision.model_type)
-    has_map = kind is not None and kind.names.fused  # the attention keeps its map: its mean over heads is enough
     total = 0
     for tokens, removed in zip(schedule.tokens, schedule.removals, strict=False):
-        if not removed:
+        own = method.layer_flops(LayerShape(tokens, removed, prefix, width, heads))
+        if own is not None or not removed:
+            total += own or 0
             continue
         total += matching_flops(method, tokens, width if cosine else width // heads, removed, ends)
         if method.needs_importance and not cosine:
             total += 2 * tokens * tokens * (1 if has_map else heads)
             if not has_map:
                 total += 2 * tokens * tokens * (heads + (0 if one_softmax else width))
-    return total
-
-
-def _pruning(vision: Any, schedule: Schedule, method: MadtpConfig) -> int:
-    """MADTP: in every layer the match with the alignment tokens; where tokens leave, QKᵀ once more for the best head,
-    and the class token's row of it. Token counts are averages, so that the squares are a little too small."""
-    width, prefix = vision.hidden_size, 1  # a text's start mark
-    if hasattr(vision, "image_size"):
-        prefix = schedule.tokens[0] - (vision.image_size // vision.patch_size) ** 2
-    space = method.alignment_width if method.alignment_maps else width
-    total = 0
-    for tokens, removed in zip(schedule.tokens, schedule.removals, strict=False):
-        if method.alignment_tokens:
-            total += linear_flops(tokens - prefix, width, space) if method.alignment_maps else 0
-            total += linear_flops(tokens - prefix, space, method.alignment_tokens)
-        if removed:
-            total += 2 * tokens * tokens * width + (2 * tokens * width if prefix else 0)
+        total += 2 * tokens * width if method.needs_class_attention else 0
     return total
 
 
@@ -239,11 +236,14 @@ def _tower_parts(
     """Patch embedding, layers, reduction and connector of one image whose tokens are merged inside the tower."""
     vision = config_at(config, family.vision_config)
     cosine = schedule.cross and method.uses_cosine(family.cosine)
-    ends = getattr(family.geometry(config), "prefix", 0) + schedule.cross
+    prefix = getattr(family.geometry(config), "prefix", 0)
+    has_map = any(kind.names.fused for kind in family.vision.kinds if kind.model_type == vision.model_type)
     return (
         family.tower_flops(config)[0] if family.tower_flops else _patch_embedding(vision, family),
-        _encoder(vision, schedule),
-        _reducer(vision, schedule, method, one_softmax, cosine, ends) if method.reduces_vision else 0,
+        _encoder(vision, schedule, inside=method.place is Place.TOWER_LAYERS),
+        _reducer(vision, schedule, method, one_softmax, cosine, prefix, prefix + schedule.cross, has_map)
+        if method.reduces_vision
+        else 0,
         _connector(config, family, schedule, text_tokens),
     )
 
@@ -266,9 +266,20 @@ def _grid_parts(
 
 def _merged_parts(config: Any, family: Family, schedule: Schedule, method: Method) -> tuple[int, int, int, int]:
     """Likewise for one image whose tokens are merged behind the projector."""
-    patch_embedding, encoder = family.tower_flops(config) if family.tower_flops else (0, 0)
+    patch_embedding, encoder = family.tower_flops(config) if family.tower_flops else _untouched_tower(config, family)
     projector = family.connector_flops(config, schedule.placeholders) if family.connector_flops else 0
     return patch_embedding, encoder, _merging(config.get_text_config().hidden_size, schedule, method), projector
+
+
+def _untouched_tower(config: Any, family: Family) -> tuple[int, int]:
+    """Patch embedding and layers of a tower that is left alone; nothing where no geometry tells of one."""
+    geometry = family.geometry(config)
+    if isinstance(geometry, MergeGeometry):
+        return 0, 0
+    vision = config_at(config, family.vision_config)
+    tokens = (geometry.patches + geometry.prefix,) * (geometry.layers + 1)
+    whole = Schedule((0,) * geometry.layers, tokens, geometry.placeholders, geometry.placeholders, False, False)
+    return _patch_embedding(vision, family), _encoder(vision, whole)
 
 
 def _merging(width: int, schedule: Schedule, method: Method) -> int:
@@ -315,7 +326,7 @@ def _text_tower(config: Any, tower: TextTower, method: Method, tokens: int, visu
     schedule = make_text_schedule(method, geometry, tokens)
     total = _encoder(text, schedule)
     if method.reduces_text:
-        total += _reducer(text, schedule, method, False, method.needs_importance)
+        total += _reducer(text, schedule, method, False, method.needs_importance, prefix=1)
     if tower.reads_image:
         width = text.hidden_size
         for left in schedule.tokens[1:]:

@@ -16,9 +16,9 @@ from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModel, AutoMo
 from mllm_crossget.config import DIALS
 from mllm_crossget.costs.flops import Flops, model_flops, tiles_of, visual_tokens
 from mllm_crossget.costs.geometries.llava import resolve
-from mllm_crossget.families.base import TextTower, config_at, family_of
-from mllm_crossget.methods.base import Method
-from mllm_crossget.schedule import Schedule, TowerGeometry, make_schedule, make_text_schedule
+from mllm_crossget.families.family import TextTower, config_at, family_of
+from mllm_crossget.methods.method import Method
+from mllm_crossget.schedule import Schedule, TowerGeometry, acting_geometry, make_schedule, make_text_schedule
 from mllm_crossget.support import unsupported_reason
 
 
@@ -71,7 +71,7 @@ def inspection(config: Any, method: Method, text_tokens: int = 60, new_tokens: i
     family = family_of(config)
     if family is None or family.tower is None:
         raise ValueError(f"model type {config.model_type!r} has no vision tower to look at")
-    geometry = family.geometry(config)
+    geometry = acting_geometry(method, family.geometry(config))
     schedule = make_schedule(method, geometry)
     untouched = make_schedule(type(method)(keep_ratio=1.0), geometry)
     costs = [model_flops(config, kind, text_tokens=text_tokens, new_tokens=new_tokens)

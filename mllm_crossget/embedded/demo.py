@@ -17,8 +17,8 @@ from mllm_crossget.benchmark.timing import alternate, environment, ratio
 from mllm_crossget.config import method_class
 from mllm_crossget.costs.flops import model_flops
 from mllm_crossget.embedded import Question, answer, batch_inputs, held_out_questions, load_embedded, score
-from mllm_crossget.families.base import families
-from mllm_crossget.methods.base import Method
+from mllm_crossget.families.family import families
+from mllm_crossget.methods.method import Method
 from mllm_crossget.schedule import make_schedule
 from mllm_crossget.visualize import contact_sheet, draw_groups, merged_groups, plot_curves
 
@@ -171,7 +171,7 @@ def _pictures(
     )
     by_method: dict[str, list[Any]] = {}
     for name, method in settings.items():
-        if method.is_identity or getattr(method, "drop", False):
+        if method.is_identity or method.prunes:
             continue
         with accelerated(model, method):
             groups = merged_groups(model, pixels)[0].cpu()

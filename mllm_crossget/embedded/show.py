@@ -15,8 +15,7 @@ from mllm_crossget.api import accelerate_mllm
 from mllm_crossget.embedded import load_embedded
 from mllm_crossget.embedded.scenes import render, sample_layouts, to_image
 from mllm_crossget.hooks.model.thresholds import calibrate
-from mllm_crossget.methods.base import Method
-from mllm_crossget.methods.dynamic import DynamicMethod
+from mllm_crossget.methods.method import Method
 from mllm_crossget.visualize import contact_sheet, draw_counts, draw_groups, merged_groups, tokens_per_layer
 
 _ENLARGED = 3
@@ -51,7 +50,7 @@ def run(options: ShowOptions, method: Method) -> int:
     model, processor = _load(options.model)
     pictures = [Image.open(file).convert("RGB") for file in options.images] or _scenes(options.scenes, seed=1)
     accelerate_mllm(model, method)
-    if isinstance(method, DynamicMethod) and method.needs_calibration:
+    if method.needs_calibration:
         others = [Image.open(file).convert("RGB") for file in options.calibrate_on]
         if not others:
             others = pictures if options.images else _scenes(200, seed=2)

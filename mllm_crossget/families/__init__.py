@@ -24,7 +24,7 @@ from mllm_crossget.families import (
     vipllava,
     vision_tower,
 )
-from mllm_crossget.families.base import Family, families
+from mllm_crossget.families.family import Family, families
 
 __all__ = [
     "Family",

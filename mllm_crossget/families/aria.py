@@ -9,8 +9,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from mllm_crossget.families.base import (
+from mllm_crossget.families.family import (
     Family,
+    FamilyCosts,
+    FamilyDocs,
+    FeatureKind,
+    LanguageSide,
+    PromptSide,
+    VisionSide,
     patches_per_image,
     register_family,
     tower_kind,
@@ -19,7 +25,7 @@ from mllm_crossget.families.idefics3 import IDEFICS3_TOWER
 from mllm_crossget.flop_formulas import attention_flops, linear_flops
 from mllm_crossget.schedule import TowerGeometry
 
-_TOWERS = (IDEFICS3_TOWER.model_type,)
+_TOWERS = (IDEFICS3_TOWER,)
 
 
 def geometry(config: Any) -> TowerGeometry:
@@ -55,17 +61,25 @@ def projector_flops(config: Any, features: int) -> int:
 ARIA = register_family(
     Family(
         model_type="aria",
-        tower="model.vision_tower",
-        vision_config="vision_config",
-        geometry=geometry,
-        towers=_TOWERS,
-        note="inside the vision tower; the queries read what is left, the language model gets as many as before",
-        exact="padded images run without padding; no alignment loss in training",
-        language_model="model.language_model",
-        projector="model.multi_modal_projector",
-        features_owner="model",
-        features="resampled",
-        llm_tokens=queries,
-        connector_flops=projector_flops,
+        vision=VisionSide(
+            tower="model.vision_tower",
+            config="vision_config",
+            geometry=geometry,
+            kinds=_TOWERS,
+            projector="model.multi_modal_projector",
+        ),
+        prompt=PromptSide(
+            owner="model",
+            kind=FeatureKind.COUNTED_RESAMPLER,
+        ),
+        language=LanguageSide(model="model.language_model"),
+        costs=FamilyCosts(
+            llm_tokens=queries,
+            connector=projector_flops,
+        ),
+        docs=FamilyDocs(
+            note="inside the vision tower; the queries read what is left, the language model gets as many as before",
+            exact="padded images run without padding; no alignment loss in training",
+        ),
     )
 )

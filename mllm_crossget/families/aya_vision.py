@@ -9,16 +9,26 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
-from mllm_crossget.families.base import SIGLIP_TOWER, Family, patches_per_image, register_family, tower_kind
-from mllm_crossget.families.gemma3 import siglip_flops
-from mllm_crossget.families.llava import layer_that_is_read
+from mllm_crossget.families.family import (
+    SIGLIP_TOWER,
+    CrossPaths,
+    Family,
+    FamilyCosts,
+    FamilyDocs,
+    FeatureKind,
+    LanguageSide,
+    PromptSide,
+    VisionSide,
+    patches_per_image,
+    register_family,
+    tower_kind,
+)
 from mllm_crossget.families.modality import Modality
-from mllm_crossget.flop_formulas import linear_flops
+from mllm_crossget.families.tower_geometry import cell_of_patches, layer_that_is_read
+from mllm_crossget.flop_formulas import linear_flops, vit_image_flops
 from mllm_crossget.schedule import TowerGeometry
 
-_TOWERS = (SIGLIP_TOWER.model_type,)
+_TOWERS = (SIGLIP_TOWER,)
 
 
 def geometry(config: Any) -> TowerGeometry:
@@ -49,28 +59,34 @@ def projector_flops(config: Any, features: int) -> int:
     return linear_flops(features, inputs, inner) + linear_flops(features, inner // 2, text)
 
 
-def cross_cell(config: Any, tokens: Tensor) -> Tensor:
-    """The patches of one cell, which the projector shuffles itself: (images, D) -> (images, downsample_factor², D)."""
-    return tokens[:, None].repeat(1, config.downsample_factor**2, 1)
-
-
 AYA_VISION = register_family(
     Family(
         model_type="aya_vision",
-        tower="model.vision_tower",
-        vision_config="vision_config",
-        geometry=geometry,
-        towers=_TOWERS,
-        note="inside the vision tower, tile by tile; copied back to the grid, and merged again behind the projector",
-        exact="prompts compacted by hand",
-        language_model="model.language_model",
-        projector="model.multi_modal_projector",
-        vision_projection=("model.multi_modal_projector",),
-        cross_cell=cross_cell,
-        features_owner="model",
-        features="whole_grid",
-        modalities=(Modality(),),
-        connector_flops=projector_flops,
-        tower_flops=siglip_flops,
+        vision=VisionSide(
+            tower="model.vision_tower",
+            config="vision_config",
+            geometry=geometry,
+            kinds=_TOWERS,
+            projector="model.multi_modal_projector",
+        ),
+        prompt=PromptSide(
+            owner="model",
+            kind=FeatureKind.WHOLE_GRID,
+            modalities=(Modality(),),
+        ),
+        language=LanguageSide(model="model.language_model"),
+        crossing=CrossPaths(
+            vision=("model.multi_modal_projector",),
+            cell=cell_of_patches("downsample_factor"),
+        ),
+        costs=FamilyCosts(
+            connector=projector_flops,
+            tower=vit_image_flops,
+        ),
+        docs=FamilyDocs(
+            note="inside the vision tower, tile by tile; copied back to the grid, and merged again behind the "
+            "projector",
+            exact="prompts compacted by hand",
+        ),
     )
 )

@@ -18,8 +18,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mllm_crossget.families.base import BertNames, Family, TextSide, TextTower, register_family
-from mllm_crossget.families.blip2 import self_attention_block_flops, vision_type, vit_geometry
+from mllm_crossget.families.blip2 import self_attention_block_flops, vit_geometry
+from mllm_crossget.families.family import (
+    BLIP_TOWER,
+    BertNames,
+    CrossPaths,
+    Family,
+    FamilyCosts,
+    FamilyDocs,
+    LanguageSide,
+    TextSide,
+    TextTower,
+    VisionSide,
+    register_family,
+)
 from mllm_crossget.flop_formulas import attention_flops, linear_flops
 
 _POST_NORM = "vision_model.post_layernorm"
@@ -76,82 +88,109 @@ def embedding_flops(config: Any, features: int) -> int:
     return projections + linear_flops(1, text, text)
 
 
-def _reads_image(text: str) -> dict[str, Any]:
-    """Fields of a family whose cross tokens live in the BERT at a path, which cross-attends to the image."""
-    return {
-        "language_model": text,
-        "text_side": lambda config: TextSide(text, "encoder.layer"),
-        "vision_projection": (_POST_NORM, f"{text}.encoder.layer.0.crossattention.self.value"),
-        "cross_attentions": (f"{text}.encoder.layer", "crossattention.self"),
-    }
+def _vision(text: str) -> VisionSide:
+    """The tower, whose tokens the BERT at a path cross-attends to."""
+    return VisionSide(
+        tower="vision_model",
+        config="vision_config",
+        geometry=vit_geometry(BLIP_TOWER),
+        kinds=(BLIP_TOWER,),
+        dynamic=True,
+        cross_attentions=(f"{text}.encoder.layer", "crossattention.self"),
+    )
+
+
+def _language(text: str, *layers: str, tower: TextTower | None = None) -> LanguageSide:
+    """The BERT at a path, which text cross tokens live in, and all lists of layers."""
+    return LanguageSide(text, lambda config: TextSide(text, "encoder.layer"), lambda config: layers, tower)
+
+
+def _crossing(text: str) -> CrossPaths:
+    """Both sides meet in the keys' width of the first cross-attention of the BERT at a path."""
+    return CrossPaths(vision=(_POST_NORM, f"{text}.encoder.layer.0.crossattention.self.value"))
 
 
 BLIP = register_family(
     Family(
         model_type="blip",
-        tower="vision_model",
-        vision_config="vision_config",
-        geometry=vit_geometry,
-        towers=(vision_type("blip"),),
-        note="inside the vision tower; the text decoder cross-attends to the merged tokens",
-        exact="rows alone or together; the caption is not merged; no reference vectors exist",
-        language_layers=lambda config: ("text_decoder.bert.encoder.layer",),
-        language_flops=language_flops,
-        dynamic=True,
-        **_reads_image("text_decoder.bert"),
+        vision=_vision("text_decoder.bert"),
+        language=_language("text_decoder.bert", "text_decoder.bert.encoder.layer"),
+        crossing=_crossing("text_decoder.bert"),
+        costs=FamilyCosts(language=language_flops),
+        docs=FamilyDocs(
+            note="inside the vision tower; the text decoder cross-attends to the merged tokens",
+            exact="rows alone or together; the caption is not merged; no reference vectors exist",
+        ),
     )
 )
 
 BLIP_QUESTIONS = register_family(
     Family(
         model_type="blip",
-        tower="vision_model",
-        vision_config="vision_config",
-        geometry=vit_geometry,
-        towers=(vision_type("blip"),),
-        note="inside the vision tower, and inside the question's encoder with text_r or text_keep_ratio; it reads the "
-        "merged tokens of the image, the answer's decoder those of the question",
-        exact="rows alone or together; a merged word counts as often as it has words; no reference vectors exist",
-        language_layers=lambda config: ("text_encoder.encoder.layer", "text_decoder.bert.encoder.layer"),
-        language_flops=language_flops,
-        dynamic=True,
-        text_tower=_text_encoder("text_encoder", reader="text_decoder.bert"),
         classes=("BlipForQuestionAnswering",),
         variant="questions",
-        **_reads_image("text_encoder"),
+        vision=_vision("text_encoder"),
+        language=_language(
+            "text_encoder",
+            "text_encoder.encoder.layer",
+            "text_decoder.bert.encoder.layer",
+            tower=_text_encoder("text_encoder", reader="text_decoder.bert"),
+        ),
+        crossing=_crossing("text_encoder"),
+        costs=FamilyCosts(language=language_flops),
+        docs=FamilyDocs(
+            note=(
+                "inside the vision tower, and inside the question's encoder with text_r or text_keep_ratio; it reads "
+                "the merged tokens of the image, the answer's decoder those of the question"
+            ),
+            exact="rows alone or together; a merged word counts as often as it has words; no reference vectors exist",
+        ),
     )
 )
 
 BLIP_RETRIEVAL = register_family(
     dataclasses.replace(
         BLIP_QUESTIONS,
-        note="inside the vision tower, and inside the text's encoder with text_r or text_keep_ratio; it reads the "
-        "merged tokens of the image",
-        exact="rows alone or together; no reference vectors exist",
-        language_layers=lambda config: ("text_encoder.encoder.layer",),
-        connector_flops=matching_flops,
-        language_flops=None,
-        text_tower=_text_encoder("text_encoder"),
         classes=("BlipForImageTextRetrieval",),
         variant="retrieval",
+        language=dataclasses.replace(
+            BLIP_QUESTIONS.language,
+            layers=lambda config: ("text_encoder.encoder.layer",),
+            text_tower=_text_encoder("text_encoder"),
+        ),
+        costs=dataclasses.replace(BLIP_QUESTIONS.costs, connector=matching_flops, language=None),
+        docs=dataclasses.replace(
+            BLIP_QUESTIONS.docs,
+            note=(
+                "inside the vision tower, and inside the text's encoder with text_r or text_keep_ratio; it reads the "
+                "merged tokens of the image"
+            ),
+            exact="rows alone or together; no reference vectors exist",
+        ),
     )
 )
 
 BLIP_DUAL = register_family(
     dataclasses.replace(
         BLIP_QUESTIONS,
-        note="inside the vision tower, and inside the text's encoder with text_r or text_keep_ratio",
-        exact="rows alone or together; no reference vectors exist",
-        language_model="text_model",
-        text_side=lambda config: TextSide("text_model", "encoder.layer"),
-        language_layers=lambda config: ("text_model.encoder.layer",),
-        vision_projection=(_POST_NORM, "visual_projection"),
-        text_projection=("text_projection",),
-        cross_attentions=None,
-        connector_flops=embedding_flops,
-        language_flops=None,
-        text_tower=_text_encoder("text_model", reads_image=False),
         classes=("BlipModel",),
         variant="dual",
+        vision=dataclasses.replace(BLIP_QUESTIONS.vision, cross_attentions=None),
+        language=dataclasses.replace(
+            BLIP_QUESTIONS.language,
+            model="text_model",
+            text_side=lambda config: TextSide("text_model", "encoder.layer"),
+            layers=lambda config: ("text_model.encoder.layer",),
+            text_tower=_text_encoder("text_model", reads_image=False),
+        ),
+        crossing=dataclasses.replace(
+            BLIP_QUESTIONS.crossing, vision=(_POST_NORM, "visual_projection"), text=("text_projection",)
+        ),
+        costs=dataclasses.replace(BLIP_QUESTIONS.costs, connector=embedding_flops, language=None),
+        docs=dataclasses.replace(
+            BLIP_QUESTIONS.docs,
+            note="inside the vision tower, and inside the text's encoder with text_r or text_keep_ratio",
+            exact="rows alone or together; no reference vectors exist",
+        ),
     )
 )

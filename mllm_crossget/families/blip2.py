@@ -12,12 +12,26 @@ own: their tower merges with vision cross tokens alone, without an alignment los
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from mllm_crossget.families.base import Family, TextSide, patches_per_image, register_family, tower_kind
+from mllm_crossget.families.family import (
+    BLIP2_TOWER,
+    CrossPaths,
+    Family,
+    FamilyCosts,
+    FamilyDocs,
+    LanguageSide,
+    PromptSide,
+    TextSide,
+    TowerKind,
+    VisionSide,
+    register_family,
+)
+from mllm_crossget.families.tower_geometry import read_at_the_end
 from mllm_crossget.flop_formulas import attention_flops, linear_flops
 from mllm_crossget.schedule import TowerGeometry
 
@@ -58,21 +72,9 @@ def language_model(config: Any) -> LanguageModel:
     return LANGUAGE_MODELS[kind]
 
 
-def vit_geometry(config: Any) -> TowerGeometry:
-    """Geometry of a BLIP tower, whose every token is read, behind the last layer and its norm.
-
-    Raises:
-        ValueError: another vision tower.
-    """
-    vision = config.vision_config
-    kind = tower_kind(vision.model_type, (vision_type(config.model_type),), type(config).__name__)
-    layers = vision.num_hidden_layers
-    return TowerGeometry(patches_per_image(vision), kind.prefix, layers, read=layers, drops_prefix=False)
-
-
-def vision_type(model_type: str) -> str:
-    """Model type of the vision configuration that belongs to a model type."""
-    return f"{model_type.replace('-', '_')}_vision_model"
+def vit_geometry(kind: TowerKind) -> Callable[[Any], TowerGeometry]:
+    """Geometry of a BLIP tower, whose every token is read, behind the last layer and its norm."""
+    return read_at_the_end(kind, drops_prefix=False)
 
 
 def text_side(config: Any) -> TextSide:
@@ -142,39 +144,51 @@ def self_attention_block_flops(former: Any, tokens: int) -> int:
 BLIP2 = register_family(
     Family(
         model_type="blip-2",
-        tower="vision_model",
-        vision_config="vision_config",
-        geometry=vit_geometry,
-        towers=(vision_type("blip-2"),),
-        note="inside the vision tower; the Q-Former attends to the merged tokens, the language model still gets 32",
-        exact="rows of ragged batches alone or together; OPT and T5, greedy and beams; no reference vectors exist",
-        language_model="language_model",
-        text_side=text_side,
-        language_layers=language_layers,
-        projector="language_projection",
-        vision_projection=(*Q_FORMER_INPUT, "language_projection"),
-        images_per_row=images_per_row,
-        dynamic=True,
-        readers=("qformer",),
-        llm_tokens=lambda config, features: int(config.num_query_tokens),
-        connector_flops=connector_flops,
+        vision=VisionSide(
+            tower="vision_model",
+            config="vision_config",
+            geometry=vit_geometry(BLIP2_TOWER),
+            kinds=(BLIP2_TOWER,),
+            projector="language_projection",
+            dynamic=True,
+            readers=("qformer",),
+        ),
+        prompt=PromptSide(images_per_row=images_per_row),
+        language=LanguageSide(
+            model="language_model",
+            text_side=text_side,
+            layers=language_layers,
+        ),
+        crossing=CrossPaths(vision=(*Q_FORMER_INPUT, "language_projection")),
+        costs=FamilyCosts(
+            llm_tokens=lambda config, features: int(config.num_query_tokens),
+            connector=connector_flops,
+        ),
+        docs=FamilyDocs(
+            note="inside the vision tower; the Q-Former attends to the merged tokens, the language model still gets 32",
+            exact="rows of ragged batches alone or together; OPT and T5, greedy and beams; no reference vectors exist",
+        ),
     )
 )
 
 BLIP2_PROJECTION = register_family(
     Family(
         model_type="blip-2",
-        tower="vision_model",
-        vision_config="vision_config",
-        geometry=vit_geometry,
-        towers=(vision_type("blip-2"),),
-        note="inside the vision tower; the Q-Former attends to the merged tokens and gives 32 embeddings",
-        exact="as BLIP-2, without an alignment loss",
-        dynamic=True,
-        readers=("qformer",),
-        connector_flops=embedding_flops,
         classes=("Blip2VisionModelWithProjection",),
         variant="projection",
+        vision=VisionSide(
+            tower="vision_model",
+            config="vision_config",
+            geometry=vit_geometry(BLIP2_TOWER),
+            kinds=(BLIP2_TOWER,),
+            dynamic=True,
+            readers=("qformer",),
+        ),
+        costs=FamilyCosts(connector=embedding_flops),
+        docs=FamilyDocs(
+            note="inside the vision tower; the Q-Former attends to the merged tokens and gives 32 embeddings",
+            exact="as BLIP-2, without an alignment loss",
+        ),
     )
 )
 
@@ -183,10 +197,9 @@ BLIP2_PROJECTION = register_family(
 BLIP2_RETRIEVAL = register_family(
     dataclasses.replace(
         BLIP2_PROJECTION,
-        dynamic=False,
-        readers=(),
-        connector_text_flops=text_embedding_flops,
         classes=("Blip2ForImageTextRetrieval",),
         variant="retrieval",
+        vision=dataclasses.replace(BLIP2_PROJECTION.vision, dynamic=False, readers=()),
+        costs=dataclasses.replace(BLIP2_PROJECTION.costs, connector_text=text_embedding_flops),
     )
 )

@@ -14,14 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mllm_crossget.families.base import (
+from mllm_crossget.families.family import (
     CLIP_TOWER,
+    CrossPaths,
     Family,
+    FamilyCosts,
+    FamilyDocs,
+    LanguageSide,
     TextTower,
+    VisionSide,
     config_at,
-    patches_per_image,
     register_family,
 )
+from mllm_crossget.families.tower_geometry import read_at_the_end
 from mllm_crossget.flop_formulas import linear_flops
 from mllm_crossget.schedule import TowerGeometry
 
@@ -35,15 +40,8 @@ def end_of_text(text_config: Any, input_ids: Tensor) -> Tensor:
     return (input_ids == text_config.eos_token_id).int().argmax(dim=-1)
 
 
-def dual_geometry(config: Any) -> TowerGeometry:
-    """Geometry of the vision tower of a ``CLIPConfig``."""
-    return vision_geometry(config.vision_config)
-
-
-def vision_geometry(config: Any) -> TowerGeometry:
-    """Geometry of a ``CLIPVisionConfig``."""
-    layers = config.num_hidden_layers
-    return TowerGeometry(patches_per_image(config), CLIP_TOWER.prefix, layers, read=layers)
+dual_geometry = read_at_the_end(CLIP_TOWER)
+vision_geometry = read_at_the_end(CLIP_TOWER, part="")
 
 
 def projections_flops(config: Any, features: int) -> int:
@@ -59,54 +57,68 @@ def projections_flops(config: Any, features: int) -> int:
 CLIP = register_family(
     Family(
         model_type="clip",
-        tower="vision_model",
-        vision_config="vision_config",
-        geometry=dual_geometry,
-        towers=(CLIP_TOWER.model_type,),
-        note="inside the vision tower, and inside the text tower with text_r or text_keep_ratio",
-        exact="reference vectors of both towers (embeddings, merges, losses, gradients)",
-        vision_projection=("vision_model.pre_layrnorm", "visual_projection"),
-        text_projection=("text_model.final_layer_norm", "text_projection"),
-        connector_flops=projections_flops,
-        dynamic=True,
         classes=("CLIPModel",),
-        cosine=True,
-        text_tower=TextTower("text_model", "text_config", end_of_text),
+        vision=VisionSide(
+            tower="vision_model",
+            config="vision_config",
+            geometry=dual_geometry,
+            kinds=(CLIP_TOWER,),
+            dynamic=True,
+            cosine=True,
+        ),
+        language=LanguageSide(text_tower=TextTower("text_model", "text_config", end_of_text)),
+        crossing=CrossPaths(
+            vision=("vision_model.pre_layrnorm", "visual_projection"),
+            text=("text_model.final_layer_norm", "text_projection"),
+        ),
+        costs=FamilyCosts(connector=projections_flops),
+        docs=FamilyDocs(
+            note="inside the vision tower, and inside the text tower with text_r or text_keep_ratio",
+            exact="reference vectors of both towers (embeddings, merges, losses, gradients)",
+        ),
     )
 )
 
 CLIP_VISION_PROJECTED = register_family(
     Family(
         model_type="clip_vision_model",
-        tower="vision_model",
-        vision_config="",
-        geometry=vision_geometry,
-        towers=(CLIP_TOWER.model_type,),
-        note="inside the tower; the embedding is the class token's",
-        exact="equals CLIPModel's vision tower",
-        connector_flops=projections_flops,
-        dynamic=True,
         classes=("CLIPVisionModelWithProjection",),
         variant="projection",
-        cosine=True,
+        vision=VisionSide(
+            tower="vision_model",
+            config="",
+            geometry=vision_geometry,
+            kinds=(CLIP_TOWER,),
+            dynamic=True,
+            cosine=True,
+        ),
+        costs=FamilyCosts(connector=projections_flops),
+        docs=FamilyDocs(
+            note="inside the tower; the embedding is the class token's",
+            exact="equals CLIPModel's vision tower",
+        ),
     )
 )
 
 CLIP_TEXT_PROJECTED = register_family(
     Family(
         model_type="clip_text_model",
-        tower=None,
-        vision_config="",
-        geometry=lambda config: TowerGeometry(
-            config.max_position_embeddings, 0, config.num_hidden_layers, config.num_hidden_layers
-        ),
-        towers=(),
-        note="inside the text tower, with text_r or text_keep_ratio",
-        exact="equals CLIPModel's text tower",
-        connector_flops=projections_flops,
-        dynamic=True,
         classes=("CLIPTextModelWithProjection",),
-        cosine=True,
-        text_tower=TextTower("text_model", "", end_of_text),
+        vision=VisionSide(
+            tower=None,
+            config="",
+            geometry=lambda config: TowerGeometry(
+                config.max_position_embeddings, 0, config.num_hidden_layers, config.num_hidden_layers
+            ),
+            kinds=(),
+            dynamic=True,
+            cosine=True,
+        ),
+        language=LanguageSide(text_tower=TextTower("text_model", "", end_of_text)),
+        costs=FamilyCosts(connector=projections_flops),
+        docs=FamilyDocs(
+            note="inside the text tower, with text_r or text_keep_ratio",
+            exact="equals CLIPModel's text tower",
+        ),
     )
 )

@@ -9,20 +9,28 @@ from __future__ import annotations
 
 from typing import Any
 
-from mllm_crossget.families.base import SIGLIP_TOWER, Family, patches_per_image, register_family, tower_kind
+from mllm_crossget.families.family import (
+    SIGLIP_TOWER,
+    Family,
+    FamilyCosts,
+    FamilyDocs,
+    FeatureKind,
+    LanguageSide,
+    PromptSide,
+    VisionSide,
+    register_family,
+)
 from mllm_crossget.families.modality import Modality
-from mllm_crossget.flop_formulas import linear_flops, vit_flops
-from mllm_crossget.schedule import TowerGeometry
-
-_TOWERS = (SIGLIP_TOWER.model_type,)
+from mllm_crossget.families.tower_geometry import read_at_the_end
+from mllm_crossget.flop_formulas import linear_flops, vit_image_flops
 
 
-def geometry(config: Any) -> TowerGeometry:
-    """Geometry of a ``Gemma3Config``. Raises ``ValueError`` for another vision tower."""
-    vision = config.vision_config
-    kind = tower_kind(vision.model_type, _TOWERS, "Gemma 3")
-    cells, layers = int(config.mm_tokens_per_image**0.5) ** 2, vision.num_hidden_layers
-    return TowerGeometry(patches_per_image(vision), kind.prefix, layers, read=layers, cells=cells)
+def cells(config: Any) -> int:
+    """Cells that the pooling makes of an image."""
+    return int(config.mm_tokens_per_image**0.5) ** 2
+
+
+geometry = read_at_the_end(SIGLIP_TOWER, owner="Gemma 3", cells=cells)
 
 
 def projector_flops(config: Any, features: int) -> int:
@@ -30,29 +38,29 @@ def projector_flops(config: Any, features: int) -> int:
     return linear_flops(features, config.vision_config.hidden_size, config.text_config.hidden_size)
 
 
-def siglip_flops(config: Any) -> tuple[int, int]:
-    """Patch embedding and layers of a SigLIP tower on one image."""
-    vision = config.vision_config
-    patches = patches_per_image(vision)
-    inputs = vision.num_channels * vision.patch_size**2
-    return linear_flops(patches, inputs, vision.hidden_size), vit_flops(vision, patches)
-
-
 GEMMA3 = register_family(
     Family(
         model_type="gemma3",
-        tower="model.vision_tower",
-        vision_config="vision_config",
-        geometry=geometry,
-        towers=_TOWERS,
-        note="inside the vision tower; copied back to the grid, and merged again behind the projector",
-        exact="prompts compacted by hand; no alignment loss in training",
-        language_model="model.language_model",
-        projector="model.multi_modal_projector",
-        features_owner="model",
-        features="whole_grid",
-        modalities=(Modality(),),
-        connector_flops=projector_flops,
-        tower_flops=siglip_flops,
+        vision=VisionSide(
+            tower="model.vision_tower",
+            config="vision_config",
+            geometry=geometry,
+            kinds=(SIGLIP_TOWER,),
+            projector="model.multi_modal_projector",
+        ),
+        prompt=PromptSide(
+            owner="model",
+            kind=FeatureKind.WHOLE_GRID,
+            modalities=(Modality(),),
+        ),
+        language=LanguageSide(model="model.language_model"),
+        costs=FamilyCosts(
+            connector=projector_flops,
+            tower=vit_image_flops,
+        ),
+        docs=FamilyDocs(
+            note="inside the vision tower; copied back to the grid, and merged again behind the projector",
+            exact="prompts compacted by hand; no alignment loss in training",
+        ),
     )
 )

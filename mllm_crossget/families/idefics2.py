@@ -9,27 +9,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from mllm_crossget.families.base import (
+from mllm_crossget.families.family import (
     Family,
+    FamilyCosts,
+    FamilyDocs,
+    FeatureKind,
+    LanguageSide,
+    PromptSide,
     TowerKind,
-    patches_per_image,
+    VisionSide,
     register_family,
-    register_tower,
-    tower_kind,
 )
+from mllm_crossget.families.tower_geometry import read_at_the_end
 from mllm_crossget.flop_formulas import attention_flops, linear_flops
-from mllm_crossget.schedule import TowerGeometry
 
-IDEFICS2_TOWER = register_tower(TowerKind("idefics2_vision", prefix=0))
-_TOWERS = (IDEFICS2_TOWER.model_type,)
-
-
-def geometry(config: Any) -> TowerGeometry:
-    """Geometry of an ``Idefics2Config`` for the largest image. Raises ``ValueError`` for another tower than its own."""
-    vision = config.vision_config
-    kind = tower_kind(vision.model_type, _TOWERS, "Idefics2")
-    layers = vision.num_hidden_layers
-    return TowerGeometry(patches_per_image(vision), kind.prefix, layers, read=layers)
+IDEFICS2_TOWER = TowerKind("idefics2_vision", prefix=0)
+geometry = read_at_the_end(IDEFICS2_TOWER, owner="Idefics2")
 
 
 def latents(config: Any, features: int) -> int:
@@ -53,17 +48,25 @@ def connector_flops(config: Any, features: int) -> int:
 IDEFICS2 = register_family(
     Family(
         model_type="idefics2",
-        tower="model.vision_model",
-        vision_config="vision_config",
-        geometry=geometry,
-        towers=_TOWERS,
-        note="inside the vision tower; the resampler reads what is left, the language model gets as many as before",
-        exact="images of different sizes run without padding; no alignment loss in training",
-        language_model="model.text_model",
-        projector="model.connector",
-        features_owner="model",
-        features="resampled",
-        llm_tokens=latents,
-        connector_flops=connector_flops,
+        vision=VisionSide(
+            tower="model.vision_model",
+            config="vision_config",
+            geometry=geometry,
+            kinds=(IDEFICS2_TOWER,),
+            projector="model.connector",
+        ),
+        prompt=PromptSide(
+            owner="model",
+            kind=FeatureKind.MASKED_RESAMPLER,
+        ),
+        language=LanguageSide(model="model.text_model"),
+        costs=FamilyCosts(
+            llm_tokens=latents,
+            connector=connector_flops,
+        ),
+        docs=FamilyDocs(
+            note="inside the vision tower; the resampler reads what is left, the language model gets as many as before",
+            exact="images of different sizes run without padding; no alignment loss in training",
+        ),
     )
 )

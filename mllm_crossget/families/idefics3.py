@@ -11,32 +11,34 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
-from mllm_crossget.families.base import (
+from mllm_crossget.families.family import (
+    CrossPaths,
     Family,
+    FamilyCosts,
+    FamilyDocs,
+    FeatureKind,
+    LanguageSide,
+    PromptSide,
     TowerKind,
+    VisionSide,
     patches_per_image,
     register_family,
-    register_tower,
-    tower_kind,
 )
 from mllm_crossget.families.modality import Modality
-from mllm_crossget.flop_formulas import linear_flops, vit_flops
-from mllm_crossget.schedule import TowerGeometry
+from mllm_crossget.families.tower_geometry import cell_of_patches, read_at_the_end
+from mllm_crossget.flop_formulas import linear_flops, vit_image_flops
 
-IDEFICS3_TOWER = register_tower(TowerKind("idefics3_vision", prefix=0))
-SMOLVLM_TOWER = register_tower(TowerKind("smolvlm_vision", prefix=0))
-_TOWERS = (IDEFICS3_TOWER.model_type, SMOLVLM_TOWER.model_type)
+IDEFICS3_TOWER = TowerKind("idefics3_vision", prefix=0)
+SMOLVLM_TOWER = TowerKind("smolvlm_vision", prefix=0)
+_TOWERS = (IDEFICS3_TOWER, SMOLVLM_TOWER)
 
 
-def geometry(config: Any) -> TowerGeometry:
-    """Geometry of one tile of an ``Idefics3Config`` or ``SmolVLMConfig``: patches / scale_factor² cells behind the
-    projector. Raises ``ValueError`` for another vision tower."""
-    vision = config.vision_config
-    kind = tower_kind(vision.model_type, _TOWERS, "Idefics3")
-    patches, layers = patches_per_image(vision), vision.num_hidden_layers
-    return TowerGeometry(patches, kind.prefix, layers, read=layers, cells=patches // config.scale_factor**2)
+def cells(config: Any) -> int:
+    """Cells that pixel shuffle makes of one tile."""
+    return int(patches_per_image(config.vision_config) // config.scale_factor**2)
+
+
+geometry = read_at_the_end(*_TOWERS, owner="Idefics3", cells=cells)
 
 
 def tokens_of_tiles(model: Any, kwargs: dict[str, Any]) -> list[int]:
@@ -56,39 +58,37 @@ def projector_flops(config: Any, features: int) -> int:
     return linear_flops(features, inputs, config.text_config.hidden_size)
 
 
-def tower_flops(config: Any) -> tuple[int, int]:
-    """One tile."""
-    vision = config.vision_config
-    patches = patches_per_image(vision)
-    inputs = vision.num_channels * vision.patch_size**2
-    return linear_flops(patches, inputs, vision.hidden_size), vit_flops(vision, patches)
-
-
-def cross_cell(config: Any, tokens: Tensor) -> Tensor:
-    """The patches of one cell, which the projector shuffles itself: (images, D) -> (images, scale_factor², D)."""
-    return tokens[:, None].repeat(1, config.scale_factor**2, 1)
-
-
-def _family(model_type: str, tower: str) -> Family:
+def _family(model_type: str, tower: TowerKind) -> Family:
     return Family(
         model_type=model_type,
-        tower="model.vision_model",
-        vision_config="vision_config",
-        geometry=geometry,
-        towers=(tower,),
-        note="inside the vision tower, tile by tile; copied back to the grid, and merged again behind the projector",
-        exact="prompts compacted by hand",
-        language_model="model.text_model",
-        projector="model.connector",
-        vision_projection=("model.connector",),
-        cross_cell=cross_cell,
-        features_owner="model",
-        features="whole_grid",
-        modalities=(Modality(ndim=(5,), arguments=("pixel_attention_mask",), counts=tokens_of_tiles),),
-        connector_flops=projector_flops,
-        tower_flops=tower_flops,
+        vision=VisionSide(
+            tower="model.vision_model",
+            config="vision_config",
+            geometry=geometry,
+            kinds=(tower,),
+            projector="model.connector",
+        ),
+        prompt=PromptSide(
+            owner="model",
+            kind=FeatureKind.WHOLE_GRID,
+            modalities=(Modality(ndim=(5,), arguments=("pixel_attention_mask",), counts=tokens_of_tiles),),
+        ),
+        language=LanguageSide(model="model.text_model"),
+        crossing=CrossPaths(
+            vision=("model.connector",),
+            cell=cell_of_patches("scale_factor"),
+        ),
+        costs=FamilyCosts(
+            connector=projector_flops,
+            tower=vit_image_flops,
+        ),
+        docs=FamilyDocs(
+            note="inside the vision tower, tile by tile; copied back to the grid, and merged again behind the "
+            "projector",
+            exact="prompts compacted by hand",
+        ),
     )
 
 
-IDEFICS3 = register_family(_family("idefics3", "idefics3_vision"))
-SMOLVLM = register_family(_family("smolvlm", "smolvlm_vision"))
+IDEFICS3 = register_family(_family("idefics3", IDEFICS3_TOWER))
+SMOLVLM = register_family(_family("smolvlm", SMOLVLM_TOWER))

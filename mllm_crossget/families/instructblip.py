@@ -9,14 +9,25 @@ from __future__ import annotations
 
 from typing import Any
 
-from mllm_crossget.families.base import Family, TextSide, register_family
 from mllm_crossget.families.blip2 import (
     Q_FORMER_INPUT,
     connector_flops,
     language_layers,
     self_attention_block_flops,
-    vision_type,
     vit_geometry,
+)
+from mllm_crossget.families.family import (
+    INSTRUCTBLIP_TOWER,
+    INSTRUCTBLIPVIDEO_TOWER,
+    CrossPaths,
+    Family,
+    FamilyCosts,
+    FamilyDocs,
+    LanguageSide,
+    TextSide,
+    TowerKind,
+    VisionSide,
+    register_family,
 )
 from mllm_crossget.flop_formulas import attention_flops
 
@@ -34,28 +45,39 @@ def connector_text_flops(config: Any, text_tokens: int) -> int:
     return former.num_hidden_layers * (self_attention_block_flops(former, text_tokens) + seen_by_each_other)
 
 
-def _family(model_type: str, unit: str) -> Family:
+def _family(model_type: str, tower: TowerKind, unit: str) -> Family:
     return Family(
         model_type=model_type,
-        tower="vision_model",
-        vision_config="vision_config",
-        geometry=vit_geometry,
-        towers=(vision_type(model_type),),
-        note="inside the vision tower; the Q-Former attends to the merged tokens, the language model still gets 32 "
-        f"per {unit}",
-        exact="rows of ragged batches alone or together; Llama and T5, greedy and beams; no reference vectors exist",
-        language_model="language_model",
-        text_side=text_side,
-        language_layers=language_layers,
-        projector="language_projection",
-        vision_projection=Q_FORMER_INPUT,
-        llm_tokens=lambda config, features: int(config.num_query_tokens),
-        connector_flops=connector_flops,
-        connector_text_flops=connector_text_flops,
-        dynamic=True,
-        readers=("qformer",),
+        vision=VisionSide(
+            tower="vision_model",
+            config="vision_config",
+            geometry=vit_geometry(tower),
+            kinds=(tower,),
+            projector="language_projection",
+            dynamic=True,
+            readers=("qformer",),
+        ),
+        language=LanguageSide(
+            model="language_model",
+            text_side=text_side,
+            layers=language_layers,
+        ),
+        crossing=CrossPaths(vision=Q_FORMER_INPUT),
+        costs=FamilyCosts(
+            llm_tokens=lambda config, features: int(config.num_query_tokens),
+            connector=connector_flops,
+            connector_text=connector_text_flops,
+        ),
+        docs=FamilyDocs(
+            note=(
+                "inside the vision tower; the Q-Former attends to the merged tokens, the language model still gets 32 "
+                f"per {unit}"
+            ),
+            exact="rows of ragged batches alone or together; Llama and T5, greedy and beams; no reference vectors "
+            "exist",
+        ),
     )
 
 
-INSTRUCTBLIP = register_family(_family("instructblip", "image"))
-INSTRUCTBLIPVIDEO = register_family(_family("instructblipvideo", "frame"))
+INSTRUCTBLIP = register_family(_family("instructblip", INSTRUCTBLIP_TOWER, "image"))
+INSTRUCTBLIPVIDEO = register_family(_family("instructblipvideo", INSTRUCTBLIPVIDEO_TOWER, "frame"))

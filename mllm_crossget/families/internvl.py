@@ -11,9 +11,22 @@ from typing import Any
 
 from torch import Tensor
 
-from mllm_crossget.families.base import Family, LayerNames, TowerKind, register_family, register_tower, tower_kind
-from mllm_crossget.families.llava import layer_that_is_read
+from mllm_crossget.families.family import (
+    CrossPaths,
+    Family,
+    FamilyCosts,
+    FamilyDocs,
+    FeatureKind,
+    LanguageSide,
+    LayerNames,
+    PromptSide,
+    TowerKind,
+    VisionSide,
+    register_family,
+    tower_kind,
+)
 from mllm_crossget.families.modality import Modality
+from mllm_crossget.families.tower_geometry import layer_that_is_read
 from mllm_crossget.flop_formulas import linear_flops, vit_flops
 from mllm_crossget.schedule import TowerGeometry
 
@@ -26,8 +39,8 @@ _LAYER = LayerNames(
     scale2="lambda_2",
     dropout="dropout",
 )
-INTERNVL_TOWER = register_tower(TowerKind("internvl_vision", prefix=1, names=_LAYER))
-_TOWERS = (INTERNVL_TOWER.model_type,)
+INTERNVL_TOWER = TowerKind("internvl_vision", prefix=1, names=_LAYER)
+_TOWERS = (INTERNVL_TOWER,)
 
 
 def geometry(config: Any) -> TowerGeometry:
@@ -82,20 +95,31 @@ def cross_cell(config: Any, tokens: Tensor) -> Tensor:
 INTERNVL = register_family(
     Family(
         model_type="internvl",
-        tower="model.vision_tower",
-        vision_config="vision_config",
-        geometry=geometry,
-        towers=_TOWERS,
-        note="inside the vision tower, tile by tile; copied back to the grid, and merged again behind the projector",
-        exact="prompts compacted by hand",
-        language_model="model.language_model",
-        projector="model.multi_modal_projector",
-        vision_projection=("model.multi_modal_projector",),
-        cross_cell=cross_cell,
-        features_owner="model",
-        features="whole_grid",
-        modalities=(Modality(),),
-        connector_flops=projector_flops,
-        tower_flops=tower_flops,
+        vision=VisionSide(
+            tower="model.vision_tower",
+            config="vision_config",
+            geometry=geometry,
+            kinds=_TOWERS,
+            projector="model.multi_modal_projector",
+        ),
+        prompt=PromptSide(
+            owner="model",
+            kind=FeatureKind.WHOLE_GRID,
+            modalities=(Modality(),),
+        ),
+        language=LanguageSide(model="model.language_model"),
+        crossing=CrossPaths(
+            vision=("model.multi_modal_projector",),
+            cell=cross_cell,
+        ),
+        costs=FamilyCosts(
+            connector=projector_flops,
+            tower=tower_flops,
+        ),
+        docs=FamilyDocs(
+            note="inside the vision tower, tile by tile; copied back to the grid, and merged again behind the "
+            "projector",
+            exact="prompts compacted by hand",
+        ),
     )
 )

@@ -8,28 +8,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from mllm_crossget.families.base import (
+from mllm_crossget.families.family import (
+    CrossPaths,
     Family,
+    FamilyCosts,
+    FamilyDocs,
+    LanguageSide,
+    PromptSide,
     TowerKind,
-    patches_per_image,
+    VisionSide,
     register_family,
-    register_tower,
-    tower_kind,
 )
 from mllm_crossget.families.modality import Modality
+from mllm_crossget.families.tower_geometry import read_at_the_end
 from mllm_crossget.flop_formulas import linear_flops
-from mllm_crossget.schedule import TowerGeometry
 
-JANUS_TOWER = register_tower(TowerKind("janus_vision_model", prefix=0))
-_TOWERS = (JANUS_TOWER.model_type,)
-
-
-def geometry(config: Any) -> TowerGeometry:
-    """Geometry of a ``JanusConfig``. Raises ``ValueError`` for another tower than its own."""
-    vision = config.vision_config
-    kind = tower_kind(vision.model_type, _TOWERS, "Janus")
-    layers = vision.num_hidden_layers
-    return TowerGeometry(patches_per_image(vision), kind.prefix, layers, read=layers)
+JANUS_TOWER = TowerKind("janus_vision_model", prefix=0)
+geometry = read_at_the_end(JANUS_TOWER, owner="Janus")
 
 
 def aligner_flops(config: Any, features: int) -> int:
@@ -42,17 +37,23 @@ def aligner_flops(config: Any, features: int) -> int:
 JANUS = register_family(
     Family(
         model_type="janus",
-        tower="model.vision_model",
-        vision_config="vision_config",
-        geometry=geometry,
-        towers=_TOWERS,
-        note="inside the vision tower; the language model gets the merged tokens",
-        exact="making images is not touched",
-        language_model="model.language_model",
-        projector="model.aligner",
-        vision_projection=("model.aligner",),
-        features_owner="model",
-        modalities=(Modality(),),
-        connector_flops=aligner_flops,
+        vision=VisionSide(
+            tower="model.vision_model",
+            config="vision_config",
+            geometry=geometry,
+            kinds=(JANUS_TOWER,),
+            projector="model.aligner",
+        ),
+        prompt=PromptSide(
+            owner="model",
+            modalities=(Modality(),),
+        ),
+        language=LanguageSide(model="model.language_model"),
+        crossing=CrossPaths(vision=("model.aligner",)),
+        costs=FamilyCosts(connector=aligner_flops),
+        docs=FamilyDocs(
+            note="inside the vision tower; the language model gets the merged tokens",
+            exact="making images is not touched",
+        ),
     )
 )

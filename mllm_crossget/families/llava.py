@@ -9,12 +9,26 @@ from __future__ import annotations
 
 from typing import Any
 
-from mllm_crossget.families.base import Family, patches_per_image, register_family, tower_kind
+from mllm_crossget.families.family import (
+    CLIP_TOWER,
+    SIGLIP_TOWER,
+    CrossPaths,
+    Family,
+    FamilyCosts,
+    FamilyDocs,
+    LanguageSide,
+    PromptSide,
+    VisionSide,
+    patches_per_image,
+    register_family,
+    tower_kind,
+)
 from mllm_crossget.families.modality import Modality
+from mllm_crossget.families.tower_geometry import layer_that_is_read
 from mllm_crossget.flop_formulas import linear_flops
 from mllm_crossget.schedule import TowerGeometry
 
-TOWERS = ("clip_vision_model", "siglip_vision_model")
+TOWERS = (CLIP_TOWER, SIGLIP_TOWER)
 _STRATEGIES = ("default", "full")
 
 
@@ -43,26 +57,6 @@ def geometry(config: Any) -> TowerGeometry:
     )
 
 
-def layer_that_is_read(layer: Any, layers: int) -> int:
-    """Layers that have run at ``vision_feature_layer`` in a tower of so many.
-
-    Raises:
-        ValueError: several layers, or none of the tower's.
-    """
-    if not isinstance(layer, int):
-        raise ValueError(
-            f"vision_feature_layer={layer!r}: features of several layers are concatenated token by token, and merged "
-            "layers have different numbers of tokens; use a single layer, such as -2"
-        )
-    read = layer if layer >= 0 else layers + 1 + layer
-    if not 1 <= read <= layers:
-        raise ValueError(
-            f"vision_feature_layer={layer} is outside the {layers} layers of the vision tower, or in front of the "
-            f"first one, where nothing is merged yet; use -{layers} to -1"
-        )
-    return read
-
-
 def two_layer_projector_flops(config: Any, features: int) -> int:
     """LLaVA's projector: vision width to text width, then text width to text width."""
     inputs, outputs = config.vision_config.hidden_size, config.text_config.hidden_size
@@ -72,18 +66,24 @@ def two_layer_projector_flops(config: Any, features: int) -> int:
 LLAVA = register_family(
     Family(
         model_type="llava",
-        tower="model.vision_tower",
-        vision_config="vision_config",
-        geometry=geometry,
-        towers=TOWERS,
-        note="inside the vision tower; the language model gets the merged tokens",
-        exact="reference vectors of LLaVA-1.5 (vision tower, language model, end to end, losses)",
-        language_model="model.language_model",
-        projector="model.multi_modal_projector",
-        vision_projection=("model.multi_modal_projector",),
-        features_owner="model",
-        dynamic=True,
-        modalities=(Modality(),),
-        connector_flops=two_layer_projector_flops,
+        vision=VisionSide(
+            tower="model.vision_tower",
+            config="vision_config",
+            geometry=geometry,
+            kinds=TOWERS,
+            projector="model.multi_modal_projector",
+            dynamic=True,
+        ),
+        prompt=PromptSide(
+            owner="model",
+            modalities=(Modality(),),
+        ),
+        language=LanguageSide(model="model.language_model"),
+        crossing=CrossPaths(vision=("model.multi_modal_projector",)),
+        costs=FamilyCosts(connector=two_layer_projector_flops),
+        docs=FamilyDocs(
+            note="inside the vision tower; the language model gets the merged tokens",
+            exact="reference vectors of LLaVA-1.5 (vision tower, language model, end to end, losses)",
+        ),
     )
 )

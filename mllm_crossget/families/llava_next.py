@@ -16,7 +16,17 @@ from typing import Any
 
 from torch import Tensor
 
-from mllm_crossget.families.base import Family, register_family
+from mllm_crossget.families.family import (
+    CrossPaths,
+    Family,
+    FamilyCosts,
+    FamilyDocs,
+    FeatureKind,
+    LanguageSide,
+    PromptSide,
+    VisionSide,
+    register_family,
+)
 from mllm_crossget.families.llava import TOWERS, geometry, two_layer_projector_flops
 from mllm_crossget.families.modality import Modality, Tiles
 from mllm_crossget.families.tile_packing import layouts, tile_counts
@@ -87,19 +97,27 @@ IMAGE = Modality(ndim=(5, 4), arguments=("image_sizes",), counts=counts, parts=p
 LLAVA_NEXT = register_family(
     Family(
         model_type="llava_next",
-        tower="model.vision_tower",
-        vision_config="vision_config",
-        geometry=grid_geometry,
-        towers=TOWERS,
-        note="inside the vision tower, tile by tile; each token stands where its first patch stood",
-        exact=EXACT,
-        language_model="model.language_model",
-        projector="model.multi_modal_projector",
-        vision_projection=("model.multi_modal_projector",),
-        features_owner="model",
-        features="grid",
-        modalities=(IMAGE,),
-        tiles=square_tiles,
-        connector_flops=two_layer_projector_flops,
+        vision=VisionSide(
+            tower="model.vision_tower",
+            config="vision_config",
+            geometry=grid_geometry,
+            kinds=TOWERS,
+            projector="model.multi_modal_projector",
+        ),
+        prompt=PromptSide(
+            owner="model",
+            kind=FeatureKind.GRID,
+            modalities=(IMAGE,),
+        ),
+        language=LanguageSide(model="model.language_model"),
+        crossing=CrossPaths(vision=("model.multi_modal_projector",)),
+        costs=FamilyCosts(
+            tiles=square_tiles,
+            connector=two_layer_projector_flops,
+        ),
+        docs=FamilyDocs(
+            note="inside the vision tower, tile by tile; each token stands where its first patch stood",
+            exact=EXACT,
+        ),
     )
 )

@@ -10,7 +10,10 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from mllm_crossget.families.base import register_family
+from mllm_crossget.families.family import (
+    FeatureKind,
+    register_family,
+)
 from mllm_crossget.families.llava_next import EXACT, IMAGE, LLAVA_NEXT
 from mllm_crossget.families.llava_onevision import VIDEO as FRAMES
 from mllm_crossget.families.llava_onevision import frame_counts
@@ -30,8 +33,9 @@ LLAVA_NEXT_VIDEO = register_family(
     dataclasses.replace(
         LLAVA_NEXT,
         model_type="llava_next_video",
-        exact=f"{EXACT}; cells of pooled frames are merged again, without cross tokens",
-        features="video_grid",
-        modalities=(IMAGE, VIDEO),
+        prompt=dataclasses.replace(LLAVA_NEXT.prompt, kind=FeatureKind.VIDEO_GRID, modalities=(IMAGE, VIDEO)),
+        docs=dataclasses.replace(
+            LLAVA_NEXT.docs, exact=f"{EXACT}; cells of pooled frames are merged again, without cross tokens"
+        ),
     )
 )

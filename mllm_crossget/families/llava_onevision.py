@@ -17,7 +17,17 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from mllm_crossget.families.base import Family, register_family
+from mllm_crossget.families.family import (
+    CrossPaths,
+    Family,
+    FamilyCosts,
+    FamilyDocs,
+    FeatureKind,
+    LanguageSide,
+    PromptSide,
+    VisionSide,
+    register_family,
+)
 from mllm_crossget.families.llava import TOWERS, two_layer_projector_flops
 from mllm_crossget.families.llava_next import EXACT, grid_geometry, parts, require_sizes, square_tiles
 from mllm_crossget.families.modality import Modality, Tiles, all_of
@@ -70,19 +80,27 @@ VIDEO = Modality(
 LLAVA_ONEVISION = register_family(
     Family(
         model_type="llava_onevision",
-        tower="model.vision_tower",
-        vision_config="vision_config",
-        geometry=grid_geometry,
-        towers=TOWERS,
-        note="inside the vision tower, tile by tile; each token stands where its first patch stood",
-        exact=f"{EXACT}; cells of resized grids and of pooled frames are merged again, without cross tokens",
-        language_model="model.language_model",
-        projector="model.multi_modal_projector",
-        vision_projection=("model.multi_modal_projector",),
-        features_owner="model",
-        features="limited_grid",
-        modalities=(IMAGE, VIDEO),
-        tiles=largest_whole_grid,
-        connector_flops=two_layer_projector_flops,
+        vision=VisionSide(
+            tower="model.vision_tower",
+            config="vision_config",
+            geometry=grid_geometry,
+            kinds=TOWERS,
+            projector="model.multi_modal_projector",
+        ),
+        prompt=PromptSide(
+            owner="model",
+            kind=FeatureKind.LIMITED_GRID,
+            modalities=(IMAGE, VIDEO),
+        ),
+        language=LanguageSide(model="model.language_model"),
+        crossing=CrossPaths(vision=("model.multi_modal_projector",)),
+        costs=FamilyCosts(
+            tiles=largest_whole_grid,
+            connector=two_layer_projector_flops,
+        ),
+        docs=FamilyDocs(
+            note="inside the vision tower, tile by tile; each token stands where its first patch stood",
+            exact=f"{EXACT}; cells of resized grids and of pooled frames are merged again, without cross tokens",
+        ),
     )
 )

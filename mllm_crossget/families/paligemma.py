@@ -9,20 +9,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from mllm_crossget.families.base import Family, patches_per_image, register_family, tower_kind
+from mllm_crossget.families.family import (
+    SIGLIP_TOWER,
+    CrossPaths,
+    Family,
+    FamilyCosts,
+    FamilyDocs,
+    LanguageSide,
+    PromptSide,
+    VisionSide,
+    register_family,
+)
 from mllm_crossget.families.modality import Modality
+from mllm_crossget.families.tower_geometry import read_at_the_end
 from mllm_crossget.flop_formulas import linear_flops
-from mllm_crossget.schedule import TowerGeometry
 
-_TOWERS = ("siglip_vision_model",)
-
-
-def geometry(config: Any) -> TowerGeometry:
-    """Geometry of a ``PaliGemmaConfig``. Raises ``ValueError`` for another tower than SigLIP."""
-    vision = config.vision_config
-    kind = tower_kind(vision.model_type, _TOWERS, "PaliGemma")
-    layers = vision.num_hidden_layers
-    return TowerGeometry(patches_per_image(vision), kind.prefix, layers, read=layers)
+geometry = read_at_the_end(SIGLIP_TOWER, owner="PaliGemma")
 
 
 def projector_flops(config: Any, features: int) -> int:
@@ -33,18 +35,24 @@ def projector_flops(config: Any, features: int) -> int:
 PALIGEMMA = register_family(
     Family(
         model_type="paligemma",
-        tower="model.vision_tower",
-        vision_config="vision_config",
-        geometry=geometry,
-        towers=_TOWERS,
-        note="inside the vision tower; the language model gets the merged tokens",
-        exact="generate and logits equal those of prompts compacted by hand, prefix read in both directions",
-        language_model="model.language_model",
-        projector="model.multi_modal_projector",
-        vision_projection=("model.multi_modal_projector",),
-        features_owner="model",
-        first_position=1,
-        modalities=(Modality(),),
-        connector_flops=projector_flops,
+        vision=VisionSide(
+            tower="model.vision_tower",
+            config="vision_config",
+            geometry=geometry,
+            kinds=(SIGLIP_TOWER,),
+            projector="model.multi_modal_projector",
+        ),
+        prompt=PromptSide(
+            owner="model",
+            first_position=1,
+            modalities=(Modality(),),
+        ),
+        language=LanguageSide(model="model.language_model"),
+        crossing=CrossPaths(vision=("model.multi_modal_projector",)),
+        costs=FamilyCosts(connector=projector_flops),
+        docs=FamilyDocs(
+            note="inside the vision tower; the language model gets the merged tokens",
+            exact="generate and logits equal those of prompts compacted by hand, prefix read in both directions",
+        ),
     )
 )

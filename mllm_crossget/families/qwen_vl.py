@@ -11,7 +11,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from mllm_crossget.families.base import Family, register_family
+from mllm_crossget.families.family import (
+    Family,
+    FamilyCosts,
+    FamilyDocs,
+    FeatureKind,
+    LanguageSide,
+    Positions,
+    PromptSide,
+    TowerKind,
+    VisionSide,
+    register_family,
+)
 from mllm_crossget.families.modality import Modality
 from mllm_crossget.flop_formulas import attention_flops, linear_flops
 from mllm_crossget.schedule import MergeGeometry
@@ -98,20 +109,28 @@ _VIDEOS = Modality(
 def _family(model_type: str, tower: str) -> Family:
     return Family(
         model_type=model_type,
-        tower="model.visual",
-        vision_config="vision_config",
-        geometry=geometry,
-        towers=(tower,),
-        note="behind the patch merger, each image and frame by itself; the vision tower is left alone",
-        exact="prompts and 3-D positions made by hand; no cross tokens (crossget runs without learned parameters)",
-        language_model="model.language_model",
-        projector="model.visual.merger",
-        features_owner="model",
-        features="merged_videos",
-        positions="grid",
-        modalities=(_IMAGES, _VIDEOS),
-        connector_flops=merger_flops,
-        tower_flops=tower_flops,
+        vision=VisionSide(
+            tower="model.visual",
+            config="vision_config",
+            geometry=geometry,
+            kinds=(TowerKind(tower, prefix=0, encoder=""),),
+            projector="model.visual.merger",
+        ),
+        prompt=PromptSide(
+            owner="model",
+            kind=FeatureKind.MERGED_VIDEOS,
+            positions=Positions.GRID,
+            modalities=(_IMAGES, _VIDEOS),
+        ),
+        language=LanguageSide(model="model.language_model"),
+        costs=FamilyCosts(
+            connector=merger_flops,
+            tower=tower_flops,
+        ),
+        docs=FamilyDocs(
+            note="behind the patch merger, each image and frame by itself; the vision tower is left alone",
+            exact="prompts and 3-D positions made by hand; no cross tokens (crossget runs without learned parameters)",
+        ),
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mllm_crossget.families.base import refuse_family
+from mllm_crossget.families.family import refuse_family
 
 
 @dataclass(frozen=True)

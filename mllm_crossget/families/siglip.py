@@ -13,7 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mllm_crossget.families.base import SIGLIP_TOWER, Family, TextTower, patches_per_image, register_family
+from mllm_crossget.families.family import (
+    SIGLIP_TOWER,
+    CrossPaths,
+    Family,
+    FamilyCosts,
+    FamilyDocs,
+    LanguageSide,
+    TextTower,
+    VisionSide,
+    register_family,
+)
+from mllm_crossget.families.tower_geometry import read_at_the_end
 from mllm_crossget.flop_formulas import linear_flops
 from mllm_crossget.schedule import TowerGeometry
 
@@ -36,9 +47,7 @@ def geometry(config: Any) -> TowerGeometry:
             "vision_use_head=False: the vision tower has no pooling head and gives no image embedding; load the tower "
             "alone (SiglipVisionModel)"
         )
-    return TowerGeometry(
-        patches_per_image(vision), SIGLIP_TOWER.prefix, vision.num_hidden_layers, vision.num_hidden_layers
-    )
+    return read_at_the_end(SIGLIP_TOWER)(config)
 
 
 def head_flops(config: Any, features: int) -> int:
@@ -51,18 +60,26 @@ def head_flops(config: Any, features: int) -> int:
 SIGLIP = register_family(
     Family(
         model_type="siglip",
-        tower="vision_model",
-        vision_config="vision_config",
-        geometry=geometry,
-        towers=(SIGLIP_TOWER.model_type,),
-        note="inside the vision tower, and inside the text tower with text_r or text_keep_ratio",
-        exact="no published reference: CLIP's rules, the pooling head weighs merged tokens by their patches",
-        vision_projection=("vision_model.post_layernorm", "vision_model.head"),
-        text_projection=("text_model.final_layer_norm", "text_model.head"),
-        connector_flops=head_flops,
-        dynamic=True,
         classes=("SiglipModel",),
-        cosine=True,
-        text_tower=TextTower("text_model", "text_config", last_token, causal=False, first=False, takes_mask=False),
+        vision=VisionSide(
+            tower="vision_model",
+            config="vision_config",
+            geometry=geometry,
+            kinds=(SIGLIP_TOWER,),
+            dynamic=True,
+            cosine=True,
+        ),
+        language=LanguageSide(
+            text_tower=TextTower("text_model", "text_config", last_token, causal=False, first=False, takes_mask=False)
+        ),
+        crossing=CrossPaths(
+            vision=("vision_model.post_layernorm", "vision_model.head"),
+            text=("text_model.final_layer_norm", "text_model.head"),
+        ),
+        costs=FamilyCosts(connector=head_flops),
+        docs=FamilyDocs(
+            note="inside the vision tower, and inside the text tower with text_r or text_keep_ratio",
+            exact="no published reference: CLIP's rules, the pooling head weighs merged tokens by their patches",
+        ),
     )
 )

@@ -11,7 +11,12 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from mllm_crossget.families.base import patches_per_image, register_family
+from mllm_crossget.families.family import (
+    CLIP_TOWER,
+    FeatureKind,
+    patches_per_image,
+    register_family,
+)
 from mllm_crossget.families.llava import LLAVA, geometry
 from mllm_crossget.families.llava_onevision import VIDEO as FRAMES
 from mllm_crossget.families.llava_onevision import frame_counts
@@ -42,13 +47,16 @@ VIDEO_LLAVA = register_family(
     dataclasses.replace(
         LLAVA,
         model_type="video_llava",
-        tower="model.image_tower",
-        towers=("clip_vision_model",),
-        note="inside the towers of the images and of the videos; the language model gets the merged tokens",
-        exact="frames equal images of a LLaVA that reads its class token; rows of ragged batches alone or together",
-        features="two_towers",
-        # transformers before 5.23 calls the pixels "pixel_values_images", as processors still do on request
-        modalities=(Modality(), Modality(pixels="pixel_values_images"), VIDEO),
-        dynamic=False,
+        vision=dataclasses.replace(LLAVA.vision, tower="model.image_tower", kinds=(CLIP_TOWER,), dynamic=False),
+        prompt=dataclasses.replace(
+            LLAVA.prompt,
+            kind=FeatureKind.TWO_TOWERS,
+            modalities=(Modality(), Modality(pixels="pixel_values_images"), VIDEO),
+        ),
+        docs=dataclasses.replace(
+            LLAVA.docs,
+            note="inside the towers of the images and of the videos; the language model gets the merged tokens",
+            exact="frames equal images of a LLaVA that reads its class token; rows of ragged batches alone or together",
+        ),
     )
 )

@@ -8,12 +8,24 @@ from __future__ import annotations
 
 from typing import Any
 
-from mllm_crossget.families.base import Family, patches_per_image, register_family, tower_kind
+from mllm_crossget.families.family import (
+    CLIP_TOWER,
+    Family,
+    FamilyCosts,
+    FamilyDocs,
+    FeatureKind,
+    LanguageSide,
+    PromptSide,
+    VisionSide,
+    patches_per_image,
+    register_family,
+    tower_kind,
+)
 from mllm_crossget.families.modality import Modality
 from mllm_crossget.flop_formulas import linear_flops
 from mllm_crossget.schedule import TowerGeometry
 
-_TOWERS = ("clip_vision_model",)
+_TOWERS = (CLIP_TOWER,)
 
 
 def feature_layers(config: Any) -> list[int]:
@@ -49,19 +61,25 @@ def projector_flops(config: Any, features: int) -> int:
 
 
 VIPLLAVA = register_family(
-    Family(  # no vision_projection: the projector wants five layers side by side, a cross token is of one layer
+    Family(
         model_type="vipllava",
-        tower="model.vision_tower",
-        vision_config="vision_config",
-        geometry=geometry,
-        towers=_TOWERS,
-        note="inside the vision tower; earlier layers are averaged into the groups of the last one that is read",
-        exact="every row of the concatenation is one group of patches in all layers; no alignment loss in training",
-        language_model="model.language_model",
-        projector="model.multi_modal_projector",
-        features_owner="model",
-        features="concatenated",
-        modalities=(Modality(),),
-        connector_flops=projector_flops,
+        vision=VisionSide(
+            tower="model.vision_tower",
+            config="vision_config",
+            geometry=geometry,
+            kinds=_TOWERS,
+            projector="model.multi_modal_projector",
+        ),
+        prompt=PromptSide(
+            owner="model",
+            kind=FeatureKind.CONCATENATED,
+            modalities=(Modality(),),
+        ),
+        language=LanguageSide(model="model.language_model"),
+        costs=FamilyCosts(connector=projector_flops),
+        docs=FamilyDocs(
+            note="inside the vision tower; earlier layers are averaged into the groups of the last one that is read",
+            exact="every row of the concatenation is one group of patches in all layers; no alignment loss in training",
+        ),
     )
 )

@@ -2,34 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from mllm_crossget.families.base import (
+from mllm_crossget.families.family import (
     CLIP_TOWER,
     SIGLIP_TOWER,
     Family,
+    FamilyDocs,
     TowerKind,
-    patches_per_image,
+    VisionSide,
     register_family,
 )
-from mllm_crossget.schedule import TowerGeometry
+from mllm_crossget.families.tower_geometry import read_at_the_end
 
 
 def _family(kind: TowerKind) -> Family:
-    def geometry(config: Any) -> TowerGeometry:
-        layers = config.num_hidden_layers
-        return TowerGeometry(patches_per_image(config), kind.prefix, layers, read=layers)
-
     stays = "the class token stays first, " if kind.prefix else ""
     return Family(
         model_type=kind.model_type,
-        tower="",
-        vision_config="",
-        geometry=geometry,
-        towers=(kind.model_type,),
-        note=f"inside the tower; {stays}the cross token is the last one",
-        dynamic=True,
-        exact="reference vectors of the vision tower" if kind.prefix else "",
+        vision=VisionSide(
+            tower="",
+            config="",
+            geometry=read_at_the_end(kind, part=""),
+            kinds=(kind,),
+            dynamic=True,
+        ),
+        docs=FamilyDocs(
+            note=f"inside the tower; {stays}the cross token is the last one",
+            exact="reference vectors of the vision tower" if kind.prefix else "",
+        ),
     )
 
 

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from mllm_crossget.families.base import (
+from mllm_crossget.families.family import (
     BertNames,
     Family,
+    FeatureKind,
     config_at,
     module_at,
     text_side_of,
@@ -23,16 +24,12 @@ from mllm_crossget.hooks.language.sized_model import hook_language_model
 from mllm_crossget.hooks.model.bare_tower import RaggedTower
 from mllm_crossget.hooks.model.dual_encoder import DualModel
 from mllm_crossget.hooks.model.placeholder_model import AlignedModel, ReducedModel
-from mllm_crossget.hooks.projector import multi_layer as _registers_concatenated_features  # noqa: F401
-from mllm_crossget.hooks.projector import pooled_tiles as _registers_pooled_grids  # noqa: F401
-from mllm_crossget.hooks.projector import resampler as _registers_resampled_features  # noqa: F401
-from mllm_crossget.hooks.projector import tiles as _registers_grid_features  # noqa: F401
-from mllm_crossget.hooks.projector import video_tower as _registers_own_towers  # noqa: F401
-from mllm_crossget.hooks.projector import whole_grid as _registers_whole_grids  # noqa: F401
-from mllm_crossget.hooks.projector.features import FEATURES, ReducedFeatures, TowerFeatures
-from mllm_crossget.hooks.projector.post_merge import hook_merge
+from mllm_crossget.hooks.projector.features import FeaturesMixin, ReducedFeatures
+from mllm_crossget.hooks.projector.kinds import MIXINS
+from mllm_crossget.hooks.projector.post_merge import MergedFeatures, hook_merge
 from mllm_crossget.hooks.projector.ragged_features import install_ragged_features
 from mllm_crossget.hooks.projector.readers import RaggedCrossAttention, RaggedReader, hook_reader
+from mllm_crossget.hooks.projector.selected_output import SelectedFeatures
 from mllm_crossget.hooks.text.answer_decoder import hook_question
 from mllm_crossget.hooks.text.bert_text import hook_text_encoder
 from mllm_crossget.hooks.text.clip_text import hook_text_tower
@@ -40,9 +37,9 @@ from mllm_crossget.hooks.text.counts_per_text import RaggedTextEncoder, RaggedTe
 from mllm_crossget.hooks.text.first_token import hook_text
 from mllm_crossget.hooks.tower.counts_per_image import RaggedEncoder, RaggedLayer
 from mllm_crossget.hooks.tower.fixed_counts import hook_tower
+from mllm_crossget.hooks.tower.output_selection import hook_output
 from mllm_crossget.hooks.tower.pooling_head import hook_pooling
-from mllm_crossget.methods.base import Method
-from mllm_crossget.methods.madtp import MadtpConfig
+from mllm_crossget.methods.method import Method, Place
 from mllm_crossget.schedule import Geometry, MergeGeometry, TowerGeometry, make_schedule
 
 _LONGEST = "_previous_max_cache_length"
@@ -56,7 +53,8 @@ def apply_method(
 
     Args:
         model: the transformers model, checked.
-        family, geometry: what it is.
+        family: what it is.
+        geometry: of what the method acts on (``schedule.acting_geometry``).
         method: the reduction.
         tokens: cross tokens that it had before, by place.
     """
@@ -68,6 +66,8 @@ def apply_method(
             if isinstance(geometry, MergeGeometry):
                 owner = module_at(model, family.features_owner or "")
                 handle.tower = hook_merge(journal, owner, method, family.modalities)
+            elif method.reduces_vision and method.place is Place.TOWER_OUTPUT:
+                _hook_output(model, handle, geometry)
             elif method.reduces_vision and family.tower is not None:
                 _hook_vision(model, handle, geometry)
             if method.reduces_text:
@@ -100,7 +100,7 @@ def _hook_encoder(model: Any, handle: Handle, path: str, place: str, geometry: T
     """Hook the layers of the tower at a path, with the cross tokens of a place; the path to them, and their state."""
     family, method = handle.family, handle.method
     vision_config = config_at(model.config, family.vision_config)
-    kind = tower_kind(vision_config.model_type, family.towers, type(model).__name__)
+    kind = tower_kind(vision_config.model_type, family.vision.kinds, type(model).__name__)
     encoder = module_at(module_at(model, path), kind.encoder)
     encoder_path = ".".join(filter(None, (path, kind.encoder)))
     layers = getattr(encoder, kind.names.layers)
@@ -113,6 +113,17 @@ def _hook_encoder(model: Any, handle: Handle, path: str, place: str, geometry: T
     return encoder_path, hook_tower(
         handle.journal, encoder, layers, kind.names, method, geometry, cosine=cosine, cross_tokens=cross, mixins=mixins
     )
+
+
+def _hook_output(model: Any, handle: Handle, geometry: TowerGeometry) -> None:
+    """Hook the layer that is read, for a method that selects behind it."""
+    family, path = handle.family, handle.family.tower or ""
+    kind = tower_kind(
+        config_at(model.config, family.vision_config).model_type, family.vision.kinds, type(model).__name__
+    )
+    layers = getattr(module_at(module_at(model, path), kind.encoder), kind.names.layers)
+    handle.encoder_path = ".".join(filter(None, (path, kind.encoder)))
+    handle.tower = hook_output(handle.journal, layers, kind.names, handle.method, geometry)
 
 
 def _hook_readers(model: Any, handle: Handle, norm: nn.Module) -> None:
@@ -141,30 +152,30 @@ def _hook_text_tower(model: Any, handle: Handle) -> None:
         layers = getattr(module_at(model, path), tower.names.layers)
         tokens = _cross_tokens(handle, "text", layers, text_model.config.hidden_size)
         handle.cross_paths["text"] = f"{path}.cross_tokens"
-    mixins = (RaggedTextEncoder, RaggedTextLayer) if isinstance(handle.method, MadtpConfig) else None
+    mixins = None if handle.method.per_text is None else (RaggedTextEncoder, RaggedTextLayer)
     handle.text_tower = hook_text_tower(handle.journal, text_model, tower, handle.method, geometry, tokens, mixins)
 
 
 def _add_alignment_tokens(model: Any, handle: Handle) -> None:
-    """MADTP's learned tokens: those the model had before, if they fit, or new ones. They live in the vision tower, and
-    in the text tower where that alone is reduced."""
-    method, family, tower = handle.method, handle.family, handle.tower
+    """Learned tokens that images and texts are compared with, where the method has such: those the model had before,
+    if they fit, or new ones. They live in the vision tower, and in the text tower where that alone is reduced."""
+    space, family, tower = handle.method.learned_parts.alignment, handle.family, handle.tower
     path = handle.encoder_path or handle.text_encoder_path
-    if not isinstance(method, MadtpConfig) or not method.alignment_tokens or not path:
+    if space is None or not path:
         return
     encoder: Any = module_at(model, path)
     seen = isinstance(tower, TowerState)
     layers = getattr(encoder, tower.names.layers if isinstance(tower, TowerState) else "layers")
     text_count, text_width = _text_side(model, handle)
     tower_width = config_at(model.config, family.vision_config).hidden_size if seen else text_width
-    width = method.alignment_width if method.alignment_maps else tower_width
+    width = space.width if space.maps else tower_width
     made = AlignmentTokens(
-        method.alignment_tokens,
+        space.count,
         width,
         len(layers) if seen else 0,
         tower_width,
-        method.alignment_maps,
-        text_count if method.alignment_maps or text_width != width else 0,
+        space.maps,
+        text_count if space.maps or text_width != width else 0,
         text_width,
         *_kind_of(layers[0]),
     )
@@ -226,10 +237,10 @@ def _hook_top(model: Any, handle: Handle) -> None:
         counted = any(modality.counts is not None for modality in family.modalities)
         if handle.method.is_dynamic:
             install_ragged_features(journal, owner, handle)
-        elif family.features != "plain":
-            FEATURES[family.features].install(journal, owner, handle)
-        elif isinstance(handle.tower, TowerState):
-            TowerFeatures.install(journal, owner, handle)
+        elif handle.method.place is not Place.TOWER_LAYERS:
+            _features_of_selection(model, handle).install(journal, owner, handle)
+        elif family.features is not FeatureKind.PLAIN or isinstance(handle.tower, TowerState):
+            MIXINS[family.features].install(journal, owner, handle)
         elif counted:
             journal.swap_class(owner, ReducedFeatures)
     if family.text_tower is not None and family.text_tower.appends and family.tower is not None:
@@ -241,6 +252,15 @@ def _hook_top(model: Any, handle: Handle) -> None:
     text = family.text_tower
     if handle.text_tower is not None and text is not None and text.reader and isinstance(text.names, BertNames):
         hook_question(journal, model, text, text.names, handle.method.proportional_attention)
+
+
+def _features_of_selection(model: Any, handle: Handle) -> type[FeaturesMixin]:
+    """The mixin where a method acts once: behind the tower, or behind the projector, where a family that merges there
+    anyway has its own."""
+    if handle.method.place is Place.TOWER_OUTPUT:
+        return SelectedFeatures
+    merges_there = isinstance(handle.family.geometry(model.config), MergeGeometry)
+    return MIXINS[handle.family.features] if merges_there else MergedFeatures
 
 
 def _cross_tokens(handle: Handle, place: str, layers: nn.ModuleList, width: int) -> nn.Module:

@@ -1,10 +1,17 @@
-"""Reduction methods: one file each. Importing this package registers them."""
+"""Reduction methods: one file each. Importing this package registers them.
 
-from mllm_crossget.methods.base import Method, Signals
+Read ``method`` (what a method is), ``signals`` (what it sees), ``capabilities`` (what core code may ask of it); then
+``dynamic`` (counts per image) or ``selection`` (the tokens that stay, picked once per image), and any method's file.
+"""
+
+from mllm_crossget.config import Place
 from mllm_crossget.methods.crossget import CrossGetConfig
-from mllm_crossget.methods.dynamic import DynamicMethod, RaggedSignals
+from mllm_crossget.methods.dynamic import DynamicMethod
 from mllm_crossget.methods.madtp import MadtpConfig
+from mllm_crossget.methods.method import Method
 from mllm_crossget.methods.random import RandomConfig
+from mllm_crossget.methods.selection import SelectionMethod
+from mllm_crossget.methods.signals import RaggedSignals, Signals
 from mllm_crossget.methods.tome import ToMeConfig
 
 __all__ = [
@@ -12,8 +19,10 @@ __all__ = [
     "DynamicMethod",
     "MadtpConfig",
     "Method",
+    "Place",
     "RaggedSignals",
     "RandomConfig",
+    "SelectionMethod",
     "Signals",
     "ToMeConfig",
 ]

@@ -8,8 +8,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from mllm_crossget.config import register_method
-from mllm_crossget.methods.base import Signals
-from mllm_crossget.methods.dynamic import DynamicMethod, RaggedSignals
+from mllm_crossget.methods.capabilities import LossKind, TrainingLoss
+from mllm_crossget.methods.dynamic import DynamicMethod
+from mllm_crossget.methods.signals import RaggedSignals, Signals
 from mllm_crossget.ops.matching import Match, complete_graph_soft_matching, graph_scores
 from mllm_crossget.ops.ragged import Step, lowest, merge_step
 
@@ -70,6 +71,11 @@ class CrossGetConfig(DynamicMethod):
     def is_dynamic(self) -> bool:
         """Whether the number of tokens is chosen per image."""
         return self.dynamic and self.reduces_vision
+
+    @property
+    def training_loss(self) -> TrainingLoss | None:
+        """The alignment loss of both sides' cross tokens (section 3.3)."""
+        return TrainingLoss(LossKind.CROSS_TOKENS, self.alignment_weight, kl=self.kl)
 
     def uses_cosine(self, published: bool) -> bool:
         """As asked for, or as published; dynamic counts follow the attention received."""

@@ -8,43 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from mllm_crossget.methods.base import Method
+from mllm_crossget.methods.capabilities import PerImage
+from mllm_crossget.methods.method import Method
+from mllm_crossget.methods.signals import RaggedSignals
 from mllm_crossget.ops.ragged import Step
 
 NOTHING = -2.0  # a threshold that no score reaches: no token leaves
-
-
-@dataclass
-class RaggedSignals:
-    """What one layer tells a dynamic method. B batch, T rows, N rows behind the class token, K alignment tokens.
-
-    Attributes:
-        size: (B, T) original tokens in each row; 0 for dead rows, which stand behind an image's tokens.
-        shielded: (B, T) True for tokens that neither leave nor receive: class token, cross token, dead rows.
-        prefix: tokens in front (the class token).
-        keys: (B, T, D) keys added up over heads, where the method asks for them.
-        importance: (B, T) float32 attention received, where the method asks for it.
-        received: (B, N) ``ops.attention_received``, for methods that prune.
-        class_received: (B, N) ``ops.class_attention``, for methods that prune a tower with a class token.
-        alignment: (B, N, K) ``ops.alignment_scores`` of the layer's input, or None.
-        alignment_width: of the alignment tokens.
-    """
-
-    size: Tensor
-    shielded: Tensor
-    prefix: int = 0
-    keys: Tensor | None = None
-    importance: Tensor | None = None
-    received: Tensor | None = None
-    class_received: Tensor | None = None
-    alignment: Tensor | None = None
-    alignment_width: int = 1
 
 
 @dataclass
@@ -61,6 +36,7 @@ class DynamicMethod(Method):
     max_visual_tokens: int | None = None
 
     needs_pruning_signals: ClassVar[bool] = False
+    moving_settings: ClassVar[tuple[str, ...]] = ("threshold",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,9 +49,20 @@ class DynamicMethod(Method):
             raise ValueError(f"max_visual_tokens must be at least 1, got {most}")
 
     @property
+    def per_image(self) -> PerImage | None:
+        """The method itself."""
+        return self
+
+    @property
     def needs_calibration(self) -> bool:
         """Whether ``calibrate`` has still to find the thresholds."""
         return self.is_dynamic and self.threshold is None
+
+    def with_thresholds(self, images: Sequence[float] | None = None, texts: Sequence[float] | None = None) -> Self:
+        """See ``Method``."""
+        if texts is not None:
+            raise TypeError(f"{type(self).__name__} has no thresholds for texts")
+        return self if images is None else replace(self, threshold=list(images))
 
     def layer_threshold(self, layer: int) -> float:
         """The threshold of a layer; ``NOTHING`` where it removes no token."""
@@ -125,3 +112,6 @@ def checked_thresholds(name: str, value: Any) -> list[float]:
     if bad:
         raise ValueError(f"{name} must be finite numbers, got {bad[0]!r}; {NOTHING} lets no token leave")
     return [float(one) for one in value]
+
+
+__all__ = ["NOTHING", "DynamicMethod", "RaggedSignals", "checked_thresholds"]

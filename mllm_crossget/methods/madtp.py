@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from mllm_crossget.config import register_method
-from mllm_crossget.methods.dynamic import NOTHING, DynamicMethod, RaggedSignals, checked_thresholds
+from mllm_crossget.methods.capabilities import (
+    AlignmentSpace,
+    LayerShape,
+    LearnedParts,
+    LossKind,
+    PerText,
+    Tempered,
+    TrainingLoss,
+)
+from mllm_crossget.methods.dynamic import NOTHING, DynamicMethod, checked_thresholds
+from mllm_crossget.methods.signals import RaggedSignals
 from mllm_crossget.ops.pruning import alignment_threshold, token_alignment
 from mllm_crossget.ops.ragged import Step, lowest, pooling_step
 
@@ -56,6 +67,7 @@ class MadtpConfig(DynamicMethod):
     method: ClassVar[str] = "madtp"
     needs_pruning_signals: ClassVar[bool] = True
     proportional_attention: ClassVar[bool] = False
+    moving_settings: ClassVar[tuple[str, ...]] = ("threshold", "temperature")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,9 +90,58 @@ class MadtpConfig(DynamicMethod):
         return not self.is_identity
 
     @property
-    def has_learned_parts(self) -> bool:
-        """Whether there are alignment tokens."""
-        return self.alignment_tokens > 0
+    def per_text(self) -> PerText | None:
+        """The method itself."""
+        return self
+
+    @property
+    def tempered(self) -> Tempered | None:
+        """The method itself in reference mode."""
+        return self if self.reference else None
+
+    @property
+    def whole_texts(self) -> bool:
+        """Whether all columns of a text count, as in the official code."""
+        return self.reference
+
+    @property
+    def learned_parts(self) -> LearnedParts:
+        """The alignment tokens."""
+        if not self.alignment_tokens:
+            return LearnedParts()
+        return LearnedParts(alignment=AlignmentSpace(self.alignment_tokens, self.alignment_width, self.alignment_maps))
+
+    @property
+    def training_loss(self) -> TrainingLoss | None:
+        """Alignment guidance (section 3.2), where it has a weight."""
+        if not self.alignment_weight > 0:
+            return None
+        return TrainingLoss(LossKind.ALIGNMENT_TOKENS, self.alignment_weight, whole_texts=self.reference)
+
+    def at_temperature(self, value: float) -> Self:
+        """The same settings at another temperature."""
+        return replace(self, temperature=value)
+
+    def keeping(self, least: int) -> Self:
+        """The same with another ``min_keep``."""
+        return replace(self, min_keep=least)
+
+    def with_thresholds(self, images: Sequence[float] | None = None, texts: Sequence[float] | None = None) -> Self:
+        """See ``Method``."""
+        on_texts = self.text_threshold if texts is None else list(texts)
+        return replace(self, threshold=self.threshold if images is None else list(images), text_threshold=on_texts)
+
+    def layer_flops(self, shape: LayerShape) -> int:
+        """In every layer the match with the alignment tokens; where tokens leave, QKᵀ once more for the best head, and
+        the class token's row of it. Token counts may be averages, so that the squares are a little too small."""
+        patches, width = shape.tokens - shape.prefix, shape.width
+        space, total = self.alignment_width if self.alignment_maps else width, 0
+        if self.alignment_tokens:
+            total += 2 * patches * width * space if self.alignment_maps else 0
+            total += 2 * patches * space * self.alignment_tokens
+        if shape.removed:
+            total += 2 * shape.tokens**2 * width + (2 * shape.tokens * width if shape.prefix else 0)
+        return total
 
     def layer_threshold(self, layer: int) -> float:
         """See ``DynamicMethod``; in reference mode the same for every layer."""

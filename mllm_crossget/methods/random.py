@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from mllm_crossget.config import register_method
-from mllm_crossget.methods.base import Method, Signals
+from mllm_crossget.methods.method import Method
+from mllm_crossget.methods.signals import Signals
 from mllm_crossget.ops.matching import Match, random_matching
 
 
@@ -26,6 +27,11 @@ class RandomConfig(Method):
     drop: bool = False
 
     method: ClassVar[str] = "random"
+
+    @property
+    def prunes(self) -> bool:
+        """As asked for by ``drop``."""
+        return self.drop
 
     def match(self, signals: Signals, r: int) -> Match:
         """``r`` random tokens leave; with ``drop`` nothing of them is kept."""

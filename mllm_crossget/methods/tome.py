@@ -8,7 +8,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from mllm_crossget.config import register_method
-from mllm_crossget.methods.base import Method, Signals
+from mllm_crossget.methods.method import Method
+from mllm_crossget.methods.signals import Signals
 from mllm_crossget.ops.matching import Match, bipartite_soft_matching
 
 _ORDERS = ("position", "reference")

@@ -4,6 +4,7 @@ from mllm_crossget.ops.alignment_attention import alignment_features, alignment_
 from mllm_crossget.ops.importance import (
     attend_with_importance,
     attention_importance,
+    class_token_attention,
     cosine_importance,
     importance_of_map,
     ragged_query_weights,
@@ -32,6 +33,7 @@ from mllm_crossget.ops.ragged import (
     pooling_step,
     reduce_tokens,
 )
+from mllm_crossget.ops.selection import keep_only, merge_into_nearest
 
 __all__ = [
     "Match",
@@ -45,15 +47,18 @@ __all__ = [
     "bipartite_soft_matching",
     "carry_mask",
     "class_attention",
+    "class_token_attention",
     "complete_graph_soft_matching",
     "compose_source",
     "cosine_importance",
     "graph_scores",
     "guidance_loss",
     "importance_of_map",
+    "keep_only",
     "last_behind_pooled",
     "lowest",
     "merge",
+    "merge_into_nearest",
     "merge_step",
     "pooling_step",
     "ragged_query_weights",

@@ -116,6 +116,15 @@ def cosine_importance(key_BTC: Tensor, query_BC: Tensor) -> Tensor:
     return torch.cosine_similarity(key_BTC.float(), query_BC.float()[:, None], dim=-1)
 
 
+@torch.no_grad()
+def class_token_attention(
+    query_BHTD: Tensor, key_BHTD: Tensor, scaling: float, bias_BT: Tensor | None = None
+) -> Tensor:
+    """Attention that the first token pays to every token, the mean over heads: (B, T) float32, rows add up to 1."""
+    first = attention_map(query_BHTD[:, :, :1], key_BHTD, scaling, bias_BT)
+    return first.unflatten(0, query_BHTD.shape[:2])[:, :, 0].mean(dim=1)
+
+
 def attention_map(query_BHTD: Tensor, key_BHTD: Tensor, scaling: float, bias_BT: Tensor | None) -> Tensor:
     """(B·H, queries, T) softmax in float32; products in the inputs' precision, as transformers' eager attention.
 

@@ -18,7 +18,7 @@ from transformers import BitsAndBytesConfig
 
 from mllm_crossget.checkpoint import load_crossget
 from mllm_crossget.config import CONFIG_NAME, find_file
-from mllm_crossget.families.base import language_layers_of, module_at
+from mllm_crossget.families.family import language_layers_of, module_at
 from mllm_crossget.hooks.ground.state import Handle, base_model, handle_of
 from mllm_crossget.support import supported_family
 

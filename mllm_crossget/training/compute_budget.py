@@ -21,12 +21,12 @@ from transformers import TrainerCallback
 from mllm_crossget.config import ReductionConfig
 from mllm_crossget.costs.budget import counts_of, dial_for_savings, measured_flops
 from mllm_crossget.costs.flops import model_flops
-from mllm_crossget.families.base import module_at
+from mllm_crossget.families.family import module_at
 from mllm_crossget.hooks.ground.state import Handle, base_model, handle_of
 from mllm_crossget.hooks.model.thresholds import calibrate
 from mllm_crossget.hooks.tower.counts_per_image import recorded_sizes
-from mllm_crossget.methods.base import Method
-from mllm_crossget.methods.dynamic import DynamicMethod
+from mllm_crossget.methods.capabilities import Tempered
+from mllm_crossget.methods.method import Method
 
 # Steps of the temperature by how far the cost is from the target, in GFLOPs of the published model (multiply-adds
 # counted once); the last one is for everything nearer.
@@ -102,7 +102,7 @@ def budget_of(text: str | float) -> Budget:
 
 def method_for(config: Any, method: Method, budget: Budget, *, text_tokens: int = 60, images: int = 1) -> Method:
     """The settings whose dial meets a budget; in MADTP's reference mode, which has no dial, as they are."""
-    if vars(method).get("reference"):
+    if method.tempered is not None:
         return method
     return dial_for_savings(config, method, budget.saved, text_tokens=text_tokens, images=images)
 
@@ -170,16 +170,16 @@ class BudgetCallback(TrainerCallback):
             self._search(model, self.budget)
         share = self._share(model)
         if not search:
-            temperature = max(_COLDEST, vars(_method(model))["temperature"] + self.budget.step(share))
-            _set_method(model, dataclasses.replace(_method(model), temperature=temperature))
-        self.history.append(entry | {"temperature": vars(_method(model))["temperature"], "share": share})
+            temperature = max(_COLDEST, _tempered(model).temperature + self.budget.step(share))
+            _set_method(model, _tempered(model).at_temperature(temperature))
+        self.history.append(entry | {"temperature": _tempered(model).temperature, "share": share})
 
     def _search(self, model: nn.Module, budget: Budget) -> None:
         """The temperature at which the model meets its budget, by halving: the hotter, the fewer tokens are kept."""
         low, high = math.log(_COLDEST), math.log(_HOTTEST)
         for _ in range(20):
             middle = (low + high) / 2
-            _set_method(model, dataclasses.replace(_method(model), temperature=math.exp(middle)))
+            _set_method(model, _tempered(model).at_temperature(math.exp(middle)))
             low, high = (middle, high) if self._share(model) > 1 - budget.saved else (low, middle)
         if math.exp(high) > _HOTTEST * 0.99:
             warnings.warn(
@@ -206,12 +206,12 @@ class BudgetCallback(TrainerCallback):
 def take_settings(model: nn.Module, folder: str | Path) -> None:
     """Go on with the thresholds and the temperature that a checkpoint was written with."""
     handle = handle_of(model)
-    if handle is None or not isinstance(handle.method, DynamicMethod) or not handle.method.is_dynamic:
+    if handle is None or not handle.method.is_dynamic:
         return
     saved, now = ReductionConfig.from_pretrained(folder), handle.method
-    moved = {name: vars(saved)[name] for name in ("threshold", "temperature") if name in vars(saved)}
-    if type(saved) is type(now) and dataclasses.replace(now, **moved) == saved:
-        _set_method(model, dataclasses.replace(now, **moved))
+    moved = now.with_moved(saved)
+    if moved == saved:
+        _set_method(model, moved)
         return
     raise ValueError(f"the checkpoint {folder} was trained with {saved}, the model is accelerated with {now}")
 
@@ -221,8 +221,15 @@ def _set_method(model: nn.Module, method: Method) -> None:
     handle.method = handle.tower.method = method
 
 
-def _method(model: nn.Module) -> Any:
+def _method(model: nn.Module) -> Method:
     return _handle(model).method
+
+
+def _tempered(model: nn.Module) -> Tempered:
+    tempered = _method(model).tempered
+    if tempered is None:
+        raise ValueError("thresholds decide how many tokens stay, not a temperature")
+    return tempered
 
 
 def _handle(model: nn.Module) -> Handle:
@@ -232,5 +239,5 @@ def _handle(model: nn.Module) -> Handle:
     return handle
 
 
-def _temperature_decides(method: Any) -> bool:
-    return bool(vars(method).get("reference"))
+def _temperature_decides(method: Method) -> bool:
+    return method.tempered is not None

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from mllm_crossget.families.base import config_at
+from mllm_crossget.families.family import config_at
 from mllm_crossget.hooks.ground.state import base_model, handle_of
 from mllm_crossget.training.losses import IGNORE
 from mllm_crossget.training.pairs import answers_apart, encode_pair, prompt_tokens_per_image, writes_pairs

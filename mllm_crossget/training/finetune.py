@@ -17,9 +17,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 
 from mllm_crossget.api import accelerate_mllm
 from mllm_crossget.embedded import WEIGHTS_FOLDER
-from mllm_crossget.families.base import module_at
+from mllm_crossget.families.family import module_at
 from mllm_crossget.hooks.ground.state import Handle, handle_of, live_cross_tokens
-from mllm_crossget.methods.base import Method
+from mllm_crossget.methods.method import Method
 from mllm_crossget.training.adapters import lora_config, prepare_quantized, quantization_config
 from mllm_crossget.training.checkpoints import checkpoint_problem, last_complete_checkpoint
 from mllm_crossget.training.compute_budget import Budget, BudgetCallback, budget_of, method_for

@@ -90,7 +90,8 @@ class CrossGetTrainer(Trainer):
         steps = parts if scaled else 1
         terms = {"task_loss": task.detach() * steps / parts}
         loss = task
-        weight = getattr(_handle(self.model).method, "alignment_weight", 0.0)
+        own = _handle(self.model).method.training_loss
+        weight = 0.0 if own is None else own.weight
         term = alignment_term(output, weight, steps, masked=masked)
         if term is not None:
             loss = loss + term
@@ -137,7 +138,7 @@ class CrossGetTrainer(Trainer):
         total = dict(zip(names, values.tolist(), strict=True))
         summary = {name: total[name] / total["steps"] for name in _TERMS if name in self._window}
         handle = _handle(self.model)
-        if total["images"] and not vars(handle.method).get("reference"):  # which has no dial that would tell
+        if total["images"] and handle.method.tempered is None:  # which has no dial that would tell
             text = round((total["tokens"] - total["images"] * prompt_tokens_per_image(self.model)) / total["rows"])
             summary["visual_tokens"] = handle.schedule.features
             summary["flops_saved"] = flops_saved(self.model, max(1, text))
@@ -246,7 +247,7 @@ def _counts(module: nn.Module, parameter: nn.Parameter) -> bool:
 def _check_arguments(trainer: CrossGetTrainer) -> None:
     args, active = trainer.args, trainer.accelerator.distributed_type
     kept = any(isinstance(callback, BudgetCallback) for callback in trainer.callback_handler.callbacks)
-    if getattr(_handle(trainer.model).method, "needs_calibration", False) and not kept:
+    if _handle(trainer.model).method.needs_calibration and not kept:
         raise ValueError(
             "the model chooses the number of tokens per image and is not calibrated: pass "
             "callbacks=[BudgetCallback(pixel_values)], which keeps the average while it learns, or calibrate it first"

@@ -12,7 +12,7 @@ from mllm_crossget.config import ReductionConfig, method_class
 from mllm_crossget.costs.flops import model_flops, text_tower_flops
 from mllm_crossget.costs.geometries.llava import resolve
 from mllm_crossget.costs.inspect_model import inspection
-from mllm_crossget.families.base import family_of
+from mllm_crossget.families.family import family_of
 from mllm_crossget.schedule import make_text_schedule
 from tests.benchmark.test_flops import counted
 from tests.methods import FIXED

@@ -18,8 +18,8 @@ from mllm_crossget.costs.flops import model_flops
 from mllm_crossget.costs.geometries.llava import GEOMETRIES, resolve
 from mllm_crossget.costs.inspect_model import inspection
 from mllm_crossget.costs.language import language_costs
-from mllm_crossget.families.base import BLIP2_TOWER
-from mllm_crossget.families.blip2 import vit_geometry
+from mllm_crossget.families.blip2 import BLIP2
+from mllm_crossget.families.family import BLIP2_TOWER
 from mllm_crossget.hooks.ground.cross_tokens import CrossTokens
 from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.hooks.tower.fixed_counts import hook_tower
@@ -120,7 +120,7 @@ def test_vision_tower_of_blip2_on_the_meta_device() -> None:
         tokens = CrossTokens(39, 1408)
         image = torch.empty(1, 3, 224, 224)
     encoder = tower.encoder
-    hook_tower(Journal(), encoder, encoder.layers, BLIP2_TOWER.names, method, vit_geometry(config), tokens)
+    hook_tower(Journal(), encoder, encoder.layers, BLIP2_TOWER.names, method, BLIP2.geometry(config), tokens)
     assert counted(lambda: tower(image)) == nearly(flops.patch_embedding + flops.encoder + flops.reducer)
 
 

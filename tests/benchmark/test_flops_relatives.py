@@ -9,7 +9,7 @@ from mllm_crossget import CrossGetConfig, ToMeConfig, accelerate_mllm
 from mllm_crossget.costs.flops import model_flops, tiles_of, visual_tokens
 from mllm_crossget.costs.geometries.llava import resolve
 from mllm_crossget.costs.inspect_model import inspection
-from mllm_crossget.families.base import families
+from mllm_crossget.families.family import families
 from mllm_crossget.schedule import make_schedule
 from tests.benchmark.test_flops import counted, first_token, text_tokens
 from tests.families import case_idefics2

@@ -19,7 +19,7 @@ from mllm_crossget import CrossGetConfig, accelerate_mllm
 from mllm_crossget.costs.flops import tiles_of, visual_tokens
 from mllm_crossget.costs.geometries.llava import geometry_names, resolve
 from mllm_crossget.costs.inspect_model import inspection
-from mllm_crossget.families.base import Family, config_at, family_of, module_at
+from mllm_crossget.families.family import Family, config_at, family_of, module_at
 from mllm_crossget.families.qwen_vl import EXAMPLE_SIDE
 from mllm_crossget.schedule import MergeGeometry, Schedule, make_schedule
 from tests.benchmark.test_flops import counted

@@ -24,7 +24,7 @@ from mllm_crossget.benchmark.timing import environment, seconds_of, spread
 from mllm_crossget.cli import main
 from mllm_crossget.costs.flops import model_flops
 from mllm_crossget.costs.geometries.llava import resolve
-from mllm_crossget.families.base import family_of
+from mllm_crossget.families.family import family_of
 from mllm_crossget.methods import CrossGetConfig, ToMeConfig
 from tests.families.tiny_blip import tiny_blip2
 from tests.tiny import tiny_llava

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mllm_crossget import trace_merges
-from mllm_crossget.families.base import families, module_at
+from mllm_crossget.families.family import families, module_at
 from tests.families.cases import Batch, Case, add_case
 from tests.families.merging import expected_tokens
 from tests.generation.oracle import shift_first

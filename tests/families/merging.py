@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mllm_crossget.hooks.ground.state import handle_of
-from mllm_crossget.methods.base import Signals
+from mllm_crossget.methods.method import Signals
 from tests import reference
 from tests.families.prompts import kept_positions
 from tests.generation.oracle import original_positions

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import Blip2ForImageTextRetrieval, Blip2VisionModelWithProjection
 
 from mllm_crossget import accelerate_mllm, load_crossget, restore_mllm, save_crossget, trace_merges, unsupported_reason
-from mllm_crossget.families.base import families, module_at
+from mllm_crossget.families.family import families, module_at
 from mllm_crossget.hooks.ground.cross_tokens import recorded_cross_tokens
 from mllm_crossget.hooks.ground.state import handle_of
 from mllm_crossget.hooks.model.placeholder_model import AlignedModel

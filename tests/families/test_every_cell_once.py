@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mllm_crossget import accelerate_mllm, trace_merges
 from mllm_crossget.config import method_class
-from mllm_crossget.families.base import families
+from mllm_crossget.families.family import families
 from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.hooks.ground.state import Handle
 from mllm_crossget.hooks.projector.post_merge import MergedFeatures, MergedVideoFeatures, hook_merge, kept_cells

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mllm_crossget import accelerate_mllm, restore_mllm, trace_merges
-from mllm_crossget.families.base import families
+from mllm_crossget.families.family import families
 from mllm_crossget.hooks.ground.state import handle_of
 from tests.families.cases import Case, all_cases
 from tests.generation.conftest import encodes_images_first

@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from mllm_crossget import accelerate_mllm, unsupported_reason
-from mllm_crossget.families.base import families, refused_families
+from mllm_crossget.families.family import families, refused_families
 from mllm_crossget.families.refused import REFUSED
 
 

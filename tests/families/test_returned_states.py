@@ -1,5 +1,5 @@
 """Hidden states and attention maps that transformers returns from a reduced model have the documented lengths, in every
-family with every method of fixed counts (``mllm_crossget.families.base`` says which lengths).
+family with every method of fixed counts (``mllm_crossget.families.family`` says which lengths).
 
 Every part of a model (the whole of it, its vision tower, a Q-Former, BLIP's text models) is called as the model calls
 it, and asked for its states; a model with the same weights that was not accelerated says what else has to be there.
@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mllm_crossget.families.base import families, module_at
+from mllm_crossget.families.family import families, module_at
 from mllm_crossget.hooks.ground.state import Handle, handle_of
 from mllm_crossget.hooks.projector.features import features_of
 from mllm_crossget.schedule import MergeGeometry

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mllm_crossget import CrossGetConfig, ToMeConfig, accelerate_mllm, restore_mllm, trace_merges
-from mllm_crossget.families.base import families, module_at
+from mllm_crossget.families.family import families, module_at
 from mllm_crossget.hooks.ground.cross_tokens import recorded_cross_tokens
 from mllm_crossget.hooks.ground.state import handle_of
 from mllm_crossget.ops.alignment import alignment_loss

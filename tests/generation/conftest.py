@@ -36,8 +36,8 @@ def make_case(method: str = "crossget", tower: str = "clip", text: str = "llama"
     return Case(model, oracle)
 
 
-@pytest.fixture(params=[*((method, tower) for method in METHODS for tower in TOWERS), ("crossget", "contiguous"), ("tome", "plain")],
-                ids="-".join)  # fmt: skip
+@pytest.fixture(params=[*((method, tower) for method in METHODS for tower in TOWERS),
+                        ("crossget", "contiguous"), ("tome", "plain")], ids="-".join)  # fmt: skip
 def any_case(request: pytest.FixtureRequest) -> Case:
     """Every method on every tower with the defaults, tokens that close the gaps, and tokens that all weigh the same."""
     method, tower = request.param

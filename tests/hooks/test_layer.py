@@ -20,7 +20,7 @@ from transformers import (
 from transformers.models.idefics2.modeling_idefics2 import Idefics2VisionTransformer
 
 from mllm_crossget import MadtpConfig, ReductionConfig, ToMeConfig, trace_merges
-from mllm_crossget.families.base import TOWERS, BertNames, families, module_at
+from mllm_crossget.families.family import TOWERS, BertNames, families, module_at
 from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.hooks.ground.state import handle_of
 from mllm_crossget.hooks.text.bert_text import hook_text_encoder

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mllm_crossget import ToMeConfig, accelerate_mllm, load_crossget, restore_mllm, save_crossget, trace_merges
 from mllm_crossget.hooks.ground.state import handle_of
-from mllm_crossget.methods.base import Signals
+from mllm_crossget.methods.method import Signals
 from tests import reference
 from tests.families.case_blip import embeddings, loss, matching, question_answers, ragged_batch
 from tests.families.tiny_blip import answer_ids, row_of, tiny_blip

@@ -20,7 +20,7 @@ from mllm_crossget import (
     trace_merges,
 )
 from mllm_crossget.api import unreduced
-from mllm_crossget.families.base import families, module_at
+from mllm_crossget.families.family import families, module_at
 from tests.families.cases import all_cases
 from tests.methods import METHODS, prepare
 from tests.tiny import pixels, prompt_batch, randomise_cross_tokens, tiny_dual, tiny_llava

@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mllm_crossget.families.base import Family, LayerNames, TextTower, module_at
+from mllm_crossget.families.family import Family, LayerNames, Positions, TextTower, module_at
 from mllm_crossget.families.modality import Modality
 from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.hooks.ground.vision_cache import VisionCache
-from mllm_crossget.methods.base import Method
+from mllm_crossget.methods.method import Method
 from mllm_crossget.ops.matching import Match
 from mllm_crossget.ops.ragged import Step
 from mllm_crossget.schedule import (
@@ -93,8 +93,10 @@ class TowerState:
     def most_tokens(self, tokens: int, layer: int) -> int:
         """Tokens that the cap of a dynamic method allows behind a layer, of an image of ``tokens`` tokens."""
         if tokens not in self.caps:
-            geometry = self.geometry.of_patches(tokens - self.geometry.prefix)
-            most = min(vars(self.method)["max_visual_tokens"], geometry.placeholders)
+            geometry, per_image = self.geometry.of_patches(tokens - self.geometry.prefix), self.method.per_image
+            if per_image is None or per_image.max_visual_tokens is None:
+                raise RuntimeError(f"{self.method} has no cap on the tokens of an image")
+            most = min(per_image.max_visual_tokens, geometry.placeholders)
             capped = replace(self.method, keep_ratio=None, r=None, visual_tokens=most)
             self.caps[tokens] = make_schedule(capped, geometry)
         return self.caps[tokens].tokens[layer + 1]
@@ -215,7 +217,7 @@ class Handle:
     @property
     def keeps_positions(self) -> bool:
         """Whether image tokens and text keep positions of the full prompt that a grid does not give them anyway."""
-        return self.method.keeps_positions and self.family.positions != "grid"
+        return self.method.keeps_positions and self.family.positions is not Positions.GRID
 
     @property
     def size_bias(self) -> bool:

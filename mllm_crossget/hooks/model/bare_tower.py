@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mllm_crossget.families.base import module_at
+from mllm_crossget.families.family import module_at
 from mllm_crossget.hooks.ground.state import HANDLE, Handle
 from mllm_crossget.hooks.model.saved_model import SavedModel
 from mllm_crossget.hooks.tower.counts_per_image import recorded_sizes

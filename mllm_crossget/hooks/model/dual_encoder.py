@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mllm_crossget.families.base import module_at
+from mllm_crossget.families.family import module_at
 from mllm_crossget.hooks.ground.arguments import positional_names
 from mllm_crossget.hooks.ground.cross_tokens import recorded_cross_tokens
 from mllm_crossget.hooks.ground.state import HANDLE, Handle
@@ -27,8 +27,8 @@ class DualModel(SavedModel):
             if args:
                 kwargs.update(zip(positional_names(type(self)), args, strict=False))
             return with_pair_guidance(self, super().forward, handle, kwargs)
-        paired = {"vision", "text"} <= handle.cross_paths.keys()
-        if not (self.training and paired):
+        paired, loss = {"vision", "text"} <= handle.cross_paths.keys(), handle.method.training_loss
+        if loss is None or not (self.training and paired):
             return super().forward(*args, **kwargs)
         family = handle.family
         encoders = module_at(self, handle.encoder_path), module_at(self, handle.text_encoder_path)
@@ -40,7 +40,7 @@ class DualModel(SavedModel):
         towards = [[_each(module_at(self, path)) for path in paths] for paths in places]
         pairs = vision[0].shape[1] == text[0].shape[1]
         rows = torch.full((text[0].shape[1],), int(pairs))
-        return add_alignment_loss(output, vision[0], text[0], towards, rows, getattr(handle.method, "kl", "reference"))
+        return add_alignment_loss(output, vision[0], text[0], towards, rows, loss.kl)
 
 
 class _PoolEach(nn.Module):

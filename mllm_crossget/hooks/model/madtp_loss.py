@@ -15,20 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mllm_crossget.families.base import TextSide, module_at, text_side_of
+from mllm_crossget.families.family import TextSide, module_at, text_side_of
 from mllm_crossget.hooks.ground.state import Handle, live_cross_tokens
 from mllm_crossget.hooks.model.cross_loss import aligned_output
 from mllm_crossget.hooks.projector.features import forget_ahead
 from mllm_crossget.hooks.request.placeholders import images_per_row, present, token_of
 from mllm_crossget.hooks.tower.counts_per_image import recorded_alignment
-from mllm_crossget.methods.madtp import MadtpConfig
+from mllm_crossget.methods.capabilities import LossKind
 from mllm_crossget.ops.alignment_attention import alignment_features, guidance_loss
 
 
 def guides(model: nn.Module, handle: Handle) -> bool:
     """Whether this forward has the loss of the alignment tokens."""
-    method = handle.method
-    wanted = isinstance(method, MadtpConfig) and method.alignment_weight > 0
+    loss = handle.method.training_loss
+    wanted = loss is not None and loss.kind is LossKind.ALIGNMENT_TOKENS
     return wanted and model.training and "alignment" in handle.cross_paths
 
 
@@ -100,7 +100,8 @@ def _pair_columns(model: Any, handle: Handle, kwargs: dict[str, Any]) -> Tensor:
     """(B, T) the text's tokens of a dual encoder, see ``with_pair_guidance``."""
     tower, ids, mask = handle.family.text_tower, kwargs["input_ids"], kwargs.get("attention_mask")
     text = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask != 0
-    if tower is not None and tower.causal and not vars(handle.method).get("reference"):
+    loss = handle.method.training_loss
+    if tower is not None and tower.causal and not (loss is not None and loss.whole_texts):
         end = tower.end(module_at(model, tower.path).config, ids)
         text = text & (torch.arange(ids.shape[1], device=ids.device) <= end[:, None])
     text[:, 0] &= not (tower is not None and tower.first)

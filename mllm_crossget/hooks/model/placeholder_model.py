@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mllm_crossget.families.base import module_at
+from mllm_crossget.families.family import module_at
 from mllm_crossget.hooks.ground.arguments import positional_names
 from mllm_crossget.hooks.ground.cross_tokens import recorded_cross_tokens
 from mllm_crossget.hooks.ground.kv_cache import cache_from, cache_in, name_cache
@@ -48,6 +48,7 @@ from mllm_crossget.hooks.request.compact_call import (
 from mllm_crossget.hooks.request.compaction import LAYOUT, Layout
 from mllm_crossget.hooks.request.placeholders import images_per_row, present
 from mllm_crossget.hooks.request.user_view import PromptView, option_reader, shift_lengths, with_user_view
+from mllm_crossget.methods.capabilities import LossKind
 
 
 class AlignedModel(SavedModel):
@@ -219,7 +220,8 @@ def _images_of_rows(
 
 def _aligns(model: nn.Module, handle: Handle) -> bool:
     """Whether this forward has an alignment loss."""
-    both = {"vision", "text"} <= handle.cross_paths.keys()
+    loss = handle.method.training_loss
+    both = {"vision", "text"} <= handle.cross_paths.keys() and loss is not None and loss.kind is LossKind.CROSS_TOKENS
     return model.training and both and handle.text_path != "" and bool(handle.family.vision_projection)
 
 
@@ -237,9 +239,9 @@ def _with_alignment(model: nn.Module, forward: Any, handle: Handle, kwargs: dict
     """Run the stock forward; in training, add the alignment loss of cross or alignment tokens (not to tuples)."""
     if guides(model, handle):
         return with_guidance(model, forward, handle, kwargs)
-    if not _aligns(model, handle):
+    family, loss = handle.family, handle.method.training_loss
+    if loss is None or not _aligns(model, handle):
         return forward(**kwargs)
-    family = handle.family
     with forget_ahead(model, family), _recording(model, handle, kwargs) as (vision, text):
         rows = images_per_row(model, handle, kwargs) if present(handle, kwargs) else None
         output = forward(**kwargs)
@@ -252,7 +254,7 @@ def _with_alignment(model: nn.Module, forward: Any, handle: Handle, kwargs: dict
     ]
     cell = None if family.cross_cell is None else partial(family.cross_cell, model.config)
     output = add_alignment_loss(
-        output, vision[0] if vision else None, text[0] if text else None, towards, rows, handle.method.kl, cell
+        output, vision[0] if vision else None, text[0] if text else None, towards, rows, loss.kl, cell
     )
     if handle.own_towers:  # DDP wants a gradient of every tower's cross tokens, also where a batch has images alone
         for path in handle.cross_paths.values():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mllm_crossget.families.base import module_at
+from mllm_crossget.families.family import module_at
 from mllm_crossget.hooks.ground.state import Handle, MergeState, TowerState, base_model, handle_of
 from mllm_crossget.hooks.tower.counts_per_image import recorded_sizes
-from mllm_crossget.methods.dynamic import NOTHING, DynamicMethod
-from mllm_crossget.methods.madtp import MadtpConfig
+from mllm_crossget.methods.capabilities import PerImage
+from mllm_crossget.methods.dynamic import NOTHING
+from mllm_crossget.methods.method import Method
 
 _TOLERANCE = 0.02
 
@@ -31,9 +31,7 @@ class Calibration:
 
     thresholds: list[float] = field(default_factory=list)
 
-    def choose(
-        self, method: DynamicMethod, scores: Tensor, shielded: Tensor, least: Tensor | None, wanted: int
-    ) -> float:
+    def choose(self, method: PerImage, scores: Tensor, shielded: Tensor, least: Tensor | None, wanted: int) -> float:
         """The threshold at which the images of the batch together lose ``wanted`` tokens in this layer, or nearly.
 
         By bisection over the scores that occur; it lies half-way between two of them, so that rounding does not matter.
@@ -64,7 +62,7 @@ def _nearest(value_at: Callable[[int], int], count: int, wanted: int) -> int:
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, images: Any = None, processor: Any = None, *, texts: Any = None) -> DynamicMethod:
+def calibrate(model: nn.Module, images: Any = None, processor: Any = None, *, texts: Any = None) -> Method:
     """Find the thresholds of a dynamic method, so that images like these keep the asked number of tokens on average.
 
     One pass of the vision tower over all images at once: each layer's threshold is set where the images together lose
@@ -93,24 +91,24 @@ def calibrate(model: nn.Module, images: Any = None, processor: Any = None, *, te
         >>> calibrate(model, pixel_values)
     """
     handle, method = _checked(model)
-    text = handle.text_tower if isinstance(method, MadtpConfig) else None
+    text = None if handle.method.per_text is None else handle.text_tower
     if texts is not None and text is None:
         raise ValueError("texts were given, but no text tower is pruned: give MadtpConfig a text_keep_ratio or text_r")
     if images is None and texts is None:
         raise TypeError("give images, or texts for a text tower that MADTP prunes")
-    found: dict[str, list[float]] = {}
+    on_images = on_texts = None
     if images is not None:
-        found["threshold"] = _on_images(model, handle, method, _pixels(images, processor))
+        on_images = _on_images(model, handle, method, _pixels(images, processor))
     if texts is not None and text is not None:
-        found["text_threshold"] = _on_texts(model, handle, _tokens(texts, processor))
-    settings = dataclasses.replace(method, **found)
+        on_texts = _on_texts(model, handle, _tokens(texts, processor))
+    settings = handle.method.with_thresholds(on_images, on_texts)
     for state in (handle, handle.tower, handle.text_tower):
         if state is not None:
             state.method = settings
     return settings
 
 
-def _on_images(model: nn.Module, handle: Handle, method: DynamicMethod, pixels: Tensor) -> list[float]:
+def _on_images(model: nn.Module, handle: Handle, method: PerImage, pixels: Tensor) -> list[float]:
     state = handle.tower
     if not isinstance(state, TowerState):
         raise ValueError(f"{method} leaves the vision tower alone; calibrate it on texts")
@@ -145,7 +143,7 @@ def _calibrating(module: nn.Module, state: Any) -> Iterator[Calibration]:
             part.training = training
 
 
-def _checked(model: nn.Module) -> tuple[Handle, DynamicMethod]:
+def _checked(model: nn.Module) -> tuple[Handle, PerImage]:
     handle = handle_of(model)
     if handle is None or not handle.method.is_dynamic or isinstance(handle.tower, MergeState):
         settings = "not accelerated" if handle is None else f"accelerated with {handle.method}"
@@ -153,8 +151,8 @@ def _checked(model: nn.Module) -> tuple[Handle, DynamicMethod]:
             f"the model is {settings}; calibrate finds the thresholds of a dynamic method: call "
             "accelerate_mllm(model, CrossGetConfig(dynamic=True, keep_ratio=0.5)) or MadtpConfig(keep_ratio=0.5) first"
         )
-    method = handle.method
-    if not isinstance(method, DynamicMethod) or vars(method).get("reference"):
+    method = handle.method.per_image
+    if method is None or handle.method.tempered is not None:
         raise ValueError("reference=True decides by temperature, not by thresholds; there is nothing to calibrate")
     return handle, method
 
@@ -183,7 +181,7 @@ def _pixels(images: Any, processor: Any) -> Tensor:
     return images
 
 
-def _check_average(handle: Handle, method: DynamicMethod, size: Tensor) -> None:
+def _check_average(handle: Handle, method: PerImage, size: Tensor) -> None:
     geometry, asked = handle.geometry, handle.schedule.features
     features = (size > 0).sum(dim=1) - (geometry.prefix if geometry.drops_prefix else 0)
     found = features.clamp_max(geometry.placeholders).float().mean().item()

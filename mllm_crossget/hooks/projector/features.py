@@ -1,26 +1,27 @@
 """From the tower's tokens to the features that take the placeholders' places.
 
-A family names its mixin (``Family.features``); it is put in front of the class that owns ``get_image_features``.
-Features that had to be computed before the prompt could be shrunk (their number depends on the image) are kept for the
-stock code's own call, so that nothing is encoded twice.
+A family names a kind of features (``FeatureKind``), for which ``kinds`` has a mixin; it is put in front of the class
+that owns ``get_image_features``. Features that had to be computed before the prompt could be shrunk (their number
+depends on the image) are kept for the stock code's own call, so that nothing is encoded twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from mllm_crossget.families.base import Family, module_at
+from mllm_crossget.families.family import Family, module_at
 from mllm_crossget.families.modality import Modality
 from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.hooks.ground.state import Handle
 from mllm_crossget.hooks.projector.groups import Groups, groups_of_source, source_of_trace, with_groups
 from mllm_crossget.hooks.tower.fixed_counts import Encoding, kept_trace, trace_of
+from mllm_crossget.methods.method import Place
 from mllm_crossget.schedule import Schedule
 
 _AHEAD = "_mllm_crossget_ahead"
@@ -28,7 +29,13 @@ _PLACES = "_mllm_crossget_places"
 
 
 class FeaturesMixin(nn.Module):
-    """Base of the mixins for the owner of ``get_image_features``."""
+    """Base of the mixins for the owner of ``get_image_features``.
+
+    Class attributes:
+        refused: places where no method can act in models of this kind, and why not.
+    """
+
+    refused: ClassVar[Mapping[Place, str]] = {}
 
     @classmethod
     def install(cls, journal: Journal, owner: nn.Module, handle: Handle) -> None:
@@ -114,9 +121,6 @@ def tower_features(
             return output
         groups = places.groups(encoding)
     return with_groups(with_features(output, without_last) if places.drop_cross else output, groups)
-
-
-FEATURES: dict[str, type[FeaturesMixin]] = {"plain": TowerFeatures}
 
 
 def features_of(output: Any) -> Any:

@@ -6,15 +6,17 @@ so that every row of the concatenation is the same group of patches in all layer
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from mllm_crossget.families.base import module_at
+from mllm_crossget.families.family import module_at
 from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.hooks.ground.state import Handle, LayerTrace
-from mllm_crossget.hooks.projector.features import FEATURES, ReducedFeatures, TowerPlaces, tower_features
+from mllm_crossget.hooks.projector.features import ReducedFeatures, TowerPlaces, tower_features
 from mllm_crossget.hooks.tower.fixed_counts import tower_state, trace_of
+from mllm_crossget.methods.method import Place
 from mllm_crossget.ops.matching import Match
 from mllm_crossget.ops.merging import merge
 
@@ -24,6 +26,10 @@ _PLACES = "_mllm_crossget_layers"
 
 class ConcatenatedFeatures(ReducedFeatures):
     """Mixin for the owner of ``get_image_features``."""
+
+    refused: ClassVar[Mapping[Place, str]] = {
+        Place.TOWER_OUTPUT: "its projector reads several layers side by side, and a selection would be of one of them"
+    }
 
     @classmethod
     def install(cls, journal: Journal, owner: nn.Module, handle: Handle) -> None:
@@ -67,6 +73,3 @@ def _merged(state: Tensor, trace: list[LayerTrace]) -> Tensor:
         if isinstance(layer.match, Match):  # families of this kind have no method that prunes
             state, size = merge(state, size, layer.match._replace(weight=None))
     return state
-
-
-FEATURES["concatenated"] = ConcatenatedFeatures

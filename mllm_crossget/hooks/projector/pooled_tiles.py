@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from mllm_crossget.families.tile_packing import NEWLINE, become, layouts, places_that_stay, reduced_layout
 from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.hooks.ground.state import MergeState
-from mllm_crossget.hooks.projector.features import FEATURES, features_of
+from mllm_crossget.hooks.projector.features import features_of
 from mllm_crossget.hooks.projector.groups import Groups, groups_of_source, joined_groups, with_groups
 from mllm_crossget.hooks.projector.post_merge import merge_features
 from mllm_crossget.hooks.projector.tiles import PLACES, GridFeatures, place, reading, sources_of
 from mllm_crossget.hooks.tower.fixed_counts import trace_of
-from mllm_crossget.methods.base import Method
+from mllm_crossget.methods.method import Method
 from mllm_crossget.ops.merging import unmerge
 from mllm_crossget.schedule import at_share
 
@@ -94,10 +94,6 @@ class ReducedPooling(nn.Module):
     def forward(self, image_features: Tensor) -> Any:
         """As the original on the frames' patches, then merged."""
         return _pooled(self, super().forward, image_features)
-
-
-FEATURES["video_grid"] = VideoGridFeatures
-FEATURES["limited_grid"] = LimitedGridFeatures
 
 
 def _same_share(handle: Any) -> Method:

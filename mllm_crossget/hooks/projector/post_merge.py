@@ -11,9 +11,9 @@ tokens.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from mllm_crossget.families.modality import Modality
 from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.hooks.ground.state import LayerTrace, MergeState, TowerState
-from mllm_crossget.hooks.projector.features import FEATURES, FeaturesMixin, encoded_ahead, features_of, with_features
+from mllm_crossget.hooks.projector.features import FeaturesMixin, encoded_ahead, features_of, with_features
 from mllm_crossget.hooks.projector.groups import Groups, groups_of_source, with_groups
-from mllm_crossget.methods.base import Method, Signals
+from mllm_crossget.methods.method import Method, Place
+from mllm_crossget.methods.signals import Signals
 from mllm_crossget.ops.importance import attention_importance
 from mllm_crossget.ops.merging import compose_source, merge
 
@@ -40,12 +41,14 @@ class Merged:
         companions: further (B, k, ·) features of the same cells, merged alike.
         kept: (B, k) the cell that each of them was.
         source: (B, n) the row that each cell has become.
+        size: (B, k) float32 cells in each of them.
     """
 
     features: Tensor
     companions: list[Tensor]
     kept: Tensor
     source: Tensor
+    size: Tensor
 
 
 def hook_merge(
@@ -78,13 +81,14 @@ def merge_features(features_BND: Tensor, companions: list[Tensor], state: MergeS
         if state.method.needs_importance:  # mean square 1 is length sqrt(width): sqrt(width)² / sqrt(width) is left
             one_head = keys[:, None]
             importance = attention_importance(one_head, one_head, width**0.5, size.log(), cross_token=False)
-        match = state.method.match(Signals(keys, importance, ()), removed)
+        seen = features.detach() if state.method.needs_features else None
+        match = state.method.match(Signals(keys, importance, (), features=seen), removed)
         companions = [merge(other, size, match)[0] for other in companions]
         features, size = merge(features, size, match)
         kept, source = kept.gather(1, match.kept), compose_source(source, match)
         if state.trace is not None:
             state.trace.append(LayerTrace(match, size, source))
-    return Merged(features, companions, kept, source)
+    return Merged(features, companions, kept, source, size)
 
 
 def kept_cells(output: Any) -> list[Tensor] | None:
@@ -101,6 +105,10 @@ def with_kept_cells(output: Any, cells: list[Tensor]) -> Any:
 class MergedFeatures(FeaturesMixin):
     """Mixin for the owner of ``get_image_features``: merges each image's features."""
 
+    refused: ClassVar[Mapping[Place, str]] = {
+        Place.TOWER_OUTPUT: "its tower packs all images into one sequence, which its patch merger wants as it is"
+    }
+
     def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
         """As the original, with fewer features per image."""
         return _merged(self, "get_image_features", super().get_image_features, args, kwargs)
@@ -112,10 +120,6 @@ class MergedVideoFeatures(MergedFeatures):
     def get_video_features(self, *args: Any, **kwargs: Any) -> Any:
         """As the original, with fewer features per frame."""
         return _merged(self, "get_video_features", super().get_video_features, args, kwargs)
-
-
-FEATURES["merged"] = MergedFeatures
-FEATURES["merged_videos"] = MergedVideoFeatures
 
 
 def _merged(

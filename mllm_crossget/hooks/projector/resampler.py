@@ -7,21 +7,34 @@ its padding, and images of one size run together; what comes out is padded again
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from mllm_crossget.families.base import module_at
+from mllm_crossget.families.family import module_at
 from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.hooks.ground.state import Handle, TowerState
-from mllm_crossget.hooks.projector.features import FEATURES, ReducedFeatures
+from mllm_crossget.hooks.projector.features import ReducedFeatures
+from mllm_crossget.methods.method import Place
 
 _CALL = "_mllm_crossget_resampled"
 
 
 class ResampledFeatures(ReducedFeatures):
-    """Mixin for the owner of ``get_image_features``: tower and resampler share what is known of one call."""
+    """Mixin for the owner of ``get_image_features``: tower and resampler share what is known of one call.
+
+    Class attributes:
+        resampler: mixin for what reads the tower.
+    """
+
+    resampler: ClassVar[type[nn.Module]]
+
+    refused: ClassVar[Mapping[Place, str]] = {
+        Place.TOWER_OUTPUT: "its images are of any size and run group by group; selecting behind them is not written",
+        Place.PROJECTOR: "its resampler gives as many vectors as it has queries, which prompts have placeholders for",
+    }
 
     @classmethod
     def install(cls, journal: Journal, owner: nn.Module, handle: Handle) -> None:
@@ -34,7 +47,7 @@ class ResampledFeatures(ReducedFeatures):
         if isinstance(handle.tower, TowerState):
             handle.tower.ignores_mask = True
         resampler = module_at(owner, paths[1])
-        journal.swap_class(resampler, RESAMPLERS[handle.family.model_type])
+        journal.swap_class(resampler, cls.resampler)
 
     def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
         """As the original: as many features per image."""
@@ -111,8 +124,16 @@ class CountedProjector(nn.Module):
             self.__dict__["patch_to_query_dict"] = queries
 
 
-FEATURES["resampled"] = ResampledFeatures
-RESAMPLERS: dict[str, type[nn.Module]] = {"idefics2": MaskedConnector, "aria": CountedProjector}
+class MaskedResamplerFeatures(ResampledFeatures):
+    """For Idefics2."""
+
+    resampler: ClassVar[type[nn.Module]] = MaskedConnector
+
+
+class CountedResamplerFeatures(ResampledFeatures):
+    """For Aria."""
+
+    resampler: ClassVar[type[nn.Module]] = CountedProjector
 
 
 def _rectangles(mask: Tensor) -> list[tuple[int, int]]:

@@ -5,19 +5,21 @@ The tower's source map of the running call (``tower.kept_trace``) says which tok
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from mllm_crossget.families.base import module_at
+from mllm_crossget.families.family import module_at
 from mllm_crossget.families.tile_packing import become, layouts, places_that_stay, reduced_layout
 from mllm_crossget.hooks.ground.journal import Journal
-from mllm_crossget.hooks.projector.features import FEATURES, ReducedFeatures
+from mllm_crossget.hooks.projector.features import ReducedFeatures
 from mllm_crossget.hooks.projector.groups import Groups, groups_of_source, with_groups
 from mllm_crossget.hooks.tower.fixed_counts import Encoding, kept_trace, trace_of
+from mllm_crossget.methods.method import Place
 
 PLACES = "_mllm_crossget_grid"
 
@@ -42,6 +44,11 @@ class GridFeatures(ReducedFeatures):
     Newlines stay while their row holds a token. The cross token of the base image stands behind the base image's
     tokens, those of the other tiles are left out.
     """
+
+    refused: ClassVar[Mapping[Place, str]] = {
+        Place.TOWER_OUTPUT: "its tiles are packed patch by patch, and a patch that was thrown away has no place there",
+        Place.PROJECTOR: "its features hold newlines between the rows of patches, which are no tokens to choose from",
+    }
 
     @classmethod
     def install(cls, journal: Journal, owner: nn.Module, handle: Any) -> None:
@@ -74,9 +81,6 @@ class GridFeatures(ReducedFeatures):
             for tokens, source, layout in zip(image_features, sources, made, strict=True)
         ]
         return packed, torch.tensor([len(image) for image in packed], device=image_features[0].device)
-
-
-FEATURES["grid"] = GridFeatures
 
 
 def reading(owner: nn.Module) -> AbstractContextManager[Encoding]:

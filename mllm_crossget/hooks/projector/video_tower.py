@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from torch import nn
 
 from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.hooks.ground.state import Handle
-from mllm_crossget.hooks.projector.features import FEATURES, ReducedFeatures, TowerPlaces, tower_features
+from mllm_crossget.hooks.projector.features import ReducedFeatures, TowerPlaces, tower_features
+from mllm_crossget.methods.method import Place
 
 _TOWERS = "_mllm_crossget_towers"
 
 
 class TwoTowersFeatures(ReducedFeatures):
     """Mixin for the owner of both methods: each cuts the cross token off where it would not fit."""
+
+    refused: ClassVar[Mapping[Place, str]] = dict.fromkeys(
+        (Place.TOWER_OUTPUT, Place.PROJECTOR),
+        "its videos have a tower of their own; selecting behind two towers is not written",
+    )
 
     @classmethod
     def install(cls, journal: Journal, owner: nn.Module, handle: Handle) -> None:
@@ -32,6 +39,3 @@ class TwoTowersFeatures(ReducedFeatures):
     def get_video_features(self, *args: Any, **kwargs: Any) -> Any:
         """As the original, with fewer features per frame."""
         return tower_features(self, self.__dict__[_TOWERS]["video"], super().get_video_features, args, kwargs)
-
-
-FEATURES["two_towers"] = TwoTowersFeatures

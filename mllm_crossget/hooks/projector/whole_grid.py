@@ -9,17 +9,18 @@ grid: it guides the tower and stays there.
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from mllm_crossget.families.base import module_at
+from mllm_crossget.families.family import module_at
 from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.hooks.ground.state import Handle, LayerTrace, TowerState
-from mllm_crossget.hooks.projector.features import FEATURES
 from mllm_crossget.hooks.projector.post_merge import MergedFeatures, hook_merge
 from mllm_crossget.hooks.tower.fixed_counts import kept_trace, trace_of
+from mllm_crossget.methods.method import Place
 from mllm_crossget.ops.merging import unmerge
 
 _ENCODER = "_mllm_crossget_encoder"
@@ -27,6 +28,11 @@ _ENCODER = "_mllm_crossget_encoder"
 
 class WholeGridFeatures(MergedFeatures):
     """Mixin for the owner of ``get_image_features``: fewer features per image, made of a reduced tower's tokens."""
+
+    refused: ClassVar[Mapping[Place, str]] = {
+        Place.TOWER_OUTPUT: "its projector makes features of the whole grid of patches; methods that act behind the "
+        "projector can choose among these"
+    }
 
     @classmethod
     def install(cls, journal: Journal, owner: nn.Module, handle: Handle) -> None:
@@ -101,6 +107,3 @@ def _refuse_hidden(mask: Tensor) -> None:
 def _whole(states: Tensor, layer: LayerTrace | None, tokens: int) -> Tensor:
     """(B, T, D) states behind a layer (None: in front of the first) -> (B, tokens, D), without the cross token."""
     return states[:, :tokens] if layer is None else unmerge(states, layer.source[:, :tokens])
-
-
-FEATURES["whole_grid"] = WholeGridFeatures

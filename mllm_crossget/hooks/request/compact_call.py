@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mllm_crossget.families.base import module_at
+from mllm_crossget.families.family import Positions, module_at
 from mllm_crossget.families.modality import Modality
 from mllm_crossget.hooks.ground.kv_cache import cache_in
 from mllm_crossget.hooks.ground.state import Handle
@@ -131,7 +131,7 @@ def _is_full(model: nn.Module, handle: Handle, modality: Modality, kwargs: dict[
 
 def _check_positions(model: nn.Module, handle: Handle, modality: Modality, kwargs: dict[str, Any], total: int) -> None:
     """A prompt that is compact already does not say where its image tokens were."""
-    kept = handle.family.positions == "grid" or handle.keeps_positions
+    kept = handle.family.positions is Positions.GRID or handle.keeps_positions
     if not kept or kwargs.get("position_ids") is not None:
         return
     if total != sum(placeholders_of(model, handle, modality, kwargs)):
@@ -179,7 +179,7 @@ def shrink_new_columns(
     images = {
         token_of(model, modality): image_counts(model, handle, modality, kwargs) for modality in present(handle, kwargs)
     }
-    in_grid = handle.family.positions == "grid"
+    in_grid = handle.family.positions is Positions.GRID
     keeps_positions = keeps_positions_on(handle, layout)
     groups = groups_of_call(model, handle, kwargs) if handle.size_bias or keeps_positions else None
     compaction = plan_compaction(ids, mask, images, left, keeps_positions, groups)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mllm_crossget.families.base import Family, module_at
+from mllm_crossget.families.family import Family, module_at
 from mllm_crossget.families.modality import Modality
 from mllm_crossget.hooks.projector.features import ahead_of, encode_ahead
 from mllm_crossget.hooks.projector.post_merge import kept_cells

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mllm_crossget.families.base import Family, families, module_at
+from mllm_crossget.families.family import Family, families, module_at
 from mllm_crossget.hooks.ground.cross_tokens import RECORD
 from mllm_crossget.hooks.ground.state import MergeState, TowerState
 from mllm_crossget.hooks.ground.vision_cache import Encoded, VisionCache, content_key

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mllm_crossget.families.base import BertNames, TextTower, module_at
+from mllm_crossget.families.family import BertNames, TextTower, module_at
 from mllm_crossget.hooks.ground.arguments import positional_names
 from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.hooks.text.bert_text import CALL, SIZES

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from mllm_crossget.families.base import BertNames, TextTower
+from mllm_crossget.families.family import BertNames, TextTower
 from mllm_crossget.hooks.ground.arguments import positional_names
 from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.hooks.ground.kv_cache import CACHE, cache_in, name_cache
@@ -32,7 +32,7 @@ from mllm_crossget.hooks.text.rows import Columns, Texts, attention_slot, in_col
 from mllm_crossget.hooks.tower.attention import hook_attention, reduced_attention
 from mllm_crossget.hooks.tower.encoder import sizes_of
 from mllm_crossget.hooks.tower.layer import Taken, run_post_norm_layer
-from mllm_crossget.methods.base import Method
+from mllm_crossget.methods.method import Method
 from mllm_crossget.schedule import TextGeometry
 
 CALL = "_mllm_crossget_question"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from mllm_crossget.families.base import LayerNames, TextTower
+from mllm_crossget.families.family import LayerNames, TextTower
 from mllm_crossget.hooks.ground.arguments import positional_names
 from mllm_crossget.hooks.ground.cross_tokens import RECORD
 from mllm_crossget.hooks.ground.journal import Journal
@@ -33,7 +33,7 @@ from mllm_crossget.hooks.text.rows import (
 )
 from mllm_crossget.hooks.tower.attention import hook_attention
 from mllm_crossget.hooks.tower.layer import Taken, run_layer
-from mllm_crossget.methods.base import Method
+from mllm_crossget.methods.method import Method
 from mllm_crossget.schedule import TextGeometry
 
 _STATE = "_mllm_crossget_text_tower"

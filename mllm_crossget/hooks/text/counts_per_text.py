@@ -8,7 +8,6 @@ one, where no token sees it, and the embedding is read from the end mark's old c
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -22,8 +21,8 @@ from mllm_crossget.hooks.tower.attention import AttentionSlot
 from mllm_crossget.hooks.tower.counts_per_image import record_features
 from mllm_crossget.hooks.tower.encoder import own_rows, run_layers
 from mllm_crossget.hooks.tower.layer import Taken, carry_out, run_layer
-from mllm_crossget.methods.dynamic import RaggedSignals
-from mllm_crossget.methods.madtp import MadtpConfig
+from mllm_crossget.methods.capabilities import PerText
+from mllm_crossget.methods.signals import RaggedSignals
 from mllm_crossget.ops.ragged import Step, last_behind_pooled
 
 
@@ -38,7 +37,7 @@ class RaggedTextEncoder(nn.Module):
         if texts is None:
             raise RuntimeError("a reduced text encoder was called without its text model, which knows the end marks")
         batch, columns = inputs_embeds.shape[:2]
-        reference = _method(state).reference
+        reference = _method(state).whole_texts
         hidden, place = inputs_embeds, None
         size = torch.ones(batch, columns, dtype=torch.float32, device=inputs_embeds.device)
         if not reference:
@@ -119,15 +118,16 @@ def text_bias(size: Tensor, causal: bool, dtype: torch.dtype) -> Tensor:
     return torch.zeros(seen.shape, dtype=dtype, device=size.device).masked_fill(~seen, torch.finfo(dtype).min)
 
 
-def _method(state: TextTowerState) -> MadtpConfig:
-    if not isinstance(state.method, MadtpConfig):
+def _method(state: TextTowerState) -> PerText:
+    method = state.method.per_text
+    if method is None:
         raise TypeError(f"{type(state.method).__name__} keeps the same number of tokens in every text of a length")
-    return state.method
+    return method
 
 
 def _choose(
     state: TextTowerState,
-    method: MadtpConfig,
+    method: PerText,
     slot: AttentionSlot,
     size: Tensor,
     alignment: Tensor | None,
@@ -140,8 +140,8 @@ def _choose(
     alive, places = size > 0, torch.arange(size.shape[1], device=size.device)
     count = alive.sum(dim=1)
     shielded = ~alive | (places < 1)
-    if method.reference:
-        method = dataclasses.replace(method, min_keep=least)
+    if method.whole_texts:
+        method = method.keeping(least)
     else:
         shielded = shielded | (places == count[:, None] - 1)
     signals = RaggedSignals(size, shielded, 1, None, None, slot.received, slot.class_received, alignment)
@@ -157,7 +157,7 @@ def _choose(
     if not bool(removals.any()):
         return None
     step = method.step(signals, scores, context, removals)
-    return step if method.reference else last_behind_pooled(step, count, removals > 0)
+    return step if method.whole_texts else last_behind_pooled(step, count, removals > 0)
 
 
 def _alignment(encoder: Any, state: TextTowerState, hidden: Tensor, size: Tensor, index: int) -> Tensor | None:

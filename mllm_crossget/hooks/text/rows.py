@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mllm_crossget.hooks.tower.attention import AttentionSlot
 from mllm_crossget.hooks.tower.encoder import sizes_of
 from mllm_crossget.hooks.tower.layer import Taken
-from mllm_crossget.methods.base import Method, Signals
+from mllm_crossget.methods.method import Method, Signals
 from mllm_crossget.ops.matching import Match
 from mllm_crossget.ops.merging import merge, unmerge
 

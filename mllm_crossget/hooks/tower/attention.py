@@ -18,6 +18,7 @@ from mllm_crossget.ops.importance import (
     attend_with_importance,
     attention_importance,
     attention_map,
+    class_token_attention,
     cosine_importance,
     importance_of_map,
 )
@@ -51,7 +52,8 @@ class AttentionSlot:
         pruning_bias: (B, T, T) additive mask of the attention that ``received`` is made of, where the queries see
             different tokens; None: ``key_bias``.
         pruning_alive: (B, T) the tokens that are no dead rows, beside ``pruning_bias``.
-        keys, importance, received, class_received: what was recorded.
+        record_class: whether ``class_attention`` is wanted.
+        keys, importance, received, class_received, class_attention: what was recorded.
     """
 
     key_bias: Tensor | None = None
@@ -63,10 +65,12 @@ class AttentionSlot:
     pruning_prefix: int | None = None
     pruning_bias: Tensor | None = None
     pruning_alive: Tensor | None = None
+    record_class: bool = False
     keys: Tensor | None = None
     importance: Tensor | None = None
     received: Tensor | None = None
     class_received: Tensor | None = None
+    class_attention: Tensor | None = None
 
     def take(self) -> tuple[Tensor, Tensor | None]:
         """The recorded keys and importance."""
@@ -155,6 +159,8 @@ def reduced_attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if slot.record_keys:
         _record_keys(slot, query, key)
+    if slot.record_class:
+        slot.class_attention = class_token_attention(query, key, scaling, slot.key_bias)
     # The tower's own configuration: a later set_attn_implementation is honoured. Not by the property: a configuration
     # translates names of attributes in Python, which takes as long as a small product.
     implementation = vars(module.__dict__[_OWN_CONFIG])[_IMPLEMENTATION_FIELD]

@@ -20,7 +20,8 @@ from mllm_crossget.hooks.tower.attention import AttentionSlot
 from mllm_crossget.hooks.tower.encoder import SIZES, last_places, last_token, refuse_mask, run_tower
 from mllm_crossget.hooks.tower.fixed_counts import tower_state
 from mllm_crossget.hooks.tower.layer import Taken, carry_out, run_layer
-from mllm_crossget.methods.dynamic import DynamicMethod, RaggedSignals
+from mllm_crossget.methods.capabilities import PerImage
+from mllm_crossget.methods.signals import RaggedSignals
 from mllm_crossget.ops.alignment_attention import alignment_features
 from mllm_crossget.ops.importance import ragged_query_weights
 from mllm_crossget.ops.ragged import Step
@@ -133,10 +134,11 @@ class RaggedLayer(nn.Module):
         )
 
 
-def _dynamic(state: TowerState) -> DynamicMethod:
-    if not isinstance(state.method, DynamicMethod):
+def _dynamic(state: TowerState) -> PerImage:
+    method = state.method.per_image
+    if method is None:
         raise TypeError(f"{type(state.method).__name__} keeps the same number of tokens in every image")
-    return state.method
+    return method
 
 
 def _slot(state: TowerState, size: Tensor | None, cross: bool, reduces: bool) -> AttentionSlot:

@@ -14,13 +14,13 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from mllm_crossget.families.base import LayerNames
+from mllm_crossget.families.family import LayerNames
 from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.hooks.ground.state import LayerTrace, TowerState
 from mllm_crossget.hooks.tower.attention import AttentionSlot, hook_attention
 from mllm_crossget.hooks.tower.encoder import FORWARD, refuse_mask, run_tower, sizes_of
 from mllm_crossget.hooks.tower.layer import Taken, run_layer
-from mllm_crossget.methods.base import Method, Signals
+from mllm_crossget.methods.method import Method, Signals
 from mllm_crossget.ops.merging import merge
 from mllm_crossget.schedule import TowerGeometry
 

@@ -15,7 +15,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from mllm_crossget.families.base import BertNames, LayerNames
+from mllm_crossget.families.family import BertNames, LayerNames
 from mllm_crossget.hooks.tower.attention import AttentionSlot, OpenSlot
 from mllm_crossget.ops.matching import Match
 from mllm_crossget.ops.ragged import Step, reduce_tokens

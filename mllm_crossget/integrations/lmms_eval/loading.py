@@ -18,7 +18,7 @@ from mllm_crossget.checkpoint import OFFICIAL_WEIGHTS_NAME, load_crossget, load_
 from mllm_crossget.config import CONFIG_NAME, ReductionConfig, method_class
 from mllm_crossget.embedded import WEIGHTS_FOLDER
 from mllm_crossget.hooks.ground.state import handle_of
-from mllm_crossget.methods.base import Method
+from mllm_crossget.methods.method import Method
 
 _DIALS = ("keep_ratio", "visual_tokens", "r")
 EMBEDDED = "embedded"

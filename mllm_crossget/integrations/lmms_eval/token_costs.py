@@ -19,10 +19,10 @@ import torch
 from torch import nn
 
 from mllm_crossget.costs.flops import model_flops
-from mllm_crossget.families.base import families
+from mllm_crossget.families.family import families
 from mllm_crossget.integrations.lmms_eval.loading import used_method
-from mllm_crossget.methods.base import Method
 from mllm_crossget.methods.crossget import CrossGetConfig
+from mllm_crossget.methods.method import Method
 from mllm_crossget.schedule import make_schedule
 
 _GIGA = 1e9

@@ -1,0 +1,31 @@
+"""The mixin of every way in which features come about (``FeatureKind``). A kind without one fails at the import."""
+
+from __future__ import annotations
+
+from mllm_crossget.families.feature_kind import FeatureKind
+from mllm_crossget.hooks.projector.features import FeaturesMixin, TowerFeatures
+from mllm_crossget.hooks.projector.multi_layer import ConcatenatedFeatures
+from mllm_crossget.hooks.projector.pooled_tiles import LimitedGridFeatures, VideoGridFeatures
+from mllm_crossget.hooks.projector.post_merge import MergedFeatures, MergedVideoFeatures
+from mllm_crossget.hooks.projector.resampler import CountedResamplerFeatures, MaskedResamplerFeatures
+from mllm_crossget.hooks.projector.tiles import GridFeatures
+from mllm_crossget.hooks.projector.video_tower import TwoTowersFeatures
+from mllm_crossget.hooks.projector.whole_grid import WholeGridFeatures
+
+MIXINS: dict[FeatureKind, type[FeaturesMixin]] = {
+    FeatureKind.PLAIN: TowerFeatures,
+    FeatureKind.CONCATENATED: ConcatenatedFeatures,
+    FeatureKind.GRID: GridFeatures,
+    FeatureKind.VIDEO_GRID: VideoGridFeatures,
+    FeatureKind.LIMITED_GRID: LimitedGridFeatures,
+    FeatureKind.WHOLE_GRID: WholeGridFeatures,
+    FeatureKind.MASKED_RESAMPLER: MaskedResamplerFeatures,
+    FeatureKind.COUNTED_RESAMPLER: CountedResamplerFeatures,
+    FeatureKind.TWO_TOWERS: TwoTowersFeatures,
+    FeatureKind.MERGED: MergedFeatures,
+    FeatureKind.MERGED_VIDEOS: MergedVideoFeatures,
+}
+
+_MISSING = set(FeatureKind) - MIXINS.keys()
+if _MISSING:
+    raise RuntimeError(f"no mixin for {sorted(_MISSING)}; add it to MIXINS")
