@@ -110,3 +110,25 @@ def _named(hint: Any) -> str:
 @functools.cache
 def _hints(kind: type) -> dict[str, Any]:
     return get_type_hints(kind)
+
+
+def check_least(settings: Any, **least: float) -> None:
+    """Check that fields are at least so large; None is left alone, of a list every item counts and one must be there.
+
+    Raises:
+        ValueError: a smaller value, or an empty list.
+    """
+    for name, bound in least.items():
+        value = getattr(settings, name)
+        items = value if isinstance(value, (list, tuple)) else [value]
+        if not items:
+            raise ValueError(f"{name} is empty; give one value at least")
+        for item in items:
+            if item is not None and not item >= bound:
+                raise ValueError(f"{name} must be at least {bound}, got {item}")
+
+
+def check_choice(settings: Any, name: str, known: Sequence[Any]) -> None:
+    """Check that a field is one of the known values. Raises ``ValueError`` that lists them."""
+    if getattr(settings, name) not in known:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, known))}; got {getattr(settings, name)!r}")

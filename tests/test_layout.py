@@ -21,13 +21,15 @@ _FLOOR = {*_BASE, "flop_formulas", "families", "methods"}
 # Rooms of ``hooks`` from the ground up: each may import those below it.
 ROOMS = ("ground", "tower", "projector", "text", "request", "reuse", "model", "apply")
 _HOOKS = {*_FLOOR, *(f"hooks.{room}" for room in ROOMS)}
+_FILES = {"user_files"}
 _API = {*_HOOKS, "support", "api", "batching", "checkpoint", "moved"}
-_USES = {*_API, "retrieval", "training", "benchmark", "costs", "integrations", "embedded", "visualize"}
+_USES = {*_API, *_FILES, "retrieval", "training", "benchmark", "costs", "integrations", "embedded", "visualize"}
 # What each part may import from the package. A part that is not listed may not exist.
 ARROWS: dict[str, set[str]] = {
     "config": {"field_types"},
     "field_types": set(),
     "moved": set(),
+    "user_files": set(),
     "schedule": {"config"},
     "flop_formulas": set(),
     "kernels": {"kernels"},
