@@ -1,7 +1,7 @@
 """Whether the values in a dataclass are of the types that its annotations name. Knows no dataclass.
 
-``"false"`` is no bool and ``[1]`` is no integer: taken as they come, the first would mean True and the second would fail
-far away from where it was written.
+``"false"`` is no bool and ``[1]`` is no integer: taken as they come, the first would mean True and the second would
+fail far away from where it was written.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def check_field_types(settings: Any) -> None:
         TypeError: a value of another type, with the field's name, the value and what is allowed.
         ValueError: a number that is not finite, or too large to be one.
     """
-    hints = _hints(type(settings))
+    kind: Any = type(settings)
+    hints = _hints(kind)
     for field in dataclasses.fields(settings):
         check_type(field.name, getattr(settings, field.name), hints[field.name])
 

@@ -54,9 +54,10 @@ def read_pictures(files: list[str]) -> list[Image.Image]:
 
 def read_yaml(path: str | Path) -> Any:
     """What a YAML file holds. Raises ``ValueError`` for a missing file, for what is no YAML, and for a name twice."""
-    yaml = importlib.import_module("yaml")  # of the extra that the command names
+    yaml: Any = importlib.import_module("yaml")  # of the extra that the command names
+    loader: Any = yaml.SafeLoader
 
-    class Strict(yaml.SafeLoader):
+    class Strict(loader):
         """A name that occurs twice would silently replace the first one."""
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
@@ -68,7 +69,7 @@ def read_yaml(path: str | Path) -> Any:
             return super().construct_mapping(node, deep)
 
     try:
-        return yaml.load(Path(path).expanduser().read_text(encoding="utf-8-sig"), Loader=Strict)  # noqa: S506
+        return yaml.load(Path(path).expanduser().read_text(encoding="utf-8-sig"), Loader=Strict)
     except FileNotFoundError as error:
         raise ValueError(f"{path} does not exist; give the path of a YAML file") from error
     except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:

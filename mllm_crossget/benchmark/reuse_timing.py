@@ -24,8 +24,8 @@ from mllm_crossget.api import accelerate_mllm
 from mllm_crossget.benchmark.sample_inputs import prompt_inputs
 from mllm_crossget.benchmark.speed import DTYPES, BenchOptions, load
 from mllm_crossget.benchmark.timing import alternate, environment, spread
-from mllm_crossget.embedded import load_embedded
 from mllm_crossget.costs.geometries.llava import resolve
+from mllm_crossget.embedded import load_embedded
 from mllm_crossget.families.base import family_of, module_at
 from mllm_crossget.field_types import check_choice, check_field_types, check_least
 from mllm_crossget.hooks.ground.vision_cache import MEBIBYTE, VisionCache

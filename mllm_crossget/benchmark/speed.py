@@ -36,7 +36,6 @@ from mllm_crossget.field_types import check_choice, check_field_types, check_lea
 from mllm_crossget.schedule import make_schedule
 from mllm_crossget.user_files import check_picture_output, check_writable, load_model
 
-
 DTYPES = ("float32", "bfloat16", "float16")
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
 

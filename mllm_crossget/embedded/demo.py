@@ -67,7 +67,8 @@ class DemoOptions:
 def _check_fixed(method: Method) -> None:
     if method.is_dynamic:
         raise ValueError(
-            f"{method.method} chooses the number of tokens per image, and the demo compares fixed ones; use mllm-crossget show"
+            f"{method.method} chooses the number of tokens per image, and the demo compares fixed ones; use "
+            "mllm-crossget show"
         )
 
 

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 
 from transformers import TrainingArguments
 
+from mllm_crossget.field_types import check_field_types, check_least
+
+DATA_FORMS = """\
+the data (--train_data, --eval_data): a JSON file holds a list of samples, a JSONL file one sample per line:
+
+  {"id": "1", "image": "a.jpg", "conversations": [
+     {"from": "human", "value": "<image>\\nWhat is this?"}, {"from": "gpt", "value": "A cat."}]}
+
+  {"id": "2", "images": ["a.jpg", "b.jpg"], "messages": [
+     {"role": "system", "content": "Be brief."},
+     {"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "Same?"}]},
+     {"role": "assistant", "content": "Yes."}]}
+
+"id" may be left out; without "image" a sample is text alone. There are as many <image> tags or image parts as pictures,
+or none: the pictures then come first. Relative paths start at --image_folder, by default the data file's folder. Parquet
+files and data sets have the same columns, with pictures as paths or bytes. What "gpt" or "assistant" says is learned."""
 _TUNING = ("lora", "full", "bridge", "cross_tokens")
+_LORA_ALONE = ("lora_r", "lora_alpha", "lora_dropout", "projector")
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -68,6 +85,7 @@ class TrainOptions:
     distillation_temperature: float = 1.0
 
     def __post_init__(self) -> None:
+        check_field_types(self)
         for name in ("model", "train_data"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is not set; write it into the YAML file or give --{name}")
@@ -76,14 +94,37 @@ class TrainOptions:
             ("dtype", _DTYPES),
             ("projector", ("frozen", "lora", "full")),
             ("bits", (4, 8, 16)),
+            ("on_bad_sample", ("skip", "stop")),
+            ("image_aspect", ("pad", "keep")),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
-        for name in ("calibration_images", "calibration_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_least(self, calibration_images=1, calibration_every=1, max_length=1, lora_r=1, lora_alpha=1)
+        check_least(self, lora_dropout=0, distillation_weight=0)
+        if self.lora_dropout >= 1:
+            raise ValueError(f"lora_dropout must be below 1, got {self.lora_dropout}")
+        if self.distillation_temperature <= 0:
+            raise ValueError(f"distillation_temperature must be above 0, got {self.distillation_temperature}")
+        if "{}" not in self.prompt_template:
+            raise ValueError(f"prompt_template={self.prompt_template!r} has no {{}}, where the question goes")
+        self._refuse_what_is_not_used()
         if self.bits != 16 and self.tuning == "full":
             raise ValueError(f"bits={self.bits} freezes the weights; use tuning=lora, or bits=16 for full tuning")
+
+    def _refuse_what_is_not_used(self) -> None:
+        defaults = {one.name: one.default for one in fields(self)}
+        changed = [name for name in defaults if getattr(self, name) != defaults[name]]
+        unused = [name for name in changed if self.tuning != "lora" and name in _LORA_ALONE]
+        if unused:
+            raise ValueError(f"{unused} are for tuning=lora and mean nothing with tuning={self.tuning}; leave them out")
+        if self.tuning == "cross_tokens" and self.vision_tower:
+            raise ValueError("vision_tower=true means nothing with tuning=cross_tokens, which trains them alone")
+        if self.tuning == "cross_tokens" and not self.train_cross_tokens:
+            raise ValueError("tuning=cross_tokens with train_cross_tokens=false leaves nothing to learn")
+        if "distillation_temperature" in changed and not self.distillation_weight:
+            raise ValueError(
+                "distillation_temperature means nothing without distillation; give distillation_weight too"
+            )
 
 
 @dataclass
@@ -110,4 +151,10 @@ class TrainerSettings(TrainingArguments):
     def __post_init__(self) -> None:
         if self.report_to in ("default", ["default"]):
             self.report_to = ["tensorboard"] if find_spec("tensorboard") else "none"
+        check_least(self, per_device_train_batch_size=1, per_device_eval_batch_size=1, gradient_accumulation_steps=1)
+        check_least(self, learning_rate=0, weight_decay=0, warmup_steps=0, dataloader_num_workers=0)
+        if self.max_steps <= 0 and self.max_steps != -1:
+            raise ValueError(f"max_steps must be at least 1, got {self.max_steps}; -1 trains for num_train_epochs")
+        if self.max_steps == -1 and not self.num_train_epochs > 0:
+            raise ValueError(f"num_train_epochs must be above 0, got {self.num_train_epochs}")
         super().__post_init__()

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from mllm_crossget.hooks.model.cross_files import without_cross_tokens, write_files
 
-
 _FOR_UPLOADS = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr")
 
 
@@ -31,6 +30,8 @@ class SavedModel(nn.Module):
         upload = {name: kwargs.pop(name) for name in _FOR_UPLOADS if name in kwargs}
         if upload and not push_to_hub:
             raise ValueError(f"{sorted(upload)} are for uploads: give push_to_hub=True too, or leave them out")
+        if kwargs.get("safe_serialization"):  # transformers 5 writes nothing else
+            del kwargs["safe_serialization"]
         known = inspect.signature(super().save_pretrained).parameters
         unknown = sorted(set(kwargs) - set(known))
         if unknown:
