@@ -108,12 +108,20 @@ def load_official_cross_tokens(model: Model, path: str | Path, config: Reduction
 def _read_official(file: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError, OSError) as error:
+    # The unpickler meets whatever the bytes of another file say: an error page of the hub, a text.
+    except (pickle.UnpicklingError, EOFError, RuntimeError, OSError, LookupError, ValueError, TypeError,
+            AttributeError, ImportError) as error:  # fmt: skip
         raise ValueError(
             f"{file} is damaged or no state dict of tensors as torch.save writes it; download it again"
         ) from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{file} holds a {type(state).__name__} of other things; expected a state dict of tensors")
+    for name, tensor in state.items():
+        if not isinstance(name, str) or tensor.layout is not torch.strided or tensor.is_quantized:
+            raise ValueError(
+                f"{file} holds {name!r}, {tensor.layout}, {tensor.dtype}; expected dense tensors under names, as "
+                "state_dict() has them"
+            )
     return state
 
 
@@ -122,11 +130,16 @@ def split_official_state_dict(state: Mapping[str, Tensor]) -> tuple[dict[str, Te
 
     Returns:
         Weights under transformers' in-memory names, and the cross tokens under this library's keys.
+
+    Raises:
+        ValueError: cross tokens of another shape than (layers, width).
     """
     weights, cross = {}, {}
     for name, tensor in state.items():
         place = next((place for place, pattern in _OFFICIAL_CROSS.items() if pattern.search(name)), None)
         if place is not None:
+            if tensor.ndim < 2 or tensor.shape[:-2].numel() != 1:
+                raise ValueError(f"{name!r} has shape {tuple(tensor.shape)}, expected (layers, width)")
             cross[f"{place}.cross"] = tensor.reshape(tensor.shape[-2:]).contiguous()
             continue
         for pattern, replacement in _OFFICIAL_PREFIXES:

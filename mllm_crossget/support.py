@@ -58,7 +58,13 @@ def supported_family(model: nn.Module) -> Family:
             f"{', '.join(sorted(known))}"
         )
     geometry = family.geometry(model.config)
-    _check_structure(model, family, tower=not isinstance(geometry, MergeGeometry))
+    try:
+        _check_structure(model, family, tower=not isinstance(geometry, MergeGeometry))
+    except AttributeError as error:
+        raise ValueError(
+            f"{type(model).__name__} is a part of a model of type {model_type!r} and cannot be accelerated by itself "
+            f"({error}); pass the whole model, as from_pretrained makes it"
+        ) from error
     return family
 
 

@@ -16,8 +16,8 @@ Chat messages, whose content is text or a list of parts::
 
 ``id`` may be left out, and so may ``image`` where a sample has no picture. Pictures are paths (relative ones start at
 ``image_folder``, by default the data file's folder), and in parquet files or data sets also bytes or pictures; in
-Python also arrays or tensors. There are as many ``<image>`` tags or image parts as pictures, or none: the pictures then come
-first. A picture may also stand in its part: ``{"type": "image", "path": "a.jpg"}``. The words of ``assistant`` and
+Python also arrays or tensors. There are as many ``<image>`` tags or image parts as pictures, or none: the pictures then
+come first. A picture may also stand in its part: ``{"type": "image", "path": "a.jpg"}``. The words of ``assistant`` and
 ``gpt`` are learned.
 """
 

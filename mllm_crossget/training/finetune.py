@@ -39,7 +39,7 @@ from mllm_crossget.user_files import check_output_folder, load_model
 
 BAD_SAMPLES_NAME = "bad_samples.jsonl"
 _AUTOMATIC = ("auto", "true", "True")
-_GO_FURTHER = "Give a larger max_steps or num_train_epochs to train it further, another output_dir, or --resume_from_checkpoint no"
+_GO_FURTHER = "Give a larger max_steps or num_train_epochs, another output_dir, or --resume_from_checkpoint no"
 
 
 def run(options: TrainOptions, method: Method, args: TrainerSettings) -> int:

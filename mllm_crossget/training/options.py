@@ -20,11 +20,11 @@ the data (--train_data, --eval_data): a JSON file holds a list of samples, a JSO
      {"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "Same?"}]},
      {"role": "assistant", "content": "Yes."}]}
 
-"id" may be left out; without "image" a sample is text alone. There are as many <image> tags or image parts as pictures,
-or none: the pictures then come first. Relative paths start at --image_folder, by default the data file's folder. Parquet
-files and data sets have the same columns, with pictures as paths or bytes. What "gpt" or "assistant" says is learned."""
+"id" may be left out; without "image" a sample is text alone. There are as many <image> tags or image parts as
+pictures, or none: the pictures then come first. Relative paths start at --image_folder, by default the data file's
+folder. Parquet files and data sets have the same columns, with pictures as paths or bytes. What "gpt" or "assistant"
+says is learned."""
 _TUNING = ("lora", "full", "bridge", "cross_tokens")
-_LORA_ALONE = ("lora_r", "lora_alpha", "lora_dropout", "projector")
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -114,17 +114,14 @@ class TrainOptions:
     def _refuse_what_is_not_used(self) -> None:
         defaults = {one.name: one.default for one in fields(self)}
         changed = [name for name in defaults if getattr(self, name) != defaults[name]]
-        unused = [name for name in changed if self.tuning != "lora" and name in _LORA_ALONE]
-        if unused:
-            raise ValueError(f"{unused} are for tuning=lora and mean nothing with tuning={self.tuning}; leave them out")
+        if self.tuning != "lora" and "projector" in changed:
+            raise ValueError(f"projector is for tuning=lora and means nothing with tuning={self.tuning}; leave it out")
         if self.tuning == "cross_tokens" and self.vision_tower:
             raise ValueError("vision_tower=true means nothing with tuning=cross_tokens, which trains them alone")
         if self.tuning == "cross_tokens" and not self.train_cross_tokens:
             raise ValueError("tuning=cross_tokens with train_cross_tokens=false leaves nothing to learn")
         if "distillation_temperature" in changed and not self.distillation_weight:
-            raise ValueError(
-                "distillation_temperature means nothing without distillation; give distillation_weight too"
-            )
+            raise ValueError("distillation_temperature is for distillation; give distillation_weight too")
 
 
 @dataclass

@@ -161,6 +161,8 @@ class CrossGetTrainer(Trainer):
         if self.args.should_save and self._saves_adapter:
             state = None if state_dict is None else _cross_tokens_in(state_dict, _handle(self.model))
             write_files(self.model, output_dir or self.args.output_dir, state)
+        elif self.args.should_save and _handle(self.model).method.is_identity:  # whose save_pretrained is the stock one
+            _handle(self.model).method.save_pretrained(output_dir or self.args.output_dir)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         try:
@@ -181,7 +183,8 @@ class CrossGetTrainer(Trainer):
         # Trainer itself would find nothing: transformers 5 renames a LLaVA's weights on disk.
         stock = AutoModelForImageTextToText.from_pretrained(resume_from_checkpoint, dtype=target.dtype)
         target.load_state_dict(stock.state_dict(), strict=False)
-        load_crossget(target, resume_from_checkpoint, adapter=False)
+        if not _handle(target).method.is_identity:
+            load_crossget(target, resume_from_checkpoint, adapter=False)
 
     def take_checkpoint(self, folder: str) -> None:
         """The weights and the state of a checkpoint, without training."""

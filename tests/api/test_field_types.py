@@ -66,7 +66,7 @@ def test_keywords_for_the_hub_reach_their_end(tmp_path: Path, monkeypatch: pytes
         ReductionConfig.from_pretrained("~/saved/inner", revison="v2")
     with pytest.raises(TypeError, match="by name, got list"):
         ReductionConfig.from_dict([1])
-    with pytest.raises(ValueError, match="no field.*1"):
+    with pytest.raises(ValueError, match=r"no field.*1"):
         ReductionConfig.from_dict({"method": "tome", 1: 2})
 
 

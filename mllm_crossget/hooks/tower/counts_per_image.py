@@ -19,7 +19,13 @@ from transformers.modeling_outputs import BaseModelOutput
 from mllm_crossget.hooks.ground.cross_tokens import RECORD
 from mllm_crossget.hooks.ground.state import TowerState
 from mllm_crossget.hooks.tower.attention import AttentionSlot, OpenSlot
-from mllm_crossget.hooks.tower.fixed_counts import first_cross_token, layer_trace, refuse_mask, tower_state
+from mllm_crossget.hooks.tower.fixed_counts import (
+    first_cross_token,
+    layer_trace,
+    refuse_mask,
+    refuse_tracing,
+    tower_state,
+)
 from mllm_crossget.methods.dynamic import DynamicMethod, RaggedSignals
 from mllm_crossget.ops.alignment_attention import alignment_features
 from mllm_crossget.ops.importance import ragged_query_weights
@@ -73,6 +79,7 @@ class RaggedEncoder(nn.Module):
         """(B, N, D) embeddings in, (B, T, D) tokens in ``last_hidden_state`` out; zeros behind each image's tokens."""
         refuse_mask(attention_mask)
         state = tower_state(self)
+        refuse_tracing()
         start, prefix = inputs_embeds.shape[1], state.geometry.prefix
         schedule = state.schedule(start)
         hidden, vectors = inputs_embeds, None

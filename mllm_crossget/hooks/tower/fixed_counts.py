@@ -69,6 +69,7 @@ class ReducedEncoder(nn.Module):
     def forward(self, inputs_embeds: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> BaseModelOutput:
         """(B, N, D) embeddings in, (B, T, D) reduced tokens in ``last_hidden_state`` out."""
         state = tower_state(self)
+        refuse_tracing()
         if not state.ignores_mask:
             refuse_mask(attention_mask)
         schedule = state.schedule(inputs_embeds.shape[1])
@@ -196,6 +197,15 @@ def refuse_mask(attention_mask: Tensor | None) -> None:
         raise ValueError(
             "this vision tower was called with an attention mask (packed or padded patches); masked towers are not "
             "supported by mllm_crossget: pass images without padding, or restore_mllm(model) first"
+        )
+
+
+def refuse_tracing() -> None:
+    """Raise ``ValueError`` inside ``torch.jit.trace``, where counts of tokens are tensors and no longer integers."""
+    if torch.jit.is_tracing():
+        raise ValueError(
+            "torch.jit.trace cannot record an accelerated vision tower, whose numbers of tokens are computed: use "
+            "torch.compile, or restore_mllm(model) first"
         )
 
 
