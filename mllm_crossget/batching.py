@@ -20,6 +20,8 @@ from mllm_crossget.hooks.request.placeholders import expected_counts, image_coun
 
 Answer = TypeVar("Answer")
 Request = Mapping[str, Any]
+# Settings of ``generate`` that decide here too.
+_READ_HERE = ("max_new_tokens", "pad_token_id", "eos_token_id", "num_return_sequences", "return_dict_in_generate")
 
 
 @torch.no_grad()
@@ -197,24 +199,13 @@ def generate_in_batches(
     """
     target: Any = base_model(model)
     requests = _listed(requests)
-    given = sorted({name for request in requests for name in request} & set(options))
-    if given:
-        raise ValueError(f"{given} are in the requests and in the options; leave them out of the options")
-
-    def chosen(name: str) -> Any:
-        return options.get(name, getattr(options.get("generation_config") or target.generation_config, name, None))
-
-    if (chosen("num_return_sequences") or 1) > 1 or chosen("return_dict_in_generate"):
-        raise ValueError(
-            "one answer per request, as tokens: leave num_return_sequences and return_dict_in_generate out"
-        )
-    rows = {len(request["input_ids"]) for request in requests}
-    if not rows <= {1}:
-        raise ValueError(f"requests of {sorted(rows)} rows; process every request by itself")
+    settings = options.get("generation_config") or target.generation_config
+    chosen = {name: options.get(name, getattr(settings, name, None)) for name in _READ_HERE}
+    _check_requests(requests, options, chosen)
     lengths = [compact_lengths(model, request, exact=exact_lengths)[0] for request in requests]
-    new_tokens = int(chosen("max_new_tokens") or 0)
+    new_tokens = int(chosen["max_new_tokens"] or 0)
     batches = CompactBatchSampler(lengths, max_tokens=max_tokens, max_rows=max_rows, new_tokens=new_tokens)
-    pad, ends = chosen("pad_token_id"), chosen("eos_token_id")
+    pad, ends = chosen["pad_token_id"], chosen["eos_token_id"]
     ends = ends if isinstance(ends, (list, tuple)) else [ends]
     answers = []
     for batch in batches:
@@ -225,6 +216,19 @@ def generate_in_batches(
         prompt = 0 if target.config.is_encoder_decoder else joined["input_ids"].shape[1]
         answers.append([_until_end(row, ends, pad) for row in sequences[:, prompt:]])
     return batches.restore(answers)
+
+
+def _check_requests(requests: Sequence[Request], options: Mapping[str, Any], chosen: Mapping[str, Any]) -> None:
+    given = sorted({name for request in requests for name in request} & set(options))
+    if given:
+        raise ValueError(f"{given} are in the requests and in the options; leave them out of the options")
+    if (chosen["num_return_sequences"] or 1) > 1 or chosen["return_dict_in_generate"]:
+        raise ValueError(
+            "one answer per request, as tokens: leave num_return_sequences and return_dict_in_generate out"
+        )
+    rows = {len(request["input_ids"]) for request in requests}
+    if not rows <= {1}:
+        raise ValueError(f"requests of {sorted(rows)} rows; process every request by itself")
 
 
 def _listed(requests: Iterable[Request]) -> list[Request]:

@@ -110,8 +110,8 @@ def _refuse_changed_config(model: nn.Module, handle: Handle) -> None:
             f"{name}={value!r}" for name in _READ if (value := getattr(model.config, name, None)) is not None
         )
         raise ValueError(
-            f"model.config was changed after accelerate_mllm (now {told}), and the numbers of tokens were made for what "
-            "it said then: set it first, and call restore_mllm and accelerate_mllm again"
+            f"model.config was changed after accelerate_mllm (now {told}), and the numbers of tokens were made for "
+            "what it said then: set it first, and call restore_mllm and accelerate_mllm again"
         )
 
 
