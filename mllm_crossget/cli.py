@@ -30,6 +30,7 @@ from mllm_crossget.user_files import read_yaml
 
 _PROGRAM = "mllm-crossget"
 _DEFAULT_METHOD = "crossget"
+_SHARED = {"seed"}  # options of the run that a method has too, so that the value may be meant for the run
 
 
 @dataclass(frozen=True)
@@ -105,14 +106,14 @@ COMMANDS: dict[str, Command] = {
         takes_method=True,
     ),
     "train": Command(
-        "mllm_crossget.training.options:TrainOptions",
+        "mllm_crossget.training.train_options:TrainOptions",
         "mllm_crossget.training.finetune:run",
         "fine-tune an accelerated model: mllm-crossget train config.yaml [--any_option value]",
         takes_method=True,
         extra="train",
         settings="mllm_crossget.training.options:TrainerSettings",
         takes_file=True,
-        details="mllm_crossget.training.options:DATA_FORMS",
+        details="mllm_crossget.training.train_options:DATA_FORMS",
     ),
 }
 
@@ -177,6 +178,8 @@ def parse_command(name: str, command: Command, words: Sequence[str]) -> tuple[An
     if command.takes_method:
         kinds.append(method_class(_method_name(words, from_file.get("method", _DEFAULT_METHOD))))
     if command.settings:
+        if not {"-h", "--help"} & set(words):
+            _told_early(name, kinds, words, from_file)
         kinds.append(_imported(command.settings))
     taken = _taken_twice(kinds) if command.takes_method else {}
     parser = HfArgumentParser(
@@ -192,6 +195,18 @@ def parse_command(name: str, command: Command, words: Sequence[str]) -> tuple[An
     _set_defaults(parser, from_file)
     values = vars(parser.parse_args(_with_leading_option(kinds[0], words)))
     return tuple(_built(kind, values, taken if index == 1 else {}, from_file) for index, kind in enumerate(kinds))
+
+
+def _told_early(name: str, kinds: Sequence[type], words: Sequence[str], from_file: Mapping[str, Any]) -> None:
+    """Mistakes in the options that are known so far, before the module with the others takes seconds to be imported."""
+    parser = HfArgumentParser([_parsable(kind) for kind in kinds], prog=f"{_PROGRAM} {name}", allow_abbrev=False)
+    parser.add_argument("--method", default=_DEFAULT_METHOD, choices=method_names())
+    known = {action.dest for action in parser._actions} - _SHARED
+    _set_defaults(parser, {option: value for option, value in from_file.items() if option in known})
+    values = vars(parser.parse_known_args(_with_leading_option(kinds[0], words))[0])
+    for kind in kinds:
+        fields = [field for field in dataclasses.fields(kind) if field.name not in _SHARED]
+        _built(kind, {field.name: values[field.name] for field in fields}, {}, from_file)
 
 
 def _taken_twice(kinds: Sequence[type]) -> dict[str, str]:
@@ -275,7 +290,8 @@ def _parsable(kind: type, renamed: Mapping[str, str] | None = None) -> Any:
 def _built(kind: type, values: Mapping[str, Any], renamed: Mapping[str, str], from_file: Mapping[str, Any]) -> Any:
     """The dataclass from the parsed values. What a file gave has not seen the parser, so its types are checked here."""
     hints = get_type_hints(kind)
-    chosen = {field.name: _at_home(values[renamed.get(field.name, field.name)]) for field in dataclasses.fields(kind)}
+    names = {field.name: renamed.get(field.name, field.name) for field in dataclasses.fields(kind)}
+    chosen = {name: _at_home(values[option]) for name, option in names.items() if option in values}
     for name, value in chosen.items():
         is_list = get_origin(hints[name]) is list
         if isinstance(value, list) and len(value) == 1 and _list_of_union(hints[name]):

@@ -133,8 +133,8 @@ def _is_full(model: nn.Module, handle: Handle, modality: Modality, kwargs: dict[
     cached = cached_columns(cache_in(kwargs))
     if total == 0 and cached:
         raise ValueError(
-            f"{modality.pixels} are given again beside a KV cache of {cached} columns, and no new column holds an image "
-            "placeholder: the cache holds the image already. Give it with its first prompt alone, and leave "
+            f"{modality.pixels} are given again beside a KV cache of {cached} columns, and no new column holds an "
+            "image placeholder: the cache holds the image already. Give it with its first prompt alone, and leave "
             f"{modality.pixels} out when the conversation goes on"
         )
     features = known_features(model, handle, modality, kwargs)
