@@ -45,7 +45,7 @@ def save_crossget(model: nn.Module, save_directory: str | Path) -> list[Path]:
         ValueError: the model is not accelerated.
     """
     _handle(model)
-    return write_files(model, save_directory)
+    return write_files(model, Path(save_directory).expanduser())
 
 
 def load_crossget(
@@ -72,6 +72,8 @@ def load_crossget(
     Raises:
         ValueError: a file is missing or corrupt, or made for another geometry; the model is unchanged.
     """
+    folder = Path(name_or_path).expanduser()
+    name_or_path = folder if folder.is_dir() else name_or_path
     chosen = config if config is not None else ReductionConfig.from_pretrained(name_or_path, **hub_kwargs)
     if not chosen.has_learned_parts or chosen.is_identity:
         return _with_adapter(accelerate_mllm(model, chosen), name_or_path, adapter, hub_kwargs)
@@ -96,7 +98,7 @@ def load_official_cross_tokens(model: Model, path: str | Path, config: Reduction
     Raises:
         ValueError: no such file, a damaged one, no cross tokens in it, or another geometry; the model is unchanged.
     """
-    file = Path(path)
+    file = Path(path).expanduser()
     file = file / OFFICIAL_WEIGHTS_NAME if file.is_dir() else file
     if not file.is_file():
         raise ValueError(f"{file} does not exist; give cross_tokens.bin or the folder that holds it")

@@ -8,7 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from mllm_crossget import CrossGetConfig, MadtpConfig, RandomConfig, ReductionConfig, load_crossget, method_names
+from mllm_crossget import (
+    CrossGetConfig,
+    MadtpConfig,
+    RandomConfig,
+    ReductionConfig,
+    accelerate_mllm,
+    load_crossget,
+    method_names,
+    save_crossget,
+)
 from mllm_crossget.config import CONFIG_NAME, method_class
 from mllm_crossget.field_types import check_type
 from tests.tiny import tiny_llava
@@ -60,6 +69,12 @@ def test_keywords_for_the_hub_reach_their_end(tmp_path: Path, monkeypatch: pytes
     config = CrossGetConfig(keep_ratio=0.3)
     assert config.save_pretrained("~/saved/inner") == tmp_path / "saved" / "inner" / CONFIG_NAME
     assert ReductionConfig.from_pretrained("~/saved", subfolder="inner", token=None) == config
+    model = accelerate_mllm(tiny_llava(), keep_ratio=0.3)
+    paths = save_crossget(model, "~/model")
+    assert {path.parent for path in paths} == {tmp_path / "model"}
+    assert load_crossget(tiny_llava(), "~/model")
+    model.save_pretrained("~/whole")
+    assert {"config.json", CONFIG_NAME} <= {path.name for path in (tmp_path / "whole").iterdir()}
     with pytest.raises(ValueError, match="revision"):
         ReductionConfig.from_pretrained("~/saved/inner", revision="v2")
     with pytest.raises(TypeError, match="revison"):

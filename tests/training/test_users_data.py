@@ -25,8 +25,10 @@ TURNS = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content":
 PUBLISHED = (
     "{% for m in messages %}{{ m['role'].upper() + ': ' }}"
     "{% for c in m['content'] if c['type'] == 'image' %}<image>\n{% endfor %}"
-    "{% if m['role'] != 'assistant' %}{% for c in m['content'] if c['type'] == 'text' %}{{ c['text'] + ' ' }}{% endfor %}"
-    "{% else %}{% for c in m['content'] if c['type'] == 'text' %}{% generation %}{{ c['text'] + ' ' }}{% endgeneration %}"
+    "{% if m['role'] != 'assistant' %}"
+    "{% for c in m['content'] if c['type'] == 'text' %}{{ c['text'] + ' ' }}{% endfor %}{% else %}"
+    "{% for c in m['content'] if c['type'] == 'text' %}"
+    "{% generation %}{{ c['text'] + ' ' }}{% endgeneration %}"
     "{% endfor %}{% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
 

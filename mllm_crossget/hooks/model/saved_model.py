@@ -36,6 +36,7 @@ class SavedModel(nn.Module):
         unknown = sorted(set(kwargs) - set(known))
         if unknown:
             raise TypeError(f"save_pretrained knows no {unknown}; it takes {sorted({*known, *_FOR_UPLOADS})}")
+        save_directory = Path(save_directory).expanduser()
         state = self.state_dict() if state_dict is None else state_dict
         super().save_pretrained(save_directory, is_main_process, without_cross_tokens(state), **kwargs)
         if is_main_process:
