@@ -117,6 +117,7 @@ def check_dials(method: Method, family: Family, model: Any) -> None:
     """The dials fit the model's towers and its geometry. Raises ``ValueError``."""
     if method.is_dynamic:
         _refuse_fixed_counts(model, family)
+        _check_thresholds(method, family.geometry(model.config))
     if method.positions is not None:
         _check_positions(method, family, model)
     text = family.text_tower
@@ -145,6 +146,16 @@ def check_dials(method: Method, family: Family, model: Any) -> None:
         raise ValueError(
             f"{type(model).__name__} has no vision tower: give text_keep_ratio or text_r instead of keep_ratio, "
             "visual_tokens or r"
+        )
+
+
+def _check_thresholds(method: Method, geometry: Any) -> None:
+    """Raise ``ValueError`` for more thresholds than there are layers: the last ones would not be used."""
+    given = vars(method).get("threshold") or ()
+    if isinstance(geometry, TowerGeometry) and len(given) > geometry.layers:
+        raise ValueError(
+            f"threshold lists {len(given)} layers, the vision tower has {geometry.layers}: give one number per layer, as "
+            "calibrate finds them"
         )
 
 

@@ -149,7 +149,7 @@ def read(path: str) -> list[dict[str, Any]]:
     """All lines of a file that ``append`` wrote. Raises ``ValueError`` for a file of something else."""
     try:
         return [json.loads(line) for line in Path(path).read_text().splitlines()]
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} does not hold JSON lines of the bench command: {error}; give another file") from error
 
 

@@ -110,3 +110,10 @@ def test_what_fits() -> None:
         check_type("x", value, hint)
     with pytest.raises(TypeError, match="x must be an integer or a list of integers, got 'a'"):
         check_type("x", "a", int | list[int] | None)
+
+
+def test_more_thresholds_than_layers() -> None:
+    model = tiny_llava()
+    layers = model.config.vision_config.num_hidden_layers
+    with pytest.raises(ValueError, match=f"threshold lists {layers + 1} layers, the vision tower has {layers}"):
+        accelerate_mllm(model, CrossGetConfig(dynamic=True, threshold=[0.1] * (layers + 1)))
