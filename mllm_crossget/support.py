@@ -154,8 +154,8 @@ def _check_thresholds(method: Method, geometry: Any) -> None:
     given = vars(method).get("threshold") or ()
     if isinstance(geometry, TowerGeometry) and len(given) > geometry.layers:
         raise ValueError(
-            f"threshold lists {len(given)} layers, the vision tower has {geometry.layers}: give one number per layer, as "
-            "calibrate finds them"
+            f"threshold lists {len(given)} layers, the vision tower has {geometry.layers}: give one number per layer, "
+            "as calibrate finds them"
         )
 
 

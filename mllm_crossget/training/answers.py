@@ -79,8 +79,8 @@ def unknown_words(records: Records, tokenizer: Any) -> str | None:
         return None
     shares = [f"{len(strange[role]) / max(1, len(texts[role])):.0%} of the {name}"
               for role, name in (("user", "questions"), ("assistant", "answers"))]  # fmt: skip
-    words = Counter(word for told in strange.values() for text in told[:_LOOKED_AT] for word in text.split())
-    odd = [word for word, _ in words.most_common(50) if _has(word, unknown, tokenizer)][:_SHOWN]
+    counted = Counter(word for told in strange.values() for text in told for word in text.split())
+    odd = [word for word, _ in counted.most_common(50) if _has(word, unknown, tokenizer)][:_SHOWN]
     return (
         f"{' and '.join(shares)} hold words that the tokenizer does not know; they are trained as "
         f"{tokenizer.unk_token!r}" + (f": {', '.join(odd)}" if odd else "")
