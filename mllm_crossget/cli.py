@@ -204,6 +204,8 @@ def _told_early(name: str, kinds: Sequence[type], words: Sequence[str], from_fil
     known = {action.dest for action in parser._actions} - _SHARED
     _set_defaults(parser, {option: value for option, value in from_file.items() if option in known})
     values = vars(parser.parse_known_args(_with_leading_option(kinds[0], words))[0])
+    if any(not values[name] for name in getattr(kinds[0], "REQUIRED", ())):
+        return  # told later: a name that is misspelt in the file is the likelier mistake
     for kind in kinds:
         fields = [field for field in dataclasses.fields(kind) if field.name not in _SHARED]
         _built(kind, {field.name: values[field.name] for field in fields}, {}, from_file)

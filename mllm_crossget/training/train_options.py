@@ -6,6 +6,7 @@ Imports nothing of transformers, so that a mistake is told before the Trainer is
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import ClassVar
 
 from mllm_crossget.field_types import check_field_types, check_least
 
@@ -61,6 +62,8 @@ class TrainOptions:
         distillation_temperature: softens its distributions.
     """
 
+    REQUIRED: ClassVar[tuple[str, ...]] = ("model", "train_data")
+
     model: str = ""
     train_data: str = ""
     eval_data: str | None = None
@@ -86,7 +89,7 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         check_field_types(self)
-        for name in ("model", "train_data"):
+        for name in self.REQUIRED:
             if not getattr(self, name):
                 raise ValueError(f"{name} is not set; write it into the YAML file or give --{name}")
         for name, known in (

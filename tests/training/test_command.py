@@ -81,7 +81,7 @@ def test_trains_reports_and_saves(work, tmp_path, capsys):
     # Started again, it has nothing left to do and leaves its result alone.
     before = {path: path.read_bytes() for path in tmp_path.glob("*.safetensors")}
     assert main(["train", config, *words]) == 0
-    assert "is finished (step 4 of 4), nothing to do" in capsys.readouterr().out
+    assert "is finished (step 4 of 4): nothing to do" in capsys.readouterr().out
     assert before == {path: path.read_bytes() for path in tmp_path.glob("*.safetensors")}
     # With more steps it goes on; with another reduction or adapter it is refused by name.
     for changed, name in ((["--keep_ratio", "0.5"], "keep_ratio=0.5 (it was 0.25)"), (["--lora_r", "4"], "lora_r=4")):

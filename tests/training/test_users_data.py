@@ -107,13 +107,13 @@ def test_arrays_and_tensors_are_pictures(processor) -> None:
 
 
 def test_texts_around_pictures_stay_apart(processor) -> None:
-    parts = [{"type": "text", "text": "Compare"}, {"type": "image"}, {"type": "text", "text": "with"},
-             {"type": "image"}, {"type": "text", "text": "please"}]  # fmt: skip
+    parts = [{"type": "text", "text": "Which"}, {"type": "image"}, {"type": "text", "text": "digit"},
+             {"type": "image"}, {"type": "text", "text": "is red?"}]  # fmt: skip
     rows = [{"id": "a", "images": ["1", "2"], "messages": [{"role": "user", "content": parts}, TURNS[1]]}]
     data = TrainingData(Records(rows), processor)
     for template in (data.template, VICUNA_TEMPLATE):
         text = processor.apply_chat_template(data.records[0].messages, chat_template=template, tokenize=False)
-        assert "Compare with please" in text
+        assert "Which digit is red?" in text
 
 
 def test_system_turns_are_read_wherever_they_stand_and_never_learned(processor) -> None:
