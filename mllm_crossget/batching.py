@@ -13,12 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 
+from mllm_crossget.field_types import check_type
 from mllm_crossget.hooks.ground.state import base_model, handle_of
 from mllm_crossget.hooks.request.compaction import plan_compaction
 from mllm_crossget.hooks.request.placeholders import expected_counts, image_counts, present, token_of
 
 Answer = TypeVar("Answer")
 Request = Mapping[str, Any]
+# Settings of ``generate`` that decide here too.
+_READ_HERE = ("max_new_tokens", "pad_token_id", "eos_token_id", "num_return_sequences", "return_dict_in_generate")
 
 
 @torch.no_grad()
@@ -82,10 +85,14 @@ class CompactBatchSampler(Sampler[list[int]]):
         bounds = {"max_tokens": max_tokens, "max_rows": max_rows}
         if max_tokens is None and max_rows is None:
             raise ValueError("give max_tokens (rows times longest row), max_rows, or both")
+        for name, bound in {**bounds, "new_tokens": new_tokens}.items():
+            check_type(name, bound, int | None)
         wrong = {name: bound for name, bound in bounds.items() if bound is not None and bound < 1}
         if wrong:
             raise ValueError(f"bounds must be at least 1, got {wrong}")
         self.lengths = [int(length) for length in lengths]
+        if new_tokens < 0 or min(self.lengths, default=0) < 0:
+            raise ValueError("lengths and new_tokens must be at least 0")
         self.max_tokens, self.max_rows, self.new_tokens = max_tokens, max_rows, new_tokens
         self.batches = self._grouped()
 
@@ -123,7 +130,7 @@ class CompactBatchSampler(Sampler[list[int]]):
         return batches
 
 
-def join_requests(requests: Sequence[Request], pad_token_id: int = 0) -> dict[str, Any]:
+def join_requests(requests: Iterable[Request], pad_token_id: int = 0) -> dict[str, Any]:
     """One batch of requests that the processor made one by one, padded on the left.
 
     What has the shape of ``input_ids`` is padded on the left: ids with ``pad_token_id``, all else with zeros. Other
@@ -137,6 +144,7 @@ def join_requests(requests: Sequence[Request], pad_token_id: int = 0) -> dict[st
     Raises:
         ValueError: no request, or one without a mask.
     """
+    requests = _listed(requests)
     if not requests:
         raise ValueError("no requests to join")
     if any("attention_mask" not in request for request in requests):
@@ -160,7 +168,7 @@ def join_requests(requests: Sequence[Request], pad_token_id: int = 0) -> dict[st
 @torch.no_grad()
 def generate_in_batches(
     model: Any,
-    requests: Sequence[Request],
+    requests: Iterable[Request],
     *,
     max_tokens: int | None = None,
     max_rows: int | None = None,
@@ -171,37 +179,33 @@ def generate_in_batches(
 
     Args:
         model: a model with ``generate``, accelerated or not.
-        requests: what the processor returns for each, one row, on any device.
+        requests: what the processor returns for each, one row, on any device; a list, or an iterator.
         max_tokens, max_rows: bounds of a batch, see ``CompactBatchSampler``.
         exact_lengths: see ``exact`` of ``compact_lengths``.
-        options: of ``generate``, such as ``max_new_tokens=64``.
+        options: of ``generate``, such as ``max_new_tokens=64`` or a ``generation_config``.
 
     Returns:
         New tokens of every request, (tokens,) each, in the order of the requests, up to and with the end token. They
         are those of one request at a time, up to rounding.
 
     Raises:
-        ValueError: no bound; several answers per request; a request of several rows.
+        ValueError: no bound; several answers per request; a request of several rows; inputs among the options.
+        TypeError: requests that are one request, or no mappings.
 
     Example:
         >>> requests = [processor(images=image, text=text, return_tensors="pt") for image, text in questions]
         >>> answers = generate_in_batches(model, requests, max_tokens=16_384, max_new_tokens=64)
         >>> processor.batch_decode(answers, skip_special_tokens=True)
     """
-    if (options.get("num_return_sequences") or 1) > 1 or options.get("return_dict_in_generate"):
-        raise ValueError(
-            "one answer per request, as tokens: leave num_return_sequences and return_dict_in_generate out"
-        )
-    rows = {len(request["input_ids"]) for request in requests}
-    if not rows <= {1}:
-        raise ValueError(f"requests of {sorted(rows)} rows; process every request by itself")
-    lengths = [compact_lengths(model, request, exact=exact_lengths)[0] for request in requests]
-    new_tokens = int(options.get("max_new_tokens") or 0)
-    batches = CompactBatchSampler(lengths, max_tokens=max_tokens, max_rows=max_rows, new_tokens=new_tokens)
     target: Any = base_model(model)
-    settings = target.generation_config
-    pad = options.get("pad_token_id", settings.pad_token_id)
-    ends = options.get("eos_token_id", settings.eos_token_id)
+    requests = _listed(requests)
+    settings = options.get("generation_config") or target.generation_config
+    chosen = {name: options.get(name, getattr(settings, name, None)) for name in _READ_HERE}
+    _check_requests(requests, options, chosen)
+    lengths = [compact_lengths(model, request, exact=exact_lengths)[0] for request in requests]
+    new_tokens = int(chosen["max_new_tokens"] or 0)
+    batches = CompactBatchSampler(lengths, max_tokens=max_tokens, max_rows=max_rows, new_tokens=new_tokens)
+    pad, ends = chosen["pad_token_id"], chosen["eos_token_id"]
     ends = ends if isinstance(ends, (list, tuple)) else [ends]
     answers = []
     for batch in batches:
@@ -212,6 +216,29 @@ def generate_in_batches(
         prompt = 0 if target.config.is_encoder_decoder else joined["input_ids"].shape[1]
         answers.append([_until_end(row, ends, pad) for row in sequences[:, prompt:]])
     return batches.restore(answers)
+
+
+def _check_requests(requests: Sequence[Request], options: Mapping[str, Any], chosen: Mapping[str, Any]) -> None:
+    given = sorted({name for request in requests for name in request} & set(options))
+    if given:
+        raise ValueError(f"{given} are in the requests and in the options; leave them out of the options")
+    if (chosen["num_return_sequences"] or 1) > 1 or chosen["return_dict_in_generate"]:
+        raise ValueError(
+            "one answer per request, as tokens: leave num_return_sequences and return_dict_in_generate out"
+        )
+    rows = {len(request["input_ids"]) for request in requests}
+    if not rows <= {1}:
+        raise ValueError(f"requests of {sorted(rows)} rows; process every request by itself")
+
+
+def _listed(requests: Iterable[Request]) -> list[Request]:
+    """An iterator is used up after one look, so it is read once."""
+    if isinstance(requests, Mapping) or hasattr(requests, "input_ids"):
+        raise TypeError("expected a list of requests, got one request; write [request]")
+    listed = list(requests)
+    if not all(isinstance(request, Mapping) and "input_ids" in request for request in listed):
+        raise TypeError("a request is no mapping with input_ids; pass what the processor returns")
+    return listed
 
 
 def _until_end(tokens: Tensor, ends: Sequence[int | None], pad: int | None) -> Tensor:

@@ -45,7 +45,7 @@ def save_crossget(model: nn.Module, save_directory: str | Path) -> list[Path]:
         ValueError: the model is not accelerated.
     """
     _handle(model)
-    return write_files(model, save_directory)
+    return write_files(model, Path(save_directory).expanduser())
 
 
 def load_crossget(
@@ -72,6 +72,8 @@ def load_crossget(
     Raises:
         ValueError: a file is missing or corrupt, or made for another geometry; the model is unchanged.
     """
+    folder = Path(name_or_path).expanduser()
+    name_or_path = folder if folder.is_dir() else name_or_path
     chosen = config if config is not None else ReductionConfig.from_pretrained(name_or_path, **hub_kwargs)
     if not chosen.has_learned_parts or chosen.is_identity:
         return _with_adapter(accelerate_mllm(model, chosen), name_or_path, adapter, hub_kwargs)
@@ -96,7 +98,7 @@ def load_official_cross_tokens(model: Model, path: str | Path, config: Reduction
     Raises:
         ValueError: no such file, a damaged one, no cross tokens in it, or another geometry; the model is unchanged.
     """
-    file = Path(path)
+    file = Path(path).expanduser()
     file = file / OFFICIAL_WEIGHTS_NAME if file.is_dir() else file
     if not file.is_file():
         raise ValueError(f"{file} does not exist; give cross_tokens.bin or the folder that holds it")
@@ -108,12 +110,20 @@ def load_official_cross_tokens(model: Model, path: str | Path, config: Reduction
 def _read_official(file: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError, OSError) as error:
+    # The unpickler meets whatever the bytes of another file say: an error page of the hub, a text.
+    except (pickle.UnpicklingError, EOFError, RuntimeError, OSError, LookupError, ValueError, TypeError,
+            AttributeError, ImportError) as error:  # fmt: skip
         raise ValueError(
             f"{file} is damaged or no state dict of tensors as torch.save writes it; download it again"
         ) from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{file} holds a {type(state).__name__} of other things; expected a state dict of tensors")
+    for name, tensor in state.items():
+        if not isinstance(name, str) or tensor.layout is not torch.strided or tensor.is_quantized:
+            raise ValueError(
+                f"{file} holds {name!r}, {tensor.layout}, {tensor.dtype}; expected dense tensors under names, as "
+                "state_dict() has them"
+            )
     return state
 
 
@@ -122,11 +132,16 @@ def split_official_state_dict(state: Mapping[str, Tensor]) -> tuple[dict[str, Te
 
     Returns:
         Weights under transformers' in-memory names, and the cross tokens under this library's keys.
+
+    Raises:
+        ValueError: cross tokens of another shape than (layers, width).
     """
     weights, cross = {}, {}
     for name, tensor in state.items():
         place = next((place for place, pattern in _OFFICIAL_CROSS.items() if pattern.search(name)), None)
         if place is not None:
+            if tensor.ndim < 2 or tensor.shape[:-2].numel() != 1:
+                raise ValueError(f"{name!r} has shape {tuple(tensor.shape)}, expected (layers, width)")
             cross[f"{place}.cross"] = tensor.reshape(tensor.shape[-2:]).contiguous()
             continue
         for pattern, replacement in _OFFICIAL_PREFIXES:

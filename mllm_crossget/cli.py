@@ -10,22 +10,27 @@ import argparse
 import dataclasses
 import difflib
 import importlib
+import os
 import re
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from safetensors import SafetensorError
 from transformers import HfArgumentParser
 
 from mllm_crossget import __version__
 from mllm_crossget import methods as _registered_methods  # noqa: F401 - registers them
 from mllm_crossget.config import method_class, method_names
+from mllm_crossget.field_types import check_type
+from mllm_crossget.user_files import read_yaml
 
 _PROGRAM = "mllm-crossget"
 _DEFAULT_METHOD = "crossget"
+_SHARED = {"seed"}  # options of the run that a method has too, so that the value may be meant for the run
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,7 @@ class Command:
         extra: the extra of the package that the command needs, as in ``pip install 'mllm-crossget[viz]'``.
         settings: "module:dataclass" of further options, whose object is the function's last argument.
         takes_file: whether a YAML file with values for any of the options may be the first word.
+        details: "module:text" to print behind the options of ``--help``.
     """
 
     options: str
@@ -49,6 +55,7 @@ class Command:
     extra: str = ""
     settings: str = ""
     takes_file: bool = False
+    details: str = ""
 
 
 COMMANDS: dict[str, Command] = {
@@ -99,13 +106,14 @@ COMMANDS: dict[str, Command] = {
         takes_method=True,
     ),
     "train": Command(
-        "mllm_crossget.training.options:TrainOptions",
+        "mllm_crossget.training.train_options:TrainOptions",
         "mllm_crossget.training.finetune:run",
         "fine-tune an accelerated model: mllm-crossget train config.yaml [--any_option value]",
         takes_method=True,
         extra="train",
         settings="mllm_crossget.training.options:TrainerSettings",
         takes_file=True,
+        details="mllm_crossget.training.train_options:DATA_FORMS",
     ),
 }
 
@@ -117,7 +125,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after the program's name; by default those of the process.
 
     Returns:
-        Exit status: the command's own (0 if it says none), or 2 after a mistake in the input, told in one line.
+        Exit status: the command's own (0 if it says none), 2 after a mistake in the input or a file that cannot be
+        read or written, told in one line, or 130 after Ctrl-C.
 
     Raises:
         SystemExit: after ``--help``, ``--version`` and words that the parser does not know.
@@ -128,20 +137,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = parse_command(name, command, words[1:])
         status: int | None = _imported(command.function)(*arguments)
-    except (ValueError, TypeError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, TypeError, OSError, SafetensorError) as error:
+        print(f"error: {_in_one_line(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
     except ModuleNotFoundError as error:
         if not command.extra or (error.name or "").startswith("mllm_crossget"):
             raise
-        print(f"error: {error}; pip install 'mllm-crossget[{command.extra}]'", file=sys.stderr)
+        print(f"error: {_in_one_line(error)}; pip install 'mllm-crossget[{command.extra}]'", file=sys.stderr)
         return 2
     except ImportError as error:
         if error.name is not None:  # not one of ours, which say what to install
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_in_one_line(error)}", file=sys.stderr)
         return 2
     return status or 0
+
+
+def _in_one_line(error: BaseException) -> str:
+    """What an error says; of one in a worker process of the data loader, its last line and not the traceback."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    text = str(error)
+    if "in DataLoader worker process" in text:
+        text = text.rpartition(f"{type(error).__name__}: ")[2]
+    return " ".join(text.split()) or type(error).__name__
 
 
 def parse_command(name: str, command: Command, words: Sequence[str]) -> tuple[Any, ...]:
@@ -156,19 +178,43 @@ def parse_command(name: str, command: Command, words: Sequence[str]) -> tuple[An
     if command.takes_method:
         kinds.append(method_class(_method_name(words, from_file.get("method", _DEFAULT_METHOD))))
     if command.settings:
+        if not {"-h", "--help"} & set(words):
+            _told_early(name, kinds, words, from_file)
         kinds.append(_imported(command.settings))
+    taken = _taken_twice(kinds) if command.takes_method else {}
     parser = HfArgumentParser(
-        [_parsable(kind) for kind in kinds],
+        [_parsable(kind, taken if index == 1 else {}) for index, kind in enumerate(kinds)],
         prog=f"{_PROGRAM} {name}",
         description=command.help,
-        formatter_class=argparse.HelpFormatter,
+        epilog=_imported(command.details) if command.details else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     if command.takes_method:
         parser.add_argument("--method", default=_DEFAULT_METHOD, choices=method_names(), help="the reduction")
     _set_defaults(parser, from_file)
     values = vars(parser.parse_args(_with_leading_option(kinds[0], words)))
-    return tuple(_built(kind, values) for kind in kinds)
+    return tuple(_built(kind, values, taken if index == 1 else {}, from_file) for index, kind in enumerate(kinds))
+
+
+def _told_early(name: str, kinds: Sequence[type], words: Sequence[str], from_file: Mapping[str, Any]) -> None:
+    """Mistakes in the options that are known so far, before the module with the others takes seconds to be imported."""
+    parser = HfArgumentParser([_parsable(kind) for kind in kinds], prog=f"{_PROGRAM} {name}", allow_abbrev=False)
+    parser.add_argument("--method", default=_DEFAULT_METHOD, choices=method_names())
+    known = {action.dest for action in parser._actions} - _SHARED
+    _set_defaults(parser, {option: value for option, value in from_file.items() if option in known})
+    values = vars(parser.parse_known_args(_with_leading_option(kinds[0], words))[0])
+    if any(not values[name] for name in getattr(kinds[0], "REQUIRED", ())):
+        return  # told later: a name that is misspelt in the file is the likelier mistake
+    for kind in kinds:
+        fields = [field for field in dataclasses.fields(kind) if field.name not in _SHARED]
+        _built(kind, {field.name: values[field.name] for field in fields}, {}, from_file)
+
+
+def _taken_twice(kinds: Sequence[type]) -> dict[str, str]:
+    """Fields of the method (the second of the dataclasses) that another one has too: field -> name of its option."""
+    others = {field.name for kind in (kinds[0], *kinds[2:]) for field in dataclasses.fields(kind)}
+    return {field.name: f"method_{field.name}" for field in dataclasses.fields(kinds[1]) if field.name in others}
 
 
 def _overview() -> argparse.ArgumentParser:
@@ -193,13 +239,13 @@ def _read_file(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     if not words or Path(words[0]).suffix not in (".yaml", ".yml"):
         return list(words), {}
     path = Path(words[0])
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; give a YAML file with option names and values")
-    yaml = importlib.import_module("yaml")  # of the extra that the command names
-    values = yaml.safe_load(path.read_text())
+    values = read_yaml(path)
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}, expected option names and values")
-    return list(words[1:]), values
+    named = {str(name).replace("-", "_"): value for name, value in values.items()}
+    if len(named) < len(values):
+        raise ValueError(f"{path} gives an option in two spellings, with - and with _; leave one out")
+    return list(words[1:]), named
 
 
 def _set_defaults(parser: argparse.ArgumentParser, values: dict[str, Any]) -> None:
@@ -228,25 +274,42 @@ def _with_leading_option(kind: type, words: Sequence[str]) -> list[str]:
     return list(words)
 
 
-def _parsable(kind: type) -> Any:
+def _parsable(kind: type, renamed: Mapping[str, str] | None = None) -> Any:
     """A copy of a dataclass that the parser understands: help from the docstring, no checks of its own, and lists where
-    the original takes one value or a list of them."""
-    hints, help_texts = get_type_hints(kind), _argument_help(kind)
+    the original takes one value or a list of them. ``renamed`` fields get another option."""
+    hints, help_texts, renamed = get_type_hints(kind), _argument_help(kind), renamed or {}
     fields = []
     for field in dataclasses.fields(kind):
-        metadata = {"help": help_texts.get(field.name, "").replace("%", "%%"), **field.metadata}
+        text = help_texts.get(field.name, "") + (f" (--{field.name} is the run's)" if field.name in renamed else "")
+        metadata = {"help": text.replace("%", "%%"), **field.metadata}
         copy = dataclasses.field(default=field.default, default_factory=field.default_factory, metadata=metadata)
-        fields.append((field.name, _list_of_union(hints[field.name]) or hints[field.name], copy))
+        fields.append(
+            (renamed.get(field.name, field.name), _list_of_union(hints[field.name]) or hints[field.name], copy)
+        )
     return dataclasses.make_dataclass(kind.__name__, fields, kw_only=True)
 
 
-def _built(kind: type, values: dict[str, Any]) -> Any:
+def _built(kind: type, values: Mapping[str, Any], renamed: Mapping[str, str], from_file: Mapping[str, Any]) -> Any:
+    """The dataclass from the parsed values. What a file gave has not seen the parser, so its types are checked here."""
     hints = get_type_hints(kind)
-    chosen = {field.name: values[field.name] for field in dataclasses.fields(kind)}
+    names = {field.name: renamed.get(field.name, field.name) for field in dataclasses.fields(kind)}
+    chosen = {name: _at_home(values[option]) for name, option in names.items() if option in values}
     for name, value in chosen.items():
+        is_list = get_origin(hints[name]) is list
         if isinstance(value, list) and len(value) == 1 and _list_of_union(hints[name]):
             chosen[name] = value[0]
+        elif is_list and isinstance(value, (str, int, float)):
+            chosen[name] = [value]
+        if renamed.get(name, name) in from_file:
+            check_type(renamed.get(name, name), chosen[name], hints[name])
     return kind(**chosen)
+
+
+def _at_home(value: Any) -> Any:
+    """Paths with the home folder for ``~``, which a shell leaves alone behind ``=`` and a file has no shell."""
+    if isinstance(value, list):
+        return [_at_home(item) for item in value]
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
 
 
 def _list_of_union(hint: Any) -> Any:

@@ -6,8 +6,8 @@ Knows nothing of models. A method (see ``mllm_crossget.methods``) is a dataclass
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -16,6 +16,8 @@ from typing import Any, ClassVar, TypeVar
 
 from huggingface_hub import HfApi, hf_hub_download
 
+from mllm_crossget.field_types import check_field_types
+
 CONFIG_NAME = "crossget_config.json"
 FORMAT_VERSION = 1
 _DIALS = ("keep_ratio", "visual_tokens", "r", "vision_r")
@@ -23,6 +25,8 @@ _TEXT_DIALS = ("text_keep_ratio", "text_r")
 DIALS = (*_DIALS, *_TEXT_DIALS)
 POSITIONS = ("contiguous", "original")
 _METHODS: dict[str, type[ReductionConfig]] = {}
+# How to reach the hub: nothing to do for a local folder. All other words say what is wanted, and a folder has it not.
+_ONLY_FOR_DOWNLOADS = ("token", "cache_dir", "local_files_only", "subfolder")
 
 Config = TypeVar("Config", bound="ReductionConfig")
 
@@ -87,6 +91,10 @@ class ReductionConfig:
     uses_cross_tokens: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        self._check_dials()
+        check_field_types(self)
+
+    def _check_dials(self) -> None:
         given = self._given(_DIALS)
         if len(given) + len(self._given(_TEXT_DIALS)) == 0:
             self.keep_ratio = 0.5
@@ -167,7 +175,14 @@ class ReductionConfig:
 
     @classmethod
     def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
-        """The inverse of ``to_dict``. Raises ``ValueError`` for an unknown method, field or format version."""
+        """The inverse of ``to_dict``.
+
+        Raises:
+            ValueError: an unknown method, field or format version, or a value outside its range.
+            TypeError: a value of the wrong type.
+        """
+        if not isinstance(values, Mapping):
+            raise TypeError(f"expected the fields of a method by name, got {type(values).__name__}")
         values = dict(values)
         version = values.pop("format_version", FORMAT_VERSION)
         if version != FORMAT_VERSION:
@@ -179,14 +194,14 @@ class ReductionConfig:
         if not issubclass(kind, cls):
             raise ValueError(f"the settings are for method {kind.method!r}, not {cls.method!r}: use {kind.__name__}")
         known = {f.name for f in dataclasses.fields(kind)}
-        unknown = sorted(set(values) - known)
+        unknown = sorted(map(str, set(values) - known))
         if unknown:
             raise ValueError(f"{kind.__name__} has no field {unknown}; its fields are {sorted(known)}")
         return kind(**values)
 
     def save_pretrained(self, save_directory: str | Path) -> Path:
         """Write ``crossget_config.json`` into a folder (made if absent) and return the file's path."""
-        folder = Path(save_directory)
+        folder = Path(save_directory).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / CONFIG_NAME
         path.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n")
@@ -196,17 +211,27 @@ class ReductionConfig:
     def from_pretrained(cls: type[Config], name_or_path: str | Path, **hub_kwargs: Any) -> Config:
         """Read ``crossget_config.json`` from a folder, or from a repository of the hub.
 
+        Args:
+            name_or_path: the folder or the repository.
+            hub_kwargs: as ``find_file``.
+
         Raises:
-            ValueError: the file is missing from the folder, is not JSON, or does not hold valid settings.
+            ValueError: the file is missing from the folder, is not JSON, or does not hold valid settings; a keyword
+                that a folder has no use for.
+            TypeError: a keyword that ``hf_hub_download`` does not know.
         """
         path = find_file(name_or_path, CONFIG_NAME, **hub_kwargs)
         try:
             values = json.loads(path.read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not a JSON file ({error}); write it with save_pretrained") from error
+        except (ValueError, RecursionError) as error:
+            reason = "nested too deeply" if isinstance(error, RecursionError) else error
+            raise ValueError(f"{path} is not a JSON file ({reason}); write it with save_pretrained") from error
         if not isinstance(values, dict):
             raise ValueError(f"{path} holds a {type(values).__name__}, expected an object with the method's fields")
-        return cls.from_dict(values)
+        try:
+            return cls.from_dict(values)
+        except (TypeError, ValueError) as error:  # in a file, a wrong type is a wrong content
+            raise ValueError(f"{path}: {error}") from error
 
     def push_to_hub(self, repo_id: str, *, token: str | None = None, private: bool | None = None) -> str:
         """Upload ``crossget_config.json`` to a repository of the hub (made if absent); returns the commit's address."""
@@ -228,7 +253,7 @@ def register_method(kind: type[Config]) -> type[Config]:
 
 def method_class(name: str) -> type[ReductionConfig]:
     """The dataclass of the method called ``name``. Raises ``ValueError`` that lists the known names."""
-    if name not in _METHODS:
+    if not isinstance(name, str) or name not in _METHODS:
         raise ValueError(f"unknown method {name!r}; known methods: {', '.join(method_names())}")
     return _METHODS[name]
 
@@ -241,22 +266,37 @@ def method_names() -> list[str]:
 def find_file(name_or_path: str | Path, filename: str, **hub_kwargs: Any) -> Path:
     """Path of ``filename`` in a local folder or, if there is no such folder, downloaded from the hub.
 
+    Args:
+        name_or_path: the folder (``~`` is the home folder), or a repository of the hub.
+        filename: of the file.
+        hub_kwargs: passed to ``hf_hub_download``. ``subfolder`` holds for a local folder too; ``token``, ``cache_dir``
+            and ``local_files_only`` have nothing to do there.
+
     Raises:
-        ValueError: the folder exists but does not contain the file.
+        ValueError: the folder exists but does not contain the file, or was given a ``revision`` or another keyword that
+            only a repository has.
+        TypeError: a keyword that ``hf_hub_download`` does not know.
     """
-    folder = Path(name_or_path)
-    if folder.is_dir():
-        path = folder / filename
-        if not path.is_file():
-            raise ValueError(f"{folder} has no {filename}; it holds {sorted(p.name for p in folder.iterdir())[:20]}")
-        return path
-    return Path(hf_hub_download(str(name_or_path), filename, **hub_kwargs))
+    unknown = sorted(set(hub_kwargs) - set(inspect.signature(hf_hub_download).parameters))
+    if unknown:
+        raise TypeError(f"unknown keywords {unknown}; known are those of hf_hub_download, such as revision and token")
+    folder = Path(name_or_path).expanduser()
+    if not folder.is_dir():
+        return Path(hf_hub_download(str(name_or_path), filename, **hub_kwargs))
+    unused = sorted(name for name, value in hub_kwargs.items() if value and name not in _ONLY_FOR_DOWNLOADS)
+    if unused:
+        raise ValueError(f"{folder} is a local folder, for which {unused} mean nothing; leave them out")
+    path = folder / (hub_kwargs.get("subfolder") or "") / filename
+    if not path.is_file():
+        held = sorted(p.name for p in path.parent.iterdir())[:20] if path.parent.is_dir() else "no such subfolder"
+        raise ValueError(f"{path.parent} has no {filename}; it holds {held}")
+    return path
 
 
 def _checked_ratio(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number in (0, 1], got {value!r}")
-    if not math.isfinite(value) or not 0 < value <= 1:
+    if not 0 < value <= 1:  # nor is NaN
         raise ValueError(f"{name} must be in (0, 1], got {value!r}; 1 keeps every token, 0.5 half of them")
     return float(value)
 

@@ -89,6 +89,7 @@ def retrieval_recall(
     Raises:
         ValueError: shapes that do not fit, an index outside the images, values that are not finite, or a k below 1.
     """
+    ks = tuple(ks)  # an iterator is used up after one look
     if not ks or any(isinstance(k, bool) or not isinstance(k, int) or k < 1 for k in ks):
         raise ValueError(f"ks must be integers of at least 1, such as (1, 5, 10), got {ks!r}")
     if image_of_caption_C is None:

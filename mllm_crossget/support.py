@@ -59,7 +59,13 @@ def supported_family(model: nn.Module) -> Family:
             f"{', '.join(sorted(known))}"
         )
     geometry = family.geometry(model.config)
-    _check_structure(model, family, tower=not isinstance(geometry, MergeGeometry))
+    try:
+        _check_structure(model, family, tower=not isinstance(geometry, MergeGeometry))
+    except AttributeError as error:
+        raise ValueError(
+            f"{type(model).__name__} is a part of a model of type {model_type!r} and cannot be accelerated by itself "
+            f"({error}); pass the whole model, as from_pretrained makes it"
+        ) from error
     return family
 
 
@@ -118,6 +124,7 @@ def check_dials(method: Method, family: Family, model: Any) -> None:
         )
     if method.is_dynamic:
         _refuse_fixed_counts(model, family)
+        _check_thresholds(method, family.geometry(model.config))
     if method.positions is not None:
         _check_positions(method, family, model)
     text = family.text_tower
@@ -188,6 +195,16 @@ def _output_problem(method: Method, family: Family, model: Any) -> str | None:
     if method.needs_class_attention and not getattr(geometry, "prefix", 0):
         return "its tower has no class token, whose attention the method wants"
     return None
+
+
+def _check_thresholds(method: Method, geometry: Any) -> None:
+    """Raise ``ValueError`` for more thresholds than there are layers: the last ones would not be used."""
+    given = vars(method).get("threshold") or ()
+    if isinstance(geometry, TowerGeometry) and len(given) > geometry.layers:
+        raise ValueError(
+            f"threshold lists {len(given)} layers, the vision tower has {geometry.layers}: give one number per layer, "
+            "as calibrate finds them"
+        )
 
 
 def _check_own_tower(method: Method, name: str, geometry: TowerGeometry) -> None:

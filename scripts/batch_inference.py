@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from PIL import Image
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
 
 from mllm_crossget import accelerate_mllm, generate_in_batches, load_crossget, reuse_vision
 from mllm_crossget.embedded import WEIGHTS_FOLDER
+from mllm_crossget.user_files import open_picture
 
 
 @dataclass
@@ -97,7 +97,7 @@ def answer(model: Any, processor: Any, questions: list[dict[str, str]], folder: 
 def request(processor: Any, row: dict[str, str], folder: Path) -> dict[str, Any]:
     """One question as the model takes it."""
     content: list[dict[str, Any]] = [{"type": "text", "text": row["question"]}]
-    images = [Image.open(folder / row["image"]).convert("RGB")] if row.get("image") else None
+    images = [open_picture(folder / row["image"])] if row.get("image") else None
     if images:
         content.insert(0, {"type": "image"})
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)

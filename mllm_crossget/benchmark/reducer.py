@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from mllm_crossget.benchmark.memory import peak_bytes
-from mllm_crossget.benchmark.report import check_writable
 from mllm_crossget.benchmark.timing import Timing, alternate, environment, ratio, spread
+from mllm_crossget.field_types import check_field_types, check_least
 from mllm_crossget.ops import (
     attend_with_importance,
     attention_importance,
@@ -32,7 +32,9 @@ from mllm_crossget.ops import (
     merge,
 )
 from mllm_crossget.ops.dispatch import MATCHING, cpu_kernels
+from mllm_crossget.user_files import check_writable
 
+_FEWEST = 8  # two of them are protected, half of the others may leave
 _SHORT = 10  # rounds of what is so short that a single interruption shows
 
 
@@ -59,6 +61,14 @@ class ReducerOptions:
     largest_literal: int = 1024
     rounds: int = 9
     output: str | None = None
+
+    def __post_init__(self) -> None:
+        check_field_types(self)
+        check_least(self, tokens=_FEWEST, batch_sizes=1, width=1, heads=1, largest_literal=0, rounds=1)
+        if self.width % self.heads:
+            raise ValueError(f"width={self.width} cannot be shared by heads={self.heads}; give a multiple")
+        if not 0 < self.removed <= 0.5:
+            raise ValueError(f"removed must be in (0, 0.5], got {self.removed}; a layer removes half at most")
 
 
 def run(options: ReducerOptions) -> int:

@@ -18,6 +18,7 @@ from mllm_crossget.costs.flops import Flops, model_flops, visual_tokens
 from mllm_crossget.families.family import Family
 from mllm_crossget.methods.method import Method
 from mllm_crossget.schedule import Schedule
+from mllm_crossget.user_files import check_writable as check_writable
 
 
 @dataclass
@@ -136,25 +137,6 @@ def _flops_to_answer(flops: Flops) -> int:
     return flops.patch_embedding + flops.encoder + flops.projector + flops.prefill
 
 
-def check_writable(*paths: str | None) -> None:
-    """Make the folders of result files, before anything is measured for them; None is no file.
-
-    Raises:
-        ValueError: a file cannot be written there.
-    """
-    for path in paths:
-        if path is None:
-            continue
-        existed = Path(path).exists()
-        try:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            open(path, "a").close()
-        except OSError as error:
-            raise ValueError(f"cannot write {path}: {error}; give another file") from error
-        if not existed:
-            Path(path).unlink()
-
-
 def append(path: str | None, lines: Sequence[dict[str, Any]]) -> None:
     """Add JSON lines to a file; None writes nothing."""
     if path is None:
@@ -164,8 +146,11 @@ def append(path: str | None, lines: Sequence[dict[str, Any]]) -> None:
 
 
 def read(path: str) -> list[dict[str, Any]]:
-    """All lines of a file that ``append`` wrote."""
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+    """All lines of a file that ``append`` wrote. Raises ``ValueError`` for a file of something else."""
+    try:
+        return [json.loads(line) for line in Path(path).read_text().splitlines()]
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} does not hold JSON lines of the bench command: {error}; give another file") from error
 
 
 def speed_table(title: str, lines: Sequence[dict[str, Any]]) -> Table:

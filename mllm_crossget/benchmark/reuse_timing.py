@@ -21,14 +21,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mllm_crossget.api import accelerate_mllm
-from mllm_crossget.benchmark.report import check_writable
 from mllm_crossget.benchmark.sample_inputs import prompt_inputs
-from mllm_crossget.benchmark.speed import BenchOptions, load
+from mllm_crossget.benchmark.speed import DTYPES, BenchOptions, load
 from mllm_crossget.benchmark.timing import alternate, environment, spread
+from mllm_crossget.costs.geometries.llava import resolve
 from mllm_crossget.embedded import load_embedded
-from mllm_crossget.families.family import module_at
+from mllm_crossget.families.family import family_of, module_at
+from mllm_crossget.field_types import check_choice, check_field_types, check_least
 from mllm_crossget.hooks.ground.vision_cache import MEBIBYTE, VisionCache
 from mllm_crossget.methods.method import Method
+from mllm_crossget.schedule import make_schedule
+from mllm_crossget.user_files import check_writable
 
 
 @dataclass
@@ -55,10 +58,16 @@ class ReuseOptions:
     cache_mebibytes: int = 8
     output: str | None = None
 
+    def __post_init__(self) -> None:
+        check_field_types(self)
+        check_least(self, llm_layers=1, text_tokens=1, rounds=1, images=0, cache_mebibytes=0)
+        check_choice(self, "dtype", DTYPES)
+
 
 def run(options: ReuseOptions, method: Method) -> int:
     """Measure, print a table, write the JSON; returns 0."""
     check_writable(options.output)
+    _check_model(options, method)
     memory = many_images(options.images, options.cache_mebibytes) if options.images else None
     report = {
         "options": asdict(options),
@@ -71,6 +80,19 @@ def run(options: ReuseOptions, method: Method) -> int:
     if options.output is not None:
         Path(options.output).write_text(json.dumps(report, indent=2) + "\n")
     return 0
+
+
+def _check_model(options: ReuseOptions, method: Method) -> None:
+    """Before the memory of many images is measured. Raises ``ValueError`` for what has no features to keep."""
+    config = resolve(options.geometry)
+    family = family_of(config)
+    if family is None or family.features_owner is None:
+        raise ValueError(f"{options.geometry}: model type {config.model_type!r} has no image features to keep")
+    if method.needs_calibration:
+        raise ValueError(
+            f"{method.method} chooses per image and is not calibrated here; give --threshold, or --method tome"
+        )
+    make_schedule(method, family.geometry(config))
 
 
 @torch.inference_mode()

@@ -7,9 +7,11 @@ are taken within a round. The weights are random unless a folder or a repository
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,14 +25,19 @@ from mllm_crossget.api import accelerate_mllm
 from mllm_crossget.benchmark.ideal import has_ideal, ideal_tower
 from mllm_crossget.benchmark.memory import peak_bytes
 from mllm_crossget.benchmark.parts import PartClock, parts_of
-from mllm_crossget.benchmark.report import Case, Setting, append, check_writable, draw, read, report, speed_table
+from mllm_crossget.benchmark.report import Case, Setting, append, draw, read, report, speed_table
 from mllm_crossget.benchmark.roofline import Device, Sizes, probe, sizes_of
 from mllm_crossget.benchmark.sample_inputs import prompt_inputs
 from mllm_crossget.benchmark.timing import environment, seconds_of
 from mllm_crossget.config import method_class
 from mllm_crossget.costs.geometries.llava import GEOMETRIES, resolve
 from mllm_crossget.families.family import Family, config_at, family_of, module_at
+from mllm_crossget.field_types import check_choice, check_field_types, check_least
 from mllm_crossget.schedule import make_schedule
+from mllm_crossget.user_files import check_picture_output, check_writable, load_model
+
+DTYPES = ("float32", "bfloat16", "float16")
+ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
 
 
 @dataclass
@@ -77,10 +84,27 @@ class BenchOptions:
     output: str | None = None
     plot: str | None = None
 
+    def __post_init__(self) -> None:
+        check_field_types(self)
+        check_least(self, batch_sizes=1, text_tokens=1, new_tokens=1, llm_layers=1, vision_layers=1, rounds=1)
+        check_least(self, tower_rounds=1)
+        if not self.methods:
+            raise ValueError("methods is empty; give one at least, such as crossget")
+        check_choice(self, "dtype", DTYPES)
+        check_choice(self, "attn_implementation", ATTENTIONS)
+        if self.compile and self.freeze:
+            raise ValueError("freeze compiles too, and compile would not be used; give one of them")
+        reductions(self)  # says what is wrong with a method or a dial
+
 
 def run(options: BenchOptions) -> int:
     """Measure, print a table, append the JSON lines, draw the plot; returns 0."""
-    check_writable(options.output, options.plot)
+    check_writable(options.output)
+    check_picture_output(options.plot)
+    if options.plot is not None:
+        importlib.import_module("matplotlib")  # the plot comes last
+        if options.output is not None and Path(options.output).exists():
+            read(options.output)  # the new lines go behind these
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, options.dtype)
     model, family = load(options, device, dtype)
@@ -120,26 +144,38 @@ def load(options: BenchOptions, device: torch.device, dtype: torch.dtype) -> tup
         config.text_config.num_hidden_layers = options.llm_layers
     if options.vision_layers is not None:
         config.vision_config.num_hidden_layers = options.vision_layers
+    for _, method in reductions(options):
+        make_schedule(method, family.geometry(config))  # before the model takes its time
     if options.geometry.lower() in GEOMETRIES:
         with torch.device(device):
             model = kind.from_config(config, **attention)
     else:
-        model = kind.from_pretrained(options.geometry, config=config, **attention).to(device)
+        load = partial(kind.from_pretrained, options.geometry, config=config, **attention)
+        model = load_model(options.geometry, load).to(device)
     return model.eval(), family
 
 
 def make_settings(model: nn.Module, family: Family, options: BenchOptions, device: torch.device) -> list[Setting]:
     """The untouched model first, then every method at every dial."""
+    ways = ("plain", "compiled") if options.compile else ("plain",)
+    if options.freeze:
+        ways = ("frozen",)
+    return [_setting(model, family, name, method, way, device) for name, method in reductions(options) for way in ways]
+
+
+def reductions(options: BenchOptions) -> list[tuple[str, Any]]:
+    """(name, settings) of the untouched model first, then of every method at every dial.
+
+    Raises:
+        ValueError: an unknown method, or a dial outside its range.
+    """
     dials: list[dict[str, Any]] = [{"keep_ratio": keep} for keep in options.keep_ratios if keep]
     dials += [{"r": options.r}] if options.r is not None else []
     wanted: list[tuple[str, Any]] = [("untouched", method_class(options.methods[0])(keep_ratio=1.0))]
     for name in options.methods:
         wanted += [(f"{name} {key}={value}", method_class(name)(**{key: value}))
                    for dial in dials for key, value in dial.items()]  # fmt: skip
-    ways = ("plain", "compiled") if options.compile else ("plain",)
-    if options.freeze:
-        ways = ("frozen",)
-    return [_setting(model, family, name, method, way, device) for name, method in wanted for way in ways]
+    return wanted
 
 
 def _setting(model: nn.Module, family: Family, name: str, method: Any, way: str, device: torch.device) -> Setting:

@@ -17,6 +17,7 @@ from mllm_crossget.config import DIALS
 from mllm_crossget.costs.flops import Flops, model_flops, tiles_of, visual_tokens
 from mllm_crossget.costs.geometries.llava import resolve
 from mllm_crossget.families.family import TextTower, config_at, family_of
+from mllm_crossget.field_types import check_field_types, check_least
 from mllm_crossget.methods.method import Method
 from mllm_crossget.schedule import Schedule, TowerGeometry, acting_geometry, make_schedule, make_text_schedule
 from mllm_crossget.support import unsupported_reason
@@ -38,6 +39,10 @@ class InspectOptions:
     text_tokens: int = 60
     new_tokens: int = 0
     json: bool = False
+
+    def __post_init__(self) -> None:
+        check_field_types(self)
+        check_least(self, text_tokens=1, new_tokens=0)
 
 
 def inspect_model(options: InspectOptions, method: Method) -> None:

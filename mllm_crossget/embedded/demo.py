@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +19,10 @@ from mllm_crossget.config import method_class
 from mllm_crossget.costs.flops import model_flops
 from mllm_crossget.embedded import Question, answer, batch_inputs, held_out_questions, load_embedded, score
 from mllm_crossget.families.family import families
+from mllm_crossget.field_types import check_field_types, check_least
 from mllm_crossget.methods.method import Method
 from mllm_crossget.schedule import make_schedule
+from mllm_crossget.user_files import check_output_folder
 from mllm_crossget.visualize import contact_sheet, draw_groups, merged_groups, plot_curves
 
 _TIMED_BATCH = 32
@@ -50,9 +53,29 @@ class DemoOptions:
     examples: int = 4
     output_dir: str = "runs/demo"
 
+    def __post_init__(self) -> None:
+        check_field_types(self)
+        check_least(self, limit=1, batch_size=1, rounds=1, examples=0)
+        for name, value in (("methods", self.methods), ("keep_ratios", self.keep_ratios)):
+            if not value:
+                raise ValueError(f"{name} is empty; give one value at least")
+        for method in self.methods:
+            for keep_ratio in self.keep_ratios:
+                _check_fixed(make_method(method, keep_ratio))
+
+
+def _check_fixed(method: Method) -> None:
+    if method.is_dynamic:
+        raise ValueError(
+            f"{method.method} chooses the number of tokens per image, and the demo compares fixed ones; use "
+            "mllm-crossget show"
+        )
+
 
 def run(options: DemoOptions) -> int:
     """Answer, time, print one table, write JSON and pictures; returns 0."""
+    check_output_folder(options.output_dir)
+    importlib.import_module("matplotlib")  # the curves come last
     console = Console()
     if not console.is_terminal:  # a file or a pipe has no width of its own
         console = Console(width=_PLAIN_WIDTH)

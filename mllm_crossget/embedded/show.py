@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +13,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from mllm_crossget.api import accelerate_mllm
 from mllm_crossget.embedded import load_embedded
 from mllm_crossget.embedded.scenes import render, sample_layouts, to_image
+from mllm_crossget.field_types import check_field_types, check_least
 from mllm_crossget.hooks.model.thresholds import calibrate
 from mllm_crossget.methods.method import Method
+from mllm_crossget.user_files import check_picture_output, load_model, read_pictures
 from mllm_crossget.visualize import contact_sheet, draw_counts, draw_groups, merged_groups, tokens_per_layer
 
 _ENLARGED = 3
@@ -40,18 +41,26 @@ class ShowOptions:
     scenes: int = 4
     output: str = "runs/show.png"
 
+    def __post_init__(self) -> None:
+        check_field_types(self)
+        check_least(self, scenes=1)
+        if self.model and not self.images:
+            raise ValueError("give pictures of your own with a model of your own: --images a.jpg b.jpg")
+
 
 def run(options: ShowOptions, method: Method) -> int:
     """Draw and write one picture with a row per image; returns 0. Raises ``ValueError`` for bad options."""
-    if options.model and not options.images:
-        raise ValueError("give pictures of your own with a model of your own: --images a.jpg b.jpg")
-    if options.scenes < 1:
-        raise ValueError(f"scenes must be at least 1, got {options.scenes}")
+    wants = method.needs_calibration
+    if options.calibrate_on and not wants:
+        raise ValueError(f"calibrate_on is for methods that choose per image; {method.method} does not: leave it out")
+    if method.is_identity:
+        raise ValueError("keep_ratio=1 merges nothing, so there is nothing to draw; give a smaller one, such as 0.25")
+    check_picture_output(options.output)
+    pictures = read_pictures(options.images) or _scenes(options.scenes, seed=1)
+    others = read_pictures(options.calibrate_on)
     model, processor = _load(options.model)
-    pictures = [Image.open(file).convert("RGB") for file in options.images] or _scenes(options.scenes, seed=1)
     accelerate_mllm(model, method)
-    if method.needs_calibration:
-        others = [Image.open(file).convert("RGB") for file in options.calibrate_on]
+    if wants:
         if not others:
             others = pictures if options.images else _scenes(200, seed=2)
         calibrate(model, _pixels(model, processor, others))
@@ -67,17 +76,17 @@ def run(options: ShowOptions, method: Method) -> int:
             ("tokens after every layer", draw_counts(counts[index], size)),
         ])  # fmt: skip
         print(f"image {index + 1}: {' '.join(str(count) for count in counts[index].tolist())}")
-    path = Path(options.output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    contact_sheet(rows).save(path)
-    print(f"written to {path}")
+    contact_sheet(rows).save(options.output)
+    print(f"written to {options.output}")
     return 0
 
 
 def _load(name: str) -> tuple[Any, Any]:
     if not name:
         return load_embedded()
-    return AutoModelForImageTextToText.from_pretrained(name).eval(), AutoProcessor.from_pretrained(name)
+    return load_model(
+        name, lambda: (AutoModelForImageTextToText.from_pretrained(name).eval(), AutoProcessor.from_pretrained(name))
+    )
 
 
 def _scenes(count: int, seed: int) -> list[Image.Image]:

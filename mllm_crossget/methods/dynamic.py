@@ -6,7 +6,6 @@ thresholds are found by ``calibrate``, so that the average count is the one that
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
@@ -14,6 +13,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from mllm_crossget.field_types import check_type
 from mllm_crossget.methods.capabilities import PerImage
 from mllm_crossget.methods.method import Method
 from mllm_crossget.methods.signals import RaggedSignals
@@ -108,9 +108,8 @@ def checked_thresholds(name: str, value: Any) -> list[float]:
     """A list with one finite number per layer. Raises ``TypeError`` or ``ValueError`` that names the field."""
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
         raise TypeError(f"{name} must be a list with one number per layer, got {value!r}")
-    bad = [one for one in value if isinstance(one, bool) or not isinstance(one, (int, float)) or not math.isfinite(one)]
-    if bad:
-        raise ValueError(f"{name} must be finite numbers, got {bad[0]!r}; {NOTHING} lets no token leave")
+    for one in value:
+        check_type(name, one, float)
     return [float(one) for one in value]
 
 

@@ -81,8 +81,18 @@ class MadtpConfig(DynamicMethod):
             raise TypeError(f"alignment_weight must be a number, got {self.alignment_weight!r}")
         if not self.alignment_weight >= 0:
             raise ValueError(f"alignment_weight must be at least 0, got {self.alignment_weight!r}")
+        self._refuse_what_is_not_used()
         if not (self.temperature > 0 or (self.reference and self.temperature == 0)):
             raise ValueError(f"temperature must be positive (or 0 with reference=True), got {self.temperature!r}")
+
+    def _refuse_what_is_not_used(self) -> None:
+        if self.text_threshold is not None and not self.reduces_text:
+            raise ValueError("text_threshold is for a text tower that is pruned: give text_keep_ratio or text_r too")
+        unused = [name for name in ("threshold", "text_threshold", "max_visual_tokens") if getattr(self, name)]
+        if self.reference and unused:
+            raise ValueError(f"reference=True decides by temperature, so {unused} mean nothing; leave them out")
+        if not self.reference and self.min_keep != 1:
+            raise ValueError(f"min_keep={self.min_keep} is for reference=True; give max_visual_tokens, or leave it out")
 
     @property
     def is_dynamic(self) -> bool:

@@ -33,6 +33,11 @@ class RandomConfig(Method):
         """As asked for by ``drop``."""
         return self.drop
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be from 0 to 2**63 - 1, got {self.seed}")
+
     def match(self, signals: Signals, r: int) -> Match:
         """``r`` random tokens leave; with ``drop`` nothing of them is kept."""
         batch, tokens, _ = signals.keys.shape

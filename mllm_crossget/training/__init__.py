@@ -3,7 +3,9 @@
 Needs the extra ``mllm-crossget[train]``. Nothing outside this folder imports it, but the command line when it is asked.
 """
 
-# ruff: noqa: E402 - the version is checked before anything that needs it is imported
+import importlib
+from typing import TYPE_CHECKING, Any
+
 import transformers
 from packaging.version import Version
 
@@ -14,21 +16,58 @@ if Version(transformers.__version__) < Version(_OLDEST):
         f"image's placeholders; found {transformers.__version__}: pip install -U transformers"
     )
 
-from mllm_crossget.training.adapters import (
-    check_adapter,
-    load_finetuned,
-    lora_config,
-    prepare_quantized,
-    quantization_config,
-)
-from mllm_crossget.training.checkpoints import checkpoint_problem, last_complete_checkpoint
-from mllm_crossget.training.compute_budget import PUBLISHED_BUDGETS, Budget, BudgetCallback, budget_of, method_for
-from mllm_crossget.training.data import BadSampleError, Collator, TrainingData, load_records
-from mllm_crossget.training.finetune import run
-from mllm_crossget.training.losses import contrastive_loss, distillation_loss, teacher_logits
-from mllm_crossget.training.options import TrainOptions
-from mllm_crossget.training.sampler import ModalityLengthSampler
-from mllm_crossget.training.trainer import CrossGetTrainer
+if TYPE_CHECKING:
+    from mllm_crossget.training.adapters import (
+        check_adapter,
+        load_finetuned,
+        lora_config,
+        prepare_quantized,
+        quantization_config,
+    )
+    from mllm_crossget.training.checkpoints import checkpoint_problem, last_complete_checkpoint
+    from mllm_crossget.training.compute_budget import PUBLISHED_BUDGETS, Budget, BudgetCallback, budget_of, method_for
+    from mllm_crossget.training.data import BadSampleError, Collator, TrainingData, load_records
+    from mllm_crossget.training.finetune import run
+    from mllm_crossget.training.losses import contrastive_loss, distillation_loss, teacher_logits
+    from mllm_crossget.training.options import TrainOptions
+    from mllm_crossget.training.sampler import ModalityLengthSampler
+    from mllm_crossget.training.trainer import CrossGetTrainer
+
+# Loaded when they are asked for: a mistake in an option of the command need not wait for PEFT and the Trainer.
+_PLACES = {
+    "BadSampleError": "data",
+    "Budget": "compute_budget",
+    "BudgetCallback": "compute_budget",
+    "Collator": "data",
+    "CrossGetTrainer": "trainer",
+    "ModalityLengthSampler": "sampler",
+    "PUBLISHED_BUDGETS": "compute_budget",
+    "TrainOptions": "options",
+    "TrainingData": "data",
+    "budget_of": "compute_budget",
+    "check_adapter": "adapters",
+    "checkpoint_problem": "checkpoints",
+    "contrastive_loss": "losses",
+    "distillation_loss": "losses",
+    "last_complete_checkpoint": "checkpoints",
+    "load_finetuned": "adapters",
+    "load_records": "data",
+    "lora_config": "adapters",
+    "method_for": "compute_budget",
+    "prepare_quantized": "adapters",
+    "quantization_config": "adapters",
+    "run": "finetune",
+    "teacher_logits": "losses",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
+    globals()[name] = found
+    return found
+
 
 __all__ = [
     "PUBLISHED_BUDGETS",

@@ -190,4 +190,4 @@ def load_finetuned(model: nn.Module, name_or_path: str | Path, **hub_kwargs: Any
     find_file(name_or_path, CONFIG_NAME, **hub_kwargs)
     load_crossget(model, name_or_path, adapter=False, **hub_kwargs)
     check_adapter(model, name_or_path, **hub_kwargs)
-    return PeftModel.from_pretrained(model, str(name_or_path))
+    return PeftModel.from_pretrained(model, str(Path(name_or_path).expanduser()), **hub_kwargs)

@@ -1,10 +1,30 @@
 """From records to batches: the chat template masks the prompt, bad samples are reported, text-only batches get a dummy
 image so that all processes of a sharded run do the same.
+
+The forms of the data, as ``load_records`` reads them. A JSON file holds a list of samples, a JSONL file one sample per
+line. LLaVA's form, where ``<image>`` stands for a picture::
+
+    {"id": "1", "image": "a.jpg", "conversations": [
+        {"from": "human", "value": "<image>\\nWhat is this?"}, {"from": "gpt", "value": "A cat."}]}
+
+Chat messages, whose content is text or a list of parts::
+
+    {"id": "2", "images": ["a.jpg", "b.jpg"], "messages": [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "Same?"}]},
+        {"role": "assistant", "content": "Yes."}]}
+
+``id`` may be left out, and so may ``image`` where a sample has no picture. Pictures are paths (relative ones start at
+``image_folder``, by default the data file's folder), and in parquet files or data sets also bytes or pictures; in
+Python also arrays or tensors. There are as many ``<image>`` tags or image parts as pictures, or none: the pictures then
+come first. A picture may also stand in its part: ``{"type": "image", "path": "a.jpg"}``. The words of ``assistant`` and
+``gpt`` are learned.
 """
 
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +34,17 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from mllm_crossget.families.family import config_at
+from mllm_crossget.field_types import check_type
 from mllm_crossget.hooks.ground.state import base_model, handle_of
+from mllm_crossget.training.answers import unknown_words, with_end_marks
 from mllm_crossget.training.losses import IGNORE
 from mllm_crossget.training.pairs import answers_apart, encode_pair, prompt_tokens_per_image, writes_pairs
 from mllm_crossget.training.records import BadSampleError, Record, Records, load_records
 
 # LLaVA-1.5's conversation ("vicuna_v1"), with the marks that tell which tokens are the assistant's.
 VICUNA_TEMPLATE = (
-    "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'][0]['text'] }} {% else %}"
+    "{% if messages[0]['role'] == 'system' %}"
+    "{% for part in messages[0]['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %} {% else %}"
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
     "and polite answers to the user's questions. {% endif %}"
     "{% for message in messages %}{% if message['role'] == 'user' %}USER: "
@@ -29,7 +52,9 @@ VICUNA_TEMPLATE = (
     "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %} "
     "{% elif message['role'] == 'assistant' %}ASSISTANT:{% generation %} "
     "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
-    "</s>{% endgeneration %}{% endif %}{% endfor %}"
+    "</s>{% endgeneration %}{% elif not loop.first %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %} "
+    "{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
 _ON_BAD_SAMPLE = ("skip", "stop")
@@ -43,7 +68,9 @@ class TrainingData(Dataset[dict[str, Tensor]]):
     Args:
         records: what ``load_records`` returns.
         processor: the model's processor. Its chat template must mark the assistant's words with
-            ``{% generation %}``; one that does not is replaced by LLaVA-1.5's (``VICUNA_TEMPLATE``).
+            ``{% generation %}``; one that does not is replaced by LLaVA-1.5's (``VICUNA_TEMPLATE``, with the
+            tokenizer's own end mark). An answer that the template does not end gets the tokenizer's end mark, which is
+            learned. Words that the tokenizer does not know are warned of, with their share.
         max_length: most tokens of a sample, image placeholders included; longer ones are cut at the end.
         on_bad_sample: "skip" takes the next good sample of the same modality instead and writes id and reason to
             ``bad_sample_file``; "stop" raises.
@@ -53,7 +80,8 @@ class TrainingData(Dataset[dict[str, Tensor]]):
         model: for those models: the model, whose language model says where the answer goes and how it ends.
 
     Raises:
-        ValueError: an unknown setting, or no model where one is needed.
+        ValueError: an unknown setting, one that would not be used, or no model where one is needed.
+        TypeError: a ``max_length`` that is no integer.
         BadSampleError: from ``data[i]`` with ``on_bad_sample="stop"``.
     """
 
@@ -71,6 +99,14 @@ class TrainingData(Dataset[dict[str, Tensor]]):
     ) -> None:
         if writes_pairs(processor) and model is None:
             raise ValueError(f"{type(processor).__name__} knows no chat: give TrainingData(..., model=model) too")
+        check_type("max_length", max_length, int)
+        if max_length < 1:
+            raise ValueError(f"max_length must be at least 1, got {max_length}; it counts image placeholders too")
+        if processor is not None and prompt_template != "{}" and not writes_pairs(processor):
+            raise ValueError(
+                f"prompt_template={prompt_template!r} is for models that know no chat; {type(processor).__name__} has "
+                "a chat template: leave prompt_template out"
+            )
         if "{}" not in prompt_template:
             raise ValueError(f"prompt_template={prompt_template!r} has no {{}}, where the question goes")
         for name, value, known in (
@@ -87,7 +123,11 @@ class TrainingData(Dataset[dict[str, Tensor]]):
         self.prompt_template = prompt_template
         self.text_config = base_model(model).config.text_config if model is not None else None
         marked = "{% generation" in (processor.chat_template or "")
-        self.template = processor.chat_template if marked else VICUNA_TEMPLATE
+        end = processor.tokenizer.eos_token or ""
+        self.template = processor.chat_template if marked else VICUNA_TEMPLATE.replace("</s>", end)
+        strange = unknown_words(records, processor.tokenizer)
+        if strange is not None:
+            warnings.warn(strange, stacklevel=2)
         bos = processor.tokenizer.bos_token
         self.adds_bos = bos is not None and bos not in self.template and "bos_token" not in self.template
 
@@ -128,8 +168,10 @@ class TrainingData(Dataset[dict[str, Tensor]]):
             )
         except (ValueError, TypeError, KeyError, IndexError) as error:
             raise BadSampleError(record.identity, f"the chat template or processor failed: {error}") from error
-        ids = encoded["input_ids"][0]
-        labels = ids.masked_fill(torch.as_tensor(encoded["assistant_masks"][0]) == 0, IGNORE)
+        learned = torch.as_tensor(encoded["assistant_masks"][0]).tolist()
+        told, learned = with_end_marks(encoded["input_ids"][0].tolist(), learned, self.processor.tokenizer)
+        ids = torch.tensor(told)
+        labels = ids.masked_fill(torch.tensor(learned) == 0, IGNORE)
         cut = ids[self.max_length :]
         if (cut == self.processor.image_token_id).any():
             raise BadSampleError(record.identity, f"its images do not fit into {self.max_length} tokens")

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 
 from mllm_crossget.api import accelerate_mllm
+from mllm_crossget.config import DIALS
 from mllm_crossget.embedded import WEIGHTS_FOLDER
 from mllm_crossget.families.family import module_at
 from mllm_crossget.hooks.ground.state import Handle, handle_of, live_cross_tokens
@@ -23,11 +24,22 @@ from mllm_crossget.methods.method import Method
 from mllm_crossget.training.adapters import lora_config, prepare_quantized, quantization_config
 from mllm_crossget.training.checkpoints import checkpoint_problem, last_complete_checkpoint
 from mllm_crossget.training.compute_budget import Budget, BudgetCallback, budget_of, method_for
-from mllm_crossget.training.data import Collator, TrainingData, bad_samples, load_records
+from mllm_crossget.training.data import Collator, Records, TrainingData, bad_samples, load_records
 from mllm_crossget.training.options import TrainerSettings, TrainOptions
+from mllm_crossget.training.same_run import (
+    check_same_method,
+    check_same_options,
+    finished_step,
+    last_step,
+    planned_steps,
+    write_options,
+)
 from mllm_crossget.training.trainer import CrossGetTrainer
+from mllm_crossget.user_files import check_output_folder, load_model
 
 BAD_SAMPLES_NAME = "bad_samples.jsonl"
+_AUTOMATIC = ("auto", "true", "True")
+_GO_FURTHER = "Give a larger max_steps or num_train_epochs, another output_dir, or --resume_from_checkpoint no"
 
 
 def run(options: TrainOptions, method: Method, args: TrainerSettings) -> int:
@@ -41,8 +53,21 @@ def run(options: TrainOptions, method: Method, args: TrainerSettings) -> int:
         OSError: a checkpoint could not be written.
     """
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(args.output_dir) / "runs"))
-    trainer = make_trainer(options, method, args)
+    check_output_folder(args.output_dir)
     resume = resume_point(args)
+    earlier = _earlier_run(options, args, resume)
+    trainer = make_trainer(options, method, args, earlier)
+    steps = planned_steps(args, len(trainer.get_train_dataloader()))
+    done = finished_step(args, steps) if earlier is not None else None
+    if done is not None:
+        _say(
+            trainer, f"the run in {args.output_dir} is finished (step {done} of {steps}): nothing to do. {_GO_FURTHER}"
+        )
+        return 0
+    if resume is not None and (last_step(resume) or 0) >= steps:
+        _say(trainer, f"going on from {resume}: all {steps} steps are trained, the result is written now")
+        trainer.take_checkpoint(resume)
+        return _finish(trainer, options, args)
     if resume is not None:
         _say(trainer, f"going on from {resume}")
     trainer.train(resume_from_checkpoint=resume)
@@ -50,6 +75,27 @@ def run(options: TrainOptions, method: Method, args: TrainerSettings) -> int:
     if trainer.state.global_step < trainer.state.max_steps:
         _say(trainer, f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}: start again to go on")
         return 0
+    return _finish(trainer, options, args)
+
+
+def _earlier_run(options: TrainOptions, args: TrainerSettings, resume: str | None) -> str | None:
+    """The checkpoint, or the result in the output folder, that this run goes on from; checked against the options.
+
+    Raises:
+        ValueError: the options are others than those of the earlier run.
+    """
+    folder = Path(args.output_dir)
+    automatic = args.resume_from_checkpoint in _AUTOMATIC
+    earlier = resume or (str(folder) if automatic and last_step(folder) is not None else None)
+    if earlier is not None:
+        check_same_options(options, Path(earlier).parent if resume else folder)
+    elif args.process_index == 0:
+        (folder / BAD_SAMPLES_NAME).unlink(missing_ok=True)  # of an earlier run
+        write_options(options, folder)
+    return earlier
+
+
+def _finish(trainer: CrossGetTrainer, options: TrainOptions, args: TrainerSettings) -> int:
     trainer.save_model()
     trainer.save_state()
     trainer.create_model_card(finetuned_from=options.model, dataset=options.train_data)
@@ -59,19 +105,35 @@ def run(options: TrainOptions, method: Method, args: TrainerSettings) -> int:
     return 0
 
 
-def make_trainer(options: TrainOptions, method: Method, args: TrainerSettings) -> CrossGetTrainer:
-    """Model, adapter, data and trainer of a run, in the only order that works."""
+def make_trainer(
+    options: TrainOptions, method: Method, args: TrainerSettings, earlier: str | None = None
+) -> CrossGetTrainer:
+    """Model, adapter, data and trainer of a run, in the only order that works; what is quickly checked comes first.
+
+    Args:
+        options, method, args: of the run.
+        earlier: checkpoint or result that the run goes on from; its reduction must be the same.
+
+    Raises:
+        ValueError: settings, data or a model that cannot be used, or would not be.
+    """
+    check_run(options, method, args)
     _start_deepspeed_on_cpu(args)
     set_seed(args.seed)
+    records = [load_records(path, options.image_folder) if path else None
+               for path in (options.train_data, options.eval_data)]  # fmt: skip
+    if earlier is not None and options.budget is None:
+        check_same_method(method, earlier)
     model, processor = load_base(options, args)
     budget = None if options.budget is None else budget_of(options.budget)
     if budget is not None:
         method = method_for(model.config, method, budget)
+        if earlier is not None:
+            check_same_method(method, earlier)
     model = accelerate_mllm(model, method)
     model = prepare_for_tuning(model, options, args)
     data = [
-        _data(path, processor, options, Path(args.output_dir), model) if path else None
-        for path in (options.train_data, options.eval_data)
+        _data(rows, processor, options, Path(args.output_dir), model) if rows is not None else None for rows in records
     ]
     return CrossGetTrainer(
         model=model,
@@ -87,6 +149,26 @@ def make_trainer(options: TrainOptions, method: Method, args: TrainerSettings) -
     )
 
 
+def check_run(options: TrainOptions, method: Method, args: TrainerSettings) -> None:
+    """Raise ``ValueError`` for options that this run would not use."""
+    if options.eval_data and args.eval_strategy == "no":
+        raise ValueError("eval_data is given and never looked at: give --eval_strategy steps (or epoch) too")
+    if options.budget is not None:
+        budget_of(options.budget)
+        plain = type(method)()
+        given = [name for name in DIALS if getattr(method, name) != getattr(plain, name)]
+        if given:
+            raise ValueError(f"budget={options.budget} chooses the dial, so {given} would not be used; leave one out")
+    changed = [name for name in ("calibration_images", "calibration_every")
+               if getattr(options, name) != TrainOptions.__dataclass_fields__[name].default]  # fmt: skip
+    if changed and not method.is_dynamic:
+        raise ValueError(f"{changed} are for methods that choose per image; {method.method} does not: leave them out")
+    if options.tuning == "cross_tokens" and (not method.has_learned_parts or method.is_identity):
+        raise ValueError(
+            f"tuning=cross_tokens: {method.method} at keep_ratio=1 or without cross tokens has nothing to learn"
+        )
+
+
 def load_base(options: TrainOptions, args: TrainerSettings) -> tuple[nn.Module, Any]:
     """The model, quantised if asked for, and its processor."""
     name = str(WEIGHTS_FOLDER) if options.model == "embedded" else options.model
@@ -94,11 +176,12 @@ def load_base(options: TrainOptions, args: TrainerSettings) -> tuple[nn.Module, 
     if options.bits != 16:
         compute = torch.bfloat16 if options.dtype == "auto" else getattr(torch, options.dtype)
         settings["quantization_config"] = quantization_config(options.bits, compute)
-    model = AutoModelForImageTextToText.from_pretrained(name, **settings)
+    model = load_model(name, lambda: AutoModelForImageTextToText.from_pretrained(name, **settings))
+    processor = load_model(name, lambda: AutoProcessor.from_pretrained(name))
     if options.bits != 16:
         model = prepare_quantized(model, gradient_checkpointing=args.gradient_checkpointing)
     model.config.use_cache = False
-    return model, AutoProcessor.from_pretrained(name)
+    return model, processor
 
 
 def prepare_for_tuning(model: nn.Module, options: TrainOptions, args: TrainerSettings) -> nn.Module:
@@ -134,7 +217,7 @@ def resume_point(args: TrainerSettings) -> str | None:
     choice = args.resume_from_checkpoint
     if choice in (None, "", "no", "false", "False"):
         return None
-    if choice in ("auto", "true", "True"):
+    if choice in _AUTOMATIC:
         return last_complete_checkpoint(args.output_dir)
     problem = checkpoint_problem(choice)
     if problem is not None:
@@ -150,9 +233,9 @@ def _freeze_parts(model: nn.Module, handle: Handle, options: TrainOptions) -> No
         module_at(model, handle.family.language_model).requires_grad_(False)
 
 
-def _data(path: str, processor: Any, options: TrainOptions, output_dir: Path, model: nn.Module) -> TrainingData:
+def _data(records: Records, processor: Any, options: TrainOptions, output_dir: Path, model: nn.Module) -> TrainingData:
     return TrainingData(
-        load_records(path, options.image_folder),
+        records,
         processor,
         max_length=options.max_length,
         on_bad_sample=options.on_bad_sample,

@@ -1,4 +1,4 @@
-"""What ``mllm-crossget train`` can be told, beside the reduction's settings, and defaults of the training arguments."""
+"""Options of ``mllm-crossget train``: what learns what, and this library's defaults of the training arguments."""
 
 from __future__ import annotations
 
@@ -7,83 +7,8 @@ from importlib.util import find_spec
 
 from transformers import TrainingArguments
 
-_TUNING = ("lora", "full", "bridge", "cross_tokens")
-_DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-
-@dataclass
-class TrainOptions:
-    """Which model learns what from which data.
-
-    Args:
-        model: folder or hub name of the model; "embedded" is the small one that ships with the package.
-        train_data: JSON, JSONL or parquet file, folder of ``datasets.save_to_disk``, or hub name.
-        eval_data: likewise, for ``eval_strategy``.
-        image_folder: where relative image paths start; by default the data file's folder.
-        tuning: "lora" (language model and cross tokens), "full" (everything but the vision tower, and the cross
-            tokens), "bridge" (what lies between tower and language model, and the cross tokens), or "cross_tokens"
-            alone.
-        train_cross_tokens: whether cross tokens learn.
-        lora_r: rank.
-        lora_alpha: scale of the adapter is lora_alpha / lora_r.
-        lora_dropout: dropout in front of the adapter, 0 to 1.
-        projector: with LoRA: "frozen", "lora", or "full".
-        vision_tower: with LoRA: adapt the vision tower too; with full or bridge tuning: train it too.
-        bits: 4 or 8 for QLoRA, 16 for no quantisation.
-        dtype: of the frozen weights: auto (as stored), float32, bfloat16, float16.
-        max_length: most tokens of a sample, image placeholders included.
-        image_aspect: "pad" pictures to squares as LLaVA-1.5, or "keep" them as they are.
-        prompt_template: what stands around the question for models that know no chat (BLIP-2), such as
-            "Question: {} Answer:".
-        on_bad_sample: "skip" (counted, ids in bad_samples.jsonl) or "stop".
-        budget: for the dial, in place of keep_ratio, visual_tokens and r: a share of FLOPs to save, such as 0.8, or a
-            published target, such as nlvr2-0.8; for one image and 60 tokens of text.
-        calibration_images: of the training data, that a method which chooses per image is calibrated on.
-        calibration_every: steps between two calibrations.
-        distillation_weight: factor of the distillation towards the unaccelerated model, 0 is off.
-        distillation_temperature: softens its distributions.
-    """
-
-    model: str = ""
-    train_data: str = ""
-    eval_data: str | None = None
-    image_folder: str | None = None
-    tuning: str = "lora"
-    train_cross_tokens: bool = True
-    lora_r: int = 128
-    lora_alpha: int = 256
-    lora_dropout: float = 0.05
-    projector: str = "frozen"
-    vision_tower: bool = False
-    bits: int = 16
-    dtype: str = "auto"
-    max_length: int = 2048
-    image_aspect: str = "pad"
-    prompt_template: str = "{}"
-    on_bad_sample: str = "skip"
-    budget: str | None = None
-    calibration_images: int = 64
-    calibration_every: int = 100
-    distillation_weight: float = 0.0
-    distillation_temperature: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name in ("model", "train_data"):
-            if not getattr(self, name):
-                raise ValueError(f"{name} is not set; write it into the YAML file or give --{name}")
-        for name, known in (
-            ("tuning", _TUNING),
-            ("dtype", _DTYPES),
-            ("projector", ("frozen", "lora", "full")),
-            ("bits", (4, 8, 16)),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
-        for name in ("calibration_images", "calibration_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.bits != 16 and self.tuning == "full":
-            raise ValueError(f"bits={self.bits} freezes the weights; use tuning=lora, or bits=16 for full tuning")
+from mllm_crossget.field_types import check_least
+from mllm_crossget.training.train_options import TrainOptions
 
 
 @dataclass
@@ -110,4 +35,13 @@ class TrainerSettings(TrainingArguments):
     def __post_init__(self) -> None:
         if self.report_to in ("default", ["default"]):
             self.report_to = ["tensorboard"] if find_spec("tensorboard") else "none"
+        check_least(self, per_device_train_batch_size=1, per_device_eval_batch_size=1, gradient_accumulation_steps=1)
+        check_least(self, learning_rate=0, weight_decay=0, warmup_steps=0, dataloader_num_workers=0)
+        if self.max_steps <= 0 and self.max_steps != -1:
+            raise ValueError(f"max_steps must be at least 1, got {self.max_steps}; -1 trains for num_train_epochs")
+        if self.max_steps == -1 and not self.num_train_epochs > 0:
+            raise ValueError(f"num_train_epochs must be above 0, got {self.num_train_epochs}")
         super().__post_init__()
+
+
+__all__ = ["TrainOptions", "TrainerSettings"]

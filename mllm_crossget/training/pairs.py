@@ -58,7 +58,7 @@ def encode_pair(
     if roles != ["user", "assistant"]:
         raise BadSampleError(record.identity, f"it has the turns {roles}; this model needs one question and one answer")
     question, answer = (_text(message) for message in record.messages)
-    encoded = processor(images=images[0], text=template.format(question).strip(), return_tensors="pt")
+    encoded = processor(images=images[0], text=template.replace("{}", question).strip(), return_tensors="pt")
     prompt = encoded["input_ids"][0]
     # Behind a prompt, byte-pair vocabularies have words with their space.
     spoken = processor.tokenizer(" " + answer.strip(), add_special_tokens=False)["input_ids"]

@@ -5,7 +5,6 @@ Every format becomes records with ``id``, ``messages`` (the roles and parts of a
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,9 @@ from typing import Any
 
 from PIL import Image
 
+from mllm_crossget.training.columns import check_columns, images_of, joined_parts, turn_problem
+from mllm_crossget.user_files import open_picture
+
 _IMAGE_TAG = "<image>"
 _ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 
@@ -21,9 +23,16 @@ _ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "ass
 class BadSampleError(ValueError):
     """A training sample that cannot be used: its id and why."""
 
-    def __init__(self, identity: str, reason: str) -> None:
-        super().__init__(f"sample {identity!r}: {reason}")
-        self.identity, self.reason = identity, reason
+    def __init__(self, identity: str, reason: str | None = None) -> None:
+        # A worker of the data loader hands over one text: a traceback that ends with the message.
+        told = (
+            identity.rpartition("BadSampleError: ")[2].strip() if reason is None else f"sample {identity!r}: {reason}"
+        )
+        super().__init__(told)
+        self.identity, self.reason = identity, told if reason is None else reason
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.identity, self.reason)
 
 
 @dataclass
@@ -50,7 +59,7 @@ class Records:
     """
 
     def __init__(self, rows: Sequence[Any], image_folder: str | Path = ".") -> None:
-        self.rows, self.folder = rows, Path(image_folder)
+        self.rows, self.folder = rows, Path(image_folder).expanduser()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -68,7 +77,10 @@ class Records:
         turns = row.get("messages", row.get("conversations"))
         if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
             raise BadSampleError(identity, "it has no 'messages' (or 'conversations')")
-        images = _images_of(row)
+        try:
+            images = images_of(row)
+        except ValueError as error:
+            raise BadSampleError(identity, str(error)) from error
         messages = [_message(turn, identity) for turn in turns]
         tagged = sum(part["type"] == "image" for message in messages for part in message["content"])
         if tagged == 0 and images:
@@ -84,13 +96,10 @@ class Records:
         """Decode one image completely, as RGB. Raises ``BadSampleError`` if that is not possible."""
         try:
             if isinstance(image, Mapping):
-                image = io.BytesIO(image["bytes"]) if image.get("bytes") else image["path"]
-            if isinstance(image, bytes):
-                image = io.BytesIO(image)
-            if isinstance(image, Image.Image):
-                return image.convert("RGB")
-            with Image.open(self.folder / image if isinstance(image, (str, Path)) else image) as opened:
-                return opened.convert("RGB")
+                image = image["bytes"] if image.get("bytes") else image["path"]
+            if isinstance(image, (str, Path)):
+                image = self.folder / Path(image).expanduser()
+            return open_picture(image)
         # PIL reports broken files with any of these.
         except (OSError, SyntaxError, ValueError, KeyError, TypeError, Image.DecompressionBombError) as error:
             raise BadSampleError(identity, f"its image cannot be read: {error}") from error
@@ -102,30 +111,36 @@ class Records:
             row = row if isinstance(row, Mapping) else {}
             turns = row.get("messages", row.get("conversations"))
             lengths.append(len(json.dumps(turns, default=str).split()))
-            pictured.append(bool(_images_of(row)))
+            pictured.append(_has_image(row))
         return lengths, pictured
 
 
-def load_records(path: str | Path, image_folder: str | Path | None = None, split: str = "train") -> Records:
+def load_records(path: str | Path, image_folder: str | Path | None = None, split: str | None = None) -> Records:
     """Open a training file.
 
     Args:
         path: ``.json`` or ``.jsonl`` (LLaVA's ``conversations`` or chat ``messages``), ``.parquet``, a folder written
             by ``datasets.save_to_disk``, or the name of a dataset on the hub.
         image_folder: where relative image paths start; by default the file's folder.
-        split: of a hub dataset.
+        split: of a hub dataset, or of a folder that holds several; "train" if not given.
 
     Raises:
-        ValueError: the file does not exist, is not valid, or holds no samples.
+        ValueError: the file does not exist, is not valid, or holds no samples; columns whose content would be lost; a
+            split of a file that has none.
     """
-    file = Path(path)
-    folder = Path(image_folder) if image_folder is not None else file.parent
+    file = Path(path).expanduser()
+    folder = Path(image_folder).expanduser() if image_folder is not None else file.parent
+    if not folder.is_dir() and (image_folder is not None or file.is_file()):
+        raise ValueError(f"the image folder {image_folder} does not exist; give the folder where image paths start")
+    if split is not None and file.suffix in (".json", ".jsonl", ".parquet"):
+        raise ValueError(f"split={split!r}: {path} is one file and has no splits; leave split out")
     if file.suffix in (".json", ".jsonl"):
         rows: Any = _read_json(file)
     else:
         rows = _read_dataset(file, str(path), split)
     if not len(rows):
         raise ValueError(f"{path} holds no samples")
+    check_columns(str(path), rows)
     return Records(rows, folder)
 
 
@@ -133,16 +148,17 @@ def _read_json(file: Path) -> list[Any]:
     if not file.is_file():
         raise ValueError(f"{file} does not exist; give the path of a JSON, JSONL or parquet file")
     try:
-        with file.open(encoding="utf-8") as lines:
+        with file.open(encoding="utf-8-sig") as lines:
             rows = [json.loads(line) for line in lines if line.strip()] if file.suffix == ".jsonl" else json.load(lines)
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise ValueError(f"{file} is not valid JSON in UTF-8: {reason}") from error
     if not isinstance(rows, list):
         raise ValueError(f"{file} holds a {type(rows).__name__}, expected a list of samples")
     return rows
 
 
-def _read_dataset(file: Path, name: str, split: str) -> Any:
+def _read_dataset(file: Path, name: str, split: str | None) -> Any:
     import datasets  # heavy, and not needed for JSON
 
     if file.suffix == ".parquet":
@@ -150,10 +166,9 @@ def _read_dataset(file: Path, name: str, split: str) -> Any:
             raise ValueError(f"{file} does not exist; give the path of a JSON, JSONL or parquet file")
         rows = datasets.Dataset.from_parquet(str(file), keep_in_memory=False)
     elif file.is_dir():
-        rows = datasets.load_from_disk(name)
-        rows = rows[split] if isinstance(rows, datasets.DatasetDict) else rows
+        rows = _of_split(file, split)
     else:
-        rows = datasets.load_dataset(name, split=split)
+        rows = datasets.load_dataset(name, split=split or "train")
     for column, feature in rows.features.items():
         inner = getattr(feature, "feature", feature)
         if isinstance(inner, datasets.Image):  # decoded here it could not be skipped when it is broken
@@ -162,18 +177,37 @@ def _read_dataset(file: Path, name: str, split: str) -> Any:
     return rows
 
 
-def _images_of(row: Mapping[str, Any]) -> list[Any]:
-    images = row.get("images", row.get("image"))
-    if images is None or (isinstance(images, str) and not images):
-        return []
-    return list(images) if isinstance(images, (list, tuple)) else [images]
+def _of_split(folder: Path, split: str | None) -> Any:
+    import datasets
+
+    try:
+        rows = datasets.load_from_disk(str(folder))
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(f"{folder} is no folder that datasets.save_to_disk wrote: {error}") from error
+    if isinstance(rows, datasets.DatasetDict):
+        if (split or "train") not in rows:
+            raise ValueError(f"{folder} has no split {split or 'train'!r}; it has {', '.join(rows)}")
+        return rows[split or "train"]
+    if split is not None:
+        raise ValueError(f"split={split!r}: {folder} has no splits; leave split out")
+    return rows
+
+
+def _has_image(row: Mapping[str, Any]) -> bool:
+    try:
+        return bool(images_of(row))
+    except ValueError:  # told when the row is asked for
+        return False
 
 
 def _message(turn: Any, identity: str) -> dict[str, Any]:
     if not isinstance(turn, Mapping):
         raise BadSampleError(identity, f"a turn is a {type(turn).__name__}, not an object")
+    problem = turn_problem(turn)
+    if problem is not None:
+        raise BadSampleError(identity, problem)
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-    if role not in _ROLES:
+    if not isinstance(role, str) or role not in _ROLES:
         raise BadSampleError(identity, f"unknown role {role!r}; known are {', '.join(_ROLES)}")
     if isinstance(content, str):
         return {"role": _ROLES[role], "content": _parts(content)}
@@ -185,7 +219,7 @@ def _message(turn: Any, identity: str) -> dict[str, Any]:
         if kind not in ("image", "text") or (kind == "text" and not isinstance(part.get("text"), str)):
             raise BadSampleError(identity, f"a part of a turn is neither text nor an image: {str(part)[:60]}")
         parts.append({"type": "image"} if kind == "image" else {"type": "text", "text": part["text"]})
-    return {"role": _ROLES[role], "content": parts}
+    return {"role": _ROLES[role], "content": joined_parts(parts)}
 
 
 def _parts(text: str) -> list[dict[str, str]]:

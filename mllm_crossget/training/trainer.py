@@ -12,11 +12,12 @@ from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import AutoModelForImageTextToText, Trainer
+from transformers import AutoModelForImageTextToText, Trainer, TrainerState
 
 from mllm_crossget.checkpoint import load_crossget
 from mllm_crossget.config import method_class
 from mllm_crossget.costs.flops import model_flops
+from mllm_crossget.embedded import WEIGHTS_FOLDER
 from mllm_crossget.hooks.ground.state import Handle, base_model, handle_of, live_cross_tokens
 from mllm_crossget.hooks.model.cross_files import write_files
 from mllm_crossget.training.checkpoints import last_complete_checkpoint
@@ -161,6 +162,8 @@ class CrossGetTrainer(Trainer):
         if self.args.should_save and self._saves_adapter:
             state = None if state_dict is None else _cross_tokens_in(state_dict, _handle(self.model))
             write_files(self.model, output_dir or self.args.output_dir, state)
+        elif self.args.should_save and _handle(self.model).method.is_identity:  # whose save_pretrained is the stock one
+            _handle(self.model).method.save_pretrained(output_dir or self.args.output_dir)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         try:
@@ -181,7 +184,13 @@ class CrossGetTrainer(Trainer):
         # Trainer itself would find nothing: transformers 5 renames a LLaVA's weights on disk.
         stock = AutoModelForImageTextToText.from_pretrained(resume_from_checkpoint, dtype=target.dtype)
         target.load_state_dict(stock.state_dict(), strict=False)
-        load_crossget(target, resume_from_checkpoint, adapter=False)
+        if not _handle(target).method.is_identity:
+            load_crossget(target, resume_from_checkpoint, adapter=False)
+
+    def take_checkpoint(self, folder: str) -> None:
+        """The weights and the state of a checkpoint, without training."""
+        self._load_from_checkpoint(folder)
+        self.state = TrainerState.load_from_json(str(Path(folder) / "trainer_state.json"))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """``README.md`` with the run's settings and metrics, in place of the stub that PEFT writes."""
@@ -293,6 +302,22 @@ def _cross_tokens_in(state: dict[str, Tensor], handle: Handle) -> dict[str, Tens
     return found
 
 
+def _is_of_hub(base: str) -> bool:
+    """Whether a base model's name means something on the hub; a folder of this machine and "embedded" do not."""
+    return base not in ("", "embedded") and not Path(base).expanduser().is_dir() and base.count("/") <= 1
+
+
+def _base_and_its_loading(base: str, kind: str) -> tuple[str, str]:
+    """The base model in words for a reader elsewhere, and the line that loads it."""
+    if base == "embedded" or Path(base) == WEIGHTS_FOLDER:
+        line = "from mllm_crossget.embedded import load_embedded; base_model, _ = load_embedded()"
+        return "The small model that ships with mllm_crossget", line
+    if _is_of_hub(base):
+        return base, f'from transformers import {kind}; base_model = {kind}.from_pretrained("{base}")'
+    name = Path(base).name or kind
+    return f"A local model ({name})", f'from transformers import {kind}; base_model = {kind}.from_pretrained("{name}")'
+
+
 def model_card(trainer: Trainer, base: str, dataset: Any) -> str:
     """A model card with the run's metrics, in the hub's format."""
     handle = _handle(trainer.model)
@@ -300,10 +325,11 @@ def model_card(trainer: Trainer, base: str, dataset: Any) -> str:
     rows = "\n".join(f"| {name} | {value:.6g} |" for name, value in final.items() if isinstance(value, int | float))
     settings = "\n".join(f"    {name}: {value}" for name, value in handle.method.to_dict().items())
     is_adapter = base_model(trainer.model) is not trainer.model
+    kind = "adapter" if is_adapter else "finetune"
+    of_hub = f"\nbase_model: {base}\nbase_model_relation: {kind}" if _is_of_hub(base) else ""
+    base, loading = _base_and_its_loading(base, type(base_model(trainer.model)).__name__)
     return f"""---
-library_name: {"peft" if is_adapter else "transformers"}
-base_model: {base}
-base_model_relation: {"adapter" if is_adapter else "finetune"}
+library_name: {"peft" if is_adapter else "transformers"}{of_hub}
 pipeline_tag: image-text-to-text
 tags: [llava, token-merging, crossget]
 ---
@@ -314,6 +340,7 @@ tags: [llava, token-merging, crossget]
 {dataset} for {trainer.state.global_step} steps.
 
     from mllm_crossget.training import load_finetuned
+    {loading}
     model = load_finetuned(base_model, "this folder or repository")
 
 Settings of the reduction:

@@ -78,9 +78,26 @@ def test_trains_reports_and_saves(work, tmp_path, capsys):
     assert entry["visual_tokens"] == 36
     assert math.isfinite(entry["alignment_loss"])
     load_finetuned(build_model(), tmp_path)
-    # Started again, it goes on from the last checkpoint and has nothing left to do.
+    # Started again, it has nothing left to do and leaves its result alone.
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.safetensors")}
     assert main(["train", config, *words]) == 0
+    assert "is finished (step 4 of 4): nothing to do" in capsys.readouterr().out
+    assert before == {path: path.read_bytes() for path in tmp_path.glob("*.safetensors")}
+    # With more steps it goes on; with another reduction or adapter it is refused by name.
+    for changed, name in ((["--keep_ratio", "0.5"], "keep_ratio=0.5 (it was 0.25)"), (["--lora_r", "4"], "lora_r=4")):
+        assert main(["train", config, *words, "--max_steps", "6", *changed]) == 2
+        assert name in capsys.readouterr().err
+    # What a killed run left unwritten is written from its last checkpoint.
+    (tmp_path / "trainer_state.json").unlink()
+    (tmp_path / "adapter_model.safetensors").unlink()
+    assert main(["train", config, *words]) == 0
+    assert "all 4 steps are trained" in capsys.readouterr().out
+    assert before == {path: path.read_bytes() for path in tmp_path.glob("*.safetensors")}
+    assert main(["train", config, *words, "--max_steps", "6"]) == 0
     assert "going on from" in capsys.readouterr().out
+    card = (tmp_path / "README.md").read_text()
+    assert str(work) not in card
+    assert "base_model:" not in card
 
 
 @pytest.mark.parametrize("tuning", ["full", "cross_tokens"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ from huggingface_hub import HfApi
 from torch import Tensor, nn
 
 from mllm_crossget.hooks.model.cross_files import without_cross_tokens, write_files
+
+_FOR_UPLOADS = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr")
 
 
 class SavedModel(nn.Module):
@@ -24,7 +27,16 @@ class SavedModel(nn.Module):
     ) -> None:
         """As the original - the checkpoint holds the stock weights alone - plus ``crossget_config.json`` and
         ``crossget.safetensors`` beside it. ``push_to_hub`` uploads the whole folder."""
-        upload = {name: kwargs.pop(name) for name in ("repo_id", "commit_message", "private") if name in kwargs}
+        upload = {name: kwargs.pop(name) for name in _FOR_UPLOADS if name in kwargs}
+        if upload and not push_to_hub:
+            raise ValueError(f"{sorted(upload)} are for uploads: give push_to_hub=True too, or leave them out")
+        if kwargs.get("safe_serialization"):  # transformers 5 writes nothing else
+            del kwargs["safe_serialization"]
+        known = inspect.signature(super().save_pretrained).parameters
+        unknown = sorted(set(kwargs) - set(known))
+        if unknown:
+            raise TypeError(f"save_pretrained knows no {unknown}; it takes {sorted({*known, *_FOR_UPLOADS})}")
+        save_directory = Path(save_directory).expanduser()
         state = self.state_dict() if state_dict is None else state_dict
         super().save_pretrained(save_directory, is_main_process, without_cross_tokens(state), **kwargs)
         if is_main_process:
@@ -39,7 +51,8 @@ def _upload(
     commit_message: str = "Upload model",
     private: bool | None = None,
     token: str | bool | None = None,
+    **commit: Any,
 ) -> None:
     api = HfApi(token=token)
     repo = api.create_repo(repo_id or folder.name, private=private, exist_ok=True)
-    api.upload_folder(folder_path=folder, repo_id=repo.repo_id, commit_message=commit_message)
+    api.upload_folder(folder_path=folder, repo_id=repo.repo_id, commit_message=commit_message, **commit)

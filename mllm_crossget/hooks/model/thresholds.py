@@ -176,6 +176,10 @@ def _pixels(images: Any, processor: Any) -> Tensor:
                 "processor=... with pictures"
             )
         images = getattr(processor, "image_processor", processor)(images=images, return_tensors="pt")["pixel_values"]
+    elif not images.is_floating_point():
+        raise TypeError(
+            f"images of {images.dtype} are no pixel values as a processor makes them; give pictures and processor"
+        )
     if images.ndim != 4 or not len(images):
         raise TypeError(f"images must be of shape (images, channels, height, width), got {tuple(images.shape)}")
     return images

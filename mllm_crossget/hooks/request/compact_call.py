@@ -105,9 +105,28 @@ def require_ids(handle: Handle, kwargs: dict[str, Any]) -> None:
         raise ValueError("images were given without input_ids; pass the prompt's token ids as the processor makes them")
 
 
+def _refuse_changed_config(model: nn.Module, handle: Handle) -> None:
+    """Raise ``ValueError`` where the configuration asks for other features than the model was accelerated for."""
+    if torch.compiler.is_compiling():
+        return
+    try:
+        same = handle.family.geometry(model.config) == handle.geometry
+    except ValueError as error:
+        raise ValueError(f"model.config was changed after accelerate_mllm: {error}") from error
+    if not same:
+        told = ", ".join(
+            f"{name}={value!r}" for name in _READ if (value := getattr(model.config, name, None)) is not None
+        )
+        raise ValueError(
+            f"model.config was changed after accelerate_mllm (now {told}), and the numbers of tokens were made for "
+            "what it said then: set it first, and call restore_mllm and accelerate_mllm again"
+        )
+
+
 def is_full_prompt(model: nn.Module, handle: Handle, kwargs: dict[str, Any]) -> bool:
     """Whether the call's ids still hold the processor's placeholders. Raises ``ValueError`` where nothing fits."""
     require_ids(handle, kwargs)
+    _refuse_changed_config(model, handle)
     ids = kwargs["input_ids"]
     if ids.ndim != 2 or ids.is_floating_point():
         raise TypeError(f"input_ids must be integers of shape (rows, columns), got {ids.dtype} {tuple(ids.shape)}")
@@ -119,6 +138,13 @@ def _is_full(model: nn.Module, handle: Handle, modality: Modality, kwargs: dict[
     if given_features(modality, kwargs) is None:
         _check_pixels(model, handle, modality, kwargs[modality.pixels])
     total = int((kwargs["input_ids"] == token_of(model, modality)).sum())
+    cached = cached_columns(cache_in(kwargs))
+    if total == 0 and cached:
+        raise ValueError(
+            f"{modality.pixels} are given again beside a KV cache of {cached} columns, and no new column holds an "
+            "image placeholder: the cache holds the image already. Give it with its first prompt alone, and leave "
+            f"{modality.pixels} out when the conversation goes on"
+        )
     features = known_features(model, handle, modality, kwargs)
     compact = None if features is None else sum(features)
     if total != compact and features != []:

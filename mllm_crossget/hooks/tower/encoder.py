@@ -70,6 +70,7 @@ def run_tower(
     Returns:
         (B, T, D) tokens and (B, T) their sizes, None if nothing was merged.
     """
+    refuse_tracing()
     hidden, vectors = embeds, None
     if state.schedule(embeds.shape[1]).cross:
         hidden = torch.cat([hidden, first_cross_token(hidden, state.geometry.prefix)], dim=1)
@@ -120,6 +121,15 @@ def last_token(hidden: Tensor, size: Tensor | None) -> Tensor:
     if size is None:
         return hidden[:, -1]
     return hidden.gather(1, last_places(size).expand(-1, 1, hidden.shape[-1]))[:, 0]
+
+
+def refuse_tracing() -> None:
+    """Raise ``ValueError`` inside ``torch.jit.trace``, where counts of tokens are tensors and no longer integers."""
+    if torch.jit.is_tracing():
+        raise ValueError(
+            "torch.jit.trace cannot record an accelerated vision tower, whose numbers of tokens are computed: use "
+            "torch.compile, or restore_mllm(model) first"
+        )
 
 
 def refuse_mask(attention_mask: Tensor | None) -> None:

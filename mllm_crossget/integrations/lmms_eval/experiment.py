@@ -21,8 +21,10 @@ import yaml
 from tqdm import tqdm
 
 from mllm_crossget.config import method_class
+from mllm_crossget.field_types import check_field_types
 from mllm_crossget.integrations.lmms_eval import tasks_dir
 from mllm_crossget.integrations.lmms_eval.results import collect, read_result, write_result
+from mllm_crossget.user_files import check_output_folder, read_yaml
 
 BASELINE = "none"
 _TAIL = 25  # lines of a failed run's log that are shown
@@ -67,10 +69,19 @@ class EvalOptions:
     device: str | None = None
 
     def __post_init__(self) -> None:
+        check_field_types(self)
         if not self.suite:
             raise ValueError("no suite given: name a YAML file such as eval/suites/embedded.yaml")
         for name in self.methods:
+            for dials in ({"keep_ratio": value} for value in self.keep_ratios):
+                method_class(name)(**dials)  # says what is wrong with it
+            for removed in self.rs:
+                method_class(name)(r=removed)
             method_class(name)  # says which there are
+        if self.adapter and not (self.keep_ratios or self.rs):
+            raise ValueError("adapter is for reduced runs, and there are none: give keep_ratios or rs, or leave it out")
+        if self.adapter and self.adapter.startswith((".", "/")) and not Path(self.adapter).exists():
+            raise ValueError(f"the adapter {self.adapter} does not exist; give a folder, or a repository of the hub")
         for name, value in (("processes", self.processes), ("batch_size", self.batch_size), ("limit", self.limit)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -108,6 +119,7 @@ def run(options: EvalOptions) -> int:
     """
     folder = Path(options.output_dir)
     runs = planned(options)
+    check_output_folder(folder)
     missing = [item for item in runs if not _finished(item, folder)]
     print(f"{len(runs)} runs, {len(runs) - len(missing)} of them finished")
     for item in tqdm(missing, desc="runs"):
@@ -150,9 +162,11 @@ def _entries(options: EvalOptions) -> list[dict[str, Any]]:
     path = Path(options.suite)
     if not path.is_file():
         raise ValueError(f"the suite {path} does not exist; give a YAML file with a list of lmms-eval's runs")
-    entries = yaml.safe_load(path.read_text())
+    entries = read_yaml(path)
     if not isinstance(entries, list) or not all(isinstance(entry, dict) and "tasks" in entry for entry in entries):
         raise ValueError(f"{path} must hold a list of runs, each with 'tasks' and other options of lmms-eval")
+    if not all(isinstance(entry["tasks"], str) for entry in entries):
+        raise ValueError(f"{path}: 'tasks' must be the name of one task")
     several = [entry["tasks"] for entry in entries if "," in entry["tasks"]]
     if several:
         raise ValueError(f"{path}: {several[0]!r} is several tasks; a run has one, so that its times are its own")

@@ -17,6 +17,7 @@ from mllm_crossget.api import accelerate_mllm
 from mllm_crossget.checkpoint import OFFICIAL_WEIGHTS_NAME, load_crossget, load_official_cross_tokens
 from mllm_crossget.config import CONFIG_NAME, ReductionConfig, method_class
 from mllm_crossget.embedded import WEIGHTS_FOLDER
+from mllm_crossget.field_types import check_type
 from mllm_crossget.hooks.ground.state import handle_of
 from mllm_crossget.methods.method import Method
 
@@ -66,6 +67,8 @@ class ModelArgs:
             raise ValueError(f'reduction={self.reduction!r}: write "reduction=none" for the baseline, or method=...')
         if self.reduction == "none" and (self.given or self.method):
             raise ValueError(f"reduction=none leaves nothing to set, got {self.given or self.method!r}")
+        for name in ("load_in_4bit", "load_in_8bit"):
+            check_type(name, getattr(self, name), bool)
         if self.load_in_4bit and self.load_in_8bit:
             raise ValueError("load_in_4bit and load_in_8bit exclude each other; give one of them")
         if self.device and self.device_map:
