@@ -16,16 +16,17 @@ PARTS = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in FILE
 MOST_LINES_OF_A_FILE = 400
 MOST_LINES_OF_A_FUNCTION = 60
 
-_BASE = {"config", "schedule", "ops"}
+_BASE = {"atomic_files", "config", "schedule", "ops"}
 _FLOOR = {*_BASE, "flop_formulas", "families", "methods"}
 # Rooms of ``hooks`` from the ground up: each may import those below it.
 ROOMS = ("ground", "tower", "projector", "text", "request", "reuse", "model", "apply")
 _HOOKS = {*_FLOOR, *(f"hooks.{room}" for room in ROOMS)}
-_API = {*_HOOKS, "support", "api", "batching", "checkpoint", "moved"}
+_API = {*_HOOKS, "support", "transaction", "api", "batching", "checkpoint", "moved"}
 _USES = {*_API, "retrieval", "training", "benchmark", "costs", "integrations", "embedded", "visualize"}
 # What each part may import from the package. A part that is not listed may not exist.
 ARROWS: dict[str, set[str]] = {
-    "config": set(),
+    "atomic_files": set(),
+    "config": {"atomic_files"},
     "moved": set(),
     "schedule": {"config"},
     "flop_formulas": set(),
@@ -39,6 +40,7 @@ ARROWS: dict[str, set[str]] = {
         for number, room in enumerate(ROOMS)
     },
     "support": _HOOKS,
+    "transaction": _HOOKS,
     "costs": {*_FLOOR, "costs", "support", "moved"},
     "api": _API,
     "batching": _API,
@@ -52,6 +54,7 @@ ARROWS: dict[str, set[str]] = {
 }
 # Third-party packages; parts that are not listed are free.
 PACKAGES: dict[str, set[str]] = {
+    "atomic_files": set(),
     "kernels": {"numba", "numpy", "torch", "triton"},
     "ops": {"torch"},
     "schedule": set(),

@@ -17,7 +17,7 @@ from transformers import AutoModelForImageTextToText, Trainer
 from mllm_crossget.checkpoint import load_crossget
 from mllm_crossget.config import method_class
 from mllm_crossget.costs.flops import model_flops
-from mllm_crossget.hooks.ground.state import Handle, base_model, handle_of, live_cross_tokens
+from mllm_crossget.hooks.ground.state import Handle, base_model, handle_of, live_cross_tokens, wrapped_by_peft
 from mllm_crossget.hooks.model.cross_files import write_files
 from mllm_crossget.training.checkpoints import last_complete_checkpoint
 from mllm_crossget.training.compute_budget import BudgetCallback, take_settings
@@ -191,7 +191,7 @@ class CrossGetTrainer(Trainer):
 
     @property
     def _saves_adapter(self) -> bool:
-        return base_model(self.model) is not self.model
+        return wrapped_by_peft(self.model)
 
 
 def flops_saved(model: nn.Module, text_tokens: int) -> float:
@@ -223,7 +223,7 @@ def _check_model(model: nn.Module, train_cross_tokens: bool) -> None:
                 f"the {said} are frozen: give PEFT modules_to_save=['{name}'] (lora_config does), "
                 "after accelerate_mllm, or pass train_cross_tokens=False to leave them as they are"
             )
-        elif base_model(model) is not model and not isinstance(module, ModulesToSaveWrapper):
+        elif wrapped_by_peft(model) and not isinstance(module, ModulesToSaveWrapper):
             raise ValueError(
                 f"the {said} are not part of the adapter and would not be saved with it: call "
                 f"accelerate_mllm before get_peft_model, with modules_to_save=['{name}'] (lora_config does)"
@@ -256,7 +256,7 @@ def _check_arguments(trainer: CrossGetTrainer) -> None:
             f"label_smoothing_factor={args.label_smoothing_factor}: transformers smooths the loss of this model "
             "without shifting its labels, which is wrong; set it to 0"
         )
-    if args.load_best_model_at_end and base_model(trainer.model) is trainer.model:
+    if args.load_best_model_at_end and not wrapped_by_peft(trainer.model):
         raise ValueError("load_best_model_at_end works with adapters only; load the best checkpoint yourself")
     if trainer.distillation_weight and answers_apart(base_model(trainer.model).config):
         raise ValueError("distillation compares next-token logits of a decoder; this language model has an encoder too")
@@ -298,7 +298,7 @@ def model_card(trainer: Trainer, base: str, dataset: Any) -> str:
     final = next((entry for entry in reversed(trainer.state.log_history) if "task_loss" in entry), {})
     rows = "\n".join(f"| {name} | {value:.6g} |" for name, value in final.items() if isinstance(value, int | float))
     settings = "\n".join(f"    {name}: {value}" for name, value in handle.method.to_dict().items())
-    is_adapter = base_model(trainer.model) is not trainer.model
+    is_adapter = wrapped_by_peft(trainer.model)
     return f"""---
 library_name: {"peft" if is_adapter else "transformers"}
 base_model: {base}
