@@ -247,7 +247,7 @@ def _put_adapter(model: nn.Module, folder: str, hub_kwargs: dict[str, Any]) -> N
         with recorded_change(target) as changes:
             report = target.load_adapter(folder, adapter_kwargs=dict(hub_kwargs))
             _check_report(report, folder)
-    except (OSError, ValueError):
+    except OSError:
         raise
     except Exception as error:  # PEFT raises anything for a configuration that is not its own
         raise ValueError(f"the adapter in {folder} cannot be loaded: {type(error).__name__}: {error}") from error
@@ -261,7 +261,7 @@ def _check_report(report: Any, folder: str) -> None:
         left = [name for name in names if kind != "missing_keys" or not is_cross_token(name)]
         if left:
             raise ValueError(
-                f"the adapter in {folder} does not fit this model: {kind.replace('_', ' ')} {left[:3]} "
+                f"it does not fit this model: {kind.replace('_', ' ')} {left[:3]} "
                 f"({len(left)} in all); was it made for another model?"
             )
 

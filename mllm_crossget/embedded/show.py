@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mllm_crossget.api import accelerate_mllm
+from mllm_crossget.atomic_files import replaced
 from mllm_crossget.embedded import load_embedded
 from mllm_crossget.embedded.scenes import render, sample_layouts, to_image
 from mllm_crossget.hooks.model.thresholds import calibrate
@@ -70,7 +71,8 @@ def run(options: ShowOptions, method: Method) -> int:
         print(f"image {index + 1}: {' '.join(str(count) for count in counts[index].tolist())}")
     path = Path(options.output)
     path.parent.mkdir(parents=True, exist_ok=True)
-    contact_sheet(rows).save(path)
+    with replaced(path) as new:
+        contact_sheet(rows).save(new)
     print(f"written to {path}")
     return 0
 

@@ -200,7 +200,13 @@ def load_finetuned(model: nn.Module, name_or_path: str | Path, **hub_kwargs: Any
     with unchanged_after_error(target):
         load_crossget(target, name_or_path, adapter=False, **hub_kwargs)  # takes an adapter of ours off
         check_adapter(target, name_or_path, **hub_kwargs)
-        with recorded_change(target) as changes:
-            wrapped = PeftModel.from_pretrained(target, str(name_or_path), **hub_kwargs)
+        try:
+            with recorded_change(target) as changes:
+                wrapped = PeftModel.from_pretrained(target, str(name_or_path), **hub_kwargs)
+        except OSError:
+            raise
+        except Exception as error:  # PEFT raises anything for a configuration that is not its own
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"the adapter in {name_or_path} cannot be loaded: {reason}") from error
         vars(target)[HANDLE].adapter = changes[0]
     return wrapped

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import AutoModelForImageTextToText, Trainer
 
+from mllm_crossget.atomic_files import write_text
 from mllm_crossget.checkpoint import load_crossget
 from mllm_crossget.config import method_class
 from mllm_crossget.costs.flops import model_flops
@@ -156,7 +157,10 @@ class CrossGetTrainer(Trainer):
         )
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        super()._save(output_dir, state_dict)
+        try:
+            super()._save(output_dir, state_dict)
+        except SafetensorError as error:
+            raise OSError(f"the model could not be written to {output_dir or self.args.output_dir}: {error}") from error
         if self.args.should_save and self._saves_adapter:
             state = None if state_dict is None else _cross_tokens_in(state_dict, _handle(self.model))
             write_files(self.model, output_dir or self.args.output_dir, state)
@@ -187,7 +191,7 @@ class CrossGetTrainer(Trainer):
         if self.is_world_process_zero():
             base = kwargs.get("finetuned_from") or base_model(self.model).config._name_or_path
             text = model_card(self, base, kwargs.get("dataset") or "own data")
-            (Path(self.args.output_dir) / "README.md").write_text(text)
+            write_text(Path(self.args.output_dir) / "README.md", text)
 
     @property
     def _saves_adapter(self) -> bool:

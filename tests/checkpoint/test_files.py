@@ -33,6 +33,7 @@ from tests.tiny import prompt_batch, randomise_cross_tokens, tiny_llava
 CONFIG, OLD_WEIGHTS = "crossget_config.json", "crossget.safetensors"
 DIALS = [{}, {"keep_ratio": 0.3}, {"visual_tokens": 5}, {"r": 2}, {"r": [1, 0, 2, 3]}, {"keep_ratio": 1}]
 LAYERS, TEXT_LAYERS, WIDTH = 4, 3, 32
+HUGE = torch.full((TEXT_LAYERS, WIDTH), 1e300, dtype=torch.float64)
 
 
 def learned(method: str = "crossget", **settings) -> nn.Module:
@@ -194,7 +195,7 @@ DAMAGE = {
     "integers": (lambda f: _rewrite(f, **{"text.cross": torch.ones(3, WIDTH).long()}), ["text.cross", "int64"]),
     "bools": (lambda f: _rewrite(f, **{"text.cross": torch.ones(3, WIDTH).bool()}), ["text.cross", "bool"]),
     "complex": (lambda f: _rewrite(f, **{"text.cross": torch.ones(3, WIDTH).cfloat()}), ["text.cross", "complex64"]),
-    "too large": (lambda f: _rewrite(f, **{"text.cross": torch.full((3, WIDTH), 1e300, dtype=torch.float64)}), ["text.cross", "cannot hold"]),
+    "too large": (lambda f: _rewrite(f, **{"text.cross": HUGE}), ["text.cross", "cannot hold"]),
     "bad dial": (lambda f: _edit_settings(f, keep_ratio=3), ["keep_ratio", "3"]),
     "dial for another model": (lambda f: _edit_settings(f, keep_ratio=None, visual_tokens=99), ["99", "1 to 16"]),
 }  # fmt: skip
