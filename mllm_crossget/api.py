@@ -13,12 +13,21 @@ from mllm_crossget import families as _registered_families  # noqa: F401 - regis
 from mllm_crossget import methods as _registered_methods  # noqa: F401 - registers them
 from mllm_crossget.config import ReductionConfig, method_class
 from mllm_crossget.hooks.apply import apply_method
-from mllm_crossget.hooks.ground.state import HANDLE, Handle, LayerTrace, base_model, handle_of, live_cross_tokens
+from mllm_crossget.hooks.ground.state import (
+    HANDLE,
+    Handle,
+    LayerTrace,
+    accelerated_inside,
+    base_model,
+    handle_of,
+    wrapped_by_peft,
+)
 from mllm_crossget.hooks.ground.vision_cache import VisionCache
 from mllm_crossget.hooks.reuse.feature_reuse import check_reuse, use_cache
 from mllm_crossget.methods.method import Method, checked_method
 from mllm_crossget.schedule import acting_geometry
-from mllm_crossget.support import check_dials, supported_family
+from mllm_crossget.support import check_dials, supported_model
+from mllm_crossget.transaction import Before, take_off_adapter
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -60,8 +69,7 @@ def accelerate_mllm(
         >>> output = model.generate(**processor(images=image, text=prompt, return_tensors="pt"), max_new_tokens=64)
     """
     chosen = _settings(config, method, keep_ratio, visual_tokens, r, options)
-    target = base_model(model)
-    family = supported_family(target)
+    family, target = supported_model(model)
     geometry = acting_geometry(chosen, family.geometry(target.config))
     check_dials(chosen, family, target)
     check_reuse(target, family, reuse_vision)
@@ -71,17 +79,16 @@ def accelerate_mllm(
         return model
     if chosen.uses_cross_tokens:
         _warn_if_adapter_came_first(model)
-    tokens = live_cross_tokens(target) if old is not None else {}
-    if old is not None:
-        old.journal.rollback()
+    before = Before.of(target)
     try:
-        apply_method(target, family, geometry, chosen, tokens)
-    except BaseException:
         if old is not None:
-            apply_method(target, old.family, old.geometry, old.method, tokens)
-            _set_cache(target, old)
+            old.journal.rollback()
+        apply_method(target, family, geometry, chosen, dict(before.tokens))
+        vars(target)[HANDLE].adapter = before.adapter
+        _set_cache(target, old, reuse_vision)
+    except BaseException:
+        before.give_back()
         raise
-    _set_cache(target, old, reuse_vision)
     return model
 
 
@@ -141,16 +148,31 @@ def reuse_vision(model: nn.Module, cache: bool | VisionCache = True) -> VisionCa
 
 
 def restore_mllm(model: Model) -> Model:
-    """Undo ``accelerate_mllm`` **in place**, bit for bit, and return the model.
+    """Undo ``accelerate_mllm`` and ``load_crossget`` **in place**, bit for bit, and return the model.
 
-    Learned cross tokens leave with it: ``save_crossget`` first if they matter. A model that is not accelerated is
-    returned as it is.
+    Learned cross tokens leave with it, and so does an adapter that ``load_crossget`` has put on: save them first if
+    they matter. A model that is not accelerated is returned as it is. After an interrupt (Ctrl-C) call it again.
+
+    Raises:
+        TypeError: not a torch module.
+        ValueError: a module that is no accelerated model but holds one, in a wrapper that is not known.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a model, got {type(model).__name__}")
     handle = handle_of(model)
-    if handle is not None:
-        if handle.vision_cache is not None:
-            handle.vision_cache.clear()
-        handle.journal.rollback()
+    if handle is None:
+        path = accelerated_inside(model)
+        if path is not None:
+            raise ValueError(
+                f"{type(model).__name__} is not accelerated, but the module inside it at {path!r} is: call "
+                f"restore_mllm(model.{path})"
+            )
+        return model
+    if handle.vision_cache is not None:
+        handle.vision_cache.clear()
+    if not wrapped_by_peft(model):
+        take_off_adapter(model)
+    handle.journal.rollback()
     return model
 
 
@@ -158,19 +180,16 @@ def restore_mllm(model: Model) -> Model:
 def accelerated(model: Model, config: ReductionConfig | None = None, **settings: Any) -> Iterator[Model]:
     """Accelerate a model for the length of a ``with`` block; afterwards it is as it was before, also after an error.
 
+    That includes its learned tokens, by value too, and an adapter that ``load_crossget`` puts on inside.
     Arguments as ``accelerate_mllm``.
     """
-    before = handle_of(model)
-    previous = before.method if before is not None else None
-    cache = before.vision_cache if before is not None else None
-    accelerate_mllm(model, config, **settings)
+    supported_model(model)
+    before = Before.of(model)
     try:
+        accelerate_mllm(model, config, **settings)
         yield model
     finally:
-        if previous is None:
-            restore_mllm(model)
-        else:
-            accelerate_mllm(model, previous, reuse_vision=False if cache is None else cache)
+        before.give_back()
 
 
 @contextmanager
@@ -257,7 +276,7 @@ def _settings(
 
 
 def _warn_if_adapter_came_first(model: nn.Module) -> None:
-    if base_model(model) is not model and handle_of(model) is None:
+    if wrapped_by_peft(model) and handle_of(model) is None:
         warnings.warn(
             "PEFT wraps the model already: cross tokens added now are neither trained nor saved by the adapter; "
             "call accelerate_mllm before get_peft_model, with modules_to_save=['cross_tokens']",

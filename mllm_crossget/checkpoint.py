@@ -1,28 +1,39 @@
-"""The small files of an accelerated model (``crossget_config.json``, ``crossget.safetensors``) and the official ones.
+"""The small files of an accelerated model (``crossget_config.json``, ``crossget_weights/``) and the official ones.
 
-Keys do not depend on module paths: ``vision.cross``, ``text.cross``, ``video.cross`` (layers, width each); for MADTP
-``alignment.tokens`` (K, width), ``alignment.maps.0.weight``, ``alignment.text_maps.0.weight`` and so on.
+Version 0.1 wrote ``crossget.safetensors`` in place of the folder; it is still read. Keys do not depend on module paths:
+``vision.cross``, ``text.cross``, ``video.cross`` (layers, width each); for MADTP ``alignment.tokens`` (K, width),
+``alignment.maps.0.weight``, ``alignment.text_maps.0.weight`` and so on.
 """
 
 from __future__ import annotations
 
-import pickle
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from mllm_crossget.api import accelerate_mllm, restore_mllm
-from mllm_crossget.config import ReductionConfig, find_file
-from mllm_crossget.hooks.ground.state import Handle, base_model, handle_of, live_cross_tokens
-from mllm_crossget.hooks.model.cross_files import WEIGHTS_NAME, learned_tensors, write_files
+from mllm_crossget.api import accelerate_mllm
+from mllm_crossget.config import CONFIG_NAME, ReductionConfig, find_file, read_settings
+from mllm_crossget.hooks.ground.state import Handle, base_model, handle_of, live_cross_tokens, wrapped_by_peft
+from mllm_crossget.hooks.model.cross_files import (
+    LEGACY_WEIGHTS_NAME,
+    is_cross_token,
+    learned_tensors,
+    read_tensors,
+    weights_entry,
+    write_files,
+)
+from mllm_crossget.transaction import recorded_change, take_off_adapter, unchanged_after_error
 
+ADAPTER_NAME = "adapter_model.safetensors"
 OFFICIAL_WEIGHTS_NAME = "cross_tokens.bin"
 _OFFICIAL_CROSS = {
     "vision": re.compile(r"(^|\.)(encoder|visual\.transformer)\.cross_image$|^cross_image$"),
@@ -41,8 +52,11 @@ Model = TypeVar("Model", bound=nn.Module)
 def save_crossget(model: nn.Module, save_directory: str | Path) -> list[Path]:
     """Write the settings and the learned cross tokens of an accelerated model; returns the files' paths.
 
+    Both are replaced together: a reader, or a process that is killed, leaves the old pair or the new one.
+
     Raises:
         ValueError: the model is not accelerated.
+        OSError: a file cannot be written; what was there is as it was.
     """
     _handle(model)
     return write_files(model, Path(save_directory).expanduser())
@@ -59,32 +73,74 @@ def load_crossget(
     """Accelerate a model with saved settings and cross tokens, **in place**, and return it.
 
     Where the folder holds a LoRA adapter too (``adapter_config.json``), it is put on the model with transformers' own
-    ``model.load_adapter``, so that the result computes what was fine-tuned.
+    ``model.load_adapter``, so that the result computes what was fine-tuned. It takes the place of one that
+    ``load_crossget`` has put on before.
 
     Args:
         model: the model that the files were made for, accelerated or not.
         name_or_path: a folder, or a repository of the hub, as ``save_crossget`` or ``save_pretrained`` wrote it.
         config: settings to use instead of the saved ones (another ``keep_ratio``, say).
-        adapter: whether to load an adapter that is there. Not done for a model that PEFT has wrapped already, or that
-            carries an adapter.
+        adapter: whether to load an adapter that is there. Not done, with a warning, for a model that PEFT has wrapped
+            already, or that carries an adapter of the user's.
         hub_kwargs: passed to ``hf_hub_download`` (``revision``, ``token``, ...).
 
     Raises:
-        ValueError: a file is missing or corrupt, or made for another geometry; the model is unchanged.
+        ValueError: a file is missing or corrupt, or made for another geometry, or belongs to other settings.
+        OSError: a file cannot be read. After any error the model is as it was.
     """
     folder = Path(name_or_path).expanduser()
     name_or_path = folder if folder.is_dir() else name_or_path
-    chosen = config if config is not None else ReductionConfig.from_pretrained(name_or_path, **hub_kwargs)
-    if not chosen.has_learned_parts or chosen.is_identity:
-        return _with_adapter(accelerate_mllm(model, chosen), name_or_path, adapter, hub_kwargs)
-    path = find_file(name_or_path, WEIGHTS_NAME, **hub_kwargs)
+    chosen, tensors, path = _read_saved(name_or_path, config, hub_kwargs)
+    new = _adapter_of(model, name_or_path, hub_kwargs) if adapter else None
+    with unchanged_after_error(model):
+        take_off_adapter(model)
+        accelerate_mllm(model, chosen)
+        if chosen.has_learned_parts and not chosen.is_identity:
+            _put_tokens(model, tensors, path)
+        if new is not None:
+            _put_adapter(model, new, hub_kwargs)
+    return model
+
+
+def _read_saved(
+    name_or_path: str | Path, config: ReductionConfig | None, hub_kwargs: dict[str, Any]
+) -> tuple[ReductionConfig, dict[str, Tensor], Path]:
+    """Settings and learned tokens that were saved together; no tokens where there is no file of them.
+
+    While another process saves, the file that was named may have gone: then the settings are others by now.
+    """
+    seen: Any = None
+    while True:
+        values, path = _saved_settings(name_or_path, config, hub_kwargs)
+        chosen = config if config is not None else ReductionConfig._from_file(values, path)
+        entry = weights_entry(values, path)
+        if not chosen.has_learned_parts or chosen.is_identity:
+            return chosen, {}, path
+        try:
+            file = find_file(name_or_path, entry.get("file", LEGACY_WEIGHTS_NAME), **hub_kwargs)
+            return chosen, read_tensors(file.read_bytes(), file, entry.get("sha256")), file
+        except (ValueError, OSError, EntryNotFoundError) as error:
+            if values != seen:
+                seen = values
+                continue
+            if not entry and not (Path(name_or_path) / LEGACY_WEIGHTS_NAME).exists():
+                return chosen, {}, path  # a family may have no place for tokens: seen when they are put
+            if isinstance(error, EntryNotFoundError):
+                raise ValueError(f"{name_or_path} has no {entry.get('file', LEGACY_WEIGHTS_NAME)}") from error
+            raise
+
+
+def _saved_settings(
+    name_or_path: str | Path, config: ReductionConfig | None, hub_kwargs: dict[str, Any]
+) -> tuple[dict[str, Any], Path]:
+    """The JSON object of the settings' file, and its path; nothing where there is none and none is needed."""
     try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{path} is not a readable safetensors file ({error}); save it again with save_crossget"
-        ) from error
-    return _with_adapter(_with_cross_tokens(model, chosen, tensors, path), name_or_path, adapter, hub_kwargs)
+        path = find_file(name_or_path, CONFIG_NAME, **hub_kwargs)
+    except (ValueError, EntryNotFoundError):
+        if config is None:
+            raise
+        return {}, Path(name_or_path) / CONFIG_NAME
+    return read_settings(path), path
 
 
 def load_official_cross_tokens(model: Model, path: str | Path, config: ReductionConfig | None = None) -> Model:
@@ -104,15 +160,17 @@ def load_official_cross_tokens(model: Model, path: str | Path, config: Reduction
         raise ValueError(f"{file} does not exist; give cross_tokens.bin or the folder that holds it")
     state = _read_official(file)
     chosen = config if config is not None else ReductionConfig.from_dict({"method": "crossget", "r": 13})
-    return _with_cross_tokens(model, chosen, split_official_state_dict(state)[1], file)
+    tensors = split_official_state_dict(state)[1]
+    with unchanged_after_error(model):
+        accelerate_mllm(model, chosen)
+        _put_tokens(model, tensors, file)
+    return model
 
 
 def _read_official(file: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-    # The unpickler meets whatever the bytes of another file say: an error page of the hub, a text.
-    except (pickle.UnpicklingError, EOFError, RuntimeError, OSError, LookupError, ValueError, TypeError,
-            AttributeError, ImportError) as error:  # fmt: skip
+    except Exception as error:  # bytes that are no pickle raise anything
         raise ValueError(
             f"{file} is damaged or no state dict of tensors as torch.save writes it; download it again"
         ) from error
@@ -150,16 +208,6 @@ def split_official_state_dict(state: Mapping[str, Tensor]) -> tuple[dict[str, Te
     return weights, cross
 
 
-def _with_adapter(model: Model, name_or_path: str | Path, wanted: bool, hub_kwargs: dict[str, Any]) -> Model:
-    taken = base_model(model) is not model or getattr(model, "_hf_peft_config_loaded", False)
-    load_adapter: Any = getattr(model, "load_adapter", None)
-    if not wanted or taken or load_adapter is None:
-        return model
-    if find_adapter_config_file(str(name_or_path), **hub_kwargs) is not None:
-        load_adapter(str(name_or_path), **hub_kwargs)
-    return model
-
-
 def _handle(model: nn.Module) -> Handle:
     handle = handle_of(model)
     if handle is None:
@@ -167,21 +215,81 @@ def _handle(model: nn.Module) -> Handle:
     return handle
 
 
-def _with_cross_tokens(model: Model, config: ReductionConfig, tensors: Mapping[str, Tensor], path: Path) -> Model:
-    previous = handle_of(model)
-    before = previous.method if previous is not None else None
-    accelerate_mllm(model, config)
+def _adapter_of(model: nn.Module, name_or_path: str | Path, hub_kwargs: dict[str, Any]) -> str | None:
+    """Where an adapter is to be loaded from, checked; None if there is none, or if the model has one of the user's."""
+    if not hasattr(base_model(model), "load_adapter"):
+        return None
+    if find_adapter_config_file(str(name_or_path), **hub_kwargs) is None:
+        return None
+    handle = handle_of(model)
+    own = handle is not None and handle.adapter is not None
+    if wrapped_by_peft(model) or (getattr(base_model(model), "_hf_peft_config_loaded", False) and not own):
+        warnings.warn(
+            f"the model carries an adapter, so the one in {name_or_path} was not loaded: its cross tokens were; "
+            "pass adapter=False if that is meant, or give the model without its adapter",
+            stacklevel=3,
+        )
+        return None
+    check_adapter_file(name_or_path, **hub_kwargs)
+    return str(name_or_path)
+
+
+def check_adapter_file(name_or_path: str | Path, **hub_kwargs: Any) -> None:
+    """Raise ``ValueError`` for an adapter's weights that are damaged, not finite, or no floating numbers.
+
+    Args:
+        name_or_path: folder or repository; ``adapter_model.bin`` of old versions is left to PEFT.
+        hub_kwargs: passed to ``hf_hub_download``.
+    """
     try:
-        learned = _learned(model)
-        tensors = _without_parked(model, learned, tensors)
-        _check_tensors(learned, tensors, path)
-    except ValueError:
-        _take_back(model, before)
+        path = find_file(name_or_path, ADAPTER_NAME, **hub_kwargs)
+    except (ValueError, EntryNotFoundError):
+        return
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file ({error}); save the adapter again") from error
+    _check_numbers(tensors, path, {})
+
+
+def _put_adapter(model: nn.Module, folder: str, hub_kwargs: dict[str, Any]) -> None:
+    target: Any = base_model(model)
+    try:
+        with recorded_change(target) as changes:
+            report = target.load_adapter(folder, adapter_kwargs=dict(hub_kwargs))
+            _check_report(report, folder)
+    except OSError:
         raise
+    except Exception as error:  # PEFT raises anything for a configuration that is not its own
+        raise ValueError(f"the adapter in {folder} cannot be loaded: {type(error).__name__}: {error}") from error
+    _handle(target).adapter = changes[0]
+
+
+def _check_report(report: Any, folder: str) -> None:
+    """Nothing of the adapter was left out; its copy of the cross tokens may be missing, they have a file."""
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        names = sorted(map(str, getattr(report, kind, None) or ()))
+        left = [name for name in names if kind != "missing_keys" or not is_cross_token(name)]
+        if left:
+            raise ValueError(
+                f"it does not fit this model: {kind.replace('_', ' ')} {left[:3]} "
+                f"({len(left)} in all); was it made for another model?"
+            )
+
+
+def _put_tokens(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Learned tokens into an accelerated model, checked before the first is written."""
+    learned = _learned(model)
+    tensors = _without_parked(model, learned, tensors)
+    if learned and not tensors and path.name == CONFIG_NAME:
+        raise ValueError(
+            f"{path.parent} has no {LEGACY_WEIGHTS_NAME}, and {CONFIG_NAME} names no other file of learned tokens, of "
+            f"which this model has {sorted(learned)}; save both again with save_crossget"
+        )
+    _check_tensors(learned, tensors, path)
     with torch.no_grad():
         for key, parameter in learned.items():
             parameter.copy_(tensors[key])
-    return model
 
 
 def _learned(model: nn.Module) -> dict[str, Tensor]:
@@ -201,13 +309,6 @@ def _without_parked(
     return {name: tensor for name, tensor in tensors.items() if name not in parked}
 
 
-def _take_back(model: nn.Module, before: ReductionConfig | None) -> None:
-    if before is None:
-        restore_mllm(model)
-    else:
-        accelerate_mllm(model, before)
-
-
 def _check_tensors(learned: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: Path) -> None:
     expected = {key: tuple(parameter.shape) for key, parameter in learned.items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -216,6 +317,31 @@ def _check_tensors(learned: Mapping[str, Tensor], tensors: Mapping[str, Tensor],
             f"{path} does not fit this model: it holds {found}, the model needs {expected} (layers, width); "
             "was it made for another model?"
         )
-    bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor.float()).all()]
+    _check_numbers(tensors, path, {key: parameter.dtype for key, parameter in learned.items()})
+
+
+def _check_numbers(tensors: Mapping[str, Tensor], path: Path, kinds: Mapping[str, torch.dtype]) -> None:
+    """Weights are floating numbers that are finite, also in the model's own type (``kinds``)."""
+    strange = {name: _kind(tensor) for name, tensor in tensors.items() if not _is_plain(tensor)}
+    if strange:
+        raise ValueError(f"{path} holds no weights but {strange}; expected floating numbers, each with its value")
+    bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor.double()).all()]
     if bad:
         raise ValueError(f"{path} holds values in {bad} that are not finite; the file is damaged")
+    large = [name for name in kinds if not torch.isfinite(tensors[name].to(kinds[name]).double()).all()]
+    if large:
+        raise ValueError(
+            f"{path} holds values in {large} that {kinds[large[0]]}, the model's type, cannot hold; load the model in "
+            "torch.bfloat16 or torch.float32"
+        )
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether it is an ordinary tensor of floating numbers."""
+    ordinary = tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_quantized
+    return ordinary and tensor.is_floating_point()
+
+
+def _kind(tensor: Tensor) -> str:
+    words = [str(tensor.dtype), *(["without values (meta)"] if tensor.is_meta else [])]
+    return " ".join([*words, *([str(tensor.layout)] if tensor.layout != torch.strided else [])])

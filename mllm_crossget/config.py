@@ -15,11 +15,15 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 
+from mllm_crossget.atomic_files import write_text
 from mllm_crossget.field_types import check_field_types
 
 CONFIG_NAME = "crossget_config.json"
 FORMAT_VERSION = 1
+WEIGHTS_FIELD = "weights"
+"""Field of the file, not of the settings: which learned weights belong to them."""
 _DIALS = ("keep_ratio", "visual_tokens", "r", "vision_r")
 _TEXT_DIALS = ("text_keep_ratio", "text_r")
 DIALS = (*_DIALS, *_TEXT_DIALS)
@@ -200,12 +204,15 @@ class ReductionConfig:
         return kind(**values)
 
     def save_pretrained(self, save_directory: str | Path) -> Path:
-        """Write ``crossget_config.json`` into a folder (made if absent) and return the file's path."""
-        folder = Path(save_directory).expanduser()
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / CONFIG_NAME
-        path.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n")
-        return path
+        """Write ``crossget_config.json`` into a folder (made if absent) and return the file's path.
+
+        The file is replaced whole. Learned weights that the settings there belonged to belong to the new ones.
+
+        Raises:
+            OSError: it cannot be written; what was there is as it was.
+        """
+        path = Path(save_directory).expanduser() / CONFIG_NAME
+        return write_settings(self, path, _weights_named_in(path))
 
     @classmethod
     def from_pretrained(cls: type[Config], name_or_path: str | Path, **hub_kwargs: Any) -> Config:
@@ -221,24 +228,26 @@ class ReductionConfig:
             TypeError: a keyword that ``hf_hub_download`` does not know.
         """
         path = find_file(name_or_path, CONFIG_NAME, **hub_kwargs)
+        return cls._from_file(read_settings(path), path)
+
+    @classmethod
+    def _from_file(cls: type[Config], values: Mapping[str, Any], path: Path) -> Config:
+        """As ``from_dict``. Every error is a ``ValueError`` that names the file."""
         try:
-            values = json.loads(path.read_text())
-        except (ValueError, RecursionError) as error:
-            reason = "nested too deeply" if isinstance(error, RecursionError) else error
-            raise ValueError(f"{path} is not a JSON file ({reason}); write it with save_pretrained") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"{path} holds a {type(values).__name__}, expected an object with the method's fields")
-        try:
-            return cls.from_dict(values)
-        except (TypeError, ValueError) as error:  # in a file, a wrong type is a wrong content
-            raise ValueError(f"{path}: {error}") from error
+            return cls.from_dict({name: value for name, value in values.items() if name != WEIGHTS_FIELD})
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"{path} holds no valid settings: {error}") from error
 
     def push_to_hub(self, repo_id: str, *, token: str | None = None, private: bool | None = None) -> str:
         """Upload ``crossget_config.json`` to a repository of the hub (made if absent); returns the commit's address."""
         api = HfApi(token=token)
         api.create_repo(repo_id, private=private, exist_ok=True)
+        try:
+            weights = _weights_named_in(Path(hf_hub_download(repo_id, CONFIG_NAME, token=token)))
+        except EntryNotFoundError:
+            weights = None
         commit = api.upload_file(
-            path_or_fileobj=(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n").encode(),
+            path_or_fileobj=_as_text(self, weights).encode(),
             path_in_repo=CONFIG_NAME,
             repo_id=repo_id,
         )
@@ -261,6 +270,36 @@ def method_class(name: str) -> type[ReductionConfig]:
 def method_names() -> list[str]:
     """Names of the registered methods, sorted."""
     return sorted(_METHODS)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The JSON object in a ``crossget_config.json``. Raises ``ValueError`` if there is none."""
+    try:
+        values = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a JSON file ({error}); write it with save_pretrained") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}, expected an object with the method's fields")
+    return values
+
+
+def write_settings(settings: ReductionConfig, path: Path, weights: Mapping[str, str] | None = None) -> Path:
+    """Write settings, and which learned weights belong to them. Raises ``OSError``; see ``save_pretrained``."""
+    return write_text(path, _as_text(settings, weights))
+
+
+def _as_text(settings: ReductionConfig, weights: Mapping[str, str] | None) -> str:
+    values = settings.to_dict() | ({} if weights is None else {WEIGHTS_FIELD: dict(weights)})
+    return json.dumps(values, indent=2, sort_keys=True) + "\n"
+
+
+def _weights_named_in(path: Path) -> Mapping[str, str] | None:
+    """What an older file says of learned weights; None where it says nothing or cannot be read."""
+    try:
+        found = read_settings(path).get(WEIGHTS_FIELD)
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def find_file(name_or_path: str | Path, filename: str, **hub_kwargs: Any) -> Path:

@@ -21,7 +21,7 @@ from mllm_crossget.families.family import (
     text_side_of,
     tower_kind,
 )
-from mllm_crossget.hooks.ground.state import base_model
+from mllm_crossget.hooks.ground.state import base_model, trains_in_parallel
 from mllm_crossget.hooks.projector.kinds import MIXINS
 from mllm_crossget.hooks.tower.attention import attention_problem
 from mllm_crossget.methods.method import Method, Place
@@ -31,10 +31,26 @@ from mllm_crossget.schedule import MergeGeometry, TowerGeometry, make_schedule, 
 def unsupported_reason(model: nn.Module) -> str | None:
     """Why a model cannot be accelerated and what to use instead, or None if it can."""
     try:
-        supported_family(base_model(model))
+        supported_model(model)
     except (TypeError, ValueError) as error:
         return str(error)
     return None
+
+
+def supported_model(model: nn.Module) -> tuple[Family, nn.Module]:
+    """The family of a model, and the model without wrappers that compute the same.
+
+    Raises:
+        TypeError, ValueError: as ``supported_family``; a model that was wrapped for training in parallel, which would
+            not see new parameters.
+    """
+    target = base_model(model)
+    if trains_in_parallel(model):
+        raise ValueError(
+            f"the model is wrapped in {type(model).__name__}: call accelerate_mllm before wrapping it for distributed "
+            "training, on the transformers model itself"
+        )
+    return supported_family(target), target
 
 
 def supported_family(model: nn.Module) -> Family:
@@ -54,6 +70,12 @@ def supported_family(model: nn.Module) -> Family:
         )
     family = family_of(getattr(model, "config", None), [kind.__name__ for kind in type(model).__mro__])
     if family is None:
+        inside = _served_inside(model)
+        if inside is not None:
+            raise ValueError(
+                f"{type(model).__name__} is no model that is served, but the module inside it at {inside!r} is: pass "
+                f"model.{inside}"
+            )
         raise ValueError(
             f"{type(model).__name__} (model type {model_type!r}) is not supported; supported model types: "
             f"{', '.join(sorted(known))}"
@@ -67,6 +89,17 @@ def supported_family(model: nn.Module) -> Family:
             f"({error}); pass the whole model, as from_pretrained makes it"
         ) from error
     return family
+
+
+def _served_inside(model: nn.Module) -> str | None:
+    """Path to a model of a family inside a wrapper of the user's own, or None."""
+    for name, module in model.named_modules():
+        config = getattr(module, "config", None)
+        if name and getattr(config, "model_type", None) is not None:
+            served = family_of(config, [kind.__name__ for kind in type(module).__mro__])
+            if served is not None and served.language_model is not None:
+                return name
+    return None
 
 
 def _check_structure(model: nn.Module, family: Family, tower: bool) -> None:

@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from mllm_crossget.api import trace_merges
+from mllm_crossget.atomic_files import replaced
 from mllm_crossget.families.family import module_at
 from mllm_crossget.hooks.ground.state import LayerTrace, base_model, handle_of
 
@@ -193,5 +194,6 @@ def plot_curves(
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
-    figure.savefig(path)
+    with replaced(path) as new:
+        figure.savefig(new, format=Path(path).suffix[1:] or "png")
     return Path(path)

@@ -16,17 +16,18 @@ PARTS = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in FILE
 MOST_LINES_OF_A_FILE = 400
 MOST_LINES_OF_A_FUNCTION = 60
 
-_BASE = {"config", "field_types", "schedule", "ops"}
+_BASE = {"atomic_files", "config", "field_types", "schedule", "ops"}
 _FLOOR = {*_BASE, "flop_formulas", "families", "methods"}
 # Rooms of ``hooks`` from the ground up: each may import those below it.
 ROOMS = ("ground", "tower", "projector", "text", "language", "request", "reuse", "model", "apply")
 _HOOKS = {*_FLOOR, *(f"hooks.{room}" for room in ROOMS)}
 _FILES = {"user_files"}
-_API = {*_HOOKS, "support", "api", "batching", "checkpoint", "moved"}
+_API = {*_HOOKS, "support", "transaction", "api", "batching", "checkpoint", "moved"}
 _USES = {*_API, *_FILES, "retrieval", "training", "benchmark", "costs", "integrations", "embedded", "visualize"}
 # What each part may import from the package. A part that is not listed may not exist.
 ARROWS: dict[str, set[str]] = {
-    "config": {"field_types"},
+    "atomic_files": set(),
+    "config": {"atomic_files", "field_types"},
     "field_types": set(),
     "moved": set(),
     "user_files": set(),
@@ -42,6 +43,7 @@ ARROWS: dict[str, set[str]] = {
         for number, room in enumerate(ROOMS)
     },
     "support": _HOOKS,
+    "transaction": _HOOKS,
     "costs": {*_FLOOR, "costs", "support", "moved"},
     "api": _API,
     "batching": _API,
@@ -55,6 +57,7 @@ ARROWS: dict[str, set[str]] = {
 }
 # Third-party packages; parts that are not listed are free.
 PACKAGES: dict[str, set[str]] = {
+    "atomic_files": set(),
     "kernels": {"numba", "numpy", "torch", "triton"},
     "ops": {"torch"},
     "schedule": set(),

@@ -11,7 +11,6 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -21,6 +20,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from mllm_crossget.atomic_files import write_text
 from mllm_crossget.benchmark.memory import peak_bytes
 from mllm_crossget.benchmark.timing import Timing, alternate, environment, ratio, spread
 from mllm_crossget.field_types import check_field_types, check_least
@@ -86,7 +86,7 @@ def run(options: ReducerOptions) -> int:
     for table in tables(report):
         Console().print(table)
     if options.output is not None:
-        Path(options.output).write_text(json.dumps(report, indent=2) + "\n")
+        write_text(options.output, json.dumps(report, indent=2) + "\n")
     return 0
 
 

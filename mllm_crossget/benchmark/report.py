@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from rich.table import Table
 from torch import nn
 
+from mllm_crossget.atomic_files import append_lines, read_lines, replaced
 from mllm_crossget.benchmark.parts import PartClock
 from mllm_crossget.benchmark.roofline import Device, Sizes, least_seconds
 from mllm_crossget.benchmark.timing import spread
@@ -141,14 +141,13 @@ def append(path: str | None, lines: Sequence[dict[str, Any]]) -> None:
     """Add JSON lines to a file; None writes nothing."""
     if path is None:
         return
-    with open(path, "a") as file:
-        file.writelines(json.dumps(line) + "\n" for line in lines)
+    append_lines(path, list(lines))
 
 
 def read(path: str) -> list[dict[str, Any]]:
-    """All lines of a file that ``append`` wrote. Raises ``ValueError`` for a file of something else."""
+    """All whole lines of a file that ``append`` wrote. Raises ``ValueError`` for a file of something else."""
     try:
-        return [json.loads(line) for line in Path(path).read_text().splitlines()]
+        return read_lines(path)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} does not hold JSON lines of the bench command: {error}; give another file") from error
 
@@ -207,5 +206,5 @@ def draw(lines: Sequence[dict[str, Any]], path: str) -> None:
     axes[0][0].set_ylabel("speed-up of generate")
     axes[0][0].legend()
     figure.tight_layout()
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with replaced(path) as new:
+        figure.savefig(new, dpi=120, format=Path(path).suffix[1:] or "png")

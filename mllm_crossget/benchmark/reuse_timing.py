@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mllm_crossget.api import accelerate_mllm
+from mllm_crossget.atomic_files import write_text
 from mllm_crossget.benchmark.sample_inputs import prompt_inputs
 from mllm_crossget.benchmark.speed import DTYPES, BenchOptions, load
 from mllm_crossget.benchmark.timing import alternate, environment, spread
@@ -78,7 +79,7 @@ def run(options: ReuseOptions, method: Method) -> int:
     }
     Console().print(table(report))
     if options.output is not None:
-        Path(options.output).write_text(json.dumps(report, indent=2) + "\n")
+        write_text(options.output, json.dumps(report, indent=2) + "\n")
     return 0
 
 

@@ -14,6 +14,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from mllm_crossget.api import accelerated
+from mllm_crossget.atomic_files import replaced, write_text
 from mllm_crossget.benchmark.timing import alternate, environment, ratio
 from mllm_crossget.config import method_class
 from mllm_crossget.costs.flops import model_flops
@@ -98,7 +99,7 @@ def run(options: DemoOptions) -> int:
     folder = Path(options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     report = {"options": vars(options), "environment": environment(), "questions": len(questions), "rows": rows}
-    (folder / "demo.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_text(folder / "demo.json", json.dumps(report, indent=2) + "\n")
     _pictures(model, processor, questions, settings, rows, folder)
     console.print(f"written to {folder}: demo.json, merged.png, curves.png")
     return 0
@@ -203,7 +204,8 @@ def _pictures(
         row = by_method.setdefault(label, [("the picture", image.resize((image.width * 3, image.height * 3)))])
         row.append((f"{label}: {tokens} tokens", draw_groups(image, groups)))
     if by_method:
-        contact_sheet(list(by_method.values())).save(folder / "merged.png")
+        with replaced(folder / "merged.png") as new:
+            contact_sheet(list(by_method.values())).save(new)
     curves: dict[str, list[tuple[float, float, float, float]]] = {}
     for row in rows[1:]:
         accuracy = row["score"]["overall"]

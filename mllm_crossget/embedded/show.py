@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mllm_crossget.api import accelerate_mllm
+from mllm_crossget.atomic_files import replaced
 from mllm_crossget.embedded import load_embedded
 from mllm_crossget.embedded.scenes import render, sample_layouts, to_image
 from mllm_crossget.field_types import check_field_types, check_least
@@ -76,8 +78,11 @@ def run(options: ShowOptions, method: Method) -> int:
             ("tokens after every layer", draw_counts(counts[index], size)),
         ])  # fmt: skip
         print(f"image {index + 1}: {' '.join(str(count) for count in counts[index].tolist())}")
-    contact_sheet(rows).save(options.output)
-    print(f"written to {options.output}")
+    path = Path(options.output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replaced(path) as new:
+        contact_sheet(rows).save(new)
+    print(f"written to {path}")
     return 0
 
 

@@ -84,6 +84,10 @@ class Family:
     classes: tuple[str, ...] = ()
     variant: str = ""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled and copied by its key: it is made of functions."""
+        return registered_family, (self.key,)
+
     @property
     def key(self) -> str:
         """Its name in ``families()``: the model type, and the variant where there is one."""
@@ -252,6 +256,13 @@ def register_family(family: Family) -> Family:
     """Make a family known to ``accelerate_mllm``, the command line and the tests."""
     _FAMILIES[family.key] = family
     return family
+
+
+def registered_family(key: str) -> Family:
+    """The family of a key. Raises ``ValueError`` for an unknown one."""
+    if key not in _FAMILIES:
+        raise ValueError(f"unknown family {key!r}; known are {', '.join(sorted(_FAMILIES))}")
+    return _FAMILIES[key]
 
 
 def families() -> dict[str, Family]:

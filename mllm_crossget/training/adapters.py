@@ -16,13 +16,13 @@ from safetensors import safe_open
 from torch import nn
 from transformers import BitsAndBytesConfig
 
-from mllm_crossget.checkpoint import load_crossget
+from mllm_crossget.checkpoint import ADAPTER_NAME, check_adapter_file, load_crossget
 from mllm_crossget.config import CONFIG_NAME, find_file
 from mllm_crossget.families.family import language_layers_of, module_at
-from mllm_crossget.hooks.ground.state import Handle, base_model, handle_of
-from mllm_crossget.support import supported_family
+from mllm_crossget.hooks.ground.state import HANDLE, Handle, base_model, handle_of, wrapped_by_peft
+from mllm_crossget.support import supported_model
+from mllm_crossget.transaction import recorded_change, unchanged_after_error
 
-_ADAPTER_NAME = "adapter_model.safetensors"
 _PROJECTOR_MODES = ("lora", "full")
 
 
@@ -158,7 +158,7 @@ def check_adapter(model: nn.Module, name_or_path: str | Path, **hub_kwargs: Any)
         name_or_path: folder or repository with ``adapter_model.safetensors``.
         hub_kwargs: passed to ``hf_hub_download``.
     """
-    path = find_file(name_or_path, _ADAPTER_NAME, **hub_kwargs)
+    path = find_file(name_or_path, ADAPTER_NAME, **hub_kwargs)
     with safe_open(path, "pt") as file:
         names = list(file.keys())
     handle = handle_of(model)
@@ -176,18 +176,37 @@ def load_finetuned(model: nn.Module, name_or_path: str | Path, **hub_kwargs: Any
     """Accelerate a model as it was when fine-tuned, **in place**, and put the adapter on it.
 
     Args:
-        model: the base model, as ``from_pretrained`` makes it.
+        model: the base model, as ``from_pretrained`` makes it; or what ``load_finetuned`` has returned: the new adapter
+            takes the old one's place.
         name_or_path: folder or repository that ``CrossGetTrainer`` wrote.
         hub_kwargs: passed to ``hf_hub_download``.
 
     Raises:
-        ValueError: files are missing, damaged or made for another model.
+        ValueError: files are missing, damaged or made for another model, or the model carries an adapter that
+            ``load_finetuned`` has not put on. The model is as it was.
 
     Example:
         >>> model = load_finetuned(LlavaForConditionalGeneration.from_pretrained(base), "runs/llava-crossget-lora")
     """
-    supported_family(base_model(model))
+    target = supported_model(model)[1]
+    handle = handle_of(model)
+    if wrapped_by_peft(model) and (handle is None or handle.adapter is None):
+        raise ValueError(
+            "the model carries an adapter that load_finetuned has not put on: give it the base model, "
+            "model.unload() takes the adapter off"
+        )
     find_file(name_or_path, CONFIG_NAME, **hub_kwargs)
-    load_crossget(model, name_or_path, adapter=False, **hub_kwargs)
-    check_adapter(model, name_or_path, **hub_kwargs)
-    return PeftModel.from_pretrained(model, str(Path(name_or_path).expanduser()), **hub_kwargs)
+    check_adapter_file(name_or_path, **hub_kwargs)
+    with unchanged_after_error(target):
+        load_crossget(target, name_or_path, adapter=False, **hub_kwargs)  # takes an adapter of ours off
+        check_adapter(target, name_or_path, **hub_kwargs)
+        try:
+            with recorded_change(target) as changes:
+                wrapped = PeftModel.from_pretrained(target, str(Path(name_or_path).expanduser()), **hub_kwargs)
+        except OSError:
+            raise
+        except Exception as error:  # PEFT raises anything for a configuration that is not its own
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"the adapter in {name_or_path} cannot be loaded: {reason}") from error
+        vars(target)[HANDLE].adapter = changes[0]
+    return wrapped

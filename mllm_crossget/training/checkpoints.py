@@ -10,6 +10,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from mllm_crossget.hooks.model.cross_files import LEGACY_WEIGHTS_NAME, files_problem
+
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -36,8 +38,10 @@ def checkpoint_problem(folder: str | Path) -> str | None:
     except (OSError, ValueError) as error:
         return f"trainer_state.json cannot be read ({error})"
     sharded = any(folder.glob("global_step*")) or any(folder.glob("*_fsdp_*")) or any(folder.glob("optimizer_*"))
-    if not sharded and not any(folder.glob("*.safetensors")):
+    if not sharded and not any(path.name != LEGACY_WEIGHTS_NAME for path in folder.glob("*.safetensors")):
         return "it has no weights (*.safetensors)"
+    if (problem := files_problem(folder)) is not None:
+        return problem
     for path in [*folder.rglob("*.safetensors"), *folder.rglob("*.pt"), *folder.rglob("*.pth")]:
         problem = _file_problem(path)
         if problem is not None:

@@ -23,7 +23,6 @@ come first. A picture may also stand in its part: ``{"type": "image", "path": "a
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from mllm_crossget.atomic_files import append_lines, read_lines
 from mllm_crossget.families.family import config_at
 from mllm_crossget.field_types import check_type
 from mllm_crossget.hooks.ground.state import base_model, handle_of
@@ -191,9 +191,10 @@ class TrainingData(Dataset[dict[str, Tensor]]):
             return
         self.bad[error.identity] = error.reason
         if self.bad_sample_file is not None:
-            self.bad_sample_file.parent.mkdir(parents=True, exist_ok=True)
-            with self.bad_sample_file.open("a") as file:  # one short write: safe from several workers
-                file.write(json.dumps({"id": error.identity, "reason": error.reason}) + "\n")
+            try:
+                append_lines(self.bad_sample_file, [{"id": error.identity, "reason": error.reason}])
+            except OSError as problem:  # the report is not worth the run
+                warnings.warn(f"{problem}; the sample is skipped all the same: {error}", stacklevel=2)
 
     def _square(self, image: Image.Image) -> Image.Image:
         if self.image_aspect == "keep" or image.width == image.height:
@@ -279,8 +280,9 @@ class Collator:
 def bad_samples(path: str | Path) -> dict[str, str]:
     """Id -> reason of the samples that were skipped, over all workers and epochs; empty if the file does not exist."""
     file = Path(path)
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-    return {row["id"]: row["reason"] for row in rows}
+    rows = read_lines(file) if file.is_file() else []
+    whole = [row for row in rows if isinstance(row, dict) and {"id", "reason"} <= row.keys()]
+    return {row["id"]: row["reason"] for row in whole}
 
 
 def _padded(rows: list[Tensor], length: int, value: int) -> Tensor:

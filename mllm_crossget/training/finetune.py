@@ -71,9 +71,9 @@ def run(options: TrainOptions, method: Method, args: TrainerSettings) -> int:
     if resume is not None:
         _say(trainer, f"going on from {resume}")
     trainer.train(resume_from_checkpoint=resume)
-    _report_bad_samples(trainer)
     if trainer.state.global_step < trainer.state.max_steps:
         _say(trainer, f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}: start again to go on")
+        _report_bad_samples(trainer)
         return 0
     return _finish(trainer, options, args)
 
@@ -102,6 +102,7 @@ def _finish(trainer: CrossGetTrainer, options: TrainOptions, args: TrainerSettin
     if args.push_to_hub:
         trainer.push_to_hub()
     _say(trainer, f"saved to {args.output_dir}")
+    _report_bad_samples(trainer)
     return 0
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mllm_crossget.api import unreduced
-from mllm_crossget.hooks.ground.state import base_model
+from mllm_crossget.hooks.ground.state import wrapped_by_peft
 from mllm_crossget.ops.contrastive import contrastive_loss
 
 __all__ = ["alignment_term", "contrastive_loss", "distillation_loss", "teacher_logits"]
@@ -82,7 +82,7 @@ def teacher_logits(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         inputs: of ``model.forward``; labels are left out.
     """
     inputs = {name: value for name, value in inputs.items() if name != "labels"}
-    disabled = model.disable_adapter() if base_model(model) is not model else nullcontext()  # type: ignore[operator]
+    disabled = model.disable_adapter() if wrapped_by_peft(model) else nullcontext()  # type: ignore[operator]
     with torch.no_grad(), _in_evaluation(model), unreduced(model), disabled:
         return model(**inputs).logits
 

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import AutoModelForImageTextToText, Trainer, TrainerState
 
+from mllm_crossget.atomic_files import write_text
 from mllm_crossget.checkpoint import load_crossget
 from mllm_crossget.config import method_class
 from mllm_crossget.costs.flops import model_flops
 from mllm_crossget.embedded import WEIGHTS_FOLDER
-from mllm_crossget.hooks.ground.state import Handle, base_model, handle_of, live_cross_tokens
+from mllm_crossget.hooks.ground.state import Handle, base_model, handle_of, live_cross_tokens, wrapped_by_peft
 from mllm_crossget.hooks.model.cross_files import write_files
 from mllm_crossget.training.checkpoints import last_complete_checkpoint
 from mllm_crossget.training.compute_budget import BudgetCallback, take_settings
@@ -158,7 +159,10 @@ class CrossGetTrainer(Trainer):
         )
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        super()._save(output_dir, state_dict)
+        try:
+            super()._save(output_dir, state_dict)
+        except SafetensorError as error:
+            raise OSError(f"the model could not be written to {output_dir or self.args.output_dir}: {error}") from error
         if self.args.should_save and self._saves_adapter:
             state = None if state_dict is None else _cross_tokens_in(state_dict, _handle(self.model))
             write_files(self.model, output_dir or self.args.output_dir, state)
@@ -197,11 +201,11 @@ class CrossGetTrainer(Trainer):
         if self.is_world_process_zero():
             base = kwargs.get("finetuned_from") or base_model(self.model).config._name_or_path
             text = model_card(self, base, kwargs.get("dataset") or "own data")
-            (Path(self.args.output_dir) / "README.md").write_text(text)
+            write_text(Path(self.args.output_dir) / "README.md", text)
 
     @property
     def _saves_adapter(self) -> bool:
-        return base_model(self.model) is not self.model
+        return wrapped_by_peft(self.model)
 
 
 def flops_saved(model: nn.Module, text_tokens: int) -> float:
@@ -233,7 +237,7 @@ def _check_model(model: nn.Module, train_cross_tokens: bool) -> None:
                 f"the {said} are frozen: give PEFT modules_to_save=['{name}'] (lora_config does), "
                 "after accelerate_mllm, or pass train_cross_tokens=False to leave them as they are"
             )
-        elif base_model(model) is not model and not isinstance(module, ModulesToSaveWrapper):
+        elif wrapped_by_peft(model) and not isinstance(module, ModulesToSaveWrapper):
             raise ValueError(
                 f"the {said} are not part of the adapter and would not be saved with it: call "
                 f"accelerate_mllm before get_peft_model, with modules_to_save=['{name}'] (lora_config does)"
@@ -266,7 +270,7 @@ def _check_arguments(trainer: CrossGetTrainer) -> None:
             f"label_smoothing_factor={args.label_smoothing_factor}: transformers smooths the loss of this model "
             "without shifting its labels, which is wrong; set it to 0"
         )
-    if args.load_best_model_at_end and base_model(trainer.model) is trainer.model:
+    if args.load_best_model_at_end and not wrapped_by_peft(trainer.model):
         raise ValueError("load_best_model_at_end works with adapters only; load the best checkpoint yourself")
     if trainer.distillation_weight and answers_apart(base_model(trainer.model).config):
         raise ValueError("distillation compares next-token logits of a decoder; this language model has an encoder too")
@@ -324,7 +328,7 @@ def model_card(trainer: Trainer, base: str, dataset: Any) -> str:
     final = next((entry for entry in reversed(trainer.state.log_history) if "task_loss" in entry), {})
     rows = "\n".join(f"| {name} | {value:.6g} |" for name, value in final.items() if isinstance(value, int | float))
     settings = "\n".join(f"    {name}: {value}" for name, value in handle.method.to_dict().items())
-    is_adapter = base_model(trainer.model) is not trainer.model
+    is_adapter = wrapped_by_peft(trainer.model)
     kind = "adapter" if is_adapter else "finetune"
     of_hub = f"\nbase_model: {base}\nbase_model_relation: {kind}" if _is_of_hub(base) else ""
     base, loading = _base_and_its_loading(base, type(base_model(trainer.model)).__name__)

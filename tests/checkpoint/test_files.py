@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,15 +30,28 @@ from tests.api.test_reversible import assert_identical, fingerprint
 from tests.methods import prepare
 from tests.tiny import prompt_batch, randomise_cross_tokens, tiny_llava
 
-CONFIG, WEIGHTS = "crossget_config.json", "crossget.safetensors"
+CONFIG, OLD_WEIGHTS = "crossget_config.json", "crossget.safetensors"
 DIALS = [{}, {"keep_ratio": 0.3}, {"visual_tokens": 5}, {"r": 2}, {"r": [1, 0, 2, 3]}, {"keep_ratio": 1}]
 LAYERS, TEXT_LAYERS, WIDTH = 4, 3, 32
+HUGE = torch.full((TEXT_LAYERS, WIDTH), 1e300, dtype=torch.float64)
 
 
 def learned(method: str = "crossget", **settings) -> nn.Module:
     model = prepare(tiny_llava(), method=method, **settings)
     randomise_cross_tokens(model)
     return model
+
+
+def weights_in(folder: Path) -> Path:
+    """The file of learned tokens in a folder, as this version or as 0.1 wrote it."""
+    return next(iter((folder / "crossget_weights").glob("*")), folder / OLD_WEIGHTS)
+
+
+def as_version_01(folder: Path) -> None:
+    """The same files as version 0.1 wrote them."""
+    weights_in(folder).rename(folder / OLD_WEIGHTS)
+    (folder / "crossget_weights").rmdir()
+    _edit_settings(folder, weights=None)
 
 
 def logits(model: nn.Module) -> torch.Tensor:
@@ -70,9 +85,8 @@ def test_options_survive_a_file(config, tmp_path) -> None:
 def test_small_files_make_a_fresh_model_the_same(method, tmp_path) -> None:
     model = learned(method, keep_ratio=0.4)
     paths = save_crossget(model, tmp_path)
-    assert [path.name for path in paths] == (
-        [CONFIG, WEIGHTS] if model.__dict__["_mllm_crossget"].method.has_learned_parts else [CONFIG]
-    )
+    has_learned_parts = model.__dict__["_mllm_crossget"].method.has_learned_parts
+    assert paths == ([tmp_path / CONFIG, weights_in(tmp_path)] if has_learned_parts else [tmp_path / CONFIG])
     fresh = tiny_llava()
     assert load_crossget(fresh, tmp_path) is fresh
     assert_identical(fingerprint(fresh), fingerprint(model))
@@ -80,7 +94,7 @@ def test_small_files_make_a_fresh_model_the_same(method, tmp_path) -> None:
 
 def test_keys_do_not_name_modules(tmp_path) -> None:
     save_crossget(learned(), tmp_path)
-    shapes = {name: tuple(value.shape) for name, value in load_file(tmp_path / WEIGHTS).items()}
+    shapes = {name: tuple(value.shape) for name, value in load_file(weights_in(tmp_path)).items()}
     assert shapes == {"vision.cross": (LAYERS, WIDTH), "text.cross": (TEXT_LAYERS, WIDTH)}
 
 
@@ -121,7 +135,7 @@ def test_a_state_dict_that_a_trainer_gathered_is_what_is_written(tmp_path) -> No
     gathered = {name: value.clone() + 1 for name, value in model.state_dict().items()}
     model.save_pretrained(tmp_path, state_dict=gathered)
     name = next(name for name in gathered if name.endswith("language_model.cross_tokens.weight"))
-    assert torch.equal(load_file(tmp_path / WEIGHTS)["text.cross"], gathered[name])
+    assert torch.equal(load_file(weights_in(tmp_path))["text.cross"], gathered[name])
     assert not any("cross_tokens" in key for key in load_file(tmp_path / "model.safetensors"))
 
 
@@ -136,18 +150,22 @@ def test_a_restored_model_writes_stock_files_only(tmp_path) -> None:
 
 
 def _rewrite(folder, **changes) -> None:
-    tensors = load_file(folder / WEIGHTS)
-    tensors.update(changes)
-    save_file({name: value for name, value in tensors.items() if value is not None}, folder / WEIGHTS)
+    """Other tensors in both files' good order: the settings name the new content."""
+    path = weights_in(folder)
+    tensors = {**load_file(path), **changes}
+    save_file({name: value for name, value in tensors.items() if value is not None}, path)
+    if path.name != OLD_WEIGHTS:
+        entry = {"file": f"crossget_weights/{path.name}", "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        _edit_settings(folder, weights=entry)
 
 
 def _edit_settings(folder, **changes) -> None:
-    values = json.loads((folder / CONFIG).read_text())
-    (folder / CONFIG).write_text(json.dumps({**values, **changes}))
+    values = {**json.loads((folder / CONFIG).read_text()), **changes}
+    (folder / CONFIG).write_text(json.dumps({name: value for name, value in values.items() if value is not None}))
 
 
 def _cut(folder) -> None:
-    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-7])
+    weights_in(folder).write_bytes(weights_in(folder).read_bytes()[:-7])
 
 
 def _nan(rows: int) -> torch.Tensor:
@@ -156,10 +174,10 @@ def _nan(rows: int) -> torch.Tensor:
 
 DAMAGE = {
     "truncated weights": (_cut, ["safetensors", "save"]),
-    "weights of noise": (lambda f: (f / WEIGHTS).write_bytes(b"\x07" * 64), ["safetensors", "save"]),
-    "empty weights": (lambda f: (f / WEIGHTS).write_bytes(b""), ["safetensors", "save"]),
-    "no weights": (lambda f: (f / WEIGHTS).unlink(), [f"has no {WEIGHTS}", CONFIG]),
-    "no settings": (lambda f: (f / CONFIG).unlink(), [f"has no {CONFIG}", WEIGHTS]),
+    "weights of noise": (lambda f: weights_in(f).write_bytes(b"\x07" * 64), ["safetensors", "save"]),
+    "empty weights": (lambda f: weights_in(f).write_bytes(b""), ["safetensors", "save"]),
+    "no weights": (lambda f: weights_in(f).unlink(), ["has no crossget", CONFIG]),
+    "no settings": (lambda f: (f / CONFIG).unlink(), [f"has no {CONFIG}"]),
     "other width": (lambda f: _rewrite(f, **{"vision.cross": torch.zeros(LAYERS, 8)}), ["(4, 8)", "(4, 32)"]),
     "other depth": (lambda f: _rewrite(f, **{"text.cross": torch.zeros(9, WIDTH)}), ["(9, 32)", "(3, 32)", "another"]),
     "one side missing": (lambda f: _rewrite(f, **{"text.cross": None}), ["vision.cross", "text.cross", "does not fit"]),
@@ -170,15 +188,25 @@ DAMAGE = {
     "newer format": (lambda f: _edit_settings(f, format_version=2), ["format_version=2", "upgrade"]),
     "unknown method": (lambda f: _edit_settings(f, method="magic"), ["'magic'", "crossget"]),
     "unknown field": (lambda f: _edit_settings(f, spell="xyzzy"), ["spell", "its fields are"]),
+    "method a list": (lambda f: _edit_settings(f, method=["tome"]), [CONFIG, "tome"]),
+    "dial a text": (lambda f: _edit_settings(f, keep_ratio="half"), [CONFIG, "keep_ratio", "half"]),
+    "huge number": (lambda f: _edit_settings(f, dynamic=True, threshold=[10**400]), [CONFIG, "no valid settings"]),
+    "deep JSON": (lambda f: (f / CONFIG).write_text("[" * 200000), ["not a JSON file"]),
+    "integers": (lambda f: _rewrite(f, **{"text.cross": torch.ones(3, WIDTH).long()}), ["text.cross", "int64"]),
+    "bools": (lambda f: _rewrite(f, **{"text.cross": torch.ones(3, WIDTH).bool()}), ["text.cross", "bool"]),
+    "complex": (lambda f: _rewrite(f, **{"text.cross": torch.ones(3, WIDTH).cfloat()}), ["text.cross", "complex64"]),
+    "too large": (lambda f: _rewrite(f, **{"text.cross": HUGE}), ["text.cross", "cannot hold"]),
     "bad dial": (lambda f: _edit_settings(f, keep_ratio=3), ["keep_ratio", "3"]),
     "dial for another model": (lambda f: _edit_settings(f, keep_ratio=None, visual_tokens=99), ["99", "1 to 16"]),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("state", ["stock", "accelerated"])
+@pytest.mark.parametrize(("state", "version"), [("stock", "new"), ("accelerated", "new"), ("accelerated", "0.1")])
 @pytest.mark.parametrize("name", DAMAGE)
-def test_damaged_files_leave_the_model_as_it_was(name, state, tmp_path) -> None:
+def test_damaged_files_leave_the_model_as_it_was(name, state, version, tmp_path) -> None:
     save_crossget(learned(), tmp_path)
+    if version == "0.1":
+        as_version_01(tmp_path)
     damage, says = DAMAGE[name]
     damage(tmp_path)
     model = tiny_llava() if state == "stock" else learned(keep_ratio=0.7)
@@ -193,6 +221,14 @@ def test_settings_of_one_method_are_not_read_as_another(tmp_path) -> None:
     ToMeConfig().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="ToMeConfig"):
         CrossGetConfig.from_pretrained(tmp_path)
+
+
+def of_each(change) -> dict:
+    return {name: change(tensor[0]) for name, tensor in official_state().items()}
+
+
+def quantised(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8)
 
 
 def official_state(layers: int = LAYERS, prefix: str = "model.vision_tower.vision_tower.vision_model.") -> dict:
@@ -236,12 +272,22 @@ def test_official_default_is_the_published_setting(tmp_path) -> None:
         (lambda f: f.write_bytes(b""), ["cross_tokens.bin", "torch.save"]),
         (lambda f: f.write_bytes(pickle.dumps(print)), ["cross_tokens.bin", "torch.save"]),
         (lambda f: torch.save([torch.zeros(2)], f), ["cross_tokens.bin", "list"]),
+        (lambda f: f.write_bytes(b"hello" * 100), ["cross_tokens.bin", "torch.save"]),
+        (lambda f: f.write_bytes(b"Repository not found"), ["cross_tokens.bin", "torch.save"]),
+        (lambda f: torch.save({1: torch.zeros(2)}, f), ["cross_tokens.bin", "without names"]),
+        (lambda f: torch.save({"model.cross_text": torch.zeros(2, 2, 32)}, f), ["(2, 2, 32)", "(3, 32)"]),
+        (lambda f: torch.save(of_each(torch.Tensor.to_sparse), f), ["no weights", "sparse"]),
+        (lambda f: torch.save(of_each(lambda one: one.to("meta")), f), ["no weights", "meta"]),
+        (lambda f: torch.save(of_each(quantised), f), ["no weights", "qint8"]),
+        (lambda f: torch.save(of_each(torch.Tensor.long), f), ["no weights", "int64"]),
     ],
-    ids=["missing", "empty", "depth", "inf", "noise", "zero bytes", "code", "list"],
-)
-def test_official_files_that_do_not_fit(write, says, tmp_path) -> None:
+    ids=["missing", "empty", "depth", "inf", "noise", "zero bytes", "code", "list", "text", "error page",
+         "integer keys", "three dimensions", "sparse", "meta", "quantised", "integers"],
+)  # fmt: skip
+@pytest.mark.parametrize("state", ["stock", "accelerated"])
+def test_official_files_that_do_not_fit(write, says, state, tmp_path) -> None:
     write(tmp_path / "cross_tokens.bin")
-    model = tiny_llava()
+    model = tiny_llava() if state == "stock" else learned("madtp", alignment_tokens=5)
     expected = fingerprint(model)
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - the text is checked below
         load_official_cross_tokens(model, tmp_path / "cross_tokens.bin", CrossGetConfig(r=2))

@@ -13,7 +13,7 @@ from huggingface_hub import HfApi, ModelCard
 
 from mllm_crossget import CrossGetConfig, ReductionConfig, accelerate_mllm, load_crossget
 from tests.api.test_reversible import assert_identical, fingerprint
-from tests.checkpoint.test_files import CONFIG, WEIGHTS, learned
+from tests.checkpoint.test_files import CONFIG, learned
 from tests.tiny import tiny_llava
 
 
@@ -32,6 +32,7 @@ class Hub:
     def upload_file(self, *, path_or_fileobj, path_in_repo: str, repo_id: str, commit_message="", **_) -> str:
         full = repo_id if "/" in repo_id else f"someone/{repo_id}"
         data = path_or_fileobj if isinstance(path_or_fileobj, bytes) else Path(path_or_fileobj).read_bytes()
+        (self.root / full / path_in_repo).parent.mkdir(exist_ok=True)
         (self.root / full / path_in_repo).write_bytes(data)
         return f"https://hub.invalid/{full}/commit/1"
 
@@ -71,7 +72,7 @@ def test_model_push_to_hub_takes_the_small_files_along(hub: Hub) -> None:
     model = learned(keep_ratio=0.4)
     model.push_to_hub("someone/model")
     files = {path.name for path in (hub.root / "someone/model").iterdir()}
-    assert {CONFIG, WEIGHTS, "config.json", "model.safetensors"} <= files
+    assert {CONFIG, "crossget_weights", "config.json", "model.safetensors"} <= files
     fresh = load_crossget(tiny_llava(seed=1).from_pretrained(hub.root / "someone/model"), hub.root / "someone/model")
     assert_identical(fingerprint(fresh.eval()), fingerprint(model), but=("config", "attributes"))
 
@@ -88,7 +89,7 @@ def test_save_pretrained_with_push(hub: Hub, tmp_path, options, repo, private, m
     learned().save_pretrained(tmp_path / "folder", push_to_hub=True, **options)
     uploaded = {path.name for path in (hub.root / repo).iterdir()}
     assert uploaded == {path.name for path in (tmp_path / "folder").iterdir()}
-    assert {CONFIG, WEIGHTS, "model.safetensors"} <= uploaded
+    assert {CONFIG, "crossget_weights", "model.safetensors"} <= uploaded
     assert hub.created == {repo: private}
     assert hub.messages == [message]
 
@@ -97,5 +98,5 @@ def test_method_without_cross_tokens_has_no_weights_file(hub: Hub) -> None:
     accelerate_mllm(tiny_llava(), method="tome").push_to_hub("someone/tome")
     files = {path.name for path in (hub.root / "someone/tome").iterdir()}
     assert CONFIG in files
-    assert WEIGHTS not in files
+    assert "crossget_weights" not in files
     assert torch.is_tensor(load_crossget(tiny_llava(), hub.root / "someone/tome").lm_head.weight)

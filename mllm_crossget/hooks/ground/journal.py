@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 _MISSING = "<attribute was not there>"
+_MADE_OF = "_mllm_crossget_made_of"
 
 
 class Journal:
@@ -20,6 +21,9 @@ class Journal:
 
     def __init__(self) -> None:
         self._entries: list[tuple[str, Any, Any, Any]] = []
+
+    def __len__(self) -> int:
+        return len(self._entries)
 
     def set_attribute(self, target: Any, name: str, value: Any) -> None:
         """Set an instance attribute that is not a module or parameter."""
@@ -38,38 +42,63 @@ class Journal:
         """Put ``mixin`` in front of the instance's class; the class keeps its name, module and qualified name."""
         original = type(module)
         self._entries.append(("class", module, original, None))
-        module.__class__ = mixed_class(original, mixin)
-        _rebind_forward(module, original, type(module))
+        _set_class(module, mixed_class(original, mixin))
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
         """Classes and attributes as they were, for the length of a ``with`` block; added modules stay, unused."""
-        now: list[Any] = []
-        for kind, target, what, old in reversed(self._entries):
-            if kind == "class":
-                now.append(_set_class(target, what))
-            elif kind == "attribute":
-                now.append(target.__dict__.get(what, _MISSING))
-                _write(target, what, old)
+        now = self._present()
         try:
+            for entry in reversed(self._entries):
+                if entry[0] != "module":
+                    _undo(entry)
             yield
         finally:
-            for kind, target, what, _ in self._entries:
-                if kind == "class":
-                    _set_class(target, now.pop())
-                elif kind == "attribute":
-                    _write(target, what, now.pop())
+            for kind, target, what, value in now:
+                _undo((kind, target, value if kind == "class" else what, value))
+
+    def _present(self) -> list[tuple[str, Any, Any, Any]]:
+        """Classes and attributes of everything that was changed, as they are: each target once."""
+        found: dict[tuple[int, str], tuple[str, Any, Any, Any]] = {}
+        for kind, target, what, _ in self._entries:
+            if kind == "class":
+                found[id(target), ""] = (kind, target, "", type(target))
+            elif kind == "attribute":
+                found[id(target), what] = (kind, target, what, target.__dict__.get(what, _MISSING))
+        return list(found.values())
 
     def rollback(self) -> None:
-        """Undo every change; the journal is empty afterwards."""
+        """Undo every change; the journal is empty afterwards.
+
+        An entry leaves when it is undone, and undoing it twice is harmless: after an interrupt (Ctrl-C) another call
+        goes on where this one stopped.
+        """
         while self._entries:
-            kind, target, what, old = self._entries.pop()
-            if kind == "class":
-                _set_class(target, what)
-            elif kind == "module":
-                delattr(target, what)
-            else:
-                _write(target, what, old)
+            _undo(self._entries[-1])
+            self._entries.pop()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Classes in a form that can be pickled; see ``mixed_class``."""
+        entries = [
+            (kind, target, made_of(what) if kind == "class" else what, old) for kind, target, what, old in self._entries
+        ]
+        return {"_entries": entries}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._entries = [
+            (kind, target, class_of(*what) if kind == "class" else what, old)
+            for kind, target, what, old in state["_entries"]
+        ]
+
+
+def _undo(entry: tuple[str, Any, Any, Any]) -> None:
+    kind, target, what, old = entry
+    if kind == "class":
+        _set_class(target, what)
+    elif kind == "attribute":
+        _write(target, what, old)
+    elif what in target._modules:
+        delattr(target, what)
 
 
 def _write(target: Any, name: str, value: Any) -> None:
@@ -79,12 +108,10 @@ def _write(target: Any, name: str, value: Any) -> None:
         target.__dict__[name] = value
 
 
-def _set_class(module: nn.Module, kind: type) -> type:
-    """Give a module another class and return the one it had (a sharding wrapper may have put its own in front)."""
-    before = type(module)
+def _set_class(module: nn.Module, kind: type) -> None:
+    """Give a module another class. Its own ``forward`` goes first: done again after an interrupt, nothing is missed."""
+    _rebind_forward(module, type(module), kind)
     module.__class__ = kind
-    _rebind_forward(module, before, kind)
-    return before
 
 
 def _rebind_forward(module: nn.Module, old: type, new: type) -> None:
@@ -108,7 +135,13 @@ def mixed_class(original: type, mixin: type) -> type:
             return object.__new__(kind)
         return original(*args, **kwargs)
 
-    namespace: dict[str, Any] = {"__module__": original.__module__, "__doc__": original.__doc__, "__new__": new}
+    namespace: dict[str, Any] = {
+        "__module__": original.__module__,
+        "__doc__": original.__doc__,
+        "__new__": new,
+        "__reduce_ex__": _reduce,
+        _MADE_OF: (*made_of(original), mixin),
+    }
     for name in ("forward", "generate", "get_image_features", "get_video_features"):
         replacement = next((vars(kind)[name] for kind in _own_classes(mixin) if name in vars(kind)), None)
         if replacement is not None:
@@ -116,6 +149,26 @@ def mixed_class(original: type, mixin: type) -> type:
     mixed = type(original.__name__, (mixin, original), namespace)
     mixed.__qualname__ = original.__qualname__
     return mixed
+
+
+def made_of(kind: type) -> tuple[type, ...]:
+    """A class that can be imported, and the mixins that were put in front of it, in order."""
+    found: tuple[type, ...] = vars(kind).get(_MADE_OF, (kind,))
+    return found
+
+
+def class_of(original: type, *mixins: type) -> type:
+    """The inverse of ``made_of``."""
+    return functools.reduce(mixed_class, mixins, original)
+
+
+def _reduce(module: Any, protocol: Any) -> tuple[Any, ...]:
+    """How an instance of a mixed class is copied and pickled: no module holds that class under its name."""
+    return _empty, made_of(type(module)), vars(module)
+
+
+def _empty(*classes: type) -> Any:
+    return object.__new__(class_of(*classes))
 
 
 def _own_classes(mixin: type) -> list[type]:

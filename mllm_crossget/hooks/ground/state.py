@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mllm_crossget.families.family import Family, LayerNames, Positions, TextTower, module_at
 from mllm_crossget.families.modality import Modality
 from mllm_crossget.hooks.ground.journal import Journal
+from mllm_crossget.hooks.ground.module_tree import TreeChange
 from mllm_crossget.hooks.ground.vision_cache import VisionCache
 from mllm_crossget.methods.method import Method
 from mllm_crossget.ops.matching import Match
@@ -196,6 +197,7 @@ class Handle:
             None.
         text_encoder_path, text_tower: the same for a text tower.
         vision_cache: encoded images for the next question about them, or None.
+        adapter: what putting on an adapter that was saved with the settings has changed, or None.
     """
 
     method: Method
@@ -213,6 +215,7 @@ class Handle:
     text_encoder_path: str = ""
     text_tower: TextTowerState | None = None
     vision_cache: VisionCache | None = None
+    adapter: TreeChange | None = None
 
     @property
     def keeps_positions(self) -> bool:
@@ -233,15 +236,57 @@ class Handle:
 
 
 def base_model(model: nn.Module) -> nn.Module:
-    """The transformers model inside a PEFT wrapper, or the model itself."""
-    if isinstance(model, nn.Module) and hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-        return model.get_base_model()
+    """The transformers model inside PEFT's wrapper, ``torch.compile``'s and those for data parallelism, or itself."""
+    while (inner := _inside(model)) is not None:
+        model = inner
     return model
 
 
+def wrapped_by_peft(model: nn.Module) -> bool:
+    """Whether PEFT's wrapper is among those around the transformers model."""
+    while (inner := _inside(model)) is not None:
+        if hasattr(model, "get_base_model") and not _is_compiled(model):
+            return True
+        model = inner
+    return False
+
+
+def trains_in_parallel(model: nn.Module) -> bool:
+    """Whether a wrapper that has looked at the parameters already is around the transformers model."""
+    while (inner := _inside(model)) is not None:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            return True
+        model = inner
+    return False
+
+
+def _inside(model: nn.Module) -> nn.Module | None:
+    """What a wrapper that computes the same as its inside has inside; None for other modules."""
+    if not isinstance(model, nn.Module):
+        return None
+    if _is_compiled(model):
+        return model._modules["_orig_mod"]
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return model.module
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        inner: nn.Module = model.get_base_model()
+        return inner
+    return None
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    """By name: importing its class takes seconds."""
+    return type(model).__name__ == "OptimizedModule" and "_orig_mod" in model._modules
+
+
 def handle_of(model: nn.Module) -> Handle | None:
-    """The handle of an accelerated model (also inside a PEFT wrapper), or None."""
+    """The handle of an accelerated model (also inside a wrapper, see ``base_model``), or None."""
     return vars(base_model(model)).get(HANDLE)
+
+
+def accelerated_inside(model: nn.Module) -> str | None:
+    """Path to an accelerated model inside a module that is none itself, or None."""
+    return next((name for name, module in model.named_modules() if name and HANDLE in vars(module)), None)
 
 
 def live_cross_tokens(model: nn.Module) -> dict[str, nn.Module]:

@@ -95,6 +95,10 @@ class VisionCache:
         """A copy of a model starts with an empty cache: its weights are others."""
         return VisionCache(self.max_bytes)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """So does a pickled one."""
+        return VisionCache, (self.max_bytes,)
+
     @property
     def used_bytes(self) -> int:
         """Memory of the features that are kept; never above ``max_bytes``."""

@@ -1,24 +1,41 @@
-"""Cross tokens in state dicts and in the small file beside a checkpoint."""
+"""Cross tokens in state dicts and in the small files beside a checkpoint.
+
+``crossget_config.json`` names the file of learned tokens, ``crossget_weights/<hash>.safetensors``, by its content: both
+are of one save, or loading says so.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from mllm_crossget.atomic_files import remove_stale, write_bytes
+from mllm_crossget.config import CONFIG_NAME, WEIGHTS_FIELD, ReductionConfig, read_settings, write_settings
 from mllm_crossget.hooks.ground.state import HANDLE, base_model, live_cross_tokens
 
-WEIGHTS_NAME = "crossget.safetensors"
+WEIGHTS_FOLDER = "crossget_weights"
+"""Loaders that read every ``*.safetensors`` of a checkpoint do not look into folders."""
+LEGACY_WEIGHTS_NAME = "crossget.safetensors"
+"""Of version 0.1: beside the checkpoint, and not named by the settings."""
+_WEIGHTS_FILE = re.compile(rf"{WEIGHTS_FOLDER}/\w[\w.-]*\.safetensors")
 _CROSS_MODULE = re.compile(r"(^|\.)(cross|alignment)_tokens\.")
 
 
 def without_cross_tokens(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state dict without cross tokens: what plain transformers loads without a warning."""
-    return {name: tensor for name, tensor in state.items() if not _CROSS_MODULE.search(name)}
+    return {name: tensor for name, tensor in state.items() if not is_cross_token(name)}
+
+
+def is_cross_token(name: str) -> bool:
+    """Whether a parameter's name in a model is that of a learned token or of its map."""
+    return _CROSS_MODULE.search(name) is not None
 
 
 def cross_state(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -39,10 +56,18 @@ def cross_state(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> 
         for key, name, parameter in learned_tensors(place, live[place]):
             # called, not read: sharded training has the whole parameter only inside its module's call
             own = parameter if place == "alignment" else live[place]()
-            tensor = own if state is None else state.get(f"{paths.get(place)}.{name}")
+            tensor = own if state is None else _in_state(state, f"{paths.get(place)}", name)
             if tensor is not None:
                 values[key] = tensor.detach().cpu().contiguous()
     return values
+
+
+def _in_state(state: Mapping[str, Tensor], path: str, name: str) -> Tensor | None:
+    """A learned tensor in a state dict, also where PEFT trains a copy of it; None if it is not there."""
+    if f"{path}.{name}" in state:
+        return state[f"{path}.{name}"]
+    copies = re.compile(rf"(?:^|\.){re.escape(path)}\.modules_to_save\.[^.]+\.{re.escape(name)}$")
+    return next((tensor for key, tensor in state.items() if copies.search(key)), None)
 
 
 def learned_tensors(place: str, module: Any) -> list[tuple[str, str, Tensor]]:
@@ -58,11 +83,91 @@ def learned_tensors(place: str, module: Any) -> list[tuple[str, str, Tensor]]:
 
 
 def write_files(model: nn.Module, save_directory: str | Path, state: Mapping[str, Tensor] | None = None) -> list[Path]:
-    """Write ``crossget_config.json`` and, for a method with cross tokens, ``crossget.safetensors``."""
+    """Write ``crossget_config.json`` and, where the method has learned tokens, the file with them that it names.
+
+    Weights first, under a name of their content, the settings last: a reader or a kill in between sees the old pair.
+
+    Raises:
+        OSError: a file cannot be written; the old pair is as it was.
+    """
     method = base_model(model).__dict__[HANDLE].method
-    paths = [method.save_pretrained(save_directory)]
-    tensors = cross_state(model, state)
+    return write_pair(Path(save_directory), method, cross_state(model, state))
+
+
+def write_pair(folder: Path, method: ReductionConfig, tensors: Mapping[str, Tensor]) -> list[Path]:
+    """Write settings and learned tokens (none: settings alone); returns the files' paths."""
+    config, weights, named = folder / CONFIG_NAME, None, None
     if tensors:
-        paths.append(Path(save_directory) / WEIGHTS_NAME)
-        save_file(tensors, paths[-1], metadata={"format": "pt", "method": method.method})
-    return paths
+        data = save(dict(tensors), metadata={"format": "pt", "method": method.method})
+        digest = hashlib.sha256(data).hexdigest()
+        named = {"file": f"{WEIGHTS_FOLDER}/{digest[:16]}.safetensors", "sha256": digest}
+        weights = write_bytes(folder / named["file"], data)
+    before = _named(config)
+    write_settings(method, config, named)
+    if weights is not None and not weights.is_file():  # another writer took it for its own predecessor
+        write_bytes(weights, data)
+    for old in (before, LEGACY_WEIGHTS_NAME):
+        if old is not None and (named is None or old != named["file"]):
+            (folder / old).unlink(missing_ok=True)
+    if (folder / WEIGHTS_FOLDER).is_dir():
+        remove_stale(folder / WEIGHTS_FOLDER, f"{'[0-9a-f]' * 16}.safetensors", weights)
+    return [config] if weights is None else [config, weights]
+
+
+def _named(config: Path) -> str | None:
+    """The file of learned tokens that settings name, or None."""
+    try:
+        return weights_entry(read_settings(config), config)["file"]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def weights_entry(values: Mapping[str, Any], path: Path) -> dict[str, str]:
+    """Name and hash of the learned tokens that belong to settings; empty where these name none (version 0.1).
+
+    Raises:
+        ValueError: something else stands there.
+    """
+    entry = values.get(WEIGHTS_FIELD, {})
+    strings = isinstance(entry, dict) and all(isinstance(one, str) for one in entry.values())
+    if not strings or (entry and (set(entry) != {"file", "sha256"} or not _WEIGHTS_FILE.fullmatch(entry["file"]))):
+        raise ValueError(f"{path}: {WEIGHTS_FIELD!r} does not name a file of learned tokens; save it again")
+    return entry
+
+
+def read_tensors(data: bytes, path: Path, digest: str | None) -> dict[str, Tensor]:
+    """The learned tokens in a file's bytes.
+
+    Args:
+        data, path: of the file.
+        digest: SHA-256 that the settings name, None where they name none.
+
+    Raises:
+        ValueError: the bytes are damaged, or not those that the settings name.
+    """
+    try:
+        tensors = load(data)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"{path} is not a readable safetensors file ({error}); save it again with save_crossget"
+        ) from error
+    if digest is not None and hashlib.sha256(data).hexdigest() != digest:
+        raise ValueError(
+            f"{path} is not the file that {CONFIG_NAME} was saved with (its SHA-256 differs): both come from "
+            "different saves, or it was edited; save both again with save_crossget"
+        )
+    return tensors
+
+
+def files_problem(folder: Path) -> str | None:
+    """What is wrong with the settings and the learned tokens in a folder, or None; None too where it has neither."""
+    config = folder / CONFIG_NAME
+    if not config.exists():
+        return None
+    try:
+        entry = weights_entry(read_settings(config), config)
+        if entry:
+            read_tensors((folder / entry["file"]).read_bytes(), folder / entry["file"], entry["sha256"])
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None

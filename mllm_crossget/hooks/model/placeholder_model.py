@@ -243,11 +243,12 @@ def _with_alignment(model: nn.Module, forward: Any, handle: Handle, kwargs: dict
     if loss is None or not _aligns(model, handle):
         return forward(**kwargs)
     with forget_ahead(model, family), _recording(model, handle, kwargs) as (vision, text):
-        rows = images_per_row(model, handle, kwargs) if present(handle, kwargs) else None
         output = forward(**kwargs)
     if isinstance(output, tuple):
         return output
-    if rows is None or not vision or not text:
+    if vision and text and present(handle, kwargs):  # generate has encoded the images ahead, without their arguments
+        rows = images_per_row(model, handle, kwargs)
+    else:
         rows = _images_of_rows(model, handle, kwargs, vision, text)
     towards = [
         [module_at(model, path) for path in paths] for paths in (family.vision_projection, family.text_projection)

@@ -7,15 +7,35 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from mllm_crossget.hooks.model.cross_files import without_cross_tokens, write_files
+from mllm_crossget.atomic_files import TEMPORARY_PATTERN
+from mllm_crossget.families.family import module_at
+from mllm_crossget.hooks.ground.state import HANDLE
+from mllm_crossget.hooks.model.cross_files import (
+    LEGACY_WEIGHTS_NAME,
+    WEIGHTS_FOLDER,
+    without_cross_tokens,
+    write_files,
+)
 
 _FOR_UPLOADS = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr")
 
 
 class SavedModel(nn.Module):
     """Mixin for every top-level model."""
+
+    @property
+    def _keys_to_ignore_on_save(self) -> set[str]:
+        """Learned tokens too, which transformers asks a quantiser for and not the ``state_dict`` that it is given."""
+        paths = vars(self)[HANDLE].cross_paths.values() if HANDLE in vars(self) else ()
+        names = {f"{path}.{name}" for path in paths for name in module_at(self, path).state_dict()}
+        return {*(vars(self).get("_keys_to_ignore_on_save") or ()), *names}
+
+    @_keys_to_ignore_on_save.setter
+    def _keys_to_ignore_on_save(self, value: set[str] | list[str] | None) -> None:
+        vars(self)["_keys_to_ignore_on_save"] = value
 
     def save_pretrained(
         self,
@@ -25,8 +45,14 @@ class SavedModel(nn.Module):
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        """As the original - the checkpoint holds the stock weights alone - plus ``crossget_config.json`` and
-        ``crossget.safetensors`` beside it. ``push_to_hub`` uploads the whole folder."""
+        """As the original - the checkpoint holds the stock weights alone - plus ``crossget_config.json`` and the
+        learned tokens beside it. ``push_to_hub`` uploads the whole folder.
+
+        Raises:
+            OSError: a file cannot be written.
+            ValueError: words for an upload that is not asked for.
+            TypeError: an unknown keyword.
+        """
         upload = {name: kwargs.pop(name) for name in _FOR_UPLOADS if name in kwargs}
         if upload and not push_to_hub:
             raise ValueError(f"{sorted(upload)} are for uploads: give push_to_hub=True too, or leave them out")
@@ -38,7 +64,10 @@ class SavedModel(nn.Module):
             raise TypeError(f"save_pretrained knows no {unknown}; it takes {sorted({*known, *_FOR_UPLOADS})}")
         save_directory = Path(save_directory).expanduser()
         state = self.state_dict() if state_dict is None else state_dict
-        super().save_pretrained(save_directory, is_main_process, without_cross_tokens(state), **kwargs)
+        try:
+            super().save_pretrained(save_directory, is_main_process, without_cross_tokens(state), **kwargs)
+        except SafetensorError as error:
+            raise OSError(f"the checkpoint in {save_directory} could not be written: {error}") from error
         if is_main_process:
             write_files(self, save_directory, state)
         if push_to_hub:
@@ -55,4 +84,11 @@ def _upload(
 ) -> None:
     api = HfApi(token=token)
     repo = api.create_repo(repo_id or folder.name, private=private, exist_ok=True)
-    api.upload_folder(folder_path=folder, repo_id=repo.repo_id, commit_message=commit_message, **commit)
+    api.upload_folder(
+        folder_path=folder,
+        repo_id=repo.repo_id,
+        commit_message=commit_message,
+        ignore_patterns=[TEMPORARY_PATTERN],
+        delete_patterns=[LEGACY_WEIGHTS_NAME, f"{WEIGHTS_FOLDER}/*"],  # of an older push
+        **commit,
+    )

@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 from typing import Any, TextIO
 
+from mllm_crossget.atomic_files import write_text
 from mllm_crossget.integrations.lmms_eval.requests import Request
 
 
@@ -65,21 +66,22 @@ class AnswerLog:
 
 def read_batches(folder: Path) -> list[dict[str, Any]]:
     """All ranks' batches from a folder of finished answer logs; empty if there are none."""
-    texts = [_whole_lines(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("answers.rank*.jsonl"))]
+    texts = [_whole_lines(path.read_bytes()) for path in sorted(folder.glob("answers.rank*.jsonl"))]
     records = [json.loads(line) for text in texts for line in text.splitlines()]
     return [record for record in records if "answers" in record]
 
 
-def _whole_lines(text: str) -> str:
-    return text[: text.rfind("\n") + 1]
+def _whole_lines(data: bytes) -> str:
+    """Without what a kill left of a last line, be it half a character."""
+    return data[: data.rfind(b"\n") + 1].decode()
 
 
 def _records(path: Path, settings: dict[str, Any], repair: bool) -> list[dict[str, Any]]:
     """The batches of one file. What a kill left of a last line is dropped, and cut off in the process's own file."""
-    text = path.read_text(encoding="utf-8")
-    whole = _whole_lines(text)
-    if repair and whole != text:
-        path.write_text(whole, encoding="utf-8")
+    data = path.read_bytes()
+    whole = _whole_lines(data)
+    if repair and len(whole.encode()) != len(data):
+        write_text(path, whole)
     try:
         records = [json.loads(line) for line in whole.splitlines()]
     except json.JSONDecodeError as error:

@@ -20,6 +20,7 @@ import torch
 import yaml
 from tqdm import tqdm
 
+from mllm_crossget.atomic_files import write_text
 from mllm_crossget.config import method_class
 from mllm_crossget.field_types import check_field_types
 from mllm_crossget.integrations.lmms_eval import tasks_dir
@@ -206,7 +207,7 @@ def _execute(item: Run, folder: Path, options: EvalOptions) -> str | None:
         "verbosity": "DEBUG",  # without it lmms-eval 0.7.3 exits with status 0 after an error
     }
     config, log = work / "lmms_eval.yaml", work / "log.txt"
-    config.write_text(yaml.safe_dump([entry], allow_unicode=True))
+    write_text(config, yaml.safe_dump([entry], allow_unicode=True))
     command = _command(config, options.processes)
     with log.open("w") as output:
         done = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=_environment(), check=False)

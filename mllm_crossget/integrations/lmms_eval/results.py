@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from mllm_crossget.atomic_files import write_text
 from mllm_crossget.benchmark.timing import environment
 from mllm_crossget.integrations.lmms_eval.answers import read_batches
 from mllm_crossget.integrations.lmms_eval.token_costs import summary
@@ -60,9 +61,7 @@ def collect(config: dict[str, Any], results: Path, journal: Path) -> dict[str, A
 
 def write_result(path: Path, result: dict[str, Any]) -> None:
     """Write a result whole or not at all."""
-    new = path.with_suffix(".new")
-    new.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-    new.replace(path)
+    write_text(path, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_result(path: Path) -> dict[str, Any]:

@@ -1,0 +1,134 @@
+"""All or nothing: a model's acceleration and what it has learned, remembered, and given back after an error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mllm_crossget.hooks.apply import apply_method
+from mllm_crossget.hooks.ground.module_tree import TreeChange, TreeState
+from mllm_crossget.hooks.ground.state import HANDLE, Handle, base_model, handle_of, live_cross_tokens
+from mllm_crossget.hooks.ground.vision_cache import VisionCache
+from mllm_crossget.hooks.reuse.feature_reuse import use_cache
+from mllm_crossget.methods.method import Method
+
+
+@dataclass
+class Before:
+    """A model as it was.
+
+    Attributes:
+        model: the transformers model.
+        handle, method, cache: what it was accelerated with; None if it was not.
+        changes: entries of its journal.
+        tokens: the learned modules that it computes with, by place.
+        places: ``Handle.cross_tokens``.
+        values: their parameters, what these held, and whether they asked for gradients.
+        adapter: see ``Handle.adapter``.
+    """
+
+    model: nn.Module
+    handle: Handle | None
+    method: Method | None
+    cache: VisionCache | None
+    changes: int
+    tokens: dict[str, nn.Module]
+    places: dict[str, nn.Module]
+    values: list[tuple[nn.Parameter, Tensor, bool]]
+    adapter: TreeChange | None
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Before:
+        """Remember a model."""
+        target, handle = base_model(model), handle_of(model)
+        if handle is None:
+            return cls(target, None, None, None, 0, {}, {}, [], None)
+        tokens = live_cross_tokens(target)
+        parameters = [parameter for module in tokens.values() for parameter in module.parameters()]
+        values = [(one, one.detach().clone(), one.requires_grad) for one in parameters]
+        return cls(
+            target,
+            handle,
+            handle.method,
+            handle.vision_cache,
+            len(handle.journal),
+            tokens,
+            dict(handle.cross_tokens),
+            values,
+            handle.adapter,
+        )
+
+    def give_back(self) -> None:
+        """Make the model what it was: settings, learned modules and their values, adapter, kept images."""
+        now = handle_of(self.model)
+        if now is not None and now.adapter is not self.adapter:
+            take_off_adapter(self.model)
+        undone = now is not None and (now.method is not self.method or len(now.journal) < self.changes)
+        if now is not self.handle or undone:
+            self._accelerate_again(now)
+        elif now is not None and now.vision_cache is not self.cache:
+            use_cache(self.model, now, False if self.cache is None else self.cache)
+        handle = handle_of(self.model)
+        if handle is not None:
+            handle.adapter, handle.cross_tokens = self.adapter, dict(self.places)
+        if self.adapter is not None:
+            self.adapter.redo()
+        for parameter, value, learns in self.values:
+            if parameter.shape == value.shape and not value.is_meta and not torch.equal(parameter.detach(), value):
+                with torch.no_grad():
+                    parameter.copy_(value)
+            parameter.requires_grad_(learns)
+
+    def _accelerate_again(self, now: Handle | None) -> None:
+        if now is not None:
+            now.journal.rollback()
+        if self.handle is None or self.method is None:
+            return
+        self.handle.journal.rollback()  # of which an interrupt may have left something
+        apply_method(self.model, self.handle.family, self.handle.geometry, self.method, dict(self.tokens))
+        again: Handle = vars(self.model)[HANDLE]
+        if self.cache is not None:
+            self.cache.clear()
+            use_cache(self.model, again, self.cache)
+
+
+@contextmanager
+def unchanged_after_error(model: nn.Module) -> Iterator[None]:
+    """Whatever is raised in the ``with`` block, Ctrl-C too, leaves the model as it was in front of it."""
+    before = Before.of(model)
+    try:
+        yield
+    except BaseException:
+        before.give_back()
+        raise
+
+
+@contextmanager
+def recorded_change(root: nn.Module) -> Iterator[list[TreeChange]]:
+    """Record what the ``with`` block changes in a tree of modules; after an error it is taken back.
+
+    Yields a list that holds the change behind the block.
+    """
+    state = TreeState.of(root)
+    found: list[TreeChange] = []
+    try:
+        yield found
+    except BaseException:
+        TreeChange.since(state).undo()
+        raise
+    found.append(TreeChange.since(state).without_attribute("training"))
+
+
+def take_off_adapter(model: nn.Module) -> None:
+    """Take away the adapter that this library has put on an accelerated model, if there is one."""
+    handle = handle_of(model)
+    if handle is None or handle.adapter is None:
+        return
+    kept = handle.adapter.replaced_modules()
+    handle.adapter.undo()
+    handle.cross_tokens = {place: kept.get(id(module), module) for place, module in handle.cross_tokens.items()}
+    handle.adapter = None

@@ -1,0 +1,148 @@
+"""Models inside wrappers, interrupted restores, and accelerated models that are pickled."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from mllm_crossget import accelerate_mllm, load_crossget, restore_mllm, save_crossget, unsupported_reason
+from mllm_crossget.hooks.ground.state import handle_of
+from tests.api.test_reversible import assert_identical, fingerprint
+from tests.families.cases import all_cases
+from tests.methods import METHODS, prepare
+from tests.tiny import prompt_batch, randomise_cross_tokens, tiny_llava
+
+
+class Wrapper(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.inner = model
+
+    def forward(self, **inputs):
+        return self.inner(**inputs)
+
+
+WRAPPERS = {
+    "compiled": lambda model: torch.compile(model, backend="eager"),
+    "data parallel": nn.DataParallel,
+    "both": lambda model: nn.DataParallel(torch.compile(model, backend="eager")),
+}
+
+
+def logits(model: nn.Module, stock: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**prompt_batch(stock, (2, 0, 1))).logits
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_wrappers_are_seen_through(name, tmp_path) -> None:
+    model = tiny_llava()
+    before = fingerprint(model)
+    wrapped = WRAPPERS[name](model)
+    assert unsupported_reason(wrapped) is None
+    assert accelerate_mllm(wrapped, keep_ratio=0.5) is wrapped
+    randomise_cross_tokens(model)
+    save_crossget(wrapped, tmp_path)
+    load_crossget(wrapped, tmp_path)
+    assert not torch.equal(fingerprint(model)["logits"], before["logits"])
+    assert restore_mllm(wrapped) is wrapped
+    assert_identical(fingerprint(model), before)
+
+
+@pytest.mark.parametrize("first", ["stock", "accelerated"])
+def test_a_compiled_model_follows_every_change(first) -> None:
+    stock, model = tiny_llava(), tiny_llava()
+    wanted = {"stock": logits(stock, stock), "accelerated": logits(accelerate_mllm(tiny_llava()), stock)}
+    compiled = torch.compile(model, backend="eager")
+    if first == "accelerated":
+        accelerate_mllm(compiled)
+    assert torch.equal(logits(compiled, stock), wanted[first])
+    (restore_mllm if first == "accelerated" else accelerate_mllm)(compiled)
+    second = "stock" if first == "accelerated" else "accelerated"
+    assert torch.equal(logits(compiled, stock), wanted[second])
+
+
+def test_other_wrappers_are_refused_by_name() -> None:
+    model = tiny_llava()
+    with pytest.raises(ValueError, match=r"Wrapper .* pass model\.inner"):
+        accelerate_mllm(Wrapper(model))
+    accelerate_mllm(model)
+    with pytest.raises(ValueError, match=r"Wrapper .*restore_mllm\(model\.inner\)"):
+        restore_mllm(Wrapper(model))
+    restore_mllm(Wrapper(tiny_llava()))
+    with pytest.raises(TypeError, match="got str"):
+        restore_mllm("model")
+    restore_mllm(model)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_interrupted_restore_can_be_completed(method) -> None:
+    model = tiny_llava()
+    before = fingerprint(model)
+    at, hit = 1, True
+    while hit:
+        prepare(model, method=method)
+        count, hit = 0, False
+
+        def tracer(frame, event, arg, at=at):
+            nonlocal count, hit
+            if "mllm_crossget" not in frame.f_code.co_filename:
+                return None
+            if event == "line":
+                count += 1
+                if count == at:
+                    hit = True
+                    raise KeyboardInterrupt
+            return tracer
+
+        sys.settrace(tracer)
+        try:
+            restore_mllm(model)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(None)
+        restore_mllm(model)
+        assert [type(module) for module in model.modules()] == before["classes"]
+        assert [sorted(vars(module)) for module in model.modules()] == before["attributes"]
+        at += 17
+    assert at > 100
+    assert_identical(fingerprint(model), before)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("way", ["pickle", "torch.save"])
+def test_an_accelerated_model_is_pickled(way, method) -> None:
+    model = prepare(tiny_llava(), method=method, reuse_vision=True)
+    randomise_cross_tokens(model)
+    expected = fingerprint(model)
+    if way == "pickle":
+        again = pickle.loads(pickle.dumps(model))
+    else:
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        again = torch.load(file, weights_only=False)
+    assert_identical(fingerprint(again), expected)
+    assert handle_of(again) is not handle_of(model)
+    assert_identical(fingerprint(restore_mllm(again)), fingerprint(tiny_llava()))
+    assert_identical(fingerprint(model), expected)
+
+
+@pytest.mark.parametrize("case", all_cases(), ids=lambda case: case.name)
+def test_every_family_is_pickled(case) -> None:
+    model, method = case.build("sdpa"), "madtp" if "madtp" not in case.skip_methods else "crossget"
+    batch = case.batch(model)
+    prepare(model, method=method, **case.dial)
+    with torch.no_grad():
+        expected = case.answers(model, batch)
+        again = pickle.loads(pickle.dumps(model))
+        assert all(torch.equal(a, b) for a, b in zip(case.answers(again, batch), expected, strict=True))
+    assert {type(module).__name__ for module in restore_mllm(again).modules()} == {
+        type(module).__name__ for module in case.build("sdpa").modules()
+    }

@@ -1,0 +1,190 @@
+"""A refused load leaves the model as it was, whatever raises and where; ``accelerated`` gives learned state back."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from mllm_crossget import (
+    CrossGetConfig,
+    accelerate_mllm,
+    accelerated,
+    load_crossget,
+    load_official_cross_tokens,
+    restore_mllm,
+    save_crossget,
+)
+from mllm_crossget.hooks.ground.state import handle_of, live_cross_tokens
+from mllm_crossget.training import load_finetuned, lora_config
+from tests.api.test_reversible import assert_identical, fingerprint
+from tests.checkpoint.test_files import learned, logits, official_state
+from tests.tiny import randomise_cross_tokens, tiny_llava
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT's own look-up
+ADAPTER = "adapter_model.safetensors"
+
+
+def fine_tune(folder, seed: int, **settings):
+    """A run's files, and the logits of what was trained."""
+    base = accelerate_mllm(tiny_llava(), CrossGetConfig(keep_ratio=0.5))
+    model = get_peft_model(base, lora_config(base, **{"r": 2, "alpha": 4, "dropout": 0.0, **settings}))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in (one for one in model.parameters() if one.requires_grad):
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    model.save_pretrained(folder)
+    save_crossget(model, folder)
+    return logits(model.eval())
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    return folder, {name: fine_tune(folder / name, seed) for seed, name in enumerate("ab")}
+
+
+def _edit(folder, change) -> None:
+    tensors = load_file(folder / ADAPTER)
+    name = next(name for name in tensors if "lora_A" in name)
+    new = change(tensors.pop(name))
+    save_file({**tensors, **({} if new is None else {name: new})}, folder / ADAPTER)
+
+
+def _configure(folder, **changes) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+DAMAGE = {
+    "no JSON": lambda f: (f / "adapter_config.json").write_text("{"),
+    "no object": lambda f: (f / "adapter_config.json").write_text("[]"),
+    "cut": lambda f: (f / ADAPTER).write_bytes((f / ADAPTER).read_bytes()[:-9]),
+    "missing": lambda f: (f / ADAPTER).unlink(),
+    "other modules": lambda f: _configure(f, target_modules=["nowhere"]),
+    "other rank": lambda f: _configure(f, r=3),
+    "unknown kind": lambda f: _configure(f, peft_type="MAGIC"),
+    "one is missing": lambda f: _edit(f, lambda one: None),
+    "integers": lambda f: _edit(f, torch.Tensor.long),
+    "infinite": lambda f: _edit(f, lambda one: one * float("inf")),
+    "other shape": lambda f: _edit(f, lambda one: one[:, :3].contiguous()),
+}
+
+
+@pytest.mark.parametrize("state", ["stock", "accelerated", "with adapter"])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_adapter_leaves_the_model_as_it_was(damage, state, runs, tmp_path) -> None:
+    shutil.copytree(runs[0] / "a", tmp_path / "a")
+    DAMAGE[damage](tmp_path / "a")
+    model = tiny_llava() if state == "stock" else learned("madtp", alignment_tokens=5)
+    if state == "with adapter":
+        load_crossget(model, runs[0] / "b")
+    before, learns = fingerprint(model), [one.requires_grad for one in model.parameters()]
+    with pytest.raises((ValueError, OSError)):
+        load_crossget(model, tmp_path / "a")
+    assert_identical(fingerprint(model), before)
+    assert [one.requires_grad for one in model.parameters()] == learns
+    restore_mllm(model)
+    assert_identical(fingerprint(model), fingerprint(tiny_llava()))
+
+
+def test_loading_over_one_another_and_restoring(runs) -> None:
+    folder, wanted = runs
+    model = tiny_llava()
+    for name in "abba":
+        assert torch.equal(logits(load_crossget(model, folder / name)), wanted[name])
+        accelerate_mllm(model, keep_ratio=0.25)
+        assert torch.equal(logits(accelerate_mllm(model, keep_ratio=0.5)), wanted[name])
+    assert list(model.peft_config) == ["default"]
+    assert_identical(fingerprint(restore_mllm(model)), fingerprint(tiny_llava()))
+
+
+def test_fine_tuned_runs_over_one_another(runs) -> None:
+    folder, wanted = runs
+    first = load_finetuned(tiny_llava(), folder / "a")
+    second = load_finetuned(first, folder / "b")
+    assert torch.equal(logits(second), wanted["b"])
+    with pytest.raises(ValueError, match="has no crossget_config"):
+        load_finetuned(second, folder)
+    assert torch.equal(logits(second), wanted["b"])
+
+
+@pytest.mark.parametrize("damage", ["cut", "other modules", "integers"])
+def test_a_refused_fine_tuned_run_leaves_the_one_before(damage, runs, tmp_path) -> None:
+    folder, wanted = runs
+    shutil.copytree(folder / "a", tmp_path / "a")
+    DAMAGE[damage](tmp_path / "a")
+    stock, model = tiny_llava(), load_finetuned(tiny_llava(), folder / "b")
+    for target in (stock, model):
+        with pytest.raises((ValueError, OSError)):
+            load_finetuned(target, tmp_path / "a")
+    assert_identical(fingerprint(stock), fingerprint(tiny_llava()))
+    assert torch.equal(logits(model), wanted["b"])
+
+
+def test_an_adapter_of_the_users_is_not_replaced(runs) -> None:
+    model = accelerate_mllm(tiny_llava(), keep_ratio=0.5)
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.warns(UserWarning, match="carries an adapter"):
+        load_crossget(model, runs[0] / "a")
+    with pytest.raises(ValueError, match="unload"):
+        load_finetuned(get_peft_model(tiny_llava(), LoraConfig(r=2, target_modules=["q_proj"])), runs[0] / "a")
+
+
+def test_an_interrupt_anywhere_in_a_load_leaves_the_model_as_it_was(monkeypatch, tmp_path) -> None:
+    """Every write to a tensor or a module's class may be the last."""
+    torch.save(official_state(), tmp_path / "cross_tokens.bin")
+    model = learned("madtp", alignment_tokens=5)
+    before = fingerprint(model)
+    original, calls = torch.Tensor.copy_, [0]
+
+    def interrupted(self, *args):
+        calls[0] += 1
+        if calls[0] == 2:
+            raise KeyboardInterrupt
+        return original(self, *args)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        load_official_cross_tokens(model, tmp_path, CrossGetConfig(r=2))
+    monkeypatch.undo()
+    assert calls[0] == 2
+    assert_identical(fingerprint(model), before)
+
+
+@pytest.mark.parametrize("inside", ["other alignment tokens", "load", "train", "restore"])
+def test_leaving_accelerated_gives_learned_state_back(inside, runs) -> None:
+    model = learned("madtp", alignment_tokens=5)
+    randomise_cross_tokens(accelerate_mllm(model, keep_ratio=0.5), seed=3)
+    settings = handle_of(model).method
+    before, parameters = fingerprint(model), list(model.parameters())
+    with accelerated(model, method="madtp", alignment_tokens=7, reference=True):
+        if inside == "load":
+            load_crossget(model, runs[0] / "a")
+        elif inside == "train":
+            with torch.no_grad():
+                for module in live_cross_tokens(model).values():
+                    for parameter in module.parameters():
+                        parameter.add_(1)
+        elif inside == "restore":
+            restore_mllm(model)
+    assert_identical(fingerprint(model), before)
+    assert handle_of(model).method == settings
+    assert all(now is old for now, old in zip(model.parameters(), parameters, strict=True))
+
+
+def test_half_precision_refuses_what_it_cannot_hold(tmp_path) -> None:
+    model = learned()
+    with torch.no_grad():
+        live_cross_tokens(model)["text"].weight.fill_(1e5)
+    save_crossget(model, tmp_path)
+    half = tiny_llava().half()
+    classes = [type(module) for module in half.modules()]
+    with pytest.raises(ValueError, match=r"text\.cross.*float16.*cannot hold"):
+        load_crossget(half, tmp_path)
+    assert [type(module) for module in half.modules()] == classes
+    load_crossget(tiny_llava().bfloat16(), tmp_path)
