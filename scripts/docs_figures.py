@@ -1,7 +1,7 @@
 """MkDocs hook: pages show the pictures of eval/results, which are outside of docs/, and load nothing from the network.
 
-A page writes ``../eval/results/demo/curves.png``, so that the link also works in the repository. MkDocs only knows files
-of its own folder: the pictures are added to the site as ``figures/demo/curves.png``, and the links are changed to match.
+A page writes ``../eval/results/demo/curves.png``, so that the link also works in the repository. MkDocs only knows
+files of its own folder: the pictures are added to the site as ``figures/demo/curves.png``, and the links are changed.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 python scripts/readme_tables.py           # rewrite the marked blocks
 python scripts/readme_tables.py --check   # exit 1 if a block does not match the files
 
-A block is ``<!-- table:NAME -->`` to ``<!-- /table:NAME -->`` with a name of ``TABLES``, in any page. Tables of time are
-in speed_tables.py; ``eval/leaderboard.py --readme docs/evaluation.md`` writes the block of lmms-eval's results.
+A block is ``<!-- table:NAME -->`` to ``<!-- /table:NAME -->`` with a name of ``TABLES``, in any page. Tables of time
+are in speed_tables.py; ``eval/leaderboard.py --readme docs/evaluation.md`` writes the block of lmms-eval's results.
 """
 
 from __future__ import annotations

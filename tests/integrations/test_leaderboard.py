@@ -1,4 +1,4 @@
-"""The table, the plot and the paired comparison from result files; the block in docs/evaluation.md is what the files give."""
+"""The table, the plot and the paired comparison from result files; docs/evaluation.md has what the files give."""
 
 from __future__ import annotations
 
@@ -49,7 +49,9 @@ def test_the_pages_table_is_what_the_files_give():
         cwd=ROOT,
         check=False,
     )
-    assert done.returncode == 0, f"python eval/leaderboard.py --folder {FOLDER} --readme docs/evaluation.md\n{done.stderr}"
+    assert done.returncode == 0, (
+        f"python eval/leaderboard.py --folder {FOLDER} --readme docs/evaluation.md\n{done.stderr}"
+    )
 
 
 def test_a_changed_result_changes_the_table(leaderboard, tmp_path):
