@@ -1,17 +1,18 @@
-# Usage: make demo | test | eval | style | bench.  VENV=folder: another virtual environment, PYTHON=python3.12: another Python.
+# Usage: make demo | test | eval | style | docs | bench.  VENV=folder: another virtual environment, PYTHON=python3.12: another Python.
 VENV ?= .venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 LMMS_EVAL ?= lmms-eval==0.7.3
 BIN := $(VENV)/bin
 
-.PHONY: help demo test eval style bench
+.PHONY: help demo test eval style docs bench
 
 help:
 	@echo "make demo    install the package into $(VENV) and run the demo"
 	@echo "make test    install the tools as well and run the tests"
 	@echo "make eval    install lmms-eval as well, without torchvision, and run the tests that need it"
 	@echo "make style   linter, formatter and type checker, without changing a file"
+	@echo "make docs    build the documentation into site/, without a warning"
 	@echo "make bench   FLOPs of LLaVA-1.5-7B and -13B before and after, and seconds here, with 4 layers of its language model"
 
 demo: $(VENV)/.installed-demo
@@ -27,6 +28,9 @@ style: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/mllm-crossget inspect llava-1.5-7b --r 13
@@ -49,6 +53,10 @@ $(VENV)/.installed-demo: pyproject.toml $(VENV)/.installed-torch
 
 $(VENV)/.installed-bench: pyproject.toml $(VENV)/.installed-torch
 	$(BIN)/python -m pip install -e '.[bench]'
+	touch $@
+
+$(VENV)/.installed-docs: pyproject.toml $(VENV)/.installed-torch
+	$(BIN)/python -m pip install -e '.[docs]'
 	touch $@
 
 $(VENV)/.installed-dev: pyproject.toml $(VENV)/.installed-torch

@@ -2,8 +2,8 @@
 
 python eval/leaderboard.py --folder eval/results/embedded                         # Markdown to the screen
 python eval/leaderboard.py --folder eval/results/embedded --html table.html --plot curves.png
-python eval/leaderboard.py --folder eval/results/embedded --readme README.md      # rewrite the marked block of a file
-python eval/leaderboard.py --folder eval/results/embedded --readme README.md --check
+python eval/leaderboard.py --folder eval/results/embedded --readme docs/evaluation.md         # rewrite its marked block
+python eval/leaderboard.py --folder eval/results/embedded --readme docs/evaluation.md --check
 python eval/leaderboard.py --folder eval/results/embedded --compare "tome keep_ratio=0.5" "crossget keep_ratio=0.5"
 """
 

@@ -1,7 +1,10 @@
-"""Write the README's tables from the JSON files in eval/results, and the table of families from the registry.
+"""Write the tables of README.md and docs/ from the JSON files in eval/results, and those of families from the registry.
 
-python scripts/readme_tables.py           # rewrite README.md
-python scripts/readme_tables.py --check   # exit 1 if README.md does not match the files
+python scripts/readme_tables.py           # rewrite the marked blocks
+python scripts/readme_tables.py --check   # exit 1 if a block does not match the files
+
+A block is ``<!-- table:NAME -->`` to ``<!-- /table:NAME -->`` with a name of ``TABLES``, in any page. Tables of time
+are in speed_tables.py; ``eval/leaderboard.py --readme docs/evaluation.md`` writes the block of lmms-eval's results.
 """
 
 from __future__ import annotations
@@ -11,21 +14,46 @@ import re
 import statistics
 import sys
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from speed_tables import (
+    compiled_line,
+    frozen_table,
+    geometries_table,
+    kept_table,
+    machine,
+    reducer_table,
+    reuse_line,
+    speed_short_table,
+    speed_table,
+)
 from transformers import HfArgumentParser
 
 from mllm_crossget.costs.family_table import markdown_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "eval" / "results"
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 
 
 @dataclass
 class Options:
     check: bool = field(default=False, metadata={"help": "only compare, do not write"})
+
+
+def demo_short_table(report: dict[str, Any]) -> str:
+    """The README's few rows: CrossGET and ToMe at half and a quarter of the tokens, and tokens dropped at random."""
+    lines = ["| setting | visual tokens in the LLM | accuracy (95 % interval) | without counting | GFLOPs |",
+             "|---|---|---|---|---|"]  # fmt: skip
+    for row in report["rows"]:
+        method, _, keep = row["setting"].partition(" ")
+        if method != "random" and keep in ("", "0.5", "0.25"):
+            lines.append(
+                f"| {row['setting']} | {row['visual_tokens']} | {share(row['score']['overall'])} | "
+                f"{share(row['without_count'])} | {row['gflops']:.2f} |"
+            )
+    return "\n".join([*lines, "", f"{report['questions']} questions; {machine(report)}."])
 
 
 def demo_table(report: dict[str, Any]) -> str:
@@ -42,166 +70,6 @@ def demo_table(report: dict[str, Any]) -> str:
             f"{time['median']:.2f} ({time['min']:.2f} – {time['max']:.2f}) |"
         )
     return "\n".join([*lines, "", f"{report['questions']} questions, batch 32 for the time; {machine(report)}."])
-
-
-def speed_table(lines: list[dict[str, Any]]) -> str:
-    rows = [
-        "| batch | new tokens | setting | visual tokens | reducer, share of the untouched encoder (p10 – p90) "
-        "| encoder + prefill, speed-up (p10 – p90) | share of the FLOP ratio (of the same layers without reducer) "
-        "| whole `generate` | roofline ceiling |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for line in lines:
-        first, whole, over = line["encoder_and_prefill"], line["whole"], line.get("reducer_overhead")
-        seconds = line["seconds"]
-        if line["setting"] == "untouched":
-            cells = ["–", f"{seconds['encoder']['median']:.2f} s + {seconds['prefill']['median']:.2f} s", "–",
-                     f"{seconds['total']['median']:.2f} s", f"{line['least_seconds']:.2f} s"]  # fmt: skip
-        else:
-            speed_up, share, ideal = first["speed_up"], first["share_of_flop_ratio"], first["share_of_ideal"]
-            cells = [
-                # Too few rounds say nothing of a difference between two towers.
-                f"{over['median']:.1%} ({over['p10']:.1%} – {over['p90']:.1%})" if over["rounds"] >= 3 else "–",
-                f"{speed_up['median']:.2f} × ({speed_up['p10']:.2f} – {speed_up['p90']:.2f})",
-                f"{share:.0%} ({ideal:.0%})" if over["rounds"] >= 3 else f"{share:.0%}",
-                f"{whole['speed_up']['median']:.2f} ×",
-                f"{whole['ceiling']:.2f} ×",
-            ]
-        case = [str(line[name]) for name in ("batch", "new_tokens", "setting", "visual_tokens")]
-        rows.append(f"| {' | '.join([*case, *cells])} |")
-    rows.append(f"| 1, 32 | 1, 128 | the whole model on a GPU, bfloat16, r=13 | {' | '.join(['not measured'] * 6)} |")
-    options, speed = lines[0]["options"], lines[0]["device_speed"]
-    layers = options["llm_layers"]
-    note = (
-        f"{options['geometry']}{f', {layers} layers of the language model' if layers else ''}, random weights, "
-        f"{options['dtype']}, {options['attn_implementation']}, {options['text_tokens']} words per prompt, warm; "
-        f"{', '.join(rounds(lines))}. Ceiling from {speed['flops'] / 1e9:.0f} GFLOP/s in a matrix product and "
-        f"{speed['bytes_per_second'] / 1e9:.0f} GB/s read; {machine(lines[0])}."
-    )
-    return "\n".join([*rows, "", note])
-
-
-def geometries_table(lines: list[dict[str, Any]]) -> str:
-    """One row for every reduced setting of other geometries."""
-    rows = ["| model (layers of its language model) | setting | visual tokens | encoder + prefill (p10 – p90) "
-            "| share of the FLOP ratio | roofline ceiling |", "|---|---|---|---|---|---|"]  # fmt: skip
-    for line in lines:
-        if line["setting"] == "untouched":
-            continue
-        options, first = line["options"], line["encoder_and_prefill"]
-        speed_up = first["speed_up"]
-        cells = [
-            f"{options['geometry']} ({options['llm_layers'] or 'all'}), {options['dtype']}",
-            line["setting"],
-            f"{line['visual_tokens_untouched']} → {line['visual_tokens']}",
-            f"{speed_up['median']:.2f} × ({speed_up['p10']:.2f} – {speed_up['p90']:.2f})",
-            f"{first['share_of_flop_ratio']:.0%}",
-            f"{line['whole']['ceiling']:.2f} ×",
-        ]
-        rows.append(f"| {' | '.join(cells)} |")
-    turns = lines[0]["seconds"]["total"]["rounds"]
-    return "\n".join([*rows, "", f"Batch 1, sdpa, random weights, warm, {turns} rounds; {machine(lines[0])}."])
-
-
-def reuse_line(report: dict[str, Any]) -> str:
-    seconds, memory = report["questions"]["seconds"], report["memory"]
-    told = [f"{name} {1e3 * times['median']:.1f} ms ({1e3 * times['p10']:.1f} – {1e3 * times['p90']:.1f})"
-            for name, times in seconds.items()]  # fmt: skip
-    bound, largest, early, late = (
-        f"{memory[name] / 2**20:.0f}"
-        for name in ("bound_bytes", "largest_bytes", "resident_bytes_after_a_tenth", "resident_bytes_at_the_end")
-    )
-    equal = "equal" if report["questions"]["equal_answers"] else "DIFFERENT"
-    return (
-        f"{report['options']['geometry']}, {report['options']['llm_layers']} layers of the language model, "
-        f"{seconds['encoder, first question']['rounds']} rounds: {'; '.join(told)}; answers {equal}. "
-        f"{memory['images']} different images through a cache of {bound} MiB: it held at most {largest} MiB; the "
-        f"process had {early} MiB after a tenth of them, {late} MiB at the end. {machine(report)}."
-    )
-
-
-def rounds(lines: list[dict[str, Any]]) -> list[str]:
-    """Rounds by case, as some are too long for many."""
-    counts = {(line["batch"], line["new_tokens"]): line["seconds"]["total"]["rounds"] for line in lines}
-    return [f"{count} rounds at batch {batch}, {new} new" for (batch, new), count in counts.items()]
-
-
-def compiled_line(lines: list[dict[str, Any]]) -> str:
-    seconds = {line["setting"]: line["seconds"]["encoder"] for line in lines}
-    pairs = [(name, seconds[name], seconds[f"{name}, compiled"]) for name in seconds if f"{name}, compiled" in seconds]
-    told = [
-        f"{name}: {plain['median']:.3f} s ({plain['p10']:.3f} – {plain['p90']:.3f}) eager, {fast['median']:.3f} s "
-        f"({fast['p10']:.3f} – {fast['p90']:.3f}) compiled"
-        for name, plain, fast in pairs
-    ]
-    options = lines[0]["options"]
-    return (
-        f"Tower of {options['geometry']} cut to {options['vision_layers']} layers, batch 1, {options['dtype']}, "
-        f"{pairs[0][1]['rounds']} rounds in turns. {'; '.join(told)}. {machine(lines[0])}."
-    )
-
-
-def frozen_table(lines: list[dict[str, Any]]) -> str:
-    """Each run's untouched model and its reduced one, most tokens first; speed-ups are within a run."""
-    rows = ["| setting | encoder + prefill | speed-up (p10 – p90) | share of the FLOP ratio | reducer, share of the "
-            "untouched encoder (p10 – p90) |", "|---|---|---|---|---|"]  # fmt: skip
-    runs = sorted(zip(lines[::2], lines[1::2], strict=True), key=lambda run: -run[1]["visual_tokens"])
-    for line in chain.from_iterable(runs):
-        first, seconds, over = line["encoder_and_prefill"], line["seconds"], line.get("reducer_overhead")
-        cells = [line["setting"], f"{seconds['encoder']['median']:.2f} s + {seconds['prefill']['median']:.2f} s"]
-        if line["visual_tokens"] == line["visual_tokens_untouched"]:
-            cells += ["–"] * 3
-        else:
-            ups = first["speed_up"]
-            own = "–" if over is None else f"{over['median']:.1%} ({over['p10']:.1%} – {over['p90']:.1%})"
-            cells += [f"{ups['median']:.2f} × ({ups['p10']:.2f} – {ups['p90']:.2f})",
-                      f"{first['share_of_flop_ratio']:.0%}", own]  # fmt: skip
-        rows.append(f"| {' | '.join(cells)} |")
-    note = f"Batch 1, {lines[0]['seconds']['total']['rounds']} rounds; {machine(lines[0])}."
-    return "\n".join([*rows, "", note])
-
-
-def matching_cells(matching: dict[str, Any]) -> str:
-    seconds, faster = matching["seconds"], matching["faster"]
-    alone = matching.get("torch_alone_faster")
-    torch_alone = f"{alone['median']:.1f} ×" if alone else "–"
-    return (
-        f"| {matching['batch']} | {matching['tokens']} | {1e3 * seconds['literal']['median']:.2f} | "
-        f"{1e3 * seconds['ours']['median']:.2f} | {faster['median']:.1f} × ({faster['min']:.1f} – "
-        f"{faster['max']:.1f}) | {torch_alone} |"
-    )
-
-
-def reducer_table(report: dict[str, Any]) -> str:
-    rows = [
-        "| images | tokens | formula as written [ms] | ours [ms] | faster (min – max) | torch alone, faster "
-        "| maps of T × T per image | attention with importance, above attention alone |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for matching, importance in zip(report["matching"], report["importance"], strict=True):
-        maps, above = matching["maps_per_image"], importance["above"]["groups of maps"]
-        rows.append(
-            f"{matching_cells(matching)} {maps['literal']:.1f} → {maps['ours']:.1f} | {above['median']:.2f} × "
-            f"({above['min']:.2f} – {above['max']:.2f}) |"
-        )
-    scaling = report["scaling"]
-    sizes = "; ".join(
-        f"{row['tokens']} tokens {1e3 * row['seconds']['median']:.1f} ms and {row['peak_bytes'] / 2**20:.0f} MiB"
-        for row in scaling["rows"]
-    )
-    note = (
-        f"Matching and merging of one image: {sizes}. Time grows with the power {scaling['growth_of_time']:.2f} of the "
-        f"tokens. {machine(report)}."
-    )
-    return "\n".join([*rows, "", note])
-
-
-def kept_table(report: dict[str, Any]) -> str:
-    """The matching again, where both sides find their memory ready."""
-    rows = ["| images | tokens | formula as written [ms] | ours [ms] | faster (min – max) | torch alone, faster |",
-            "|---|---|---|---|---|---|"]  # fmt: skip
-    rows += [matching_cells(matching) for matching in report["matching"]]
-    return "\n".join([*rows, "", f"{machine(report)}."])
 
 
 def recovery_table(summary: dict[str, Any]) -> str:
@@ -324,15 +192,6 @@ def share(accuracy: dict[str, float]) -> str:
     return f"{accuracy['accuracy']:.1%} ({accuracy['low']:.1%} – {accuracy['high']:.1%})"
 
 
-def machine(report: dict[str, Any]) -> str:
-    where = report["environment"]
-    return (
-        f"{where['device']}, {where['threads']} threads, torch {where['torch']}, transformers {where['transformers']}, "
-        f"Python {where['python']}{', Numba ' + where['numba'] if 'numba' in where else ''}"
-        f"{', freed memory kept' if 'allocator' in where else ''}"
-    )
-
-
 ARMS = {
     "training-free": "nothing",
     "cross": "cross tokens",
@@ -341,7 +200,9 @@ ARMS = {
 }
 TABLES = {
     "demo": (demo_table, "demo/demo.json"),
+    "demo_short": (demo_short_table, "demo/demo.json"),
     "speed": (speed_table, "speed/cpu.jsonl"),
+    "speed_short": (speed_short_table, "speed/cpu.jsonl"),
     "compiled": (compiled_line, "speed/compiled.jsonl"),
     "frozen": (frozen_table, "speed/frozen.jsonl"),
     "reducer": (reducer_table, "speed/reducer.json"),
@@ -363,26 +224,49 @@ def read(path: Path) -> Any:
     return [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
 
 
-def rendered(text: str) -> str:
-    """The README with every marked table made anew; a table without its file is an error."""
-    tables = {name: make(read(RESULTS / file)) for name, (make, file) in TABLES.items()}
-    for name, table in {**tables, "families": markdown_tables()}.items():
-        block = f"<!-- table:{name} -->\n{table}\n<!-- /table:{name} -->"
-        pattern = rf"<!-- table:{name} -->.*?<!-- /table:{name} -->"
-        text, count = re.subn(pattern, lambda _, block=block: block, text, flags=re.S)
-        if count != 1:
-            raise ValueError(f"README.md has {count} blocks for the table {name!r}, expected one")
-    return text
+def all_tables() -> dict[str, str]:
+    """Every table by its name; a table without its file is an error."""
+    made = {name: make(read(RESULTS / file)) for name, (make, file) in TABLES.items()}
+    return {**made, "families": markdown_tables()}
+
+
+def rendered(text: str, tables: dict[str, str]) -> tuple[str, list[str]]:
+    """A page with every marked table made anew, and the names of its tables.
+
+    Raises:
+        ValueError: a block of an unknown table, or one that is not closed.
+    """
+    found: list[str] = []
+
+    def block(match: re.Match[str]) -> str:
+        found.append(match[1])
+        if match[1] not in tables:
+            raise ValueError(f"there is no table {match[1]!r}; there are {', '.join(sorted(tables))}")
+        return f"<!-- table:{match[1]} -->\n{tables[match[1]]}\n<!-- /table:{match[1]} -->"
+
+    text = re.sub(r"<!-- table:(\w+) -->.*?<!-- /table:\1 -->", block, text, flags=re.S)
+    if len(found) != text.count("<!-- table:"):
+        raise ValueError(f"a block is not closed behind one of the tables {', '.join(found)}")
+    return text, found
 
 
 def main() -> int:
     (options,) = HfArgumentParser(Options).parse_args_into_dataclasses()
-    path = ROOT / "README.md"
-    new = rendered(path.read_text())
-    if options.check:
-        return int(new != path.read_text())
-    path.write_text(new)
-    return 0
+    tables, used = all_tables(), set()
+    changed: dict[Path, str] = {}
+    for path in PAGES:
+        old = path.read_text()
+        new, names = rendered(old, tables)
+        used.update(names)
+        if new != old:
+            changed[path] = new
+    if unused := sorted(set(tables) - used):
+        raise ValueError(f"no page has a block for the tables {', '.join(unused)}")
+    for path, text in changed.items():
+        print(path.relative_to(ROOT), "differs" if options.check else "written")
+        if not options.check:
+            path.write_text(text)
+    return int(options.check and bool(changed))
 
 
 if __name__ == "__main__":

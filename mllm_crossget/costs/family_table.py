@@ -55,7 +55,7 @@ def list_families(options: FamiliesOptions) -> None:
 
 
 def markdown_tables() -> str:
-    """The same tables in Markdown, for the README."""
+    """The same tables in Markdown, for the documentation."""
     parts = []
     for heads, rows in ((SERVED, served_rows()), (REFUSED, refused_rows())):
         lines = [_markdown_row(heads), "|" + "---|" * len(heads), *map(_markdown_row, rows)]

@@ -158,13 +158,14 @@ def _say(stock: nn.Module, model: nn.Module, row: Batch, images: Sequence[str], 
         removed = len(ids) - len(compact)
         arguments["token_type_ids"] = row["token_type_ids"][:, removed:]  # what is removed is prefix
     count = len(next(iter(inputs.values()))) if inputs else 0
+    tensor = bool(inputs) and _gives_tensor(stock, inputs)
 
     @functools.wraps(stock.model.get_image_features)  # generate looks at the names of its arguments
     def answer(*args: Any, **kwargs: Any) -> Any:
         pixels = args[0] if args else kwargs[images[0]]
         repeated = [image for _ in range(len(pixels) // count) for image in features]  # for the beams
         same = len({len(image) for image in features}) == 1
-        return output_of(torch.stack(repeated) if same and _wants_tensor(stock) else repeated)
+        return output_of(torch.stack(repeated) if same and tensor else repeated)
 
     stock.model.get_image_features = answer
     try:
@@ -178,8 +179,10 @@ def output_of(features: Any) -> BaseModelOutputWithPooling:
     return BaseModelOutputWithPooling(pooler_output=features)
 
 
-def _wants_tensor(stock: nn.Module) -> bool:
-    return stock.config.model_type in ("paligemma", "vipllava", "video_llava", "janus")
+def _gives_tensor(stock: nn.Module, inputs: Batch) -> bool:
+    """Whether the features of all images are one tensor, not one per image."""
+    with torch.no_grad():
+        return isinstance(stock.model.get_image_features(**inputs, return_dict=True).pooler_output, Tensor)
 
 
 def _guide(stock: nn.Module, vectors: Tensor) -> None:

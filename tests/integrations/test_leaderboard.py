@@ -1,4 +1,4 @@
-"""The table, the plot and the paired comparison from result files; the README's block is what the files give."""
+"""The table, the plot and the paired comparison from result files; docs/evaluation.md has what the files give."""
 
 from __future__ import annotations
 
@@ -41,15 +41,17 @@ def result(setting, scores, task="embedded_vqa", metric="exact_match", digest="s
     }
 
 
-def test_the_readmes_table_is_what_the_files_give():
+def test_the_pages_table_is_what_the_files_give():
     done = subprocess.run(
-        [sys.executable, SCRIPT, "--folder", FOLDER, "--readme", "README.md", "--check"],
+        [sys.executable, SCRIPT, "--folder", FOLDER, "--readme", "docs/evaluation.md", "--check"],
         capture_output=True,
         text=True,
         cwd=ROOT,
         check=False,
     )
-    assert done.returncode == 0, f"python eval/leaderboard.py --folder {FOLDER} --readme README.md\n{done.stderr}"
+    assert done.returncode == 0, (
+        f"python eval/leaderboard.py --folder {FOLDER} --readme docs/evaluation.md\n{done.stderr}"
+    )
 
 
 def test_a_changed_result_changes_the_table(leaderboard, tmp_path):
@@ -57,12 +59,12 @@ def test_a_changed_result_changes_the_table(leaderboard, tmp_path):
     for path in (ROOT / FOLDER).glob("*.json"):
         (tmp_path / path.name).write_text(path.read_text())
     table = leaderboard.markdown(leaderboard.load(tmp_path))
-    assert table in (ROOT / "README.md").read_text()
+    assert table in (ROOT / "docs/evaluation.md").read_text()
     path = tmp_path / "embedded_vqa.none.json"
     changed = json.loads(path.read_text())
     changed["metrics"]["exact_match"]["value"] -= 0.01
     path.write_text(json.dumps(changed))
-    assert leaderboard.markdown(leaderboard.load(tmp_path)) not in (ROOT / "README.md").read_text()
+    assert leaderboard.markdown(leaderboard.load(tmp_path)) not in (ROOT / "docs/evaluation.md").read_text()
 
 
 def test_rows_are_in_order_and_a_column_may_average_tasks(leaderboard, tmp_path):
