@@ -1,4 +1,4 @@
-"""Import paths of version 0.1 still work: the names are those of the new modules, and a warning says where these are."""
+"""Import paths of version 0.1 still work: the names are those of the new modules, a warning says where they are."""
 
 from __future__ import annotations
 

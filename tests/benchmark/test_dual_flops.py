@@ -14,9 +14,9 @@ from mllm_crossget.costs.geometries.llava import resolve
 from mllm_crossget.costs.inspect_model import inspection
 from mllm_crossget.families.base import family_of
 from mllm_crossget.schedule import make_text_schedule
-from tests.benchmark.test_flops import counted
-from tests.methods import FIXED
-from tests.tiny import pixels, text_batch, tiny_dual, tiny_llava
+from tests.helpers.flops import counted
+from tests.helpers.methods import FIXED
+from tests.helpers.tiny import pixels, text_batch, tiny_dual, tiny_llava
 
 TOKENS = 16
 

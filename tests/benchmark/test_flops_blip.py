@@ -23,10 +23,10 @@ from mllm_crossget.families.blip2 import vit_geometry
 from mllm_crossget.hooks.ground.cross_tokens import CrossTokens
 from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.hooks.tower.fixed_counts import hook_tower
-from tests.benchmark.test_flops import counted, nearly
-from tests.families.case_blip2 import retrieval
-from tests.families.tiny_blip import QUERIES, blip2_batch, blip_batch, row_of, tiny_blip, tiny_blip2
-from tests.methods import FIXED
+from tests.helpers.families.case_blip2 import retrieval
+from tests.helpers.flops import counted, nearly
+from tests.helpers.methods import FIXED
+from tests.helpers.tiny_blip import QUERIES, blip2_batch, blip_batch, row_of, tiny_blip, tiny_blip2
 
 KINDS = [("blip-2", "opt"), ("blip-2", "t5"), ("blip-2", "t5-gated"), ("instructblip", "llama"), ("instructblip", "t5")]
 

@@ -11,18 +11,18 @@ from mllm_crossget.costs.geometries.llava import resolve
 from mllm_crossget.costs.inspect_model import inspection
 from mllm_crossget.families.base import families
 from mllm_crossget.schedule import make_schedule
-from tests.benchmark.test_flops import counted, first_token, text_tokens
-from tests.families import case_idefics2
-from tests.families.case_aria import tiny_aria
-from tests.families.case_janus import tiny_janus
-from tests.families.case_llava_next import tiny_llava_next
-from tests.families.case_llava_next_video import tiny_next_video
-from tests.families.case_llava_onevision import tiny_onevision
-from tests.families.case_paligemma import tiny_paligemma
-from tests.families.case_video_llava import PIXELS, tiny_video_llava
-from tests.families.case_vipllava import tiny_vipllava
-from tests.families.models import IMAGE, image_pixels
-from tests.families.prompts import write_prompts
+from tests.helpers.families import case_idefics2
+from tests.helpers.families.case_aria import tiny_aria
+from tests.helpers.families.case_janus import tiny_janus
+from tests.helpers.families.case_llava_next import tiny_llava_next
+from tests.helpers.families.case_llava_next_video import tiny_next_video
+from tests.helpers.families.case_llava_onevision import tiny_onevision
+from tests.helpers.families.case_paligemma import tiny_paligemma
+from tests.helpers.families.case_video_llava import PIXELS, tiny_video_llava
+from tests.helpers.families.case_vipllava import tiny_vipllava
+from tests.helpers.families.models import IMAGE, image_pixels
+from tests.helpers.families.prompts import write_prompts
+from tests.helpers.flops import counted, first_token, text_tokens
 
 WITHIN = 0.01
 PLAIN = {

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModel, AutoModelForImageTextToText
 
 from mllm_crossget.costs.geometries.llava import geometry_names, resolve
-from tests.tiny import tiny_llava
+from tests.helpers.tiny import tiny_llava
 
 PUBLISHED = [
     ("llava-1.5-7b", 7.06),

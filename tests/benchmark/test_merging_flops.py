@@ -8,11 +8,11 @@ from mllm_crossget import CrossGetConfig, accelerate_mllm
 from mllm_crossget.config import method_class
 from mllm_crossget.costs.flops import model_flops
 from mllm_crossget.families.qwen_vl import EXAMPLE_SIDE
-from tests.benchmark.test_flops import counted, first_token
-from tests.families.case_grid import BUILDS, alone
-from tests.families.case_qwen import batch_from
-from tests.methods import FIXED
-from tests.tiny_grid import QWEN_VISION, tiny_qwen
+from tests.helpers.families.case_grid import BUILDS, alone
+from tests.helpers.families.case_qwen import batch_from
+from tests.helpers.flops import counted, first_token
+from tests.helpers.methods import FIXED
+from tests.helpers.tiny_grid import QWEN_VISION, tiny_qwen
 
 DIALS = [{"keep_ratio": 1.0}, {"keep_ratio": 0.5}, {"visual_tokens": 3}]
 

@@ -22,7 +22,7 @@ from mllm_crossget.costs.inspect_model import inspection
 from mllm_crossget.families.base import Family, config_at, family_of, module_at
 from mllm_crossget.families.qwen_vl import EXAMPLE_SIDE
 from mllm_crossget.schedule import MergeGeometry, Schedule, make_schedule
-from tests.benchmark.test_flops import counted
+from tests.helpers.flops import counted
 
 NAMED = ["blip2-opt-2.7b", "llava-next-7b", "llava-onevision-7b", "qwen2.5-vl-7b"]
 TEXT = 60

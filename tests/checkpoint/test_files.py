@@ -24,19 +24,13 @@ from mllm_crossget import (
     save_crossget,
 )
 from mllm_crossget.config import method_class
-from tests.api.test_reversible import assert_identical, fingerprint
-from tests.methods import prepare
-from tests.tiny import prompt_batch, randomise_cross_tokens, tiny_llava
+from tests.helpers.fingerprints import assert_identical, fingerprint
+from tests.helpers.methods import prepare
+from tests.helpers.small_files import CONFIG, WEIGHTS, learned
+from tests.helpers.tiny import prompt_batch, randomise_cross_tokens, tiny_llava
 
-CONFIG, WEIGHTS = "crossget_config.json", "crossget.safetensors"
 DIALS = [{}, {"keep_ratio": 0.3}, {"visual_tokens": 5}, {"r": 2}, {"r": [1, 0, 2, 3]}, {"keep_ratio": 1}]
 LAYERS, TEXT_LAYERS, WIDTH = 4, 3, 32
-
-
-def learned(method: str = "crossget", **settings) -> nn.Module:
-    model = prepare(tiny_llava(), method=method, **settings)
-    randomise_cross_tokens(model)
-    return model
 
 
 def logits(model: nn.Module) -> torch.Tensor:

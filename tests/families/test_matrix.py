@@ -11,11 +11,11 @@ from torch import nn
 from mllm_crossget import accelerate_mllm, restore_mllm, trace_merges
 from mllm_crossget.families.base import families
 from mllm_crossget.hooks.ground.state import handle_of
-from tests.families.cases import Case, all_cases
-from tests.generation.conftest import encodes_images_first
-from tests.hooks.test_gradients import checkpoint_activations
-from tests.methods import DYNAMIC, METHODS, calibrated, prepare
-from tests.tiny import randomise_cross_tokens
+from tests.helpers.families.cases import Case, all_cases
+from tests.helpers.generation import encodes_images_first
+from tests.helpers.gradients import checkpoint_activations
+from tests.helpers.methods import DYNAMIC, METHODS, calibrated, prepare
+from tests.helpers.tiny import randomise_cross_tokens
 
 CASES = all_cases()
 GREEDY = {"max_new_tokens": 5, "do_sample": False}

@@ -7,9 +7,9 @@ import copy
 import pytest
 
 from mllm_crossget import accelerate_mllm
-from tests.generation.conftest import Case, encodes_images_first
-from tests.generation.oracle import assert_says
-from tests.tiny import prompt_batch
+from tests.helpers.generation import Case, encodes_images_first
+from tests.helpers.oracle import assert_says
+from tests.helpers.tiny import prompt_batch
 
 GREEDY = {"max_new_tokens": 12, "do_sample": False}
 

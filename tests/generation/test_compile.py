@@ -10,9 +10,9 @@ from transformers import StaticCache
 from transformers.generation import CompileConfig
 
 from mllm_crossget import accelerate_mllm
-from tests.generation.conftest import Case
-from tests.generation.oracle import assert_says
-from tests.tiny import prompt_batch, randomise_cross_tokens, tiny_llava
+from tests.helpers.generation import Case
+from tests.helpers.oracle import assert_says
+from tests.helpers.tiny import prompt_batch, randomise_cross_tokens, tiny_llava
 
 NEW = 6
 GREEDY = {"max_new_tokens": NEW, "do_sample": False}

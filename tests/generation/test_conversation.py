@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from tests.generation.conftest import Case
-from tests.generation.oracle import strip_end
-from tests.tiny import pixels, prompt_batch
+from tests.helpers.generation import Case
+from tests.helpers.oracle import strip_end
+from tests.helpers.tiny import pixels, prompt_batch
 
 NEW = 5
 GREEDY = {"max_new_tokens": NEW, "do_sample": False}

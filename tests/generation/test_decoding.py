@@ -7,9 +7,9 @@ import torch
 from transformers import GenerationConfig
 
 from mllm_crossget import accelerate_mllm, accelerated, compact_lengths
-from tests.generation.conftest import Case, encodes_images_first, make_case
-from tests.generation.oracle import assert_says, original_positions, strip_end
-from tests.tiny import prompt_batch, randomise_cross_tokens, tiny_llava
+from tests.helpers.generation import Case, encodes_images_first, make_case
+from tests.helpers.oracle import assert_says, original_positions, strip_end
+from tests.helpers.tiny import prompt_batch, randomise_cross_tokens, tiny_llava
 
 NEW = 8
 GREEDY = {"max_new_tokens": NEW, "do_sample": False}

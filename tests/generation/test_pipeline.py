@@ -10,8 +10,8 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlavaProcessor, PreTrainedTokenizerFast, pipeline
 
-from tests.generation.conftest import Case
-from tests.tiny import BOS, EOS, PAD
+from tests.helpers.generation import Case
+from tests.helpers.tiny import BOS, EOS, PAD
 
 WORDS = 100
 

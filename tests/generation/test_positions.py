@@ -15,12 +15,12 @@ from transformers import DynamicCache
 from mllm_crossget import CrossGetConfig, ToMeConfig, accelerate_mllm
 from mllm_crossget.hooks.ground.state import handle_of
 from mllm_crossget.hooks.request.compaction import plan_compaction
-from tests.families.cases import all_cases
-from tests.families.prompts import kept_positions
-from tests.generation.conftest import FEATURES, Case, encodes_images_first, make_case
-from tests.methods import prepare
-from tests.tiny import pixels, prompt_batch, tiny_dual, tiny_llava
-from tests.tiny_grid import tiny_qwen
+from tests.helpers.families.cases import all_cases
+from tests.helpers.families.prompts import kept_positions
+from tests.helpers.generation import FEATURES, Case, encodes_images_first, make_case
+from tests.helpers.methods import prepare
+from tests.helpers.tiny import pixels, prompt_batch, tiny_dual, tiny_llava
+from tests.helpers.tiny_grid import tiny_qwen
 
 IMAGE = 99
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from tests.generation.conftest import Case
-from tests.generation.oracle import assert_says, stock_inputs, strip_end
-from tests.tiny import prompt_batch
+from tests.helpers.generation import Case
+from tests.helpers.oracle import assert_says, stock_inputs, strip_end
+from tests.helpers.tiny import prompt_batch
 
 NEW = 6
 GREEDY = {"max_new_tokens": NEW, "do_sample": False}

@@ -8,28 +8,10 @@ from torch import Tensor, nn
 
 from mllm_crossget import accelerate_mllm
 from mllm_crossget.hooks.ground.state import handle_of
-from tests.generation.oracle import Oracle, Row
-from tests.methods import FIXED, METHODS, prepare
-from tests.tiny import prompt_batch, randomise_cross_tokens, tiny_llava
-
-TOWERS = ("clip", "siglip")
-FEATURES = 8
-CASES = [(method, tower) for method in METHODS for tower in TOWERS]
-
-
-def accelerated_pair(method: str = "crossget", tower: str = "clip", **options) -> tuple[nn.Module, Oracle]:
-    model = tiny_llava(tower, **options)
-    oracle = Oracle(model)
-    prepare(model, method=method, visual_tokens=FEATURES)
-    return model, oracle
-
-
-def labels_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """The prompt's own tokens, without pads and placeholders; the first two of each row are not scored."""
-    labels = batch["input_ids"].clone()
-    labels[(labels == model.config.image_token_id) | (batch["attention_mask"] == 0)] = -100
-    labels[batch["attention_mask"].cumsum(1) <= 2] = -100
-    return labels
+from tests.helpers.llava import CASES, FEATURES, accelerated_pair, labels_of
+from tests.helpers.methods import FIXED
+from tests.helpers.oracle import Row
+from tests.helpers.tiny import prompt_batch, randomise_cross_tokens, tiny_llava
 
 
 def compact_loss(pairs: list[tuple[Row, Tensor]], labels: Tensor) -> Tensor:

@@ -14,9 +14,9 @@ from transformers import LlavaForConditionalGeneration
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mllm_crossget import accelerate_mllm, restore_mllm
-from tests.hooks.test_forward import CASES
-from tests.methods import FIXED, prepare
-from tests.tiny import pixels, prompt_batch, randomise_cross_tokens, tiny_llava, tiny_tower
+from tests.helpers.llava import CASES
+from tests.helpers.methods import FIXED, prepare
+from tests.helpers.tiny import pixels, prompt_batch, randomise_cross_tokens, tiny_llava, tiny_tower
 
 TOWERS = ("clip", "siglip")
 

@@ -21,8 +21,8 @@ from mllm_crossget import (
     trace_merges,
 )
 from mllm_crossget.hooks.ground.state import handle_of
-from tests.generation.oracle import Oracle, strip_end
-from tests.tiny import BOS, PAD, pixels, randomise_cross_tokens, tiny_llava, tiny_tower
+from tests.helpers.oracle import Oracle, strip_end
+from tests.helpers.tiny import BOS, PAD, pixels, randomise_cross_tokens, tiny_llava, tiny_tower
 
 TOWERS = ("clip", "siglip")
 METHODS = {

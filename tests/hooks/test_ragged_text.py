@@ -17,8 +17,8 @@ from mllm_crossget import (
 )
 from mllm_crossget.hooks.ground.state import handle_of, live_cross_tokens
 from mllm_crossget.ops import last_behind_pooled, pooling_step, reduce_tokens
-from tests.reference import pool_least_important
-from tests.tiny import pixels, randomise_cross_tokens, text_batch, tiny_dual, tiny_llava
+from tests.helpers.reference import pool_least_important
+from tests.helpers.tiny import pixels, randomise_cross_tokens, text_batch, tiny_dual, tiny_llava
 
 SIZES = {"alignment_tokens": 6, "alignment_width": 10}
 

@@ -7,27 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from mllm_crossget import accelerate_mllm
-from tests.hooks.test_forward import CASES, TOWERS
-from tests.methods import FIXED, prepare
-from tests.tiny import pixels, prompt_batch, randomise_cross_tokens, tiny_llava
+from tests.helpers.llava import CASES, IMAGES, TOWERS, row_alone
+from tests.helpers.methods import FIXED, prepare
+from tests.helpers.tiny import pixels, prompt_batch, randomise_cross_tokens, tiny_llava
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
-IMAGES = (2, 0, 1)
 
 
 def new_tokens(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     model.generation_config.suppress_tokens = [model.config.image_token_id]
     return model.generate(**batch, **GREEDY)[:, batch["input_ids"].shape[1] :]
-
-
-def row_alone(batch: dict[str, Tensor], row: int) -> dict[str, Tensor]:
-    """One row without its padding, with its own images."""
-    real = batch["attention_mask"][row] != 0
-    alone = {name: batch[name][row : row + 1, real] for name in ("input_ids", "attention_mask")}
-    if IMAGES[row]:
-        start = sum(IMAGES[:row])
-        alone["pixel_values"] = batch["pixel_values"][start : start + IMAGES[row]]
-    return alone
 
 
 @pytest.mark.parametrize(("method", "tower"), CASES)

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from mllm_crossget import ToMeConfig, accelerate_mllm, load_crossget, restore_mllm, save_crossget, trace_merges
 from mllm_crossget.hooks.ground.state import handle_of
 from mllm_crossget.methods.base import Signals
-from tests import reference
-from tests.families.case_blip import embeddings, loss, matching, question_answers, ragged_batch
-from tests.families.tiny_blip import answer_ids, row_of, tiny_blip
-from tests.methods import FIXED
-from tests.tiny import randomise_cross_tokens
+from tests.helpers import reference
+from tests.helpers.families.case_blip import embeddings, loss, matching, question_answers, ragged_batch
+from tests.helpers.methods import FIXED
+from tests.helpers.tiny import randomise_cross_tokens
+from tests.helpers.tiny_blip import answer_ids, row_of, tiny_blip
 
 TASKS = {"questions": question_answers, "retrieval": matching, "both towers": embeddings}
 ENCODERS = {"questions": "text_encoder", "retrieval": "text_encoder", "both towers": "text_model"}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mllm_crossget.integrations.lmms_eval.results import bootstrap, compare
-from tests.integrations.conftest import ROOT
+from tests.helpers.evaluation import ROOT
 
 SCRIPT = ROOT / "eval" / "leaderboard.py"
 FOLDER = "eval/results/embedded"

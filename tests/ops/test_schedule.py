@@ -11,8 +11,8 @@ from mllm_crossget import CrossGetConfig, MadtpConfig, RandomConfig, ToMeConfig
 from mllm_crossget.config import method_class, method_names
 from mllm_crossget.families.llava import geometry as llava_geometry
 from mllm_crossget.schedule import MergeGeometry, TowerGeometry, make_schedule, ramp, removable
-from tests import reference
-from tests.tiny import tiny_llava
+from tests.helpers import reference
+from tests.helpers.tiny import tiny_llava
 
 LLAVA_15 = TowerGeometry(patches=576, prefix=1, layers=24, read=23)
 HALF, TWO_FIFTHS = Fraction(1, 2), Fraction(2, 5)

@@ -16,10 +16,10 @@ from mllm_crossget import (
     join_requests,
     reuse_vision,
 )
-from tests.families.cases import all_cases
-from tests.methods import METHODS, prepare
-from tests.serving.test_reuse import encoded
-from tests.tiny import prompt_batch, tiny_llava
+from tests.helpers.families.cases import all_cases
+from tests.helpers.methods import METHODS, prepare
+from tests.helpers.reuse import encoded
+from tests.helpers.tiny import prompt_batch, tiny_llava
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
 TILED = [case for case in all_cases() if case.generates and case.model_type in ("llava_next", "qwen3_vl", "smolvlm")]

@@ -15,9 +15,9 @@ from transformers import LlavaForConditionalGeneration
 
 from mllm_crossget import accelerate_mllm, generate_in_batches, restore_mllm, reuse_vision
 from mllm_crossget.hooks.ground.state import handle_of
-from tests.methods import prepare
-from tests.serving.test_reuse import encoded
-from tests.tiny import prompt_batch, tiny_llava
+from tests.helpers.methods import prepare
+from tests.helpers.reuse import encoded
+from tests.helpers.tiny import prompt_batch, tiny_llava
 
 accelerate = pytest.importorskip("accelerate")
 

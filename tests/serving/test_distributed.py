@@ -17,8 +17,8 @@ import torch
 from mllm_crossget import accelerate_mllm
 from mllm_crossget.embedded import load_embedded
 from mllm_crossget.embedded.scenes import render, sample_layouts, to_image
-from tests.methods import METHODS
-from tests.tiny import tiny_llava
+from tests.helpers.methods import METHODS
+from tests.helpers.tiny import tiny_llava
 
 ROOT = Path(__file__).parents[2]
 QUESTIONS = ["How many digits are there?", "What is the largest digit?", "Is there a 6?"]
@@ -74,7 +74,7 @@ def test_gathered_answers_are_those_of_one_process(tmp_path) -> None:
 def test_tensor_parallel_language_model(tmp_path) -> None:
     """transformers' own plan shards the decoder; tower and projector are whole on every process."""
     tiny_llava().save_pretrained(tmp_path / "model")
-    torchrun("-m", "tests.serving.tensor_parallel", tmp_path)
+    torchrun("-m", "tests.helpers.tensor_parallel", tmp_path)
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["shards"] == [16, 32]  # half of the heads, else this would be a test of one process
     for name in ("untouched", "restored", "reused", *METHODS):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -20,30 +18,15 @@ from mllm_crossget import (
     trace_merges,
 )
 from mllm_crossget.api import unreduced
-from mllm_crossget.families.base import families, module_at
-from tests.families.cases import all_cases
-from tests.methods import METHODS, prepare
-from tests.tiny import pixels, prompt_batch, randomise_cross_tokens, tiny_dual, tiny_llava
+from mllm_crossget.families.base import families
+from tests.helpers.families.cases import all_cases
+from tests.helpers.methods import METHODS, prepare
+from tests.helpers.reuse import encoded
+from tests.helpers.tiny import pixels, prompt_batch, randomise_cross_tokens, tiny_dual, tiny_llava
 
 CASES = [case for case in all_cases() if families()[case.model_type].features_owner is not None]
 OTHERS = [case for case in all_cases() if families()[case.model_type].features_owner is None]
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
-
-
-@contextmanager
-def encoded(model: nn.Module, tower: str = "model.vision_tower") -> Iterator[list[int]]:
-    """How many images (tiles) each forward of the tower gets."""
-    seen: list[int] = []
-
-    def look(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        values = args[0] if args else kwargs["pixel_values"]
-        seen.append(len(values))
-
-    hook = module_at(model, tower).register_forward_pre_hook(look, with_kwargs=True)
-    try:
-        yield seen
-    finally:
-        hook.remove()
 
 
 def same(found: list[Tensor], expected: list[Tensor]) -> bool:

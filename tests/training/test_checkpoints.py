@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from mllm_crossget.training import checkpoint_problem, last_complete_checkpoint
 from mllm_crossget.training.finetune import resume_point
-from tests.training.toy import ToySamples, losses, toy_arguments, toy_model, toy_trainer
+from tests.helpers.toy import ToySamples, losses, toy_arguments, toy_model, toy_trainer
 
 ROOT = Path(__file__).parents[2]
 # LoRA dropout draws random numbers: a resume that restored no generator state would be seen.

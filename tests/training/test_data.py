@@ -13,8 +13,8 @@ from mllm_crossget import accelerate_mllm
 from mllm_crossget.embedded.architecture import build_processor
 from mllm_crossget.training import BadSampleError, Collator, TrainingData, load_records
 from mllm_crossget.training.data import VICUNA_TEMPLATE, bad_samples
-from tests.tiny import tiny_llava
-from tests.training.toy import ToySamples
+from tests.helpers.tiny import tiny_llava
+from tests.helpers.toy import ToySamples
 
 
 @pytest.fixture(scope="module")
