@@ -1,6 +1,6 @@
-"""The shape of the code: which part may import which, what is public says what it is, nothing is long; and of the tests.
+"""The shape of the code: which part may import which, all that is public says what it is, nothing is long.
 
-One test per rule; it looks at every file and names those that break it.
+One test per rule; it looks at every file and names those that break it. Two rules are about the tests themselves.
 """
 
 from __future__ import annotations
