@@ -11,7 +11,8 @@ longer knows whose they are. The vocabulary has no "both" and no "pictures"; the
 one digit for each picture. Half of the answers are "yes"; of the "no" pairs two thirds show the digit in one of the
 two. Beside the answers, every token learns to be the word of the digits whose middle it stands for (``eval/pairs.py``),
 as the embedded model's tower did from labels of every patch. One line per run in
-``eval/results/two_images/runs.jsonl``; the committed runs took ``--teach_steps 1200``, and ``--steps`` 6500 (CrossGET), 4500 (MADTP) and 2000 (untouched).
+``eval/results/two_images/runs.jsonl``; the committed runs took
+``--teach_steps 1200``, and ``--steps`` 6500 (CrossGET), 4500 (MADTP) and 2000 (untouched).
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""In place and reversible: an identity setting and a restored model are the untouched model, bit for bit."""
+"""In place and reversible: an identity setting and a restored model are the untouched model, bit for bit.
+
+Of the other families, and of towers alone: tests/families/test_matrix.py.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import torch
 from mllm_crossget import CrossGetConfig, accelerate_mllm, accelerated, method_names, restore_mllm, trace_merges
 from tests.helpers.fingerprints import assert_identical, fingerprint
 from tests.helpers.methods import FIXED, prepare
-from tests.helpers.tiny import pixels, prompt_batch, randomise_cross_tokens, tiny_llava, tiny_tower
+from tests.helpers.tiny import pixels, prompt_batch, randomise_cross_tokens, tiny_llava
 
 TOWERS = ("clip", "siglip")
 CASES = [(method, tower) for method in method_names() for tower in TOWERS]
@@ -35,18 +38,6 @@ def test_keep_ratio_one_changes_nothing(method, tower) -> None:
     assert_identical(fingerprint(model), before, but=("attributes",))
     restore_mllm(model)
     assert_identical(fingerprint(model), before)
-
-
-@pytest.mark.parametrize("kind", TOWERS)
-@pytest.mark.parametrize("method", method_names())
-def test_a_tower_alone_is_restored(method, kind) -> None:
-    tower = tiny_tower(kind)
-    images = pixels(tower, 2)
-    before = tower(images).last_hidden_state
-    prepare(tower, method=method)
-    assert tower(images).last_hidden_state.shape[1] < before.shape[1]
-    restore_mllm(tower)
-    assert torch.equal(tower(images).last_hidden_state, before)
 
 
 def test_restoring_a_model_that_is_not_accelerated_does_nothing() -> None:

@@ -18,12 +18,12 @@ def training_pair(method: str, tower: str):
     return model, prompt_batch(model, (2, 0, 1), padding_side="right")
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize(("method", "tower"), CASES)
-def test_gradient_checkpointing_changes_no_gradient(method, tower, reentrant) -> None:
+def test_reentrant_gradient_checkpointing_changes_no_gradient(method, tower) -> None:
+    """The other kind: tests/families/test_matrix.py."""
     model, batch = training_pair(method, tower)
     expected = gradients(model, batch)
-    checkpoint_activations(model, reentrant)
+    checkpoint_activations(model, reentrant=True)
     assert_same_gradients(gradients(model, batch), expected)
     crossed = [name for name in expected if "cross_tokens" in name]
     assert len(crossed) == (2 if method.startswith("crossget") else 0)

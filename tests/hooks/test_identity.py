@@ -143,14 +143,9 @@ def test_nothing_goes_through_the_host(method, kind) -> None:
 
 
 @pytest.mark.parametrize(("method", "tower"), CASES)
-def test_autocast(method, tower) -> None:
-    model = learned(method, tower)
-    expected = logits(model)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        ours = logits(model)
-    assert ours.shape == expected.shape
-    assert torch.isfinite(ours).all()
-    model.train()
+def test_training_under_autocast(method, tower) -> None:
+    """Evaluation: tests/families/test_matrix.py."""
+    model = learned(method, tower).train()
     batch = prompt_batch(model, (2, 0, 1), padding_side="right")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = model(**batch, labels=batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100))

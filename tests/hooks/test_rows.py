@@ -1,4 +1,7 @@
-"""Rows of a batch do not disturb one another, whatever is in them; and every dial is what reaches the language side."""
+"""Rows of a batch do not disturb one another, whatever is in them; and every dial is what reaches the language side.
+
+That a row alone is the row in the batch: tests/families/test_matrix.py.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mllm_crossget import accelerate_mllm
-from tests.helpers.llava import CASES, IMAGES, TOWERS, row_alone
+from tests.helpers.llava import CASES, IMAGES, TOWERS
 from tests.helpers.methods import FIXED, prepare
 from tests.helpers.tiny import pixels, prompt_batch, randomise_cross_tokens, tiny_llava
 
@@ -17,22 +20,6 @@ GREEDY = {"max_new_tokens": 5, "do_sample": False}
 def new_tokens(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     model.generation_config.suppress_tokens = [model.config.image_token_id]
     return model.generate(**batch, **GREEDY)[:, batch["input_ids"].shape[1] :]
-
-
-@pytest.mark.parametrize(("method", "tower"), CASES)
-def test_a_row_alone_is_the_row_in_the_batch(method, tower) -> None:
-    """Text cross tokens go to the first real token of a left-padded row, not to its padding."""
-    model = prepare(tiny_llava(tower), method=method)
-    randomise_cross_tokens(model, scale=2.0)
-    batch = prompt_batch(model, IMAGES)
-    together = new_tokens(model, batch)
-    with torch.no_grad():
-        logits = model(**batch).logits
-        for row in range(3):
-            alone = row_alone(batch, row)
-            assert torch.equal(new_tokens(model, alone)[0], together[row])
-            columns = alone["input_ids"].shape[1]
-            torch.testing.assert_close(logits[row, -columns:], model(**alone).logits[0], atol=1e-3, rtol=1e-3)
 
 
 def test_text_cross_tokens_matter_and_stay_out_of_decode_steps() -> None:
