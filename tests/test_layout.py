@@ -1,6 +1,6 @@
 """The shape of the code: which part may import which, all that is public says what it is, nothing is long.
 
-One test per rule; it looks at every file and names those that break it. Two rules are about the tests themselves.
+One test per rule; it looks at every file and names those that break it. Three rules are about the tests themselves.
 """
 
 from __future__ import annotations
@@ -159,6 +159,16 @@ def long_parts(path: Path) -> Iterator[str]:
 def test_nothing_is_long() -> None:
     long = [f"{name_of(path)}: {what}" for path in FILES for what in long_parts(path)]
     assert not long, "\n".join(long)
+
+
+def test_folders_of_tests_are_those_of_the_package() -> None:
+    """A folder is named after a room of the package, or after a module that has several test files."""
+    rooms = {name_of(path.with_suffix("")).removeprefix("mllm_crossget/") for path in FILES}
+    rooms |= {name_of(path.parent).removeprefix("mllm_crossget/") for path in FILES if path.name == "__init__.py"}
+    others = {"tests", "tests/helpers", "tests/helpers/families", "tests/golden"}
+    found = {name_of(path.parent) for path in TESTS} - others
+    stray = sorted(name for name in found if name.removeprefix("tests/") not in rooms)
+    assert not stray, f"the package has no such part: {stray}"
 
 
 def test_no_module_imports_itself_over_others() -> None:

@@ -120,7 +120,9 @@ def test_the_tower_has_the_schedules_tokens(method, case) -> None:
     if method in DYNAMIC:
         counts = [(entry.size > 0).sum(dim=1) for entry in trace]
         assert [entry.size.shape[1] for entry in trace] == [int(count.max()) for count in counts]
-        assert all(int(count.max()) <= schedule.tokens[0] for count in counts)  # how many: tests/hooks/test_ragged.py
+        assert all(
+            int(count.max()) <= schedule.tokens[0] for count in counts
+        )  # how many: tests/hooks/tower/test_ragged.py
     else:
         assert [entry.size.shape[1] for entry in trace[:layers]] == list(schedule.tokens[1:])
         assert {entry.source.shape[1] for entry in trace[:layers]} == {schedule.tokens[0]}

@@ -1,6 +1,6 @@
 """Two processes on the CPU: data-parallel answers equal those of one process, and so does a tensor-parallel model.
 
-Tensor parallelism runs where asked for (about 20 seconds): ``python -m pytest tests/serving -m slow``.
+Tensor parallelism runs where asked for (about 20 seconds): ``python -m pytest tests/api -m slow``.
 """
 
 from __future__ import annotations
