@@ -1,20 +1,18 @@
 """Tokens by content against the same number for every image, at equal average tokens, on the embedded model.
 
-    python eval/dynamic.py             # all runs that have no result file yet
+    python eval/dynamic.py             # all runs that have no result yet
     python eval/dynamic_summary.py     # intervals, table and picture
 
 CrossGET training-free and with briefly trained cross tokens, MADTP without alignment tokens and with briefly trained
 ones (the rest of the model stays as it is). Every method that chooses per image stands beside the same method with one
 number for all images, which got the same training. Methods are calibrated on scenes like the test set's that are not
 asked about; seeds are of these scenes and of the training. Beside the answers every run counts the tokens kept of
-scenes with one to nine digits, more and fewer than any training scene of the model's questions has. One JSON per run in
-``eval/results/dynamic``.
+scenes with one to nine digits, more and fewer than any training scene of the model's questions has. One line per run in
+``eval/results/dynamic/runs.jsonl``.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import platform
 import time
 from dataclasses import dataclass, field
@@ -24,6 +22,7 @@ from typing import Any
 import torch
 import transformers
 from recovery import SceneQuestions, fit
+from result_files import add_run, read_runs
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
@@ -157,7 +156,7 @@ def run_once(
 
 
 def main() -> None:
-    """Make the runs that have no result yet, one JSON each."""
+    """Make the runs that have no result yet."""
     (options,) = HfArgumentParser(Options, description=__doc__).parse_args_into_dataclasses()  # type: ignore[arg-type]
     torch.set_num_threads(options.threads)
     folder = Path(options.output)
@@ -167,15 +166,14 @@ def main() -> None:
         for arm in options.arms:
             wanted += [(arm, keep_ratio, seed) for seed in options.seeds if is_trained(arm) or "dynamic" in arm]
             wanted += [] if is_trained(arm) or "dynamic" in arm else [(arm, keep_ratio, 0)]
-    runs = [(folder / f"{arm}_{keep:g}_{seed}.json", arm, keep, seed) for arm, keep, seed in wanted]
+    runs = [(f"{arm}_{keep:g}_{seed}", arm, keep, seed) for arm, keep, seed in wanted]
     runs.sort(key=lambda run: is_trained(run[1]))  # the quick ones first
-    todo = [run for run in runs if not run[0].exists()]
+    done = read_runs(folder)
+    todo = [run for run in runs if run[0] not in done]
     questions, by_digits = held_out_questions(options.questions), scenes_of_digits(options.counted)
-    for path, arm, keep_ratio, seed in tqdm(todo, desc="runs"):
+    for name, arm, keep_ratio, seed in tqdm(todo, desc="runs"):
         result = run_once(options, arm, keep_ratio, seed, questions, by_digits)
-        text = json.dumps(result)
-        path.with_suffix(".part").write_text(text + "\n")
-        os.replace(path.with_suffix(".part"), path)
+        add_run(folder, name, result)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Sum up eval/dynamic.py: accuracy by content against fixed budgets, and the tokens kept by the number of digits.
 
-    python eval/dynamic_summary.py     # reads eval/results/dynamic/*.json, writes summary.json and dynamic.png
+    python eval/dynamic_summary.py     # reads eval/results/dynamic/runs.jsonl, writes summary.json and dynamic.png
 
 Intervals are percentile bootstraps (95 %) that resample seeds and scenes together, as in eval/recovery_summary.py.
 """

@@ -18,9 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from result_files import FILE, read_runs
 from transformers import HfArgumentParser
 
-from mllm_crossget.integrations.lmms_eval.results import compare, read_result
+from mllm_crossget.integrations.lmms_eval.results import checked_result, compare, read_result
 from mllm_crossget.visualize import plot_curves
 
 BASELINE = "none"
@@ -59,10 +60,15 @@ class Options:
 
 
 def load(folder: Path) -> Results:
-    """Results by setting and task: the baseline first, then methods by name with falling budgets."""
+    """Results by setting and task: the baseline first, then methods by name with falling budgets.
+
+    They are the JSON files that ``mllm-crossget eval`` left, and those that ``eval/result_files.py`` has put into one
+    file; of a run that is in both, what lies beside the file is newer.
+    """
+    runs = {name: checked_result(run, f"{name} in {folder / FILE}") for name, run in read_runs(folder).items()}
+    runs |= {path.stem: read_result(path) for path in folder.glob("*.json")}
     found: Results = defaultdict(dict)
-    for path in sorted(folder.glob("*.json")):
-        result = read_result(path)
+    for _, result in sorted(runs.items()):
         found[result["config"]["setting"]][result["config"]["tasks"]] = result
     if not found:
         raise ValueError(f"{folder} has no results; make them with mllm-crossget eval")

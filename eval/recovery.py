@@ -1,17 +1,16 @@
 """How much of the accuracy lost by token reduction does fine-tuning win back, and what do the cross tokens contribute?
 
-    python eval/recovery.py             # all runs that have no result file yet
+    python eval/recovery.py             # all runs that have no result yet
     python eval/recovery_summary.py     # table and intervals
 
 On the embedded model: training-free, cross tokens alone, LoRA alone (cross tokens frozen at zero) and LoRA with cross
-tokens, at the same number of steps, several seeds, scored on the held-out questions. One JSON per run in
-``eval/results/recovery``; a stopped experiment goes on with the runs that are missing. Training scenes share neither
-digits nor backgrounds with the test set; settings were chosen on training scenes (``--split train``).
+tokens, at the same number of steps, several seeds, scored on the held-out questions. One line per run in
+``eval/results/recovery/runs.jsonl``; a stopped experiment goes on with the runs that are missing. Training scenes share
+neither digits nor backgrounds with the test set; settings were chosen on training scenes (``--split train``).
 """
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import random
@@ -25,6 +24,7 @@ from typing import Any
 import torch
 import transformers
 from peft import get_peft_model
+from result_files import add_run, read_runs
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -247,9 +247,9 @@ def fit(
     return [entry for entry in log if "task_loss" in entry]
 
 
-def result_path(options: Options, arm: str, keep_ratio: float, seed: int) -> Path:
-    """Where the result of a run belongs."""
-    return Path(options.output) / f"{arm.replace('+', '-')}_{keep_ratio:g}_{seed}.json"
+def run_name(arm: str, keep_ratio: float, seed: int) -> str:
+    """What the result of a run is found by."""
+    return f"{arm.replace('+', '-')}_{keep_ratio:g}_{seed}"
 
 
 def wanted(options: Options) -> list[tuple[str, float, int]]:
@@ -267,14 +267,14 @@ def main() -> None:
     """Run what is missing."""
     (options,) = HfArgumentParser(Options).parse_args_into_dataclasses()
     torch.set_num_threads(options.threads)
-    Path(options.output).mkdir(parents=True, exist_ok=True)
-    missing = [run for run in wanted(options) if not result_path(options, *run).exists()]
+    folder = Path(options.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    done = read_runs(folder)
+    missing = [run for run in wanted(options) if run_name(*run) not in done]
     questions = questions_of(options) if missing else []
     for arm, keep_ratio, seed in tqdm(missing, desc="runs"):
         result = run_once(options, arm, keep_ratio, seed, questions)
-        path = result_path(options, arm, keep_ratio, seed)
-        path.with_suffix(".new").write_text(json.dumps(result, indent=1) + "\n")
-        path.with_suffix(".new").replace(path)
+        add_run(folder, run_name(arm, keep_ratio, seed), result)
         print(arm, keep_ratio, seed, result["training_seconds"], result["score"]["overall"], flush=True)
 
 

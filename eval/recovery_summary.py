@@ -1,6 +1,6 @@
 """Sum up the recovery experiment: share of the lost accuracy won back, and the cross tokens' own contribution.
 
-    python eval/recovery_summary.py     # reads eval/results/recovery/*.json, writes summary.json, prints a table
+    python eval/recovery_summary.py     # reads eval/results/recovery/runs.jsonl, writes summary.json, prints a table
 
 Intervals are percentile bootstraps (95 %) that resample seeds and scenes together: questions about one scene are not
 independent, and neither are the questions of one training run.
@@ -19,15 +19,15 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from result_files import read_runs
 
 DRAWS = 4000
 
 
 def load(folder: Path) -> dict[tuple[str, float], dict[int, dict[str, Any]]]:
-    """Result files by (arm, keep ratio) and seed."""
+    """Results by (arm, keep ratio) and seed."""
     found: dict[tuple[str, float], dict[int, dict[str, Any]]] = defaultdict(dict)
-    for path in sorted(folder.glob("*_*_*.json")):
-        result = json.loads(path.read_text())
+    for _, result in sorted(read_runs(folder).items()):
         found[result["arm"], result["keep_ratio"]][result["seed"]] = result
     return found
 

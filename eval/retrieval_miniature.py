@@ -1,7 +1,7 @@
 """Image-text retrieval with a reduced CLIP: CrossGET against ToMe and random merging at equal FLOPs.
 
     python scripts/train_retrieval.py        # first: trains the small CLIP into runs/retrieval
-    python eval/retrieval_miniature.py                 # every run that has no result file yet, then the summary
+    python eval/retrieval_miniature.py                 # every run that has no result yet, then the summary
 
 The paper's Table 1 in miniature. A method gets the largest number of tokens whose FLOPs (both towers, reduction
 included) do not exceed the budget. Training-free: the trained CLIP as it is; CrossGET with the importance of the
@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 import transformers
+from result_files import add_run, read_runs
 from torch import Tensor
 from tqdm import tqdm
 from transformers import CLIPModel, HfArgumentParser
@@ -81,7 +82,7 @@ class Plan:
 
     @property
     def name(self) -> str:
-        """Of its result file."""
+        """What its result is found by."""
         kind = "training-free" if self.seed is None else f"tuned_{self.seed}"
         return f"{self.method}_{self.budget:g}_{kind}"
 
@@ -230,12 +231,12 @@ def interval(values: Tensor) -> list[float]:
 
 
 def summary(options: Options) -> dict[str, Any]:
-    """Recall of every arm, and CrossGET minus ToMe on the same pictures, from the result files that are there."""
+    """Recall of every arm, and CrossGET minus ToMe on the same pictures, from the results that are there."""
     arms: dict[tuple[str, float, bool], list[dict[str, Any]]] = {}
+    runs = read_runs(Path(options.output))
     for plan in plans(options):
-        path = Path(options.output) / f"{plan.name}.json"
-        if path.exists():
-            arms.setdefault((plan.method, plan.budget, plan.seed is not None), []).append(json.loads(path.read_text()))
+        if plan.name in runs:
+            arms.setdefault((plan.method, plan.budget, plan.seed is not None), []).append(runs[plan.name])
     rows = []
     for (method, budget, tuned), results in arms.items():
         row: dict[str, Any] = {"method": method, "budget": budget, "tuned": tuned, "seeds": len(results)}
@@ -271,13 +272,12 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
-    missing = [plan for plan in plans(options) if not (folder / f"{plan.name}.json").exists()]
+    done = read_runs(folder)
+    missing = [plan for plan in plans(options) if plan.name not in done]
     test = held_out_set(options.images) if missing else None
     for plan in tqdm(missing, desc="runs"):
         result = run_once(options, plan, test)  # type: ignore[arg-type]
-        path = folder / f"{plan.name}.json"
-        path.with_suffix(".new").write_text(json.dumps(result) + "\n")
-        path.with_suffix(".new").replace(path)
+        add_run(folder, plan.name, result)
     made = summary(options)
     (folder / "summary.json").write_text(json.dumps(made, indent=1) + "\n")
     for row in made["rows"]:

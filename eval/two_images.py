@@ -10,14 +10,14 @@ positions are kept (``positions="original"``): where they close the gaps, a mode
 longer knows whose they are. The vocabulary has no "both" and no "pictures"; the question is "Is there a 7 and a 7?",
 one digit for each picture. Half of the answers are "yes"; of the "no" pairs two thirds show the digit in one of the
 two. Beside the answers, every token learns to be the word of the digits whose middle it stands for (``eval/pairs.py``),
-as the embedded model's tower did from labels of every patch. One JSON per run in ``eval/results/two_images``; the
-committed runs took ``--teach_steps 1200``, and ``--steps`` 6500 (CrossGET), 4500 (MADTP) and 2000 (untouched).
+as the embedded model's tower did from labels of every patch. One line per run in
+``eval/results/two_images/runs.jsonl``; the committed runs took
+``--teach_steps 1200``, and ``--steps`` 6500 (CrossGET), 4500 (MADTP) and 2000 (untouched).
 """
 
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,6 +28,7 @@ import torch
 from dynamic import kept_tokens
 from pairs import PICTURES, Dialogues, PairCollator, PairTrainer, asked
 from recovery import fit
+from result_files import add_run, read_runs
 from torch import Tensor
 from tqdm import tqdm
 from transformers import HfArgumentParser
@@ -190,14 +191,14 @@ def main() -> None:
     path = folder / "training_free.json"
     if not path.exists():
         path.write_text(json.dumps(training_free(options, questions), indent=1) + "\n")
-    runs = [(folder / f"{arm}_{seed}.json", arm, seed) for seed in options.seeds for arm in options.arms]
-    for path, arm, seed in tqdm([run for run in runs if not run[0].exists()], desc="runs"):
-        result = run_once(options, arm, seed, questions)
-        path.with_suffix(".part").write_text(json.dumps(result) + "\n")
-        os.replace(path.with_suffix(".part"), path)
+    runs = [(f"{arm}_{seed}", arm, seed) for seed in options.seeds for arm in options.arms]
+    done = read_runs(folder)
+    for name, arm, seed in tqdm([run for run in runs if run[0] not in done], desc="runs"):
+        add_run(folder, name, run_once(options, arm, seed, questions))
     if "untouched" not in options.arms:
         return  # nothing to compare with
-    report = summary([json.loads(path.read_text()) for path, _, _ in runs])
+    done = read_runs(folder)
+    report = summary([done[name] for name, _, _ in runs])
     (folder / "summary.json").write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report, indent=2))
 

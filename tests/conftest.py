@@ -13,6 +13,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
 
 
+pytest.register_assert_rewrite("tests.helpers")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # the models are tiny: more threads only wait for one another
     config.addinivalue_line("filterwarnings", "error:::transformers")

@@ -14,7 +14,7 @@ import torch
 
 import mllm_crossget
 from mllm_crossget import accelerate_mllm
-from tests.tiny import prompt_batch, tiny_llava
+from tests.helpers.tiny import prompt_batch, tiny_llava
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "architecture.md"
 PACKAGE = Path(mllm_crossget.__file__).parent

@@ -14,7 +14,7 @@ from packaging.version import Version
 
 from mllm_crossget import __version__, cli, method_names
 from mllm_crossget.config import method_class
-from tests.tiny import tiny_llava
+from tests.helpers.tiny import tiny_llava
 
 GEOMETRY = "llava-1.5-7b"
 

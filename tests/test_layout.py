@@ -1,4 +1,7 @@
-"""The shape of the code: which part may import which, everything public says what it is, nothing is long."""
+"""The shape of the code: which part may import which, all that is public says what it is, nothing is long.
+
+One test per rule; it looks at every file and names those that break it. Three rules are about the tests themselves.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mllm_crossget"
 FILES = sorted(PACKAGE.rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
 PARTS = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in FILES}
 MOST_LINES_OF_A_FILE = 400
 MOST_LINES_OF_A_FUNCTION = 60
@@ -92,7 +94,9 @@ def imports(path: Path) -> Iterator[str]:
             module = ".".join(filter(None, (package, node.module)))
             # ``from mllm_crossget import x``: x is a part of its own if it is a file or a folder
             yield from (
-                f"{module}.{alias.name}" if module == "mllm_crossget" and alias.name in PARTS else module
+                f"{module}.{alias.name}"
+                if (module == "mllm_crossget" and alias.name in PARTS) or module.split(".")[0] == "tests"
+                else module
                 for alias in node.names
             )
 
@@ -113,39 +117,65 @@ def name_of(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_imports_follow_the_arrows(path: Path) -> None:
+def broken_arrows(path: Path) -> Iterator[str]:
     part = part_of(module_of(path))
-    assert part in ARROWS, f"{name_of(path)}: say in ARROWS what {part!r} may import"
+    if part not in ARROWS:
+        yield f"say in ARROWS what {part!r} may import"
+        return
     for module in imports(path):
         if module.split(".")[0] == "mllm_crossget":
-            assert part_of(module) in ARROWS[part], f"{name_of(path)} imports {module}"
-        elif part in PACKAGES and module.split(".")[0] not in sys.stdlib_module_names:
-            assert module.split(".")[0] in PACKAGES[part], f"{name_of(path)} imports {module}"
+            allowed = part_of(module) in ARROWS[part]
+        else:
+            name = module.split(".")[0]
+            allowed = part not in PACKAGES or name in sys.stdlib_module_names or name in PACKAGES[part]
+        if not allowed:
+            yield f"imports {module}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_everything_public_has_a_docstring(path: Path) -> None:
+def test_imports_follow_the_arrows() -> None:
+    broken = [f"{name_of(path)}: {what}" for path in FILES for what in broken_arrows(path)]
+    assert not broken, "\n".join(broken)
+
+
+def without_docstring(path: Path) -> Iterator[str]:
     tree = ast.parse(path.read_text())
-    assert ast.get_docstring(tree) or not tree.body, f"{name_of(path)} does not say what it is"
+    if tree.body and not ast.get_docstring(tree):
+        yield "the module"
     functions = {name for name, node in definitions(path) if not isinstance(node, ast.ClassDef)}
-    missing = [
-        name
-        for name, node in definitions(path)
-        if not any(part.startswith("_") for part in name.split("."))
-        and name.rpartition(".")[0] not in functions
-        and not ast.get_docstring(node)
-    ]
-    assert not missing, f"{name_of(path)}: no docstring on {missing}"
+    for name, node in definitions(path):
+        public = not any(part.startswith("_") for part in name.split("."))
+        if public and name.rpartition(".")[0] not in functions and not ast.get_docstring(node):
+            yield name
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_nothing_is_long(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= MOST_LINES_OF_A_FILE
-    functions = [(name, node) for name, node in definitions(path) if not isinstance(node, ast.ClassDef)]
-    lengths = {name: node.end_lineno - node.lineno + 1 for name, node in functions}
-    long = {name: lines for name, lines in lengths.items() if lines > MOST_LINES_OF_A_FUNCTION}
-    assert not long, f"{name_of(path)}: {long}"
+def test_everything_public_has_a_docstring() -> None:
+    missing = [f"{name_of(path)}: no docstring on {name}" for path in FILES for name in without_docstring(path)]
+    assert not missing, "\n".join(missing)
+
+
+def long_parts(path: Path) -> Iterator[str]:
+    lines = len(path.read_text().splitlines())
+    if lines > MOST_LINES_OF_A_FILE:
+        yield f"{lines} lines, {MOST_LINES_OF_A_FILE} are allowed"
+    for name, node in definitions(path):
+        lines = node.end_lineno - node.lineno + 1
+        if not isinstance(node, ast.ClassDef) and lines > MOST_LINES_OF_A_FUNCTION:
+            yield f"{name} has {lines} lines, {MOST_LINES_OF_A_FUNCTION} are allowed"
+
+
+def test_nothing_is_long() -> None:
+    long = [f"{name_of(path)}: {what}" for path in FILES for what in long_parts(path)]
+    assert not long, "\n".join(long)
+
+
+def test_folders_of_tests_are_those_of_the_package() -> None:
+    """A folder is named after a room of the package, or after a module that has several test files."""
+    rooms = {name_of(path.with_suffix("")).removeprefix("mllm_crossget/") for path in FILES}
+    rooms |= {name_of(path.parent).removeprefix("mllm_crossget/") for path in FILES if path.name == "__init__.py"}
+    others = {"tests", "tests/helpers", "tests/helpers/families", "tests/golden"}
+    found = {name_of(path.parent) for path in TESTS} - others
+    stray = sorted(name for name in found if name.removeprefix("tests/") not in rooms)
+    assert not stray, f"the package has no such part: {stray}"
 
 
 def test_no_module_imports_itself_over_others() -> None:
@@ -155,6 +185,32 @@ def test_no_module_imports_itself_over_others() -> None:
         needs = {name: others for name, others in needs.items() if name not in free}
     cycles = {name: sorted(others & needs.keys()) for name, others in needs.items()}
     assert not cycles
+
+
+def test_no_test_imports_from_another() -> None:
+    """What two test files need lies in tests/helpers: a test file can be moved, renamed or left out."""
+    own = {"mllm_crossget", "tests"}
+    found = [
+        f"{name_of(path)} imports {module}; what they share belongs to tests/helpers"
+        for path in TESTS
+        for module in imports(path)
+        if module.split(".")[0] in own and any(name.startswith(("test_", "conftest")) for name in module.split("."))
+    ]
+    assert not found, "\n".join(found)
+
+
+def test_helpers_of_tests_live_in_one_folder() -> None:
+    """``golden/files.py`` is the reader of the vectors beside it."""
+    places = {"tests/helpers", "tests/helpers/families"}
+    names = ("test_*.py", "conftest.py", "__init__.py")
+    stray = [
+        name_of(path)
+        for path in TESTS
+        if not any(path.match(name) for name in names)
+        and name_of(path.parent) not in places
+        and name_of(path) != "tests/golden/files.py"
+    ]
+    assert not stray, f"no test files, so they belong to tests/helpers: {stray}"
 
 
 def test_the_arrows_are_looked_at() -> None:
@@ -182,19 +238,25 @@ def names_of_methods() -> dict[str, str]:
 METHOD_CLASSES = names_of_methods()
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_nobody_asks_which_method_it_is(path: Path) -> None:
+def test_nobody_asks_which_method_it_is() -> None:
     """A method is one file: others ask for capabilities, not for its class, its fields or its name."""
+    asked = [f"{name_of(path)}:{line}" for path in FILES for line in lines_that_ask(path)]
+    assert not asked
+
+
+def lines_that_ask(path: Path) -> Iterator[int]:
+    """Lines that ask for a method's class outside its own file, or for its fields by name."""
     for node in ast.walk(ast.parse(path.read_text())):
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
             continue
         called, arguments = node.func.id, [ast.unparse(argument) for argument in node.args]
         if called in ("isinstance", "issubclass") and len(arguments) == 2:
-            asked = {part.id for part in ast.walk(node.args[1]) if isinstance(part, ast.Name)} & METHOD_CLASSES.keys()
-            assert all(METHOD_CLASSES[name] == name_of(path) for name in asked), f"line {node.lineno}: {asked}"
+            classes = {part.id for part in ast.walk(node.args[1]) if isinstance(part, ast.Name)} & METHOD_CLASSES.keys()
+            if any(METHOD_CLASSES[name] != name_of(path) for name in classes):
+                yield node.lineno
         named = called == "getattr" and isinstance(node.args[1], ast.Constant)
-        if (called == "vars" or named) and arguments:
-            assert not arguments[0].endswith(("method", "_method(model)")), f"line {node.lineno}: {ast.unparse(node)}"
+        if (called == "vars" or named) and arguments and arguments[0].endswith(("method", "_method(model)")):
+            yield node.lineno
 
 
 def test_methods_are_found() -> None:

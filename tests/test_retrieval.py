@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mllm_crossget import retrieval_ranks, retrieval_recall
 from mllm_crossget.ops.contrastive import contrastive_loss
-from tests.rounding import RoundedAnyhow
+from tests.helpers.rounding import RoundedAnyhow
 
 
 def slow_ranks(images: Tensor, texts: Tensor, owner: list[int]) -> tuple[list[int], list[int]]:

@@ -20,8 +20,8 @@ from mllm_crossget import (
     save_crossget,
     unsupported_reason,
 )
-from tests.api.test_reversible import assert_identical, fingerprint
-from tests.tiny import prompt_batch, tiny_llava
+from tests.helpers.fingerprints import assert_identical, fingerprint
+from tests.helpers.tiny import prompt_batch, tiny_llava
 
 GREEDY = {"max_new_tokens": 2, "do_sample": False}
 

@@ -20,7 +20,7 @@ from mllm_crossget import (
 )
 from mllm_crossget.config import CONFIG_NAME, method_class
 from mllm_crossget.field_types import check_type
-from tests.tiny import tiny_llava
+from tests.helpers.tiny import tiny_llava
 
 WRONG = {"bool": "false", "int": 2.5, "float": "0.5", "str": 7, "list": {"a": 1}}
 

@@ -1,4 +1,7 @@
-"""In place and reversible: an identity setting and a restored model are the untouched model, bit for bit."""
+"""In place and reversible: an identity setting and a restored model are the untouched model, bit for bit.
+
+Of the other families, and of towers alone: tests/families/test_matrix.py.
+"""
 
 from __future__ import annotations
 
@@ -6,39 +9,14 @@ import copy
 
 import pytest
 import torch
-from torch import nn
 
 from mllm_crossget import CrossGetConfig, accelerate_mllm, accelerated, method_names, restore_mllm, trace_merges
-from tests.methods import FIXED, prepare
-from tests.tiny import pixels, prompt_batch, randomise_cross_tokens, tiny_llava, tiny_tower
+from tests.helpers.fingerprints import assert_identical, fingerprint
+from tests.helpers.methods import FIXED, prepare
+from tests.helpers.tiny import pixels, prompt_batch, randomise_cross_tokens, tiny_llava
 
 TOWERS = ("clip", "siglip")
 CASES = [(method, tower) for method in method_names() for tower in TOWERS]
-GREEDY = {"max_new_tokens": 4, "do_sample": False}
-
-
-def fingerprint(model: nn.Module) -> dict:
-    """Everything that a user could notice: outputs, generated tokens, state dict in order, classes, attributes."""
-    batch = prompt_batch(model, (2, 0, 1))
-    with torch.no_grad():
-        logits = model(**batch).logits
-    return {
-        "logits": logits,
-        "tokens": model.generate(**batch, **GREEDY),
-        "state": {name: value.clone() for name, value in model.state_dict().items()},
-        "classes": [type(module) for module in model.modules()],
-        "attributes": [sorted(vars(module)) for module in model.modules()],
-        "config": model.config.to_dict(),
-    }
-
-
-def assert_identical(ours: dict, expected: dict, but: tuple[str, ...] = ()) -> None:
-    assert torch.equal(ours["logits"], expected["logits"])
-    assert torch.equal(ours["tokens"], expected["tokens"])
-    assert list(ours["state"]) == list(expected["state"])
-    assert all(torch.equal(value, ours["state"][name]) for name, value in expected["state"].items())
-    for name in set(expected) - {"logits", "tokens", "state", *but}:
-        assert ours[name] == expected[name], name
 
 
 @pytest.mark.parametrize(("method", "tower"), CASES)
@@ -60,18 +38,6 @@ def test_keep_ratio_one_changes_nothing(method, tower) -> None:
     assert_identical(fingerprint(model), before, but=("attributes",))
     restore_mllm(model)
     assert_identical(fingerprint(model), before)
-
-
-@pytest.mark.parametrize("kind", TOWERS)
-@pytest.mark.parametrize("method", method_names())
-def test_a_tower_alone_is_restored(method, kind) -> None:
-    tower = tiny_tower(kind)
-    images = pixels(tower, 2)
-    before = tower(images).last_hidden_state
-    prepare(tower, method=method)
-    assert tower(images).last_hidden_state.shape[1] < before.shape[1]
-    restore_mllm(tower)
-    assert torch.equal(tower(images).last_hidden_state, before)
 
 
 def test_restoring_a_model_that_is_not_accelerated_does_nothing() -> None:

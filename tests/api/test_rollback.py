@@ -8,9 +8,9 @@ import torch
 from mllm_crossget import accelerate_mllm, method_names, restore_mllm
 from mllm_crossget.hooks import apply
 from mllm_crossget.hooks.ground.journal import Journal
-from tests.api.test_reversible import assert_identical, fingerprint
-from tests.methods import prepare
-from tests.tiny import randomise_cross_tokens, tiny_llava
+from tests.helpers.fingerprints import assert_identical, fingerprint
+from tests.helpers.methods import prepare
+from tests.helpers.tiny import randomise_cross_tokens, tiny_llava
 
 KINDS = ("set_attribute", "add_module", "swap_class")
 

@@ -17,7 +17,7 @@ from mllm_crossget import (
     retrieval_recall,
     unsupported_reason,
 )
-from tests.tiny import pixels, prompt_batch, tiny_llava
+from tests.helpers.tiny import pixels, prompt_batch, tiny_llava
 
 
 @pytest.mark.parametrize("part", ["encoder", "layer", "inner", "projector"])

@@ -9,7 +9,7 @@ import pytest
 from mllm_crossget.benchmark.reuse_timing import many_images
 from mllm_crossget.cli import main
 from mllm_crossget.hooks.ground.vision_cache import MEBIBYTE, VisionCache
-from tests.tiny import tiny_llava
+from tests.helpers.tiny import tiny_llava
 
 
 def test_the_command_times_both_questions(tmp_path):

@@ -26,8 +26,8 @@ from mllm_crossget.costs.flops import model_flops
 from mllm_crossget.costs.geometries.llava import resolve
 from mllm_crossget.families.family import family_of
 from mllm_crossget.methods import CrossGetConfig, ToMeConfig
-from tests.families.tiny_blip import tiny_blip2
-from tests.tiny import tiny_llava
+from tests.helpers.tiny import tiny_llava
+from tests.helpers.tiny_blip import tiny_blip2
 
 CPU = torch.device("cpu")
 _compile = torch.compile

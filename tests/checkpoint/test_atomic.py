@@ -17,7 +17,7 @@ from mllm_crossget.atomic_files import append_lines, read_lines, remove_stale, r
 from mllm_crossget.hooks.ground.state import handle_of, live_cross_tokens
 from mllm_crossget.training.checkpoints import checkpoint_problem
 from mllm_crossget.training.data import bad_samples
-from tests.tiny import tiny_llava
+from tests.helpers.tiny import tiny_llava
 
 CONFIG = "crossget_config.json"
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import LlavaForConditionalGeneration
 
 from mllm_crossget import (
@@ -26,25 +25,13 @@ from mllm_crossget import (
     save_crossget,
 )
 from mllm_crossget.config import method_class
-from tests.api.test_reversible import assert_identical, fingerprint
-from tests.methods import prepare
-from tests.tiny import prompt_batch, randomise_cross_tokens, tiny_llava
+from tests.helpers.fingerprints import assert_identical, fingerprint
+from tests.helpers.methods import prepare
+from tests.helpers.small_files import CONFIG, learned
+from tests.helpers.tiny import randomise_cross_tokens, tiny_llava
 
-CONFIG, OLD_WEIGHTS = "crossget_config.json", "crossget.safetensors"
 DIALS = [{}, {"keep_ratio": 0.3}, {"visual_tokens": 5}, {"r": 2}, {"r": [1, 0, 2, 3]}, {"keep_ratio": 1}]
-LAYERS, TEXT_LAYERS, WIDTH = 4, 3, 32
 HUGE = torch.full((TEXT_LAYERS, WIDTH), 1e300, dtype=torch.float64)
-
-
-def learned(method: str = "crossget", **settings) -> nn.Module:
-    model = prepare(tiny_llava(), method=method, **settings)
-    randomise_cross_tokens(model)
-    return model
-
-
-def weights_in(folder: Path) -> Path:
-    """The file of learned tokens in a folder, as this version or as 0.1 wrote it."""
-    return next(iter((folder / "crossget_weights").glob("*")), folder / OLD_WEIGHTS)
 
 
 def as_version_01(folder: Path) -> None:
@@ -52,11 +39,6 @@ def as_version_01(folder: Path) -> None:
     weights_in(folder).rename(folder / OLD_WEIGHTS)
     (folder / "crossget_weights").rmdir()
     _edit_settings(folder, weights=None)
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model(**prompt_batch(model, (2, 0, 1))).logits
 
 
 @pytest.mark.parametrize("dial", DIALS, ids=str)
@@ -229,14 +211,6 @@ def of_each(change) -> dict:
 
 def quantised(tensor: torch.Tensor) -> torch.Tensor:
     return torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8)
-
-
-def official_state(layers: int = LAYERS, prefix: str = "model.vision_tower.vision_tower.vision_model.") -> dict:
-    generator = torch.Generator().manual_seed(1)
-    return {
-        "model.cross_text": torch.randn(1, TEXT_LAYERS, WIDTH, generator=generator),
-        f"{prefix}encoder.cross_image": torch.randn(1, layers, WIDTH, generator=generator),
-    }
 
 
 @pytest.mark.parametrize("given", ["file", "folder"])

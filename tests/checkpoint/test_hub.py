@@ -12,9 +12,9 @@ import transformers.utils.hub
 from huggingface_hub import HfApi, ModelCard
 
 from mllm_crossget import CrossGetConfig, ReductionConfig, accelerate_mllm, load_crossget
-from tests.api.test_reversible import assert_identical, fingerprint
-from tests.checkpoint.test_files import CONFIG, learned
-from tests.tiny import tiny_llava
+from tests.helpers.fingerprints import assert_identical, fingerprint
+from tests.helpers.small_files import CONFIG, learned
+from tests.helpers.tiny import tiny_llava
 
 
 class Hub:

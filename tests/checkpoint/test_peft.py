@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from mllm_crossget import accelerate_mllm, load_crossget, save_crossget
-from tests.hooks.test_forward import labels_of
-from tests.tiny import prompt_batch, randomise_cross_tokens, tiny_llava
+from tests.helpers.llava import labels_of
+from tests.helpers.tiny import prompt_batch, randomise_cross_tokens, tiny_llava
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT's own look-up

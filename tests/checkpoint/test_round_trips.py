@@ -12,8 +12,8 @@ import torch
 
 from mllm_crossget import method_names
 from mllm_crossget.families import families
-from tests.checkpoint.round_trips import ADAPTERS, all_cases, case_of, check, save
-from tests.methods import METHODS
+from tests.helpers.methods import METHODS
+from tests.helpers.round_trips import ADAPTERS, all_cases, case_of, check, save
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT's own look-up
@@ -55,7 +55,7 @@ def test_every_family_in_a_fresh_process(name, tmp_path) -> None:
     for method, adapter in kinds(name):
         for dtype in (torch.float32, torch.bfloat16):
             save(case, method, adapter, dtype, tmp_path / f"{method} {adapter} {dtype}")
-    command = [sys.executable, "-m", "tests.checkpoint.round_trips", name, str(tmp_path)]
+    command = [sys.executable, "-m", "tests.helpers.round_trips", name, str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

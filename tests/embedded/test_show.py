@@ -11,7 +11,7 @@ from mllm_crossget.embedded import load_embedded
 from mllm_crossget.embedded.scenes import render, sample_layouts, to_image
 from mllm_crossget.hooks.ground.state import handle_of
 from mllm_crossget.visualize import draw_counts, tokens_per_layer
-from tests.tiny import pixels, tiny_tower
+from tests.helpers.tiny import pixels, tiny_tower
 
 
 def test_tokens_per_layer_and_their_bars() -> None:

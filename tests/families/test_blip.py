@@ -16,10 +16,12 @@ from mllm_crossget.hooks.ground.cross_tokens import recorded_cross_tokens
 from mllm_crossget.hooks.ground.state import handle_of
 from mllm_crossget.hooks.model.placeholder_model import AlignedModel
 from mllm_crossget.ops.alignment import alignment_loss
-from tests.families.case_blip import captions, question_answers
-from tests.families.case_blip import loss as blip_loss
-from tests.families.case_blip2 import answers, loss, retrieval
-from tests.families.tiny_blip import (
+from tests.helpers.families.case_blip import captions, question_answers
+from tests.helpers.families.case_blip import loss as blip_loss
+from tests.helpers.families.case_blip2 import answers, loss, retrieval
+from tests.helpers.gradients import assert_same_gradients, checkpoint_activations
+from tests.helpers.tiny import pixels, randomise_cross_tokens
+from tests.helpers.tiny_blip import (
     FRAMES,
     IMAGE,
     QUERIES,
@@ -32,8 +34,6 @@ from tests.families.tiny_blip import (
     tiny_blip2,
     words,
 )
-from tests.hooks.test_gradients import assert_same_gradients, checkpoint_activations
-from tests.tiny import pixels, randomise_cross_tokens
 
 Q_FORMER_KINDS = [("blip-2", "opt"), ("blip-2", "t5"), ("instructblip", "llama"), ("instructblipvideo", "llama")]
 GREEDY = {"max_new_tokens": 5, "do_sample": False}

@@ -23,9 +23,9 @@ from mllm_crossget.hooks.projector.post_merge import MergedFeatures, MergedVideo
 from mllm_crossget.hooks.request.compact_call import empty_layout, shrink_new_columns
 from mllm_crossget.hooks.request.placeholders import image_counts
 from mllm_crossget.schedule import make_schedule
-from tests.families.case_grid import BUILDS
-from tests.methods import FIXED
-from tests.tiny_grid import IMAGE_TOKEN, padded, rows_of
+from tests.helpers.families.case_grid import BUILDS
+from tests.helpers.methods import FIXED
+from tests.helpers.tiny_grid import IMAGE_TOKEN, padded, rows_of
 
 CASES_PER_METHOD = 170  # three methods: 510 cases per family
 WIDTH = 8

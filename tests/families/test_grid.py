@@ -21,14 +21,14 @@ from mllm_crossget.hooks.projector import pooled_tiles as pooled_grid
 from mllm_crossget.hooks.projector.post_merge import Merged
 from mllm_crossget.hooks.request.placeholders import image_counts
 from mllm_crossget.hooks.tower.fixed_counts import kept_trace, trace_of
-from tests.families.case_llava_next import batch_of, tiny_llava_next
-from tests.families.case_llava_next_video import tiny_next_video
-from tests.families.case_llava_onevision import tiny_onevision
-from tests.families.cases import all_cases
-from tests.families.models import IMAGE, image_pixels
-from tests.families.prompts import loss_with_alignment, write_prompts
-from tests.methods import FIXED
-from tests.tiny import randomise_cross_tokens
+from tests.helpers.families.case_llava_next import batch_of, tiny_llava_next
+from tests.helpers.families.case_llava_next_video import tiny_next_video
+from tests.helpers.families.case_llava_onevision import tiny_onevision
+from tests.helpers.families.cases import all_cases
+from tests.helpers.families.models import IMAGE, image_pixels
+from tests.helpers.families.prompts import loss_with_alignment, write_prompts
+from tests.helpers.methods import FIXED
+from tests.helpers.tiny import randomise_cross_tokens
 
 
 def forward_names() -> set[str]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mllm_crossget import accelerate_mllm
 from mllm_crossget.hooks.ground.state import handle_of
 from mllm_crossget.hooks.projector.post_merge import kept_cells
-from tests.families.case_qwen import (
+from tests.helpers.families.case_qwen import (
     GRIDS,
     HandMade,
     alone,
@@ -21,9 +21,9 @@ from tests.families.case_qwen import (
     positions_by_hand,
     prompt,
 )
-from tests.hooks.test_forward import labels_of
-from tests.methods import FIXED
-from tests.tiny_grid import IMAGE_TOKEN, QWEN_VISION, VIDEO_TOKEN, padded, tiny_qwen
+from tests.helpers.llava import labels_of
+from tests.helpers.methods import FIXED
+from tests.helpers.tiny_grid import IMAGE_TOKEN, QWEN_VISION, VIDEO_TOKEN, padded, tiny_qwen
 
 models = pytest.mark.parametrize("model_type", sorted(QWEN_VISION))
 GREEDY = {"max_new_tokens": 5, "do_sample": False}

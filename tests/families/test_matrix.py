@@ -11,11 +11,11 @@ from torch import nn
 from mllm_crossget import accelerate_mllm, restore_mllm, trace_merges
 from mllm_crossget.families.family import families
 from mllm_crossget.hooks.ground.state import handle_of
-from tests.families.cases import Case, all_cases
-from tests.generation.conftest import encodes_images_first
-from tests.hooks.test_gradients import checkpoint_activations
-from tests.methods import DYNAMIC, METHODS, calibrated, prepare
-from tests.tiny import randomise_cross_tokens
+from tests.helpers.families.cases import Case, all_cases
+from tests.helpers.generation import encodes_images_first
+from tests.helpers.gradients import checkpoint_activations
+from tests.helpers.methods import DYNAMIC, METHODS, calibrated, prepare
+from tests.helpers.tiny import randomise_cross_tokens
 
 CASES = all_cases()
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
@@ -120,7 +120,9 @@ def test_the_tower_has_the_schedules_tokens(method, case) -> None:
     if method in DYNAMIC:
         counts = [(entry.size > 0).sum(dim=1) for entry in trace]
         assert [entry.size.shape[1] for entry in trace] == [int(count.max()) for count in counts]
-        assert all(int(count.max()) <= schedule.tokens[0] for count in counts)  # how many: tests/hooks/test_ragged.py
+        assert all(
+            int(count.max()) <= schedule.tokens[0] for count in counts
+        )  # how many: tests/hooks/tower/test_ragged.py
     else:
         assert [entry.size.shape[1] for entry in trace[:layers]] == list(schedule.tokens[1:])
         assert {entry.source.shape[1] for entry in trace[:layers]} == {schedule.tokens[0]}

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from mllm_crossget import CrossGetConfig, MadtpConfig, accelerate_mllm, calibrate, restore_mllm, trace_merges
 from mllm_crossget.hooks.projector.readers import dead_rows
-from tests.families.tiny_blip import blip2_batch, blip_batch, row_of, tiny_blip, tiny_blip2
-from tests.tiny import PAD, pixels, randomise_cross_tokens
+from tests.helpers.tiny import PAD, pixels, randomise_cross_tokens
+from tests.helpers.tiny_blip import blip2_batch, blip_batch, row_of, tiny_blip, tiny_blip2
 
 METHODS = {
     "crossget": lambda: CrossGetConfig(dynamic=True, keep_ratio=0.5),

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from mllm_crossget import accelerate_mllm, trace_merges
-from tests.families import case_aria, case_idefics2
-from tests.families.models import image_pixels
+from tests.helpers.families import case_aria, case_idefics2
+from tests.helpers.families.models import image_pixels
 
 ARIA, IDEFICS2 = case_aria.tiny_aria, case_idefics2.tiny_idefics2
 FAMILIES = pytest.mark.parametrize(

@@ -20,9 +20,9 @@ from mllm_crossget.families.family import families, module_at
 from mllm_crossget.hooks.ground.state import Handle, handle_of
 from mllm_crossget.hooks.projector.features import features_of
 from mllm_crossget.schedule import MergeGeometry
-from tests.families.cases import Batch, Case, all_cases
-from tests.methods import FIXED, prepare
-from tests.tiny import randomise_cross_tokens
+from tests.helpers.families.cases import Batch, Case, all_cases
+from tests.helpers.methods import FIXED, prepare
+from tests.helpers.tiny import randomise_cross_tokens
 
 CROSS_ATTENDING = ("qformer", "text_encoder", "text_decoder.bert")
 TOWER, TEXT = "vision tower", "text_model_output"

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from mllm_crossget import accelerate_mllm
-from tests.families.case_janus import tiny_janus
-from tests.families.prompts import write_prompts
+from tests.helpers.families.case_janus import tiny_janus
+from tests.helpers.families.prompts import write_prompts
 
 
 def test_janus_makes_the_same_images() -> None:

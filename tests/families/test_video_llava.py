@@ -8,11 +8,11 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from mllm_crossget import accelerate_mllm, load_crossget, restore_mllm, save_crossget, trace_merges
 from mllm_crossget.hooks.ground.state import handle_of, live_cross_tokens
-from tests.families.case_video_llava import FRAMES, images_of, tiny_video_llava, with_videos
-from tests.families.models import IMAGE, VIDEO, build, image_pixels
-from tests.families.prompts import add_videos, compact_ids, loss_with_alignment, write_prompts
-from tests.methods import FIXED
-from tests.tiny import randomise_cross_tokens, tiny_llava
+from tests.helpers.families.case_video_llava import FRAMES, images_of, tiny_video_llava, with_videos
+from tests.helpers.families.models import IMAGE, VIDEO, build, image_pixels
+from tests.helpers.families.prompts import add_videos, compact_ids, loss_with_alignment, write_prompts
+from tests.helpers.methods import FIXED
+from tests.helpers.tiny import randomise_cross_tokens, tiny_llava
 
 PER_FRAME = 17
 VIDEOS = image_pixels(2, FRAMES)

@@ -8,10 +8,10 @@ import torch
 from mllm_crossget import accelerate_mllm, trace_merges
 from mllm_crossget.families.vipllava import feature_layers
 from mllm_crossget.hooks.ground.state import handle_of
-from tests.families.case_vipllava import batch_of, tiny_vipllava
-from tests.families.models import image_pixels
-from tests.methods import FIXED
-from tests.tiny import randomise_cross_tokens
+from tests.helpers.families.case_vipllava import batch_of, tiny_vipllava
+from tests.helpers.families.models import image_pixels
+from tests.helpers.methods import FIXED
+from tests.helpers.tiny import randomise_cross_tokens
 
 
 @pytest.mark.parametrize("method", FIXED)

@@ -15,11 +15,11 @@ from mllm_crossget.hooks.ground.cross_tokens import recorded_cross_tokens
 from mllm_crossget.hooks.ground.state import handle_of
 from mllm_crossget.ops.alignment import alignment_loss
 from mllm_crossget.visualize import merged_groups, tokens_per_layer
-from tests import reference
-from tests.families.case_grid import BUILDS, TILES, alone
-from tests.methods import FIXED
-from tests.tiny import randomise_cross_tokens, tiny_llava
-from tests.tiny_grid import (
+from tests.helpers import reference
+from tests.helpers.families.case_grid import BUILDS, TILES, alone
+from tests.helpers.methods import FIXED
+from tests.helpers.tiny import randomise_cross_tokens, tiny_llava
+from tests.helpers.tiny_grid import (
     PATCHES,
     TOKENS,
     padded,

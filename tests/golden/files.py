@@ -1,19 +1,54 @@
-"""Reading the golden files: tolerances, and a record of which tensors were used."""
+"""Reading the golden files: their cases, the tolerances, and a record of which tensors were used.
+
+The files lie in ``vectors``, where ``MANIFEST.md`` says what is in them. ``MLLM_CROSSGET_GOLDEN`` names another folder
+of the same layout; names of cases and sizes come from the files alone, so that its cases may differ.
+"""
 
 from __future__ import annotations
 
 import fnmatch
 import os
+import re
 from pathlib import Path
 
-import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 STEP, END_TO_END, LOSS, GRADIENT = 2e-5, 2e-4, 1e-4, 2e-4
-_DEFAULT = Path(__file__).resolve().parents[3] / "shared" / "golden"
-FOLDER = Path(os.environ.get("MLLM_CROSSGET_GOLDEN", _DEFAULT))
+FOLDER = Path(os.environ.get("MLLM_CROSSGET_GOLDEN") or Path(__file__).resolve().parent / "vectors")
+
+
+def file_names(pattern: str) -> list[str]:
+    """Names of the golden files that match ``pattern``, without their ending.
+
+    Raises:
+        FileNotFoundError: none does; a test of no case would pass.
+    """
+    names = sorted(path.stem for path in FOLDER.glob(f"{pattern}.safetensors"))
+    if not names:
+        raise FileNotFoundError(
+            f"no golden file {pattern}.safetensors in {FOLDER}; MLLM_CROSSGET_GOLDEN must name a folder that has "
+            "the files of tests/golden/vectors, or be unset"
+        )
+    return names
+
+
+def cases(file: str, pattern: str) -> list[str]:
+    """Names before the first dot in the golden ``file`` that match the whole regular expression ``pattern``, sorted.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: no name matches.
+    """
+    (file,) = file_names(file)
+    with safe_open(FOLDER / f"{file}.safetensors", "pt") as opened:
+        groups = {name.split(".")[0] for name in opened.keys() if "." in name}  # noqa: SIM118
+    found = sorted(group for group in groups if re.fullmatch(pattern, group))
+    if not found:
+        raise ValueError(f"the golden file {file} in {FOLDER} has no case {pattern!r}, but {sorted(groups)}")
+    return found
 
 
 def compare(actual: Tensor, expected: Tensor, tol: float) -> float:
@@ -35,12 +70,8 @@ class Golden:
     """One golden file; remembers what was read as an input, what was compared, and the worst error."""
 
     def __init__(self, name: str):
-        path = FOLDER / f"{name}.safetensors"
-        if not path.is_file():
-            pytest.skip(
-                f"golden file {path} is not there; set MLLM_CROSSGET_GOLDEN to the folder with the golden files"
-            )
-        self.tensors = load_file(path)
+        (name,) = file_names(name)
+        self.tensors = load_file(FOLDER / f"{name}.safetensors")
         self.used: set[str] = set()
         self.worst = 0.0
 
@@ -68,10 +99,6 @@ class Golden:
     def weights(self) -> dict[str, Tensor]:
         names = [name for name in self.tensors if name.startswith("weights.")]
         return {name.removeprefix("weights."): self.input(name) for name in names}
-
-    def cases(self, word: str) -> list[str]:
-        """Names of the groups "word0", "word1", ... in the file."""
-        return sorted({name.split(".")[0] for name in self.tensors if name.split(".")[0].rstrip("0123456789") == word})
 
     def unused(self, *information: str) -> list[str]:
         """Tensors that were neither read nor compared, without those that match a pattern of ``information``."""

@@ -11,9 +11,8 @@ from mllm_crossget.ops.contrastive import contrastive_loss
 from tests.golden.files import END_TO_END, GRADIENT, LOSS, Golden
 
 FILE = "e_clip_e2e"
-MOST = 16  # patches of an image, tokens of a text: the reference's r = 50 is clipped to what a layer can remove
+CLIPPED = 50  # the reference's r of both towers in "clip."; it is clipped to what a layer can remove
 VARIANTS = ["", "rv_only.", "rl_only.", "clip."]
-
 
 NUMBERS = ("B", "ctx", "embed", "heads", "theads", "img", "patch", "layers", "width", "twidth", "vocab", "rl", "rv")
 
@@ -54,7 +53,9 @@ def stock(golden):
 def settings(golden, variant):
     rv, rl = golden.number("rv"), golden.number("rl")
     assert (rv, rl) == (golden.number("config.rv"), golden.number("config.rl"))
-    vision, text = {"": (rv, rl), "rv_only.": (rv, 0), "rl_only.": (0, rl), "clip.": (MOST, MOST)}[variant]
+    patches = (golden.number("config.img") // golden.number("config.patch")) ** 2
+    most = min(CLIPPED, patches), min(CLIPPED, golden.number("config.ctx"))
+    vision, text = {"": (rv, rl), "rv_only.": (rv, 0), "rl_only.": (0, rl), "clip.": most}[variant]
     return CrossGetConfig(vision_r=vision, text_r=text)
 
 
@@ -138,7 +139,7 @@ def check_losses(golden):
     golden.expect("train.loss_total", 0.5 * ita + 0.5 * output.alignment_loss, LOSS)
     projected = model.visual_projection(model.vision_model.pre_layrnorm(vision))
     towards = model.text_projection(model.text_model.final_layer_norm(text))
-    loss, image_term, text_term = alignment_loss(projected, towards, torch.arange(3))
+    loss, image_term, text_term = alignment_loss(projected, towards, torch.arange(towards.shape[1]))
     golden.expect("train.loss_kd", loss, LOSS)
     golden.expect("train.kl_image", image_term, LOSS)
     golden.expect("train.kl_text", text_term, LOSS)

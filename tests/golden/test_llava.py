@@ -10,7 +10,7 @@ from mllm_crossget.ops.alignment import alignment_loss, layer_repeats
 from tests.golden.files import END_TO_END, GRADIENT, LOSS, Golden
 
 FILE = "d2_llava_e2e"
-OFFICIAL_PLACEHOLDER, PLACEHOLDERS, FEATURES = -200, 16, 11
+OFFICIAL_PLACEHOLDER = -200
 CROSS_IMAGE = "model.vision_tower.vision_tower.vision_model.encoder.cross_image"
 CROSS_TEXT = "model.cross_text"
 
@@ -19,6 +19,12 @@ def settings(golden, part):
     prefix = f"config.{part}."
     names = [name for name in golden.tensors if name.startswith(prefix)]
     return {name.removeprefix(prefix): golden.number(name) for name in names}
+
+
+def placeholders(golden):
+    """Patches of an image: the tokens that a processor makes room for."""
+    vision = settings(golden, "vision")
+    return (vision["image_size"] // vision["patch_size"]) ** 2
 
 
 def llava(golden, folder):
@@ -30,7 +36,7 @@ def llava(golden, folder):
         vision_config=vision,
         text_config=text,
         image_token_id=unused,
-        image_seq_length=PLACEHOLDERS,
+        image_seq_length=placeholders(golden),
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
         projector_hidden_act="gelu",
@@ -43,9 +49,9 @@ def llava(golden, folder):
     return load_official_cross_tokens(model, folder, config=CrossGetConfig(r=golden.number("r")))
 
 
-def spread(row, image, fill):
-    """A row of the official layout with its placeholder, at column ``image``, replaced by a run of ``fill``."""
-    return torch.cat([row[:image], torch.full((PLACEHOLDERS,), fill), row[image + 1 :]])
+def spread(row, image, fill, count):
+    """A row of the official layout with its placeholder, at column ``image``, replaced by ``count`` times ``fill``."""
+    return torch.cat([row[:image], torch.full((count,), fill), row[image + 1 :]])
 
 
 class Batch:
@@ -54,26 +60,30 @@ class Batch:
     Attributes:
         inputs: for the model; without labels.
         labels: for the model.
-        real: (B, 20) columns of the golden outputs that are no padding.
-        columns: (B, 20) the column of the processor's layout for each of them.
+        real: (B, T) columns of the golden outputs that are no padding.
+        columns: (B, T) the column of the processor's layout for each of them.
     """
 
     def __init__(self, golden, image_token):
         ids, mask, labels = golden.input("input_ids"), golden.input("attention_mask"), golden.input("labels")
-        places = (ids == OFFICIAL_PLACEHOLDER).int().argmax(dim=1).tolist()
-        self.labels = torch.stack([spread(row, at, -100) for row, at in zip(labels, places, strict=True)])
+        places, count = (ids == OFFICIAL_PLACEHOLDER).int().argmax(dim=1).tolist(), placeholders(golden)
+
+        def spread_all(values, fill):
+            return torch.stack([spread(row, at, fill, count) for row, at in zip(values, places, strict=True)])
+
+        self.labels = spread_all(labels, -100)
         self.inputs = {
-            "input_ids": torch.stack([spread(row, at, image_token) for row, at in zip(ids, places, strict=True)]),
-            "attention_mask": torch.stack([spread(row, at, 1) for row, at in zip(mask, places, strict=True)]),
+            "input_ids": spread_all(ids, image_token),
+            "attention_mask": spread_all(mask, 1),
             "pixel_values": golden.input("images"),
         }
-        dropped = PLACEHOLDERS - FEATURES
-        columns = [list(range(at)) + list(range(at + dropped, ids.shape[1] - 1 + PLACEHOLDERS)) for at in places]
+        dropped = count - golden.input("image_features").shape[1]
+        columns = [list(range(at)) + list(range(at + dropped, ids.shape[1] - 1 + count)) for at in places]
         self.columns = torch.tensor(columns)
         self.real = self.inputs["attention_mask"].gather(1, self.columns).bool()
 
     def official(self, values):
-        """(B, 25, V) in the processor's layout -> (B, 20, V) in the official one."""
+        """(B, columns of the processor's layout, V) -> (B, T, V) in the official one."""
         return values.gather(1, self.columns[..., None].expand(-1, -1, values.shape[-1]))
 
 
@@ -116,7 +126,7 @@ def check_training_losses(golden, folder):
     golden.expect("train.loss_kd", output.alignment_loss, LOSS)
     golden.expect("train.loss_total", output.loss + 0.001 * output.alignment_loss, LOSS)
     projected = model.model.multi_modal_projector(vision)
-    loss, image_term, text_term = alignment_loss(projected, text, torch.arange(2))
+    loss, image_term, text_term = alignment_loss(projected, text, torch.arange(text.shape[1]))
     golden.expect("train.loss_kd", loss, LOSS)
     golden.expect("train.kl_image", image_term, LOSS)
     golden.expect("train.kl_text", text_term, LOSS)

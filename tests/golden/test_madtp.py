@@ -10,10 +10,10 @@ from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionMode
 
 from mllm_crossget import MadtpConfig, accelerate_mllm, trace_merges
 from mllm_crossget.hooks.tower.counts_per_image import recorded_alignment
-from tests.golden.files import END_TO_END, GRADIENT, LOSS, STEP, Golden
+from tests.golden.files import END_TO_END, GRADIENT, LOSS, STEP, Golden, cases
 
 CLIP, BLIP = "g2_madtp_clip_e2e", "g3_madtp_blip"
-CLIP_RUNS, BLIP_RUNS = ["T0", "T1", "T3"], ["T0", "T2"]
+CLIP_RUNS, BLIP_RUNS = cases(CLIP, r"T\d+"), cases(BLIP, r"T\d+")
 
 
 def split(weights: dict, source: str, target: str, tensor: torch.Tensor) -> None:

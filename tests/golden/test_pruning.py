@@ -13,9 +13,9 @@ from mllm_crossget.ops import (
     carry_mask,
     reduce_tokens,
 )
-from tests.golden.files import GRADIENT, STEP, Golden
+from tests.golden.files import GRADIENT, STEP, Golden, cases
 
-TEXTS = ["text_med", "text_nlvr"]
+STEPS, TEXTS = "g1_madtp_steps", "g3_madtp_blip"
 
 
 def pruned(golden, name, min_keep):
@@ -78,23 +78,24 @@ def check_text(golden, name):
     golden.expect(f"{name}.mask_out", mask, STEP)
 
 
-@pytest.mark.parametrize("name", [f"step{n}" for n in range(5)])
+@pytest.mark.parametrize("name", cases(STEPS, r"step\d+"))
 def test_step(name):
-    check_step(Golden("g1_madtp_steps"), name)
+    check_step(Golden(STEPS), name)
 
 
-@pytest.mark.parametrize("name", ["mag0", "mag1"])
+@pytest.mark.parametrize("name", cases(STEPS, r"mag\d+"))
 def test_alignment_attention(name):
-    check_alignment(Golden("g1_madtp_steps"), name)
+    check_alignment(Golden(STEPS), name)
 
 
-@pytest.mark.parametrize("name", TEXTS)
+@pytest.mark.parametrize("name", cases(TEXTS, "text_.+"))
 def test_text_step(name):
-    check_text(Golden("g3_madtp_blip"), name)
+    check_text(Golden(TEXTS), name)
 
 
 def test_every_tensor_is_compared():
-    golden = Golden("g1_madtp_steps")
-    for name in (*golden.cases("step"), *golden.cases("mag")):
-        (check_step if name.startswith("step") else check_alignment)(golden, name)
+    golden = Golden(STEPS)
+    for pattern, check in ((r"step\d+", check_step), (r"mag\d+", check_alignment)):
+        for name in cases(STEPS, pattern):
+            check(golden, name)
     assert golden.unused() == []

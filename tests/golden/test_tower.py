@@ -6,9 +6,11 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from mllm_crossget import CrossGetConfig, accelerate_mllm, trace_merges
 from mllm_crossget.checkpoint import split_official_state_dict
-from tests.golden.files import END_TO_END, Golden
+from tests.golden.files import END_TO_END, Golden, cases, file_names
 
-FILES = {"c_llava_vision_a": ["", "r0.", "r13.", "zero_cross."], "c_llava_vision_b": ["", "r0.", "r2.", "zero_cross."]}
+FILES = {
+    file: ["", *(f"{case}." for case in cases(file, r"r\d+|zero_cross"))] for file in file_names("c_llava_vision_*")
+}
 CASES = [(file, variant) for file, variants in FILES.items() for variant in variants]
 
 

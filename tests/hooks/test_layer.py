@@ -32,9 +32,9 @@ from mllm_crossget.methods.dynamic import NOTHING
 from mllm_crossget.ops.merging import merge
 from mllm_crossget.ops.ragged import reduce_tokens
 from mllm_crossget.schedule import TextGeometry, TowerGeometry
-from tests.families.cases import all_cases
-from tests.methods import FIXED, prepare
-from tests.tiny import _randomise, pixels, randomise_cross_tokens, tiny_tower
+from tests.helpers.families.cases import all_cases
+from tests.helpers.methods import FIXED, prepare
+from tests.helpers.tiny import _randomise, pixels, randomise_cross_tokens, tiny_tower
 
 LAYERS, PATCHES, WIDTH = 3, 9, 32
 NO_AUTO_CLASS = {

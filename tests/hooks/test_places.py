@@ -20,10 +20,10 @@ from mllm_crossget.methods import Method, Place, SelectionMethod, Signals
 from mllm_crossget.ops import Match, merge
 from mllm_crossget.schedule import MergeGeometry, TowerGeometry, make_schedule
 from mllm_crossget.visualize import merged_groups, tokens_per_layer
-from tests.api.test_reversible import assert_identical, fingerprint
-from tests.families.cases import all_cases
-from tests.generation.oracle import Oracle
-from tests.tiny import pixels, prompt_batch, tiny_llava
+from tests.helpers.families.cases import all_cases
+from tests.helpers.fingerprints import assert_identical, fingerprint
+from tests.helpers.oracle import Oracle
+from tests.helpers.tiny import pixels, prompt_batch, tiny_llava
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
 

@@ -9,11 +9,11 @@ import pytest
 
 from mllm_crossget import accelerate_mllm
 from mllm_crossget.embedded import WEIGHTS_FOLDER, answer, held_out_questions, load_embedded, score
-from tests.integrations.conftest import Output, broken_model
+from tests.helpers.evaluation import Output, broken_model
 
 pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: pip install 'mllm-crossget[eval]'")
 
-from tests.integrations.prepared_cache import prepare_public_tasks
+from tests.helpers.prepared_cache import prepare_public_tasks
 
 pytestmark = pytest.mark.timeout(1000)
 LIMIT = 24

@@ -15,7 +15,7 @@ import yaml
 from mllm_crossget import cli
 from mllm_crossget.integrations.lmms_eval.experiment import EvalOptions, planned
 from mllm_crossget.integrations.lmms_eval.results import read_result
-from tests.integrations.conftest import ROOT, broken_model, child_environment
+from tests.helpers.evaluation import ROOT, broken_model, child_environment
 
 pytestmark = pytest.mark.timeout(1000)
 QUESTIONS = 40

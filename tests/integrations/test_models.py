@@ -25,7 +25,7 @@ from mllm_crossget.embedded import WEIGHTS_FOLDER, answer, held_out_questions
 from mllm_crossget.embedded.questions import WORDS
 from mllm_crossget.methods import CrossGetConfig
 from mllm_crossget.training import lora_config
-from tests.families.tiny_blip import IMAGE, QUERIES, VOCAB, tiny_blip2
+from tests.helpers.tiny_blip import IMAGE, QUERIES, VOCAB, tiny_blip2
 
 pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: pip install 'mllm-crossget[eval]'")
 

@@ -10,7 +10,7 @@ import yaml
 from mllm_crossget import cli
 from mllm_crossget.integrations.lmms_eval import tasks_dir
 from mllm_crossget.integrations.lmms_eval.experiment import planned
-from tests.integrations.conftest import ROOT
+from tests.helpers.evaluation import ROOT
 
 SUITES = sorted((ROOT / "eval" / "suites").glob("*.yaml"))
 EXPERIMENTS = sorted((ROOT / "eval" / "experiments").glob("*.yaml"))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mllm_crossget.ops.alignment import alignment_loss, layer_repeats
-from tests import reference
+from tests.helpers import reference
 
 
 @pytest.mark.parametrize(

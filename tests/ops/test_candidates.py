@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mllm_crossget.ops import candidates, complete_graph_soft_matching, graph
-from tests import reference
-from tests.ops.test_matching import PROPERTY, assert_decision, problems
+from tests.helpers import reference
+from tests.helpers.matching import PROPERTY, assert_decision, problems
 
 pytestmark = pytest.mark.usefixtures("torch_code")
 

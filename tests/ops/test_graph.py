@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from mllm_crossget.benchmark.memory import peak_bytes
 from mllm_crossget.ops import complete_graph_soft_matching, graph
-from tests import reference
-from tests.ops.test_matching import PROPERTY, assert_decision, problems
+from tests.helpers import reference
+from tests.helpers.matching import PROPERTY, assert_decision, problems
 
 CPU = torch.device("cpu")
 

@@ -10,8 +10,8 @@ import torch
 
 from mllm_crossget.ops import attention_importance, complete_graph_soft_matching, graph
 from mllm_crossget.ops.importance import query_weights, ragged_query_weights
-from tests import reference
-from tests.ops.test_matching import assert_decision
+from tests.helpers import reference
+from tests.helpers.matching import assert_decision
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.usefixtures("torch_code")  # Numba would match instead of what is compared

@@ -11,7 +11,7 @@ from mllm_crossget.ops import (
     random_matching,
     unmerge,
 )
-from tests import reference
+from tests.helpers import reference
 
 pytestmark = pytest.mark.usefixtures("both_codes")
 SHAPES = [(1, 6, 3, 2), (2, 18, 8, 8), (3, 33, 5, 13), (2, 40, 16, 4)]  # B, T, D, r

@@ -23,7 +23,7 @@ from mllm_crossget.ops import (
     token_alignment,
 )
 from mllm_crossget.ops.importance import attend_with_importance, attention_map, importance_of_map
-from tests import reference
+from tests.helpers import reference
 
 LENGTHS = [12, 7, 9]
 CROSS_GET, MADTP = CrossGetConfig(dynamic=True), MadtpConfig()

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from mllm_crossget.ops import candidates, complete_graph_soft_matching, graph, graph_scores
-from tests import reference
-from tests.ops.test_matching import assert_decision
-from tests.rounding import RoundedAnyhow
+from tests.helpers import reference
+from tests.helpers.matching import assert_decision
+from tests.helpers.rounding import RoundedAnyhow
 
 
 def problem():

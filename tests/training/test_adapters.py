@@ -12,9 +12,9 @@ from peft import PeftModel, get_peft_model
 from mllm_crossget import CrossGetConfig, accelerate_mllm, load_crossget
 from mllm_crossget.hooks.ground.state import live_cross_tokens
 from mllm_crossget.training import check_adapter, load_finetuned, lora_config, quantization_config
-from tests.families.case_video_llava import tiny_video_llava
-from tests.tiny import prompt_batch, tiny_llava
-from tests.training.toy import toy_model, toy_trainer
+from tests.helpers.families.case_video_llava import tiny_video_llava
+from tests.helpers.tiny import prompt_batch, tiny_llava
+from tests.helpers.toy import toy_model, toy_trainer
 
 
 def logits(model):

@@ -20,8 +20,8 @@ from mllm_crossget.cli import main
 from mllm_crossget.training import Collator, TrainingData, load_finetuned, load_records, lora_config
 from mllm_crossget.training.pairs import prompt_tokens_per_image
 from mllm_crossget.training.records import BadSampleError
-from tests.families.tiny_blip import IMAGE, tiny_blip, tiny_blip2
-from tests.training.toy import losses, toy_trainer
+from tests.helpers.tiny_blip import IMAGE, tiny_blip, tiny_blip2
+from tests.helpers.toy import losses, toy_trainer
 
 ROOT = Path(__file__).parents[2]
 _SPEC = importlib.util.spec_from_file_location("make_tiny_blip2", ROOT / "scripts" / "make_tiny_blip2.py")

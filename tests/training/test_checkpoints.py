@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from mllm_crossget.training import checkpoint_problem, last_complete_checkpoint
 from mllm_crossget.training.finetune import resume_point
-from tests.training.toy import ToySamples, losses, toy_arguments, toy_model, toy_trainer
+from tests.helpers.toy import ToySamples, losses, toy_arguments, toy_model, toy_trainer
 
 ROOT = Path(__file__).parents[2]
 # LoRA dropout draws random numbers: a resume that restored no generator state would be seen.
@@ -25,7 +25,7 @@ SCRIPT = """
 import sys, time, torch
 from transformers import TrainerCallback
 from mllm_crossget.training import last_complete_checkpoint
-from tests.training.toy import ToySamples, toy_model, toy_trainer
+from tests.helpers.toy import ToySamples, toy_model, toy_trainer
 torch.set_num_threads(1)
 folder, pause = sys.argv[1], float(sys.argv[2])
 class Slow(TrainerCallback):

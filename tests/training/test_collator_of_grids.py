@@ -7,8 +7,8 @@ import torch
 
 from mllm_crossget import accelerate_mllm
 from mllm_crossget.training import Collator
-from tests.tiny import PAD
-from tests.tiny_grid import tiny_idefics3, tiny_internvl
+from tests.helpers.tiny import PAD
+from tests.helpers.tiny_grid import tiny_idefics3, tiny_internvl
 
 
 @pytest.mark.parametrize("model_type", ["idefics3", "smolvlm"])

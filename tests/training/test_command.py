@@ -8,45 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from PIL import Image
 from safetensors.torch import load_file
 
 from mllm_crossget.cli import COMMANDS, main, parse_command
-from mllm_crossget.embedded.architecture import build_model, build_processor
+from mllm_crossget.embedded.architecture import build_model
 from mllm_crossget.training import load_finetuned
 
 CONFIGS = Path(__file__).parents[2] / "scripts" / "configs"
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory):
-    """A folder with an untrained model, eight samples (one of them broken) and a YAML file."""
-    folder = tmp_path_factory.mktemp("train")
-    build_model().save_pretrained(folder / "model")
-    build_processor().save_pretrained(folder / "model")
-    rows = []
-    for index in range(8):
-        Image.new("RGB", (96, 96), (30 * index, 90, 90)).save(folder / f"{index}.png")
-        turns = [{"from": "human", "value": "<image>\nHow many digits are there?"}, {"from": "gpt", "value": "3"}]
-        rows.append({"id": str(index), "image": f"{index}.png", "conversations": turns})
-    (folder / "3.png").write_bytes(b"no picture")
-    (folder / "data.json").write_text(json.dumps(rows))
-    settings = {
-        "model": str(folder / "model"),
-        "train_data": str(folder / "data.json"),
-        "keep_ratio": 0.25,
-        "lora_r": 2,
-        "lora_alpha": 4,
-        "max_steps": 4,
-        "per_device_train_batch_size": 2,
-        "learning_rate": "1e-3",  # what YAML 1.1 makes of 1e-3 without a dot
-        "logging_steps": 1,
-        "use_cpu": True,
-        "disable_tqdm": True,
-    }
-    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
-    return folder
 
 
 def parsed(work, *words):

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from mllm_crossget import CrossGetConfig, accelerate_mllm, load_crossget, save_crossget
 from mllm_crossget.api import unreduced
 from mllm_crossget.hooks.ground.state import live_cross_tokens
-from tests.tiny import prompt_batch, randomise_cross_tokens, tiny_llava
+from tests.helpers.tiny import prompt_batch, randomise_cross_tokens, tiny_llava
 
 
 def wrapped(model):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 
 import pytest
 import torch
@@ -13,8 +12,9 @@ from mllm_crossget import accelerate_mllm
 from mllm_crossget.embedded.architecture import build_processor
 from mllm_crossget.training import BadSampleError, Collator, TrainingData, load_records
 from mllm_crossget.training.data import VICUNA_TEMPLATE, bad_samples
-from tests.tiny import tiny_llava
-from tests.training.toy import ToySamples
+from tests.helpers.records import ANSWER, LLAVA_ROW, QUESTION, write
+from tests.helpers.tiny import tiny_llava
+from tests.helpers.toy import ToySamples
 
 
 @pytest.fixture(scope="module")
@@ -32,17 +32,6 @@ def as_bytes(image):
     return buffer.getvalue()
 
 
-QUESTION, ANSWER = "Which digit is red?", "5"
-LLAVA_ROW = {
-    "id": "a1",
-    "image": "one.png",
-    "conversations": [
-        {"from": "human", "value": f"<image>\n{QUESTION}"},
-        {"from": "gpt", "value": ANSWER},
-        {"from": "human", "value": "How many digits are there?"},
-        {"from": "gpt", "value": "2"},
-    ],
-}
 CHAT_ROW = {
     "id": "a1",
     "images": ["one.png"],
@@ -53,13 +42,6 @@ CHAT_ROW = {
         {"role": "assistant", "content": [{"type": "text", "text": "2"}]},
     ],
 }
-
-
-def write(folder, rows, name="data.json"):
-    picture().save(folder / "one.png")
-    text = "\n".join(json.dumps(row) for row in rows) if name.endswith("l") else json.dumps(rows)
-    (folder / name).write_text(text)
-    return folder / name
 
 
 def parquet(folder, rows):

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.training.distributed import run
+from tests.helpers.train_distributed import run
 
 ROOT = Path(__file__).parents[2]
 STEPS = 50
@@ -107,7 +107,7 @@ def torchrun(*words):
 def torchrun_result(*words):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["-m", "tests.training.distributed", *map(str, words)]
+    command += ["-m", "tests.helpers.train_distributed", *map(str, words)]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False)
 
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import transformers.trainer
 from huggingface_hub import CommitInfo
 
-from tests.training.toy import toy_trainer
+from tests.helpers.toy import toy_trainer
 
 
 def test_push_to_hub_uploads_everything_that_loading_needs(tmp_path, monkeypatch):

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from mllm_crossget.training import distillation_loss, teacher_logits
-from tests.tiny import randomise_cross_tokens, tiny_llava
-from tests.training.toy import ToySamples, losses, toy_model, toy_trainer
+from tests.helpers.tiny import randomise_cross_tokens, tiny_llava
+from tests.helpers.toy import ToySamples, losses, toy_model, toy_trainer
 
 
 def gradients(model, trainer, share=1):

@@ -26,11 +26,10 @@ from mllm_crossget.training import (
     lora_config,
     method_for,
 )
-from tests.families.tiny_blip import blip2_batch, tiny_blip2
-from tests.reference import guidance
-from tests.tiny import pixels, tiny_llava
-from tests.training.test_command import work  # noqa: F401 - a fixture
-from tests.training.toy import IMAGE, PLACEHOLDERS, ToySamples, losses, toy_arguments
+from tests.helpers.reference import guidance
+from tests.helpers.tiny import pixels, tiny_llava
+from tests.helpers.tiny_blip import blip2_batch, tiny_blip2
+from tests.helpers.toy import IMAGE, PLACEHOLDERS, ToySamples, losses, toy_arguments
 
 SIZES = {"alignment_tokens": 6, "alignment_width": 10}
 
@@ -261,7 +260,7 @@ def test_temperature_is_moved_towards_the_budget(tmp_path) -> None:
         callback._adjust(ready, 2, search=True)
 
 
-def test_the_command(work, tmp_path, monkeypatch) -> None:  # noqa: F811
+def test_the_command(work, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path))  # the command sets it for good
     words = ["--method", "madtp", "--alignment_tokens", "6", "--alignment_width", "10", "--budget", "nlvr2-0.3"]
     words += ["--calibration_images", "4", "--calibration_every", "2", "--output_dir", str(tmp_path)]

@@ -10,8 +10,8 @@ from transformers import LlavaForConditionalGeneration
 
 from mllm_crossget import CrossGetConfig, accelerate_mllm
 from mllm_crossget.training import load_finetuned, lora_config, prepare_quantized, quantization_config
-from tests.tiny import tiny_llava
-from tests.training.toy import ToySamples, losses, toy_trainer
+from tests.helpers.tiny import tiny_llava
+from tests.helpers.toy import ToySamples, losses, toy_trainer
 
 pytest.importorskip("bitsandbytes")
 

@@ -9,8 +9,8 @@ from peft import LoraConfig, get_peft_model
 from mllm_crossget import CrossGetConfig, accelerate_mllm, load_crossget
 from mllm_crossget.hooks.ground.state import live_cross_tokens
 from mllm_crossget.training import CrossGetTrainer, ModalityLengthSampler
-from tests.tiny import tiny_llava
-from tests.training.toy import ToySamples, losses, toy_arguments, toy_model, toy_trainer
+from tests.helpers.tiny import tiny_llava
+from tests.helpers.toy import ToySamples, losses, toy_arguments, toy_model, toy_trainer
 
 Q_PROJ = r".*language_model.*q_proj"
 

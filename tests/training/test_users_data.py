@@ -19,7 +19,6 @@ from mllm_crossget.training import BadSampleError, TrainingData, load_records
 from mllm_crossget.training.data import VICUNA_TEMPLATE
 from mllm_crossget.training.records import Records
 from mllm_crossget.user_files import open_picture
-from tests.training.test_data import ANSWER, LLAVA_ROW, QUESTION, write
 
 TURNS = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
 PUBLISHED = (
@@ -31,6 +30,7 @@ PUBLISHED = (
     "{% generation %}{{ c['text'] + ' ' }}{% endgeneration %}"
     "{% endfor %}{% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
+from tests.helpers.records import ANSWER, LLAVA_ROW, write
 
 
 @pytest.fixture

@@ -66,9 +66,13 @@ def write_result(path: Path, result: dict[str, Any]) -> None:
 
 def read_result(path: Path) -> dict[str, Any]:
     """Read a result. Raises ``ValueError`` for another format."""
-    result = json.loads(path.read_text())
+    return checked_result(json.loads(path.read_text()), str(path))
+
+
+def checked_result(result: dict[str, Any], source: str) -> dict[str, Any]:
+    """The result that was read from ``source``, as it is. Raises ``ValueError`` for another format."""
     if result.get("format_version") != FORMAT_VERSION:
-        raise ValueError(f"{path} has format_version={result.get('format_version')!r}, expected {FORMAT_VERSION}")
+        raise ValueError(f"{source} has format_version={result.get('format_version')!r}, expected {FORMAT_VERSION}")
     return result
 
 

@@ -1,0 +1,133 @@
+"""Merging behind the projector, worked out a second way: slow matchings on the stock model's features, one image at a
+time, prompts compacted by hand, and a stock model that is handed these features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from mllm_crossget.hooks.ground.state import handle_of
+from mllm_crossget.methods.method import Signals
+from tests.helpers import reference
+from tests.helpers.families.prompts import kept_positions
+from tests.helpers.oracle import original_positions
+
+Row = dict[str, Any]
+
+
+def steps(tokens: int, target: int) -> list[int]:
+    """Tokens removed in each step: as few steps as halving needs, as even as halving allows."""
+    count, left = 0, tokens
+    while left > target:
+        count, left = count + 1, left - left // 2
+    for even in range(tokens):
+        removed, left = [], tokens
+        for _ in range(count):
+            removed.append(min(even, left // 2, left - target))
+            left -= removed[-1]
+        if left == target:
+            return removed
+    raise AssertionError("no even schedule")
+
+
+def target_of(model: nn.Module, tokens: int) -> int:
+    method = handle_of(model).method
+    if method.visual_tokens is not None:
+        return min(tokens, method.visual_tokens)
+    return max(1, round(method.keep_ratio * tokens))
+
+
+def merge_by_hand(model: nn.Module, features_ND: Tensor, companions: list[Tensor]) -> tuple[list[Tensor], list[int]]:
+    """One image: merged features and companions, and the cells that stayed."""
+    method = handle_of(model).method
+    values = [features_ND, *companions]
+    size, cells = torch.ones(len(features_ND)), list(range(len(features_ND)))
+    for removed in steps(len(features_ND), target_of(model, len(features_ND))):
+        metric = values[0]
+        if method.method == "crossget":
+            scaled = metric / metric.square().mean(dim=1, keepdim=True).sqrt()
+            attention = reference.attention_map(scaled[None], scaled[None], metric.shape[1] ** -0.5, size.log())
+            importance = reference.attention_importance(attention, cross_token=False)
+            decision = reference.complete_graph_matching(metric, importance, removed, set())
+            weights = reference.pair_weights(importance, decision)
+            merged = [reference.ensemble_merge(value, size, decision, weights) for value in values]
+        else:
+            if method.method == "tome":
+                decision = reference.bipartite_matching(metric, removed, keep_order=True)
+            else:
+                match = method.match(Signals(metric[None], None, ()), removed)
+                decision = reference.Decision(*(part[0].tolist() for part in match[:3]))
+            merged = [reference.mean_merge(value, size, decision) for value in values]
+        values, size = [value.float() for value, _ in merged], merged[0][1]
+        cells = [cells[place] for place in decision.kept]
+    return values, cells
+
+
+def compacted(ids: list[int], token: int, runs: list[tuple[int, int]]) -> list[int]:
+    """Columns of one unpadded row that stay: of every image's n placeholders the last k."""
+    columns, left = [], iter(runs)
+    column = 0
+    while column < len(ids):
+        if ids[column] != token:
+            columns.append(column)
+            column += 1
+            continue
+        n, k = next(left)
+        assert ids[column : column + n] == [token] * n
+        columns += range(column + n - k, column + n)
+        column += n
+    assert next(left, None) is None
+    return columns
+
+
+def expected_tokens(
+    stock: nn.Module,
+    model: nn.Module,
+    rows: list[Row],
+    features: Callable[[nn.Module, Row], list[Tensor]],
+    **options: Any,
+) -> list[list[int]]:
+    """New tokens of every row, from a stock model on a hand-compacted prompt and hand-merged features.
+
+    Args:
+        features: (stock model, row) -> (n, D) features of every tile of a row.
+    """
+    found = []
+    for row in rows:
+        images = [merge_by_hand(model, image, [])[0][0] for image in features(stock, row)]
+        before = [len(image) for image in features(stock, row)]
+        token = stock.config.image_token_id
+        ids, runs = row["input_ids"][0].tolist(), list(zip(before, map(len, images), strict=True))
+        columns = compacted(ids, token, runs)
+        compact = {name: values[:, columns] for name, values in row.items() if name not in PIXELS}
+        if original_positions(model):
+            compact["position_ids"] = kept_positions(ids, token, runs)
+        compact |= {name: values for name, values in row.items() if name in PIXELS}
+        with handed_out(stock.model, images):
+            output = stock.generate(**compact, **options)
+        found += output[:, len(columns) :].tolist()
+    return found
+
+
+PIXELS = ("pixel_values", "pixel_attention_mask", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
+
+
+@contextmanager
+def handed_out(owner: nn.Module, images: list[Tensor]) -> Iterator[None]:
+    """The owner's ``get_image_features`` gives ready features of one row, whatever it is asked for."""
+
+    def get_image_features(pixel_values: Tensor, *args: Any, **kwargs: Any) -> BaseModelOutputWithPooling:
+        beams = pixel_values[..., 0, 0, 0].numel() // len(images)  # before 5.23 the pixels are repeated
+        return BaseModelOutputWithPooling(pooler_output=torch.stack(images * beams))
+
+    owner.get_image_features = get_image_features
+    try:
+        yield
+    finally:
+        del owner.get_image_features

@@ -1,0 +1,36 @@
+"""An accelerated tiny LLaVA and the oracle for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+from torch import nn
+from transformers import GenerationMixin
+
+from tests.helpers.methods import prepare
+from tests.helpers.oracle import Oracle
+from tests.helpers.tiny import tiny_llava
+
+encodes_images_first = pytest.mark.skipif(
+    not hasattr(GenerationMixin, "_prepare_multimodal_encoder_kwargs_for_generation"),
+    reason="this transformers repeats pixels image by image, hands them to text assistants and does not chunk them: "
+    "the untouched model is wrong here, too",
+)
+
+
+FEATURES = 8
+
+
+@dataclass
+class Case:
+    model: nn.Module
+    oracle: Oracle
+
+
+def make_case(method: str = "crossget", tower: str = "clip", text: str = "llama", **settings) -> Case:
+    model = tiny_llava(tower, text=text)
+    model.generation_config.suppress_tokens = [model.config.image_token_id]  # stock code cannot go on after it
+    oracle = Oracle(model)
+    prepare(model, method=method, **(settings or {"visual_tokens": FEATURES}))
+    return Case(model, oracle)

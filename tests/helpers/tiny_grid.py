@@ -1,0 +1,117 @@
+"""Tiny random models whose projectors want a grid of patches, and their prompts: 8 x 8 patches, 16 tokens per tile."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
+
+from tests.helpers.tiny import BOS, EOS, PAD, _randomise
+
+WIDTH, PATCHES, TOKENS, IMAGE_TOKEN = 32, 64, 16, 99
+TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+SQUARE = {"image_size": 56, "patch_size": 7}
+TEXT = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 100,
+    "max_position_embeddings": 512,
+    "pad_token_id": PAD,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+    "tie_word_embeddings": False,
+}
+
+
+def tiny(model_type: str, attention: str, vision: dict[str, Any], text: dict[str, Any], **top: Any) -> nn.Module:
+    """A random model of a type from its configuration's parts; the image token is id 99."""
+    config = CONFIG_MAPPING[model_type](
+        vision_config=vision, text_config={**TEXT, **text}, image_token_id=IMAGE_TOKEN, tie_word_embeddings=False, **top
+    )
+    config._attn_implementation = attention
+    model = AutoModelForImageTextToText.from_config(config, attn_implementation=attention)
+    for generation in (model.generation_config, config.get_text_config()):
+        generation.pad_token_id, generation.bos_token_id, generation.eos_token_id = PAD, BOS, EOS
+    _randomise(model, seed=0)
+    with torch.no_grad():  # never said: their logits stay 0 while the best of the others is above
+        model.lm_head.weight[[PAD, BOS, EOS, IMAGE_TOKEN]] = 0.0
+    return model.eval()
+
+
+def tiny_internvl(attention: str = "sdpa") -> nn.Module:
+    vision = {**TOWER, "image_size": [56, 56], "patch_size": [7, 7], "model_type": "internvl_vision"}
+    return tiny("internvl", attention, vision, {"model_type": "qwen2"}, image_seq_length=TOKENS)
+
+
+def tiny_idefics3(attention: str = "sdpa", model_type: str = "idefics3") -> nn.Module:
+    """Idefics3 or SmolVLM."""
+    return tiny(
+        model_type, attention, {**TOWER, **SQUARE, "model_type": f"{model_type}_vision"}, {"model_type": "llama"}
+    )
+
+
+def tiny_gemma3(attention: str = "sdpa") -> nn.Module:
+    """One layer with a window shorter than the prompts, one without."""
+    layers = {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 8}
+    vision = {**TOWER, **SQUARE, "model_type": "siglip_vision_model", "vision_use_head": False}
+    return tiny("gemma3", attention, vision, {"model_type": "gemma3_text", **layers}, mm_tokens_per_image=TOKENS)
+
+
+def tiny_aya_vision(attention: str = "sdpa") -> nn.Module:
+    vision = {**TOWER, **SQUARE, "model_type": "siglip_vision_model", "vision_use_head": False}
+    return tiny("aya_vision", attention, vision, {"model_type": "cohere2", "logit_scale": 1.0})
+
+
+VIDEO_TOKEN, VISION_START, VISION_END = 98, 97, 96
+QWEN_VISION = {
+    "qwen2_vl": {"embed_dim": 32, "hidden_size": WIDTH, "mlp_ratio": 2},
+    "qwen2_5_vl": {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": WIDTH, "window_size": 8,
+                   "fullatt_block_indexes": [1], "tokens_per_second": 2},
+    "qwen3_vl": {"hidden_size": 32, "intermediate_size": 64, "out_hidden_size": WIDTH, "num_position_embeddings": 16,
+                 "deepstack_visual_indexes": [0, 1]},
+}  # fmt: skip
+
+
+def tiny_qwen(attention: str = "sdpa", model_type: str = "qwen2_vl") -> nn.Module:
+    """Qwen2-VL, Qwen2.5-VL (windows of 2 x 2 cells in its first layer) or Qwen3-VL (deepstack from both layers)."""
+    shape = {"depth": 2, "num_heads": 4, "patch_size": 2, "in_channels": 3}
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+    head = {"head_dim": 8} if model_type == "qwen3_vl" else {}
+    model = tiny(
+        model_type, attention, {**QWEN_VISION[model_type], **shape}, {"rope_parameters": rope, **head},
+        video_token_id=VIDEO_TOKEN, vision_start_token_id=VISION_START, vision_end_token_id=VISION_END,
+    )  # fmt: skip
+    with torch.no_grad():
+        model.lm_head.weight[[VIDEO_TOKEN, VISION_START, VISION_END]] = 0.0
+    return model
+
+
+def tiles(count: int, seed: int = 0) -> Tensor:
+    """(count, 3, 56, 56) random pixels."""
+    return torch.randn(count, 3, 56, 56, generator=torch.Generator().manual_seed(100 + seed))
+
+
+def rows_of(runs: list[list[int]], seed: int = 0, token: int = IMAGE_TOKEN) -> list[list[int]]:
+    """A prompt per row: BOS, one word in front of every run of placeholders of the given length, words behind them."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for index, lengths in enumerate(runs):
+        words = torch.randint(3, 90, (len(lengths) + 4 + 2 * index,), generator=generator).tolist()
+        row = [BOS]
+        for place, length in enumerate(lengths):
+            row += [words[place], *[token] * length]
+        rows.append(row + words[len(lengths) :])
+    return rows
+
+
+def padded(rows: list[list[int]]) -> dict[str, Tensor]:
+    """``input_ids`` and ``attention_mask``, padded on the left."""
+    longest = max(map(len, rows))
+    ids = [[PAD] * (longest - len(row)) + row for row in rows]
+    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
