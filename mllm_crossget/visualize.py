@@ -65,7 +65,8 @@ def _merged_cells(model: nn.Module, handle: Any, pixel_values: Tensor, trace: li
 
 @torch.no_grad()
 def tokens_per_layer(model: nn.Module, pixel_values: Tensor) -> Tensor:
-    """How many tokens every image has in front of the first layer of the vision tower and after each.
+    """How many tokens every image has in front of the first layer of the vision tower and after each; where tokens are
+    merged behind the projector, in front of the first step and after each.
 
     Args:
         model: an accelerated model.
@@ -79,7 +80,7 @@ def tokens_per_layer(model: nn.Module, pixel_values: Tensor) -> Tensor:
     """
     with trace_merges(model) as trace:
         handle: Any = handle_of(model)  # trace_merges has refused a model without one
-        if handle.again is not None and handle.merging is handle.again:  # tiles may come in rows
+        if handle.merging is not None:  # tiles may come in rows, and behind the projector there is no other way
             owner: Any = module_at(base_model(model), handle.family.features_owner)
             owner.get_image_features(pixel_values)
         else:

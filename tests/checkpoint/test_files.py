@@ -27,7 +27,17 @@ from mllm_crossget import (
 from mllm_crossget.config import method_class
 from tests.helpers.fingerprints import assert_identical, fingerprint
 from tests.helpers.methods import prepare
-from tests.helpers.small_files import CONFIG, learned
+from tests.helpers.small_files import (
+    CONFIG,
+    LAYERS,
+    OLD_WEIGHTS,
+    TEXT_LAYERS,
+    WIDTH,
+    learned,
+    logits,
+    official_state,
+    weights_in,
+)
 from tests.helpers.tiny import randomise_cross_tokens, tiny_llava
 
 DIALS = [{}, {"keep_ratio": 0.3}, {"visual_tokens": 5}, {"r": 2}, {"r": [1, 0, 2, 3]}, {"keep_ratio": 1}]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+from PIL import Image
+
 QUESTION, ANSWER = "Which digit is red?", "5"
 
 
@@ -17,6 +19,10 @@ LLAVA_ROW = {
         {"from": "gpt", "value": "2"},
     ],
 }
+
+
+def picture(size=(96, 96), colour=(200, 30, 30)):
+    return Image.new("RGB", size, colour)
 
 
 def write(folder, rows, name="data.json"):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mllm_crossget import CrossGetConfig, accelerate_mllm, restore_mllm, trace_merges
+from mllm_crossget import CrossGetConfig, accelerate_mllm, restore_mllm, reuse_vision, trace_merges
 from mllm_crossget.costs.flops import model_flops
 from mllm_crossget.costs.inspect_model import inspection
 from mllm_crossget.families.family import families
@@ -22,6 +22,7 @@ from mllm_crossget.schedule import MergeGeometry, TowerGeometry, make_schedule
 from mllm_crossget.visualize import merged_groups, tokens_per_layer
 from tests.helpers.families.cases import all_cases
 from tests.helpers.fingerprints import assert_identical, fingerprint
+from tests.helpers.gradients import checkpoint_activations
 from tests.helpers.oracle import Oracle
 from tests.helpers.tiny import pixels, prompt_batch, tiny_llava
 
@@ -214,6 +215,45 @@ def test_traces_tell_of_every_layer_and_of_the_step() -> None:
     with trace_merges(model) as trace:
         model.model.get_image_features(images)
     assert [len(one.match.src[0]) for one in trace] == [11]
+    assert tokens_per_layer(model, images).tolist() == [[16, 5]] * 2
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_reach_the_tower_with_and_without_checkpointing(method) -> None:
+    """The same ones; what decides has none."""
+    found = []
+    for checkpoints in (False, True):
+        model = accelerate_mllm(tiny_llava("clip"), method(visual_tokens=5)).train()
+        if checkpoints:
+            checkpoint_activations(model, reentrant=False)
+        batch = prompt_batch(model, (1, 1))
+        model(**batch, labels=batch["input_ids"], use_cache=False).loss.backward()
+        tower = model.model.vision_tower
+        found.append(tower.embeddings.patch_embedding.weight.grad.clone())
+    assert found[0].abs().max() > 0
+    torch.testing.assert_close(found[1], found[0])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@torch.no_grad()
+def test_reused_images_say_their_sizes_too(method) -> None:
+    model = accelerate_mllm(tiny_llava("clip"), method(visual_tokens=5), reuse_vision=True)
+    images = pixels(model, 2)
+    first, again = (model.model.get_image_features(images, return_dict=True) for _ in range(2))
+    assert reuse_vision(model).hits == 2
+    assert torch.equal(torch.stack(sizes_of_features(again)), torch.stack(sizes_of_features(first)))
+
+
+@pytest.mark.parametrize("method", ["crossget", "tome", "random"])
+@torch.no_grad()
+def test_merging_behind_a_projector_says_its_sizes(method) -> None:
+    case = next(case for case in all_cases() if case.model_type == "gemma3")
+    model = accelerate_mllm(case.build("sdpa"), method=method, keep_ratio=0.5)
+    output = model.model.get_image_features(case.batch(model)["pixel_values"], return_dict=True)
+    cells = model.config.mm_tokens_per_image
+    for image, size in zip(output.pooler_output, sizes_of_features(output), strict=True):
+        assert len(image) == len(size)
+        assert size.sum() == cells
 
 
 def test_flops_count_one_step_and_a_whole_tower() -> None:

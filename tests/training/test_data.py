@@ -6,13 +6,12 @@ import io
 
 import pytest
 import torch
-from PIL import Image
 
 from mllm_crossget import accelerate_mllm
 from mllm_crossget.embedded.architecture import build_processor
 from mllm_crossget.training import BadSampleError, Collator, TrainingData, load_records
 from mllm_crossget.training.data import VICUNA_TEMPLATE, bad_samples
-from tests.helpers.records import ANSWER, LLAVA_ROW, QUESTION, write
+from tests.helpers.records import ANSWER, LLAVA_ROW, QUESTION, picture, write
 from tests.helpers.tiny import tiny_llava
 from tests.helpers.toy import ToySamples
 
@@ -20,10 +19,6 @@ from tests.helpers.toy import ToySamples
 @pytest.fixture(scope="module")
 def processor():
     return build_processor()
-
-
-def picture(size=(96, 96), colour=(200, 30, 30)):
-    return Image.new("RGB", size, colour)
 
 
 def as_bytes(image):

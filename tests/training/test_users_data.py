@@ -19,6 +19,7 @@ from mllm_crossget.training import BadSampleError, TrainingData, load_records
 from mllm_crossget.training.data import VICUNA_TEMPLATE
 from mllm_crossget.training.records import Records
 from mllm_crossget.user_files import open_picture
+from tests.helpers.records import ANSWER, LLAVA_ROW, QUESTION, write
 
 TURNS = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
 PUBLISHED = (
@@ -30,7 +31,6 @@ PUBLISHED = (
     "{% generation %}{{ c['text'] + ' ' }}{% endgeneration %}"
     "{% endfor %}{% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
-from tests.helpers.records import ANSWER, LLAVA_ROW, write
 
 
 @pytest.fixture
