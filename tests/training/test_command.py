@@ -116,3 +116,20 @@ def test_shipped_files_are_valid(name, tmp_path):
     assert options.model
     assert method.method == "crossget"
     assert args.learning_rate in (1e-5, 2e-5, 2e-4, 2e-3)
+
+
+def test_full_tuning_without_reduction_goes_on(work, tmp_path, capsys):
+    words = ["--output_dir", str(tmp_path), "--tuning", "full", "--keep_ratio", "1.0", "--report_to", "none"]
+    assert main(["train", str(work / "config.yaml"), *words, "--max_steps", "1", "--save_steps", "1"]) == 0
+    assert main(["train", str(work / "config.yaml"), *words, "--max_steps", "2"]) == 0
+    output = capsys.readouterr().out
+    assert "going on from" in output
+    assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == 2
+
+
+def test_bad_samples_of_an_earlier_run_are_not_this_runs(work, tmp_path, capsys):
+    (tmp_path / "bad_samples.jsonl").write_text(json.dumps({"id": "of yesterday", "reason": "x"}) + "\n")
+    words = ["--output_dir", str(tmp_path), "--max_steps", "1", "--report_to", "none", "--save_strategy", "no"]
+    assert main(["train", str(work / "config.yaml"), *words]) == 0
+    file = tmp_path / "bad_samples.jsonl"
+    assert not file.exists() or "of yesterday" not in file.read_text()
