@@ -232,7 +232,7 @@ def _output_problem(method: Method, family: Family, model: Any) -> str | None:
 
 def _check_thresholds(method: Method, geometry: Any) -> None:
     """Raise ``ValueError`` for more thresholds than there are layers: the last ones would not be used."""
-    given = vars(method).get("threshold") or ()
+    given = () if method.per_image is None else method.per_image.threshold or ()
     if isinstance(geometry, TowerGeometry) and len(given) > geometry.layers:
         raise ValueError(
             f"threshold lists {len(given)} layers, the vision tower has {geometry.layers}: give one number per layer, "

@@ -54,7 +54,7 @@ def check_same_method(method: Method, folder: str | Path) -> None:
         return
     saved, now = ReductionConfig.from_pretrained(folder).to_dict(), method.to_dict()
     names = sorted({*saved, *now} - set(_MOVED_BY_TRAINING))
-    if vars(method).get("reference") is None and saved["method"] == now["method"]:
+    if not method.moving_settings and saved["method"] == now["method"]:
         names += [name for name in _MOVED_BY_TRAINING[2:] if name in now]
     _refuse({name: (saved.get(name), now.get(name)) for name in names if saved.get(name) != now.get(name)}, folder)
 

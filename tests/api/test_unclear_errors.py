@@ -80,7 +80,7 @@ def test_a_feature_layer_that_was_changed_afterwards(layer: object) -> None:
     assert torch.equal(model(**batch).logits, expected)
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # of torch.jit itself
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("dial", [{"keep_ratio": 0.5}, {"method": "tome", "r": 2}])
 def test_tracing_a_tower_is_refused(dial: dict) -> None:
     model = accelerate_mllm(tiny_llava(), **dial)

@@ -152,6 +152,8 @@ def image_members(model: nn.Module, pixel_values: Tensor) -> list[list[list[int]
     """For every image and feature, the numbers of the placeholders that it stands for, followed token by token."""
     handle = handle_of(model)
     geometry = handle.geometry
+    if handle.method.is_identity:
+        return [[[place] for place in range(geometry.placeholders)] for _ in pixel_values]
     dropped = geometry.prefix if geometry.drops_prefix else 0
     found = []
     for image in pixel_values:

@@ -33,9 +33,7 @@ from mllm_crossget.hooks.request.compact_call import (
     empty_layout,
     follow_layout,
     is_full_prompt,
-    joined_log_sizes,
     keeps_positions_on,
-    log_sizes_of_compact,
     mask_2d,
     positions_of_columns,
     refuse_inputs,
@@ -47,6 +45,7 @@ from mllm_crossget.hooks.request.compact_call import (
 )
 from mllm_crossget.hooks.request.compaction import LAYOUT, Layout
 from mllm_crossget.hooks.request.placeholders import images_per_row, present
+from mllm_crossget.hooks.request.token_sizes import joined_log_sizes, log_sizes_of_compact
 from mllm_crossget.hooks.request.user_view import PromptView, option_reader, shift_lengths, with_user_view
 from mllm_crossget.methods.capabilities import LossKind
 

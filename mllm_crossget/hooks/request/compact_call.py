@@ -20,7 +20,6 @@ from mllm_crossget.hooks.request.compaction import (
     Compaction,
     Layout,
     check_counts,
-    log_sizes_of,
     outer_padding,
     plan_compaction,
 )
@@ -34,6 +33,7 @@ from mllm_crossget.hooks.request.placeholders import (
     token_of,
 )
 from mllm_crossget.hooks.request.rope_positions import cells_that_stay, grid_positions, text_positions
+from mllm_crossget.hooks.request.token_sizes import joined_log_sizes
 from mllm_crossget.hooks.request.user_view import prompt_mask
 
 # Arguments of a call that choose which features are read.
@@ -229,32 +229,6 @@ def shrink_new_columns(
         kwargs["labels"] = compaction.compact(kwargs["labels"], -100)
     sizes = compaction.log_sizes if handle.size_bias else None
     return Shrunk(compaction, Layout(layout.length, layout.mask, layout.ids, removed, deltas, keeps_positions, sizes))
-
-
-def joined_log_sizes(known: Layout, cached: int, new: Tensor | None, columns: int) -> Tensor | None:
-    """(B, cached + columns) log sizes of the columns in the cache and of the new ones; None if all are one token each.
-
-    Args:
-        known: the layout of what is in the cache.
-        cached: compact columns in the cache: the prompt's, then what was generated after it.
-        new: (B, columns) of the new columns, or None.
-    """
-    old = known.log_sizes
-    if old is None and new is None:
-        return None
-    rows = len(old if new is None else new)
-    some = old if new is None else new
-    before = some.new_zeros(rows, cached) if old is None else nn.functional.pad(old, (0, cached - old.shape[1]))
-    return torch.cat([before, some.new_zeros(rows, columns) if new is None else new], dim=1)
-
-
-def log_sizes_of_compact(model: nn.Module, handle: Handle, kwargs: dict[str, Any]) -> Tensor | None:
-    """(B, C) log sizes for a prompt that is compact already, whose placeholders are one for each feature."""
-    groups = groups_of_call(model, handle, kwargs) if handle.size_bias else None
-    if groups is None:
-        return None
-    counts = {token: [(len(size), len(size)) for size, _ in images] for token, images in groups.items()}
-    return log_sizes_of(kwargs["input_ids"], counts, groups)
 
 
 def _place_in_grid(

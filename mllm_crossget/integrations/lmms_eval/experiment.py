@@ -74,11 +74,11 @@ class EvalOptions:
         if not self.suite:
             raise ValueError("no suite given: name a YAML file such as eval/suites/embedded.yaml")
         for name in self.methods:
-            for dials in ({"keep_ratio": value} for value in self.keep_ratios):
-                method_class(name)(**dials)  # says what is wrong with it
+            kind = method_class(name)  # says which there are, and next what is wrong with a dial
+            for keep_ratio in self.keep_ratios:
+                kind(keep_ratio=keep_ratio)
             for removed in self.rs:
-                method_class(name)(r=removed)
-            method_class(name)  # says which there are
+                kind(r=removed)
         if self.adapter and not (self.keep_ratios or self.rs):
             raise ValueError("adapter is for reduced runs, and there are none: give keep_ratios or rs, or leave it out")
         if self.adapter and self.adapter.startswith((".", "/")) and not Path(self.adapter).exists():
