@@ -262,3 +262,16 @@ def guidance(image_LND: list[Tensor], text_LND: list[Tensor], space_KD: Tensor) 
         image, text = found(image_LND, k), found(text_LND, k)
         apart.append(1 - (image @ text).item() / (image.norm() * text.norm()).item())
     return sum(apart) / len(apart)
+
+
+def attention_with_repeated_keys(query: Tensor, key: Tensor, value: Tensor, size: Tensor, causal: bool) -> Tensor:
+    """(B, H, T, D) attention in which every key and value stands as often as its token's size (B, T), written out."""
+    rows = []
+    for image in range(len(query)):
+        owner = torch.arange(size.shape[1]).repeat_interleave(size[image])
+        keys, values = key[image][:, owner], value[image][:, owner]
+        logits = query[image] @ keys.transpose(-1, -2) / query.shape[-1] ** 0.5
+        if causal:
+            logits = logits.masked_fill(owner > torch.arange(size.shape[1])[:, None], -torch.inf)
+        rows.append(logits.softmax(dim=-1) @ values)
+    return torch.stack(rows)

@@ -8,13 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-<<<<<<< HEAD
-from safetensors.torch import load_file
-=======
-import yaml
-from PIL import Image
 from safetensors.torch import load, load_file
->>>>>>> trust-cli
 
 from mllm_crossget.cli import COMMANDS, main, parse_command
 from mllm_crossget.embedded.architecture import build_model

@@ -140,7 +140,7 @@ def test_returned_dictionary(any_case: Case) -> None:
     options = {**GREEDY, "return_dict_in_generate": True, "output_scores": True, "output_logits": True}
     out = any_case.model.generate(**batch, **options)
     row = any_case.oracle.rows(any_case.model, batch)[0]
-    expected = any_case.oracle.text.generate(**stock_inputs([row]), **options)
+    expected = any_case.oracle.text.generate(**stock_inputs(any_case.oracle.weigh([row])), **options)
     assert_says(out.sequences, batch, expected.sequences.tolist())
     assert len(out.scores) == len(out.logits) == NEW
     torch.testing.assert_close(torch.stack(out.scores), torch.stack(expected.scores), atol=1e-4, rtol=1e-4)
@@ -153,7 +153,7 @@ def test_returned_beam_scores(case: Case) -> None:
     options.update(return_dict_in_generate=True, output_scores=True)
     out = case.model.generate(**batch, **options)
     row = case.oracle.rows(case.model, batch)[0]
-    expected = case.oracle.text.generate(**stock_inputs([row]), **options)
+    expected = case.oracle.text.generate(**stock_inputs(case.oracle.weigh([row])), **options)
     torch.testing.assert_close(out.sequences_scores, expected.sequences_scores, atol=1e-4, rtol=1e-4)
     assert_says(out.sequences, batch, expected.sequences.tolist())
 
