@@ -200,14 +200,9 @@ class CrossGetTrainer(Trainer):
         """``README.md`` with the run's settings and metrics, in place of the stub that PEFT writes."""
         if self.is_world_process_zero():
             base = kwargs.get("finetuned_from") or base_model(self.model).config._name_or_path
-<<<<<<< HEAD
-            text = model_card(self, base, kwargs.get("dataset") or "own data")
-            write_text(Path(self.args.output_dir) / "README.md", text)
-=======
             data = str(kwargs.get("dataset") or "own data")
             text = model_card(self, base, Path(data).name if Path(data).exists() else data)  # no path of this machine
-            (Path(self.args.output_dir) / "README.md").write_text(text)
->>>>>>> trust-cli
+            write_text(Path(self.args.output_dir) / "README.md", text)
 
     @property
     def _saves_adapter(self) -> bool:

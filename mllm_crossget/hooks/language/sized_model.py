@@ -49,9 +49,11 @@ class SizedLanguageModel(nn.Module):
         given: Tensor | None = kwargs.pop(COLUMNS, None)
         cache = cache_in(kwargs)
         sizes = given if given is not None else log_sizes_on(cache)
+        tokens = kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+        if cache is None and kwargs.get("attention_mask") is None:  # else gaps between positions part packed sequences
+            kwargs["attention_mask"] = torch.ones(tokens.shape[:2], dtype=torch.int64, device=tokens.device)
         if sizes is None:
             return super().forward(**kwargs)
-        tokens = kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
         past = 0 if cache is None else cache.get_seq_length()
         if given is None and tokens.shape[1] > 1 and not torch.compiler.is_compiling() and int(past) == 0:
             keep_log_sizes(cache, None)  # the cache was emptied: its sizes are those of another prompt

@@ -79,6 +79,9 @@ class ReducedModel(SavedModel):
         refuse_other_features(handle, self.config, kwargs)
         cache = cache_in(kwargs)
         layout = getattr(cache, LAYOUT, None)
+        if layout is not None and _was_emptied(cache, kwargs):
+            delattr(cache, LAYOUT)
+            layout = None
         if present(handle, kwargs) and is_full_prompt(self, handle, kwargs):
             with forget_ahead(self, handle.family), _recording(self, handle, kwargs), recording(self, handle):
                 return _forward_shrunk(self, super().forward, handle, kwargs)
@@ -159,6 +162,13 @@ def _forward_shrunk(model: nn.Module, forward: Any, handle: Handle, kwargs: dict
         )
         setattr(cache_from(output), LAYOUT, layout)
     return output.to_tuple() if as_tuple else output
+
+
+def _was_emptied(cache: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a cache holds nothing any more (``reset``), in front of a new prompt: its layout is another prompt's."""
+    ids = kwargs.get("input_ids")
+    several = isinstance(ids, Tensor) and ids.shape[-1] > 1
+    return several and not torch.compiler.is_compiling() and cached_columns(cache) == 0
 
 
 def _give_log_sizes(model: nn.Module, handle: Handle, kwargs: dict[str, Any]) -> None:

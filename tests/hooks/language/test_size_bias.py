@@ -16,6 +16,7 @@ from mllm_crossget.hooks.language.sized_model import log_sizes_on
 from tests.helpers import reference
 from tests.helpers.fingerprints import assert_identical, fingerprint
 from tests.helpers.generation import make_case
+from tests.helpers.gradients import checkpoint_activations
 from tests.helpers.methods import FIXED
 from tests.helpers.oracle import Row, assert_says
 from tests.helpers.tiny import prompt_batch, tiny_llava
@@ -131,7 +132,7 @@ def test_gradients_reach_the_tower_through_weighted_keys_with_checkpointing() ->
     for checkpoints in (False, True):
         model = accelerate_mllm(tiny_llava(), ToMeConfig(visual_tokens=FEATURES)).train()
         if checkpoints:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(model, reentrant=False)
         batch = prompt_batch(model, (2, 1))
         labels = batch["input_ids"].masked_fill(batch["input_ids"] > 90, -100)
         model(**batch, labels=labels, use_cache=False).loss.backward()
