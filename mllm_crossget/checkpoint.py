@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from mllm_crossget.api import accelerate_mllm
-from mllm_crossget.config import CONFIG_NAME, ReductionConfig, find_file, read_settings
+from mllm_crossget.config import CONFIG_NAME, ReductionConfig, find_file, method_class, read_settings
 from mllm_crossget.hooks.ground.state import Handle, base_model, handle_of, live_cross_tokens, wrapped_by_peft
 from mllm_crossget.hooks.model.cross_files import (
     LEGACY_WEIGHTS_NAME,
@@ -149,7 +149,7 @@ def load_official_cross_tokens(model: Model, path: str | Path, config: Reduction
     Args:
         model: the matching LLaVA (`llava-hf/llava-1.5-7b-hf` for the 7B file).
         path: the file, or the folder that holds it.
-        config: settings; by default ``CrossGetConfig(r=13)``, the published one.
+        config: settings; by default ``CrossGetConfig.published(r=13)``.
 
     Raises:
         ValueError: no such file, a damaged one, no cross tokens in it, or another geometry; the model is unchanged.
@@ -159,7 +159,7 @@ def load_official_cross_tokens(model: Model, path: str | Path, config: Reduction
     if not file.is_file():
         raise ValueError(f"{file} does not exist; give cross_tokens.bin or the folder that holds it")
     state = _read_official(file)
-    chosen = config if config is not None else ReductionConfig.from_dict({"method": "crossget", "r": 13})
+    chosen = config if config is not None else method_class("crossget").published(r=13)
     tensors = split_official_state_dict(state)[1]
     with unchanged_after_error(model):
         accelerate_mllm(model, chosen)

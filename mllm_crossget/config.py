@@ -21,18 +21,20 @@ from mllm_crossget.atomic_files import write_text
 from mllm_crossget.field_types import check_field_types
 
 CONFIG_NAME = "crossget_config.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 WEIGHTS_FIELD = "weights"
 """Field of the file, not of the settings: which learned weights belong to them."""
 _DIALS = ("keep_ratio", "visual_tokens", "r", "vision_r")
 _TEXT_DIALS = ("text_keep_ratio", "text_r")
 DIALS = (*_DIALS, *_TEXT_DIALS)
 POSITIONS = ("contiguous", "original")
+SCHEDULES = ("constant", "late")
 _METHODS: dict[str, type[ReductionConfig]] = {}
 # How to reach the hub: nothing to do for a local folder. All other words say what is wanted, and a folder has it not.
 _ONLY_FOR_DOWNLOADS = ("token", "cache_dir", "local_files_only", "subfolder")
 
 Config = TypeVar("Config", bound="ReductionConfig")
+_PUBLISHED = {"positions": "contiguous", "size_bias": False}
 
 
 class Place(Enum):
@@ -74,6 +76,9 @@ class ReductionConfig:
         size_bias: whether a token that stands for n visual tokens weighs as n of them in the language model's attention
             (log n is added to its logits), in the prompt and in every decoding step. None: for methods that weigh
             tokens by their sizes inside the tower.
+        schedule: where a vision tower removes the tokens of ``keep_ratio`` or ``visual_tokens``. None or "constant":
+            evenly over its layers, as published. "late": in the last layers in front of the one that is read, which
+            costs more in the tower and keeps what its layers compute.
 
     Raises:
         ValueError: two dials of one tower at once, or a value outside its range.
@@ -89,6 +94,7 @@ class ReductionConfig:
     merge_every: int | None = None
     positions: str | None = None
     size_bias: bool | None = None
+    schedule: str | None = None
 
     method: ClassVar[str] = ""
     place: ClassVar[Place] = Place.TOWER_LAYERS
@@ -113,11 +119,26 @@ class ReductionConfig:
             self._check_merge_every()
         if self.size_bias is not None and not isinstance(self.size_bias, bool):
             raise TypeError(f"size_bias must be True, False or None, got {self.size_bias!r}")
+        if self.schedule is not None:
+            self._check_schedule()
         if self.positions not in (None, *POSITIONS):
             raise ValueError(f"positions must be one of {POSITIONS}, got {self.positions!r}")
         for name in ("r", "vision_r", "text_r"):
             if getattr(self, name) is not None:
                 setattr(self, name, _checked_removals(name, getattr(self, name)))
+
+    def _check_schedule(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule must be one of {SCHEDULES}, got {self.schedule!r}")
+        if self.schedule == "constant":
+            return
+        given = [name for name in ("r", "vision_r", "merge_every") if getattr(self, name) is not None]
+        if given or self.is_dynamic or self.place is not Place.TOWER_LAYERS:
+            what = given[0] if given else "dynamic counts" if self.is_dynamic else "a method that acts once"
+            raise ValueError(
+                f"schedule={self.schedule!r} and {what}: both say where tokens leave; give keep_ratio or visual_tokens "
+                "to a method with a fixed number of tokens in the tower's layers, or leave the schedule out"
+            )
 
     def _check_merge_every(self) -> None:
         self.merge_every = _checked_count("merge_every", self.merge_every, least=1)
@@ -136,6 +157,22 @@ class ReductionConfig:
             settings = ", ".join(f"{name}={getattr(self, name)!r}" for name in given)
             raise ValueError(f"got {settings}: these are spellings of the same dial, give exactly one of {dials}")
         return given
+
+    @classmethod
+    def published(cls: type[Config], **settings: Any) -> Config:
+        """The method exactly as its authors published it: tokens that stay close the gaps in the prompt, and every
+        token weighs the same in the language model.
+
+        Args:
+            settings: the dial and further fields, such as ``r=13``.
+        """
+        return _marked_published(cls(**{**_PUBLISHED, **settings}))
+
+    @property
+    def is_published(self) -> bool:
+        """Whether it was made by ``published``, or read from a file of version 0.1: then settings of the language model
+        may be given for models without one."""
+        return bool(vars(self).get(_MARK))
 
     @property
     def is_identity(self) -> bool:
@@ -189,6 +226,9 @@ class ReductionConfig:
             raise TypeError(f"expected the fields of a method by name, got {type(values).__name__}")
         values = dict(values)
         version = values.pop("format_version", FORMAT_VERSION)
+        if version == 1:  # 0.1 knew one way: what its files mean is written out
+            values = {**_PUBLISHED, **values}
+            return _marked_published(cls.from_dict({**values, "format_version": FORMAT_VERSION}))
         if version != FORMAT_VERSION:
             raise ValueError(
                 f"the settings have format_version={version!r}, this version of mllm_crossget reads {FORMAT_VERSION}: "
@@ -252,6 +292,14 @@ class ReductionConfig:
             repo_id=repo_id,
         )
         return str(commit)
+
+
+_MARK = "_is_published"
+
+
+def _marked_published(config: Config) -> Config:
+    vars(config)[_MARK] = True
+    return config
 
 
 def register_method(kind: type[Config]) -> type[Config]:

@@ -11,6 +11,7 @@ from fractions import Fraction
 from typing import TypeVar
 
 from mllm_crossget.config import Place, ReductionConfig
+from mllm_crossget.geometry import Geometry, MergeGeometry, TextGeometry, TowerGeometry
 
 Config = TypeVar("Config", bound=ReductionConfig)
 
@@ -18,85 +19,6 @@ _HALF = Fraction(1, 2)
 # Of what may leave, the most that a layer is asked for on average where images differ. Asked for half, which no image
 # may exceed, those that lose less could not be made up for: more tokens would stay than asked for.
 _AVERAGE = Fraction(2, 5)
-
-
-@dataclass(frozen=True)
-class TowerGeometry:
-    """What a schedule needs to know of a vision tower.
-
-    Args:
-        patches: patch tokens per image that enter the first layer.
-        prefix: tokens in front of them that must survive (1 for a class token, else 0).
-        layers: layers of the tower.
-        read: layers that have run when the language side reads its features (23 of 24 for LLaVA-1.5).
-        drops_prefix: whether the prefix is dropped before the language side.
-        cells: tokens per image behind a projector that makes them of the whole grid of patches, so that tokens are
-            copied back to their patches in front of it and its cells are merged again behind it; None where the
-            tower's tokens themselves go on.
-    """
-
-    patches: int
-    prefix: int
-    layers: int
-    read: int
-    drops_prefix: bool = True
-    cells: int | None = None
-
-    @property
-    def placeholders(self) -> int:
-        """Tokens per image that the untouched model hands to the language side."""
-        if self.cells is not None:
-            return self.cells
-        return self.patches + (0 if self.drops_prefix else self.prefix)
-
-    def of_patches(self, patches: int) -> TowerGeometry:
-        """The geometry of the same tower for an image of another size."""
-        cells = None if self.cells is None else self.cells * patches // self.patches
-        return replace(self, patches=patches, cells=cells)
-
-    def of_cells(self, cells: int) -> TowerGeometry:
-        """Likewise for an image of so many cells."""
-        return replace(self, patches=self.patches * cells // (self.cells or cells), cells=cells)
-
-
-@dataclass(frozen=True)
-class TextGeometry:
-    """What a schedule needs to know of a text tower.
-
-    Args:
-        layers: of the tower.
-        context: most tokens of a text (77 for CLIP).
-        protected: tokens of a text that must survive: start and end mark for CLIP, the last token for SigLIP, the first
-            one for BLIP.
-        appends: whether a cross token travels as one more token.
-    """
-
-    layers: int
-    context: int
-    protected: int
-    appends: bool = True
-
-
-@dataclass(frozen=True)
-class MergeGeometry:
-    """What a schedule needs to know of the merging behind a projector, alone or behind that inside the tower.
-
-    Args:
-        tokens: visual tokens of one image (tile, video frame) behind the projector.
-        fixed: whether every image has that many; otherwise they are the example that tables show, each image gets a
-            schedule of its own, and ``visual_tokens`` is a limit that small images stay below.
-    """
-
-    tokens: int
-    fixed: bool = True
-
-    @property
-    def placeholders(self) -> int:
-        """Tokens per image that the untouched model hands to the language side."""
-        return self.tokens
-
-
-Geometry = TowerGeometry | MergeGeometry
 
 
 @dataclass(frozen=True)
@@ -169,6 +91,8 @@ def make_schedule(config: ReductionConfig, geometry: Geometry) -> Schedule:
     removes at most half of the tokens.
     In front of a projector that wants the whole grid, a tower keeps the same share of its patches as the dial asks of
     the cells behind it, or as few as it can.
+    With ``schedule="late"`` the last layers in front of the one that is read remove everything, as few of them as can
+    do it with at most two fifths of a layer's tokens each.
     A method that acts once, behind the tower or behind the projector, has one step, which may leave a single token.
 
     Raises:
@@ -191,7 +115,10 @@ def make_schedule(config: ReductionConfig, geometry: Geometry) -> Schedule:
         target = _target(config, geometry)
         if geometry.cells is not None:
             target = _patches_for(target, geometry, start, protected, every) + cross
-        wanted = _removals_for(target, geometry, start, protected, every, _shares(config.is_dynamic))
+        if config.schedule == "late":
+            wanted = _late_removals(target, geometry, start, protected)
+        else:
+            wanted = _removals_for(target, geometry, start, protected, every, _shares(config.is_dynamic))
     removals, tokens = _run(wanted, start, protected)
     features = tokens[geometry.read] - (geometry.prefix if geometry.drops_prefix else 0)
     if geometry.cells is not None:
@@ -225,14 +152,15 @@ def behind_grid(config: Config, geometry: TowerGeometry, patches: int) -> Config
     """The settings of the second merging, of the ``cells`` behind a projector that wants the whole grid, where the
     tower has kept ``patches`` tokens for them: the dial, or where it counts tokens per layer, the share they are."""
     if config.vision_removals is None:
-        return replace(config, merge_every=None)
+        return replace(config, merge_every=None, schedule=None)
     return at_share(config, patches / geometry.patches)
 
 
 def at_share(config: Config, share: float) -> Config:
     """The settings of a merging that keeps this share of its tokens, whatever the dial is."""
     kept = min(1.0, share)
-    return replace(config, keep_ratio=kept, visual_tokens=None, r=None, vision_r=None, merge_every=None)
+    dials = {"visual_tokens": None, "r": None, "vision_r": None, "merge_every": None, "schedule": None}
+    return replace(config, keep_ratio=kept, **dials)
 
 
 def make_text_schedule(config: ReductionConfig, geometry: TextGeometry, tokens: int) -> Schedule:
@@ -281,6 +209,8 @@ def _refuse_layer_dials(config: ReductionConfig, instead: str) -> None:
         )
     if (config.merge_every or 1) > 1:
         raise ValueError(f"merge_every={config.merge_every} counts layers of the tower, but {instead}; leave it out")
+    if config.schedule == "late":
+        raise ValueError(f"schedule='late' is for layers of the vision tower, but {instead}; leave it out")
 
 
 def _output_schedule(config: ReductionConfig, geometry: TowerGeometry) -> Schedule:
@@ -392,9 +322,41 @@ def _removals_for(
     )
 
 
+def _late_removals(target: int, geometry: TowerGeometry, start: int, protected: int) -> list[int]:
+    """Removals in the last layers in front of the one that is read, in as few as reach ``target``."""
+    kept_prefix = geometry.prefix if geometry.drops_prefix else 0
+    for share in (_AVERAGE, _HALF):
+        tokens, layers = start, 0
+        while tokens - kept_prefix > target and layers < geometry.read:
+            tokens, layers = tokens - removable(tokens, protected, share), layers + 1
+        if tokens - kept_prefix <= target:
+            break
+    first = geometry.read - layers
+    last = replace(geometry, layers=geometry.layers - first, read=layers)
+    return [0] * first + _removals_for(target, last, start, protected, shares=(share, _HALF))
+
+
 def _run(wanted: list[int], start: int, protected: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     removals, tokens = [], [start]
     for removed in wanted:
         removals.append(min(removed, removable(tokens[-1], protected)))
         tokens.append(tokens[-1] - removals[-1])
     return tuple(removals), tuple(tokens)
+
+
+__all__ = [
+    "Geometry",
+    "MergeGeometry",
+    "Schedule",
+    "TextGeometry",
+    "TowerGeometry",
+    "acting_geometry",
+    "at_share",
+    "behind_grid",
+    "make_schedule",
+    "make_text_schedule",
+    "of_other_size",
+    "patches_left",
+    "ramp",
+    "removable",
+]

@@ -158,8 +158,13 @@ def check_dials(method: Method, family: Family, model: Any) -> None:
     if method.is_dynamic:
         _refuse_fixed_counts(model, family)
         _check_thresholds(method, family.geometry(model.config))
-    if method.positions is not None:
+    if method.positions is not None and not method.is_published:
         _check_positions(method, family, model)
+    if method.size_bias and not method.is_published and not family.modalities:
+        raise ValueError(
+            f"{type(model).__name__} has no language model that reads merged tokens in its prompt: size_bias=True says "
+            "nothing, leave it out"
+        )
     text = family.text_tower
     if text is None:
         given = [name for name in ("vision_r", "text_r", "text_keep_ratio") if getattr(method, name) is not None]

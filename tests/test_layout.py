@@ -18,7 +18,7 @@ PARTS = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in FILE
 MOST_LINES_OF_A_FILE = 400
 MOST_LINES_OF_A_FUNCTION = 60
 
-_BASE = {"atomic_files", "config", "field_types", "schedule", "ops"}
+_BASE = {"atomic_files", "config", "field_types", "geometry", "schedule", "ops"}
 _FLOOR = {*_BASE, "flop_formulas", "families", "methods"}
 # Rooms of ``hooks`` from the ground up: each may import those below it.
 ROOMS = ("ground", "tower", "projector", "text", "language", "request", "reuse", "model", "apply")
@@ -33,7 +33,8 @@ ARROWS: dict[str, set[str]] = {
     "field_types": set(),
     "moved": set(),
     "user_files": set(),
-    "schedule": {"config"},
+    "geometry": set(),
+    "schedule": {"config", "geometry"},
     "flop_formulas": set(),
     "kernels": {"kernels"},
     "ops": {"ops", "kernels"},
@@ -62,6 +63,7 @@ PACKAGES: dict[str, set[str]] = {
     "atomic_files": set(),
     "kernels": {"numba", "numpy", "torch", "triton"},
     "ops": {"torch"},
+    "geometry": set(),
     "schedule": set(),
     "field_types": set(),
     "flop_formulas": set(),

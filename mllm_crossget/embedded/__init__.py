@@ -13,9 +13,13 @@ from .evaluate import Accuracy, Score, answer, batch_inputs, prompt, score
 from .questions import KINDS, Question, held_out_questions
 
 WEIGHTS_FOLDER = Path(__file__).parent / "weights"
+OLD_WEIGHTS_FOLDER = Path(__file__).parent / "weights_0_1"
+"""Weights of version 0.1. Half of their training rows had squeezed image positions, as no published LLaVA has: results
+with positions that close the gaps look better on them than they are."""
 
 __all__ = [
     "KINDS",
+    "OLD_WEIGHTS_FOLDER",
     "WEIGHTS_FOLDER",
     "Accuracy",
     "Question",
@@ -29,11 +33,14 @@ __all__ = [
 ]
 
 
-def load_embedded(dtype: torch.dtype = torch.float32) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+def load_embedded(
+    dtype: torch.dtype = torch.float32, folder: Path = WEIGHTS_FOLDER
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Load the embedded LLaVA and its processor from the package's own files, offline.
 
     Args:
         dtype: of the loaded weights; they are stored in bfloat16.
+        folder: ``OLD_WEIGHTS_FOLDER`` for the weights of version 0.1.
 
     Returns:
         The model in evaluation mode, on the CPU, and its processor (96 x 96 pixels -> 144 placeholders).
@@ -44,6 +51,6 @@ def load_embedded(dtype: torch.dtype = torch.float32) -> tuple[LlavaForCondition
         >>> questions = held_out_questions(limit=200)
         >>> print(score(questions, answer(model, processor, questions)).overall.share)
     """
-    model = LlavaForConditionalGeneration.from_pretrained(WEIGHTS_FOLDER, dtype=dtype, local_files_only=True)
-    processor = AutoProcessor.from_pretrained(WEIGHTS_FOLDER, local_files_only=True)
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
     return model.eval(), processor

@@ -29,7 +29,11 @@ from mllm_crossget.visualize import contact_sheet, draw_groups, merged_groups, p
 _TIMED_BATCH = 32
 _SHOWN_DIGITS = 6  # the picture shows the first scene with at least so many
 _PLAIN_WIDTH = 130
-VARIANTS: dict[str, dict[str, Any]] = {"random-drop": {"method": "random", "drop": True}}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "random-drop": {"method": "random", "drop": True},
+    **{f"{name}-late": {"method": name, "schedule": "late"} for name in ("crossget", "tome")},
+    **{f"{name}-published": {"method": name, "published": True} for name in ("crossget", "tome")},
+}
 
 
 @dataclass
@@ -37,7 +41,8 @@ class DemoOptions:
     """Answer held-out questions with the embedded model at several budgets.
 
     Args:
-        methods: reduction methods; "random-drop" throws random tokens away instead of merging them.
+        methods: reduction methods; "random-drop" throws random tokens away instead of merging them, "crossget-late"
+            and "tome-late" merge in the last layers, "crossget-published" and "tome-published" are as published.
         keep_ratios: shares of the visual tokens that reach the language model.
         limit: number of questions (all, more than 2,000, if not given).
         batch_size: questions in a batch.
@@ -46,7 +51,9 @@ class DemoOptions:
         output_dir: folder for the table's JSON and the pictures.
     """
 
-    methods: list[str] = field(default_factory=lambda: ["crossget", "tome", "random"])
+    methods: list[str] = field(
+        default_factory=lambda: ["crossget", "crossget-late", "crossget-published", "tome", "random"]
+    )
     keep_ratios: list[float] = field(default_factory=lambda: [0.5, 0.25, 0.125])
     limit: int | None = None
     batch_size: int = 64
@@ -108,7 +115,9 @@ def run(options: DemoOptions) -> int:
 def make_method(name: str, keep_ratio: float) -> Method:
     """A method's settings from its name, or from a variant's name (``VARIANTS``)."""
     fields = dict(VARIANTS.get(name, {"method": name}))
-    return method_class(fields.pop("method"))(keep_ratio=keep_ratio, **fields)  # type: ignore[return-value]
+    kind = method_class(fields.pop("method"))
+    made = kind.published if fields.pop("published", False) else kind
+    return made(keep_ratio=keep_ratio, **fields)  # type: ignore[return-value]
 
 
 def _time_prefill(

@@ -46,7 +46,7 @@ def llava(golden, folder):
     official = golden.weights()
     model.load_state_dict(split_official_state_dict(official)[0])
     torch.save({name: official[name] for name in (CROSS_IMAGE, CROSS_TEXT)}, folder / "cross_tokens.bin")
-    return load_official_cross_tokens(model, folder, config=CrossGetConfig(r=golden.number("r")))
+    return load_official_cross_tokens(model, folder, config=CrossGetConfig.published(r=golden.number("r")))
 
 
 def spread(row, image, fill, count):

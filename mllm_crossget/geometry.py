@@ -1,0 +1,84 @@
+"""What a schedule needs to know of a tower, of a text tower, or of the merging behind a projector. Integers only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class TowerGeometry:
+    """What a schedule needs to know of a vision tower.
+
+    Args:
+        patches: patch tokens per image that enter the first layer.
+        prefix: tokens in front of them that must survive (1 for a class token, else 0).
+        layers: layers of the tower.
+        read: layers that have run when the language side reads its features (23 of 24 for LLaVA-1.5).
+        drops_prefix: whether the prefix is dropped before the language side.
+        cells: tokens per image behind a projector that makes them of the whole grid of patches, so that tokens are
+            copied back to their patches in front of it and its cells are merged again behind it; None where the
+            tower's tokens themselves go on.
+    """
+
+    patches: int
+    prefix: int
+    layers: int
+    read: int
+    drops_prefix: bool = True
+    cells: int | None = None
+
+    @property
+    def placeholders(self) -> int:
+        """Tokens per image that the untouched model hands to the language side."""
+        if self.cells is not None:
+            return self.cells
+        return self.patches + (0 if self.drops_prefix else self.prefix)
+
+    def of_patches(self, patches: int) -> TowerGeometry:
+        """The geometry of the same tower for an image of another size."""
+        cells = None if self.cells is None else self.cells * patches // self.patches
+        return replace(self, patches=patches, cells=cells)
+
+    def of_cells(self, cells: int) -> TowerGeometry:
+        """Likewise for an image of so many cells."""
+        return replace(self, patches=self.patches * cells // (self.cells or cells), cells=cells)
+
+
+@dataclass(frozen=True)
+class TextGeometry:
+    """What a schedule needs to know of a text tower.
+
+    Args:
+        layers: of the tower.
+        context: most tokens of a text (77 for CLIP).
+        protected: tokens of a text that must survive: start and end mark for CLIP, the last token for SigLIP, the first
+            one for BLIP.
+        appends: whether a cross token travels as one more token.
+    """
+
+    layers: int
+    context: int
+    protected: int
+    appends: bool = True
+
+
+@dataclass(frozen=True)
+class MergeGeometry:
+    """What a schedule needs to know of the merging behind a projector, alone or behind that inside the tower.
+
+    Args:
+        tokens: visual tokens of one image (tile, video frame) behind the projector.
+        fixed: whether every image has that many; otherwise they are the example that tables show, each image gets a
+            schedule of its own, and ``visual_tokens`` is a limit that small images stay below.
+    """
+
+    tokens: int
+    fixed: bool = True
+
+    @property
+    def placeholders(self) -> int:
+        """Tokens per image that the untouched model hands to the language side."""
+        return self.tokens
+
+
+Geometry = TowerGeometry | MergeGeometry
