@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from mllm_crossget import accelerate_mllm, load_crossget, restore_mllm, save_crossget, unsupported_reason
+from mllm_crossget.families import families
 from mllm_crossget.hooks.ground.state import handle_of
 from tests.helpers.families.cases import all_cases
 from tests.helpers.fingerprints import assert_identical, fingerprint
@@ -42,8 +43,8 @@ def logits(model: nn.Module, stock: nn.Module) -> torch.Tensor:
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_wrappers_are_seen_through(name, tmp_path) -> None:
     model = tiny_llava()
-    before = fingerprint(model)
     wrapped = WRAPPERS[name](model)
+    before = fingerprint(model)
     assert unsupported_reason(wrapped) is None
     assert accelerate_mllm(wrapped, keep_ratio=0.5) is wrapped
     randomise_cross_tokens(model)
@@ -54,17 +55,19 @@ def test_wrappers_are_seen_through(name, tmp_path) -> None:
     assert_identical(fingerprint(model), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["stock", "accelerated"])
 def test_a_compiled_model_follows_every_change(first) -> None:
-    stock, model = tiny_llava(), tiny_llava()
-    wanted = {"stock": logits(stock, stock), "accelerated": logits(accelerate_mllm(tiny_llava()), stock)}
+    stock, model, other = (tiny_llava(layers=2, text_layers=1) for _ in range(3))
+    wanted = {"stock": logits(stock, stock), "accelerated": logits(accelerate_mllm(other), stock)}
+    assert not torch.allclose(*wanted.values(), atol=1e-2)
     compiled = torch.compile(model, backend="eager")
     if first == "accelerated":
         accelerate_mllm(compiled)
-    assert torch.equal(logits(compiled, stock), wanted[first])
+    torch.testing.assert_close(logits(compiled, stock), wanted[first], atol=1e-3, rtol=1e-3)
     (restore_mllm if first == "accelerated" else accelerate_mllm)(compiled)
     second = "stock" if first == "accelerated" else "accelerated"
-    assert torch.equal(logits(compiled, stock), wanted[second])
+    torch.testing.assert_close(logits(compiled, stock), wanted[second], atol=1e-3, rtol=1e-3)
 
 
 def test_other_wrappers_are_refused_by_name() -> None:
@@ -136,7 +139,8 @@ def test_an_accelerated_model_is_pickled(way, method) -> None:
 
 @pytest.mark.parametrize("case", all_cases(), ids=lambda case: case.name)
 def test_every_family_is_pickled(case) -> None:
-    model, method = case.build("sdpa"), "madtp" if "madtp" not in case.skip_methods else "crossget"
+    dynamic = families()[case.model_type].dynamic and "madtp" not in case.skip_methods
+    model, method = case.build("sdpa"), "madtp" if dynamic else "tome"
     batch = case.batch(model)
     prepare(model, method=method, **case.dial)
     with torch.no_grad():

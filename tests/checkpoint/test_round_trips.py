@@ -12,7 +12,7 @@ import torch
 
 from mllm_crossget import method_names
 from mllm_crossget.families import families
-from tests.helpers.methods import METHODS
+from tests.helpers.methods import DYNAMIC, METHODS
 from tests.helpers.round_trips import ADAPTERS, all_cases, case_of, check, save
 
 ROOT = Path(__file__).parents[2]
@@ -21,7 +21,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:Futu
 
 def kinds(case) -> list[tuple[str, str]]:
     family = case_of(case).model_type
-    methods = [name for name in METHODS if name not in case_of(case).skip_methods]
+    dynamic = families()[family].dynamic
+    methods = [name for name in METHODS if name not in case_of(case).skip_methods and (dynamic or name not in DYNAMIC)]
     adapters = ADAPTERS if families()[family].language_model is not None else ("none",)
     return [(method, adapter) for method in methods for adapter in adapters]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from torch import nn
 
 _MISSING = "<attribute was not there>"
 _MADE_OF = "_mllm_crossget_made_of"
+_CAPTURING = "_output_capturing_hooks_installed"  # in transformers' models
 
 
 class Journal:
@@ -140,6 +142,8 @@ def mixed_class(original: type, mixin: type) -> type:
         "__doc__": original.__doc__,
         "__new__": new,
         "__reduce_ex__": _reduce,
+        "__deepcopy__": _deep_copy,
+        "__copy__": _shallow_copy,
         _MADE_OF: (*made_of(original), mixin),
     }
     for name in ("forward", "generate", "get_image_features", "get_video_features"):
@@ -163,12 +167,44 @@ def class_of(original: type, *mixins: type) -> type:
 
 
 def _reduce(module: Any, protocol: Any) -> tuple[Any, ...]:
-    """How an instance of a mixed class is copied and pickled: no module holds that class under its name."""
-    return _empty, made_of(type(module)), vars(module)
+    """How an instance of a mixed class is pickled: no module holds that class under its name.
+
+    The hooks that transformers leaves behind where hidden states were asked for cannot be pickled. It installs them
+    again when it misses them: a twin with the same tensors is pickled without them.
+    """
+    if any(_captures(hook) for part in module.modules() for hook in part._forward_hooks.values()):
+        tensors = [*module.parameters(), *module.buffers()]
+        twin = copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
+        for part in twin.modules():
+            for key in [key for key, hook in part._forward_hooks.items() if _captures(hook)]:
+                del part._forward_hooks[key]
+            vars(part).pop(_CAPTURING, None)
+        return _itself, (twin,)
+    return _empty, made_of(type(module)), module.__getstate__()
+
+
+def _captures(hook: Any) -> bool:
+    return getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
+
+
+def _itself(module: Any) -> Any:
+    return module
 
 
 def _empty(*classes: type) -> Any:
     return object.__new__(class_of(*classes))
+
+
+def _deep_copy(module: Any, memo: dict[int, Any]) -> Any:
+    twin = memo[id(module)] = _empty(*made_of(type(module)))
+    twin.__setstate__(copy.deepcopy(module.__getstate__(), memo))
+    return twin
+
+
+def _shallow_copy(module: Any) -> Any:
+    twin = _empty(*made_of(type(module)))
+    twin.__setstate__(module.__getstate__())
+    return twin
 
 
 def _own_classes(mixin: type) -> list[type]:
