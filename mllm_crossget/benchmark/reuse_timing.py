@@ -102,7 +102,9 @@ def questions(options: ReuseOptions, method: Method) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, options.dtype)
     model, family = load(
-        BenchOptions(geometry=options.geometry, llm_layers=options.llm_layers, dtype=options.dtype), device, dtype
+        BenchOptions(geometry=options.geometry, llm_layers=options.llm_layers, dtype=options.dtype, keep_ratios=[]),
+        device,
+        dtype,
     )
     cache = VisionCache()
     accelerate_mllm(model, method, reuse_vision=cache)
