@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -18,7 +18,7 @@ from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
 from mllm_crossget.atomic_files import write_text
-from mllm_crossget.field_types import check_field_types
+from mllm_crossget.field_types import check_field_types, checked_count, checked_ratio, checked_removals
 
 CONFIG_NAME = "crossget_config.json"
 FORMAT_VERSION = 2
@@ -112,9 +112,9 @@ class ReductionConfig:
             self.keep_ratio = 1.0
         for name in ("keep_ratio", "text_keep_ratio"):
             if getattr(self, name) is not None:
-                setattr(self, name, _checked_ratio(name, getattr(self, name)))
+                setattr(self, name, checked_ratio(name, getattr(self, name)))
         if self.visual_tokens is not None:
-            self.visual_tokens = _checked_count("visual_tokens", self.visual_tokens, least=1)
+            self.visual_tokens = checked_count("visual_tokens", self.visual_tokens, least=1)
         if self.merge_every is not None:
             self._check_merge_every()
         if self.size_bias is not None and not isinstance(self.size_bias, bool):
@@ -125,7 +125,7 @@ class ReductionConfig:
             raise ValueError(f"positions must be one of {POSITIONS}, got {self.positions!r}")
         for name in ("r", "vision_r", "text_r"):
             if getattr(self, name) is not None:
-                setattr(self, name, _checked_removals(name, getattr(self, name)))
+                setattr(self, name, checked_removals(name, getattr(self, name)))
 
     def _check_schedule(self) -> None:
         if self.schedule not in SCHEDULES:
@@ -141,7 +141,7 @@ class ReductionConfig:
             )
 
     def _check_merge_every(self) -> None:
-        self.merge_every = _checked_count("merge_every", self.merge_every, least=1)
+        self.merge_every = checked_count("merge_every", self.merge_every, least=1)
         if isinstance(self.vision_removals, list):
             raise ValueError(
                 f"merge_every={self.merge_every} and a list r={self.vision_removals!r}: the list says already which "
@@ -325,7 +325,8 @@ def read_settings(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not a JSON file ({error}); write it with save_pretrained") from error
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise ValueError(f"{path} is not a JSON file ({reason}); write it with save_pretrained") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}, expected an object with the method's fields")
     return values
@@ -378,30 +379,6 @@ def find_file(name_or_path: str | Path, filename: str, **hub_kwargs: Any) -> Pat
         held = sorted(p.name for p in path.parent.iterdir())[:20] if path.parent.is_dir() else "no such subfolder"
         raise ValueError(f"{path.parent} has no {filename}; it holds {held}")
     return path
-
-
-def _checked_ratio(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number in (0, 1], got {value!r}")
-    if not 0 < value <= 1:  # nor is NaN
-        raise ValueError(f"{name} must be in (0, 1], got {value!r}; 1 keeps every token, 0.5 half of them")
-    return float(value)
-
-
-def _checked_count(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-    return value
-
-
-def _checked_removals(name: str, value: Any) -> int | list[int]:
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        if not value:
-            raise ValueError(f"{name} is an empty list; give one integer per layer of the tower, or one integer")
-        return [_checked_count(f"{name}[{i}]", item, least=0) for i, item in enumerate(value)]
-    return _checked_count(name, value, least=0)
 
 
 __all__ = [

@@ -133,3 +133,30 @@ def check_choice(settings: Any, name: str, known: Sequence[Any]) -> None:
     """Check that a field is one of the known values. Raises ``ValueError`` that lists them."""
     if getattr(settings, name) not in known:
         raise ValueError(f"{name} must be one of {', '.join(map(str, known))}; got {getattr(settings, name)!r}")
+
+
+def checked_ratio(name: str, value: Any) -> float:
+    """A share in (0, 1]. Raises ``TypeError`` or ``ValueError`` that names the field."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number in (0, 1], got {value!r}")
+    if not 0 < value <= 1:  # nor is NaN
+        raise ValueError(f"{name} must be in (0, 1], got {value!r}; 1 keeps every token, 0.5 half of them")
+    return float(value)
+
+
+def checked_count(name: str, value: Any, least: int) -> int:
+    """An integer of at least ``least``. Raises ``TypeError`` or ``ValueError`` that names the field."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    return value
+
+
+def checked_removals(name: str, value: Any) -> int | list[int]:
+    """Tokens that layers remove: one integer for all, or a list. Raises ``TypeError`` or ``ValueError``."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        if not value:
+            raise ValueError(f"{name} is an empty list; give one integer per layer of the tower, or one integer")
+        return [checked_count(f"{name}[{i}]", item, least=0) for i, item in enumerate(value)]
+    return checked_count(name, value, least=0)

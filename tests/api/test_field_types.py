@@ -71,7 +71,7 @@ def test_keywords_for_the_hub_reach_their_end(tmp_path: Path, monkeypatch: pytes
     assert ReductionConfig.from_pretrained("~/saved", subfolder="inner", token=None) == config
     model = accelerate_mllm(tiny_llava(), keep_ratio=0.3)
     paths = save_crossget(model, "~/model")
-    assert {path.parent for path in paths} == {tmp_path / "model"}
+    assert all(path.is_relative_to(tmp_path / "model") for path in paths)
     assert load_crossget(tiny_llava(), "~/model")
     model.save_pretrained("~/whole")
     assert {"config.json", CONFIG_NAME} <= {path.name for path in (tmp_path / "whole").iterdir()}

@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from mllm_crossget.hooks.ground.state import TowerState
 from mllm_crossget.hooks.tower.attention import AttentionSlot
-from mllm_crossget.hooks.tower.encoder import SIZES, last_places, last_token, refuse_mask, run_tower
+from mllm_crossget.hooks.tower.encoder import SIZES, last_places, last_token, refuse_mask, refuse_tracing, run_tower
 from mllm_crossget.hooks.tower.fixed_counts import tower_state
 from mllm_crossget.hooks.tower.layer import Taken, carry_out, run_layer
 from mllm_crossget.methods.capabilities import PerImage
@@ -71,6 +71,7 @@ class RaggedEncoder(nn.Module):
 
     def forward(self, inputs_embeds: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> BaseModelOutput:
         """(B, N, D) embeddings in, (B, T, D) tokens in ``last_hidden_state`` out; zeros behind each image's tokens."""
+        refuse_tracing()
         refuse_mask(attention_mask)
         start = inputs_embeds.shape[1]
 

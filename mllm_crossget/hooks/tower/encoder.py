@@ -70,7 +70,6 @@ def run_tower(
     Returns:
         (B, T, D) tokens and (B, T) their sizes, None if nothing was merged.
     """
-    refuse_tracing()
     hidden, vectors = embeds, None
     if state.schedule(embeds.shape[1]).cross:
         hidden = torch.cat([hidden, first_cross_token(hidden, state.geometry.prefix)], dim=1)

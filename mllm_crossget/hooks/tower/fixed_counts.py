@@ -18,7 +18,7 @@ from mllm_crossget.families.family import LayerNames
 from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.hooks.ground.state import LayerTrace, TowerState
 from mllm_crossget.hooks.tower.attention import AttentionSlot, hook_attention
-from mllm_crossget.hooks.tower.encoder import FORWARD, refuse_mask, run_tower, sizes_of
+from mllm_crossget.hooks.tower.encoder import FORWARD, refuse_mask, refuse_tracing, run_tower, sizes_of
 from mllm_crossget.hooks.tower.layer import Taken, run_layer
 from mllm_crossget.methods.method import Method, Signals
 from mllm_crossget.ops.merging import merge
@@ -66,6 +66,7 @@ class ReducedEncoder(nn.Module):
 
     def forward(self, inputs_embeds: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> BaseModelOutput:
         """(B, N, D) embeddings in, (B, T, D) reduced tokens in ``last_hidden_state`` out."""
+        refuse_tracing()
         state = tower_state(self)
         if not state.ignores_mask:
             refuse_mask(attention_mask)
