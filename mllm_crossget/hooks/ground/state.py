@@ -220,7 +220,9 @@ class Handle:
     @property
     def keeps_positions(self) -> bool:
         """Whether image tokens and text keep positions of the full prompt that a grid does not give them anyway."""
-        return self.method.keeps_positions and self.family.positions is not Positions.GRID
+        return (
+            self.method.keeps_positions and bool(self.family.modalities) and self.family.positions is not Positions.GRID
+        )
 
     @property
     def size_bias(self) -> bool:

@@ -10,13 +10,17 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from mllm_crossget.families.family import family_of, module_at
+from mllm_crossget.hooks.ground.state import handle_of
+from mllm_crossget.hooks.projector.groups import groups_of
 from tests.helpers.families.cases import Batch
 from tests.helpers.oracle import original_positions
 from tests.helpers.tiny import BOS, PAD
@@ -121,20 +125,58 @@ def compact_ids(ids: list[int], token: int, counts: Sequence[int]) -> list[int]:
     return compact
 
 
-def kept_positions(ids: list[int], token: int, runs: Sequence[tuple[int, int]]) -> Tensor:
-    """(1, C) positions of a compact row's tokens in the full one: text's own, and for the k tokens of an image of n
-    placeholders the middles of k equal parts of it, for the last one the last."""
-    positions, left, column = [], iter(runs), 0
+def kept_positions(ids: list[int], token: int, places: Sequence[tuple[int, list[int]]]) -> Tensor:
+    """(1, C) positions of a compact row's tokens in the full one: text's own, and for an image of n placeholders those
+    of its tokens' places; the row's last token has its own."""
+    positions, left, column = [], iter(places), 0
     while column < len(ids):
         if ids[column] == token:
-            n, k = next(left)
-            positions += [column + int((place + 0.5) * n / k) for place in range(k - 1)] + [column + n - 1]
+            n, own = next(left)
+            positions += [column + place for place in own]
             column += n
         else:
             positions.append(column)
             column += 1
     assert next(left, None) is None, "images are left over: the prompt is wrong"
+    positions[-1] = len(ids) - 1
     return torch.tensor([positions])
+
+
+def kept_log_sizes(compact: list[int], token: int, sizes: Sequence[Tensor]) -> Tensor:
+    """(1, C) log sizes of a compact row's tokens."""
+    row = torch.tensor([compact])
+    found = torch.zeros(row.shape)
+    if sizes:
+        found[row == token] = torch.cat(list(sizes)).log()
+    return found
+
+
+@contextmanager
+def weighed(stock: nn.Module, log_sizes: Tensor | None) -> Iterator[None]:
+    """A stock model whose language model adds these to the logits of its first keys."""
+
+    def weigh(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        mask = kwargs["attention_mask"]
+        bias = torch.nn.functional.pad(log_sizes, (0, mask.shape[-1] - log_sizes.shape[1]))
+        return args, {**kwargs, "attention_mask": mask + bias[:, None, None].to(mask.dtype)}
+
+    text = module_at(stock, families_of(stock).language_model)
+    before = text.config._attn_implementation
+    hooks = []
+    if log_sizes is not None:
+        text.config._attn_implementation = "eager"  # always with an additive mask
+        hooks = [layer.register_forward_pre_hook(weigh, with_kwargs=True) for layer in text.layers]
+    try:
+        yield
+    finally:
+        text.config._attn_implementation = before
+        for hook in hooks:
+            hook.remove()
+
+
+def families_of(model: nn.Module) -> Any:
+    """The family of a model."""
+    return family_of(model.config, [kind.__name__ for kind in type(model).__mro__])
 
 
 def _lengths(ids: list[int], token: int) -> list[int]:
@@ -146,14 +188,16 @@ def _say(stock: nn.Module, model: nn.Module, row: Batch, images: Sequence[str], 
     token, ids = model.config.image_token_id, row["input_ids"][0].tolist()
     inputs = {name: row[name] for name in images if name in row}
     features: list[Tensor] = []
+    groups: list[Any] = []
     if inputs:
-        features = list(model.model.get_image_features(**inputs, return_dict=True).pooler_output)
+        output = model.model.get_image_features(**inputs, return_dict=True)
+        features, groups = list(output.pooler_output), groups_of(output)
     compact = compact_ids(ids, token, [len(image) for image in features])
     prompt = torch.tensor([compact])
     arguments = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt), **inputs}
     if original_positions(model):
-        runs = zip(_lengths(ids, token), map(len, features), strict=True)
-        arguments["position_ids"] = kept_positions(ids, token, list(runs))
+        places = zip(_lengths(ids, token), [group.place.tolist() for group in groups], strict=True)
+        arguments["position_ids"] = kept_positions(ids, token, list(places))
     if "token_type_ids" in row:
         removed = len(ids) - len(compact)
         arguments["token_type_ids"] = row["token_type_ids"][:, removed:]  # what is removed is prefix
@@ -167,9 +211,13 @@ def _say(stock: nn.Module, model: nn.Module, row: Batch, images: Sequence[str], 
         same = len({len(image) for image in features}) == 1
         return output_of(torch.stack(repeated) if same and tensor else repeated)
 
+    sizes = None
+    if handle_of(model).size_bias:
+        sizes = kept_log_sizes(compact, token, [group.size for group in groups])
     stock.model.get_image_features = answer
     try:
-        return stock.generate(**arguments, **options)[0, len(compact) :].tolist()
+        with weighed(stock, sizes):
+            return stock.generate(**arguments, **options)[0, len(compact) :].tolist()
     finally:
         del stock.model.get_image_features
 
