@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from mllm_crossget import trace_merges
 from mllm_crossget.hooks.ground.state import handle_of
 from mllm_crossget.ops.matching import Match
+from mllm_crossget.schedule import TowerGeometry
 
 
 @dataclass
@@ -154,7 +155,10 @@ def image_members(model: nn.Module, pixel_values: Tensor) -> list[list[list[int]
     geometry = handle.geometry
     if handle.method.is_identity:
         return [[[place] for place in range(geometry.placeholders)] for _ in pixel_values]
-    dropped = geometry.prefix if geometry.drops_prefix else 0
+    if not isinstance(geometry, TowerGeometry):  # behind the projector, where every step is read
+        dropped, read = 0, None
+    else:
+        dropped, read = (geometry.prefix if geometry.drops_prefix else 0), geometry.read
     found = []
     for image in pixel_values:
         with trace_merges(model) as trace:
@@ -162,7 +166,7 @@ def image_members(model: nn.Module, pixel_values: Tensor) -> list[list[list[int]
         members: list[list[int]] = [[] for _ in features]
         for place in range(geometry.placeholders):
             row, alive = dropped + place, True
-            for layer in trace[: geometry.read]:
+            for layer in trace[:read]:
                 match = layer.match
                 if isinstance(match, Match):
                     alive = alive and not (match.pruned and row in match.src[0].tolist())

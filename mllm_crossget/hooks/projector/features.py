@@ -7,6 +7,10 @@ depends on the image) are kept for the stock code's own call, so that nothing is
 
 from __future__ import annotations
 
+import ast
+import functools
+import inspect
+import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,9 +26,10 @@ from mllm_crossget.hooks.ground.state import Handle
 from mllm_crossget.hooks.projector.groups import Groups, groups_of_source, source_of_trace, with_groups
 from mllm_crossget.hooks.tower.fixed_counts import Encoding, kept_trace, trace_of
 from mllm_crossget.methods.method import Place
-from mllm_crossget.schedule import Schedule
+from mllm_crossget.schedule import Schedule, TowerGeometry
 
 _AHEAD = "_mllm_crossget_ahead"
+_RECORDED = ("output_hidden_states", "output_attentions")  # which stock models hand on to their towers
 _PLACES = "_mllm_crossget_places"
 
 
@@ -53,6 +58,7 @@ class TowerPlaces:
         dropped: tokens in front of the patches that are dropped.
         cross: whether a cross token travels as the last token.
         drop_cross: whether it is cut off.
+        placeholders: tokens that the untouched model makes of one tower image.
     """
 
     encoder: str
@@ -60,14 +66,14 @@ class TowerPlaces:
     dropped: int
     cross: bool
     drop_cross: bool
+    placeholders: int
 
     @classmethod
-    def of(cls, handle: Handle, encoder_path: str, schedule: Schedule) -> TowerPlaces:
-        """The places for a tower whose layers are at ``encoder_path`` in the model."""
-        geometry = handle.geometry
+    def of(cls, handle: Handle, encoder_path: str, schedule: Schedule, geometry: TowerGeometry) -> TowerPlaces:
+        """The places for a tower of this geometry whose layers are at ``encoder_path`` in the model."""
         path = encoder_path.removeprefix(f"{handle.family.features_owner}.")
         dropped = geometry.prefix if geometry.drops_prefix else 0
-        return cls(path, geometry.read, dropped, schedule.cross, schedule.drop_cross)
+        return cls(path, geometry.read, dropped, schedule.cross, schedule.drop_cross, schedule.placeholders)
 
     def groups(self, encoding: Encoding) -> list[Groups]:
         """What the features of every image of an encoding stand for."""
@@ -92,7 +98,9 @@ class TowerFeatures(ReducedFeatures):
     @classmethod
     def install(cls, journal: Journal, owner: nn.Module, handle: Handle) -> None:
         """See ``FeaturesMixin.install``."""
-        journal.set_attribute(owner, _PLACES, TowerPlaces.of(handle, handle.encoder_path, handle.schedule))
+        journal.set_attribute(
+            owner, _PLACES, TowerPlaces.of(handle, handle.encoder_path, handle.schedule, handle.geometry)
+        )
         journal.swap_class(owner, cls)
 
     def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
@@ -146,13 +154,28 @@ def without_last(features: Any) -> Any:
 def encode_ahead(model: nn.Module, family: Family, modality: Modality, kwargs: dict[str, Any]) -> list[int]:
     """Encode the images of a call now, unless that was done already, and return the number of features of each."""
     owner = module_at(model, family.features_owner or "")
-    arguments = {name: kwargs[name] for name in modality.arguments if kwargs.get(name) is not None}
+    records = modality.counts is None and _hands_on_keywords(type(owner), modality.encode)
+    wanted = (*modality.arguments, *(_RECORDED if records else ()))
+    arguments = {name: kwargs[name] for name in wanted if kwargs.get(name) is not None}
     pixels = kwargs[modality.pixels]
     output = encoded_ahead(owner, modality.encode, (pixels,), {})
     if output is None:
         output = getattr(owner, modality.encode)(pixels, **arguments, return_dict=True)
         owner.__dict__.setdefault(_AHEAD, {})[modality.encode] = (_identity(pixels), output)
     return [len(image) for image in features_of(output)]
+
+
+@functools.cache
+def _hands_on_keywords(kind: type[nn.Module], encode: str) -> bool:
+    """Whether the stock ``forward`` calls its method ``encode`` with ``**kwargs``, read off its own lines: then what is
+    to be recorded of the tower reaches it."""
+    try:
+        lines = textwrap.dedent(inspect.getsource(inspect.unwrap(kind.forward)))
+    except (OSError, TypeError):  # no source at hand
+        return False
+    calls = [node for node in ast.walk(ast.parse(lines)) if isinstance(node, ast.Call)]
+    own = [call for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == encode]
+    return any(keyword.arg is None for call in own for keyword in call.keywords)
 
 
 def ahead_of(model: nn.Module, family: Family, modality: Modality) -> Any:

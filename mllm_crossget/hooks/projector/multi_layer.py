@@ -37,7 +37,9 @@ class ConcatenatedFeatures(ReducedFeatures):
         prefix = f"{handle.family.features_owner}."
         tower, encoder = (path.removeprefix(prefix) for path in (handle.family.tower, handle.encoder_path))
         journal.set_attribute(owner, _PATHS, tower)
-        journal.set_attribute(owner, _PLACES, TowerPlaces.of(handle, handle.encoder_path, handle.schedule))
+        journal.set_attribute(
+            owner, _PLACES, TowerPlaces.of(handle, handle.encoder_path, handle.schedule, handle.geometry)
+        )
         journal.swap_class(owner, cls)
         module: Any = module_at(owner, tower)
         journal.set_attribute(module, _PATHS, encoder.removeprefix(f"{tower}."))

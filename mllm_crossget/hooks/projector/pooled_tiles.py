@@ -83,8 +83,8 @@ class LimitedGridFeatures(VideoGridFeatures):
             is_newline = (layout == NEWLINE).to(grid.device)[places.patches :]
             cells, groups = _merged_grid(grid[places.patches :], is_newline, self.__dict__[_AGAIN])
             packed.append(torch.cat([base, cells]))
-            whole = joined_groups([trace_of(self).groups.pop(), groups], [places.patches, len(is_newline)])
-            trace_of(self).groups.append(whole)
+            joined = joined_groups([trace_of(self).groups.pop(), groups], [places.patches, len(is_newline)])
+            trace_of(self).groups.append(joined)
         return packed, torch.tensor([len(image) for image in packed], device=image_features[0].device)
 
 

@@ -187,7 +187,11 @@ def _merge_runs(
         members = [index for index, run in enumerate(runs) if run == length]
         first, *others = [torch.stack([part[index] for index in members]) for part in parts]
         merged = merge_features(first, others, state)
-        made = groups_of_source(merged.source, merged.features.shape[1])
+        source = merged.source
+        if state.method.prunes:  # what was thrown away is in no token
+            own = torch.arange(merged.kept.shape[1], device=source.device).expand_as(merged.kept)
+            source = torch.full_like(source, -1).scatter(1, merged.kept, own)
+        made = groups_of_source(source, merged.features.shape[1])
         for row, index in enumerate(members):
             groups[index] = made[row]
             results[index] = [values[row] for values in (merged.features, *merged.companions)]

@@ -10,6 +10,7 @@ from torch import nn
 from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.hooks.ground.state import Handle
 from mllm_crossget.hooks.projector.features import ReducedFeatures, TowerPlaces, tower_features
+from mllm_crossget.hooks.projector.groups import groups_of, joined_groups, with_groups
 from mllm_crossget.methods.method import Place
 
 _TOWERS = "_mllm_crossget_towers"
@@ -26,9 +27,9 @@ class TwoTowersFeatures(ReducedFeatures):
     @classmethod
     def install(cls, journal: Journal, owner: nn.Module, handle: Handle) -> None:
         """See ``ReducedFeatures.install``."""
-        places = {"image": TowerPlaces.of(handle, handle.encoder_path, handle.schedule)}
+        places = {"image": TowerPlaces.of(handle, handle.encoder_path, handle.schedule, handle.geometry)}
         for name, tower in handle.own_towers.items():
-            places[name] = TowerPlaces.of(handle, tower.encoder_path, tower.schedule)
+            places[name] = TowerPlaces.of(handle, tower.encoder_path, tower.schedule, tower.state.geometry)
         journal.set_attribute(owner, _TOWERS, places)
         journal.swap_class(owner, cls)
 
@@ -38,4 +39,12 @@ class TwoTowersFeatures(ReducedFeatures):
 
     def get_video_features(self, *args: Any, **kwargs: Any) -> Any:
         """As the original, with fewer features per frame."""
-        return tower_features(self, self.__dict__[_TOWERS]["video"], super().get_video_features, args, kwargs)
+        places: TowerPlaces = self.__dict__[_TOWERS]["video"]
+        output = tower_features(self, places, super().get_video_features, args, kwargs)
+        frames = groups_of(output)
+        if frames is None or isinstance(output, tuple):
+            return output
+        pixels = args[0] if args else kwargs["pixel_values_videos"]
+        count = pixels.shape[1]  # of every video
+        own = [frames[first : first + count] for first in range(0, len(frames), count)]
+        return with_groups(output, [joined_groups(part, [places.placeholders] * len(part)) for part in own])

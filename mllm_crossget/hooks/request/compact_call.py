@@ -35,6 +35,7 @@ from mllm_crossget.hooks.request.placeholders import (
 from mllm_crossget.hooks.request.rope_positions import cells_that_stay, grid_positions, text_positions
 from mllm_crossget.hooks.request.token_sizes import joined_log_sizes
 from mllm_crossget.hooks.request.user_view import prompt_mask
+from mllm_crossget.schedule import acting_geometry
 
 # Arguments of a call that choose which features are read.
 _READ = (
@@ -110,7 +111,7 @@ def _refuse_changed_config(model: nn.Module, handle: Handle) -> None:
     if torch.compiler.is_compiling():
         return
     try:
-        same = handle.family.geometry(model.config) == handle.geometry
+        same = acting_geometry(handle.method, handle.family.geometry(model.config)) == handle.geometry
     except ValueError as error:
         raise ValueError(f"model.config was changed after accelerate_mllm: {error}") from error
     if not same:

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mllm_crossget.hooks.ground.state import handle_of
+from mllm_crossget.hooks.projector.groups import groups_of
 from mllm_crossget.methods.method import Signals
 from tests.helpers import reference
-from tests.helpers.families.prompts import kept_positions
+from tests.helpers.families.prompts import kept_log_sizes, kept_positions, weighed
 from tests.helpers.oracle import original_positions
 
 Row = dict[str, Any]
@@ -106,10 +107,16 @@ def expected_tokens(
         ids, runs = row["input_ids"][0].tolist(), list(zip(before, map(len, images), strict=True))
         columns = compacted(ids, token, runs)
         compact = {name: values[:, columns] for name, values in row.items() if name not in PIXELS}
+        pixels = {name: values for name, values in row.items() if name in PIXELS}
+        groups = groups_of(model.model.get_image_features(**pixels, return_dict=True)) if images else []
         if original_positions(model):
-            compact["position_ids"] = kept_positions(ids, token, runs)
-        compact |= {name: values for name, values in row.items() if name in PIXELS}
-        with handed_out(stock.model, images):
+            places = [(n, group.place.tolist()) for n, group in zip(before, groups, strict=True)]
+            compact["position_ids"] = kept_positions(ids, token, places)
+        sizes = None
+        if handle_of(model).size_bias:
+            sizes = kept_log_sizes(row["input_ids"][0, columns].tolist(), token, [group.size for group in groups])
+        compact |= pixels
+        with handed_out(stock.model, images), weighed(stock, sizes):
             output = stock.generate(**compact, **options)
         found += output[:, len(columns) :].tolist()
     return found

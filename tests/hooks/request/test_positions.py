@@ -38,7 +38,8 @@ def test_positions_of_random_prompts(seed) -> None:
     row = torch.tensor([ids])
     plan = plan_compaction(row, None, {IMAGE: runs}, left=True, keep_positions=True)
     positions = plan.compact_positions(torch.arange(len(ids))[None])
-    assert torch.equal(positions, kept_positions(ids, IMAGE, runs))
+    middles = [(n, [int((place + 0.5) * n / k) for place in range(k - 1)] + [n - 1]) for n, k in runs]
+    assert torch.equal(positions, kept_positions(ids, IMAGE, middles))
     assert (positions.diff() > 0).all()
     assert torch.equal(row[0, positions[0]] == IMAGE, plan.compact(row, 0)[0] == IMAGE)
     whole = plan_compaction(row, None, {IMAGE: [(n, n) for n, _ in runs]}, left=True, keep_positions=True)
