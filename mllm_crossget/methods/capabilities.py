@@ -100,6 +100,7 @@ class PerImage(Protocol):
     needs_pruning_signals: ClassVar[bool]
     proportional_attention: ClassVar[bool]
     max_visual_tokens: int | None
+    threshold: list[float] | None
 
     def layer_threshold(self, layer: int) -> float:
         """Score at or below which tokens leave a layer of the vision tower."""

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from mllm_crossget.hooks.ground.state import handle_of
+from mllm_crossget.hooks.projector.groups import groups_of
 from tests.helpers.families.cases import Batch, Case, add_case
 from tests.helpers.families.merging import compacted, merge_by_hand
-from tests.helpers.families.prompts import output_of
+from tests.helpers.families.prompts import kept_log_sizes, output_of, weighed
 from tests.helpers.llava import labels_of
 from tests.helpers.tiny import BOS
 from tests.helpers.tiny_grid import IMAGE_TOKEN, QWEN_VISION, VISION_END, VISION_START, padded, tiny_qwen
@@ -90,6 +91,7 @@ class HandMade:
         self.images: list[Tensor] = []
         self.deepstack: list[list[Tensor]] = []
         runs, kept, start = [], [], 0
+        sizes: list[Tensor] = []
         for grid in grids:
             pixels = row["pixel_values"][start : start + 4 * cells_of(grid)]
             start += len(pixels)
@@ -100,9 +102,14 @@ class HandMade:
             values, cells = merge_by_hand(model, output.pooler_output[0], extra)
             self.images.append(values[0])
             self.deepstack.append(values[1:])
+            if handle_of(model).size_bias:
+                merged = model.model.get_image_features(pixels, torch.tensor([grid]), return_dict=True)
+                sizes += [group.size for group in groups_of(merged)]
             runs.append((cells_of(grid), len(cells)))
             kept.append(cells)
         self.columns = compacted(ids, IMAGE_TOKEN, runs)
+        compact = row["input_ids"][0, self.columns].tolist()
+        self.log_sizes = kept_log_sizes(compact, IMAGE_TOKEN, sizes) if sizes else None
         full = positions_by_hand(ids, grids)
         self.following = max(map(max, full)) + 1
         own, positions = iter([cell for cells in kept for cell in cells]), []
@@ -153,7 +160,7 @@ def expected(stock: nn.Module, model: nn.Module, batch: Batch, **options: Any) -
     found = []
     for index in range(len(batch["input_ids"])):
         row = HandMade(stock, model, alone(batch, index))
-        with row.on(stock):
+        with row.on(stock), weighed(stock, row.log_sizes):
             found += stock.generate(**row.inputs, **options)[:, len(row.columns) :].tolist()
     return found
 
