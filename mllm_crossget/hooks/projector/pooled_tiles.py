@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mllm_crossget.families.tile_packing import NEWLINE, become, layouts, places_that_stay, reduced_layout
 from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.hooks.ground.state import MergeState
-from mllm_crossget.hooks.projector.features import features_of
+from mllm_crossget.hooks.projector.features import encoded_ahead, features_of
 from mllm_crossget.hooks.projector.groups import Groups, groups_of_source, joined_groups, with_groups
 from mllm_crossget.hooks.projector.post_merge import merge_features
 from mllm_crossget.hooks.projector.tiles import PLACES, GridFeatures, place, reading, sources_of
@@ -46,6 +46,9 @@ class VideoGridFeatures(GridFeatures):
 
     def get_video_features(self, *args: Any, **kwargs: Any) -> Any:
         """As the original, with fewer features per frame."""
+        ahead = encoded_ahead(self, "get_video_features", args, kwargs)
+        if ahead is not None:
+            return ahead
         with reading(self) as encoding:
             output = super().get_video_features(*args, **kwargs)
         if not encoding.groups:

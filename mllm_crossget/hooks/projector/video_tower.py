@@ -9,7 +9,7 @@ from torch import nn
 
 from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.hooks.ground.state import Handle
-from mllm_crossget.hooks.projector.features import ReducedFeatures, TowerPlaces, tower_features
+from mllm_crossget.hooks.projector.features import ReducedFeatures, TowerPlaces, encoded_ahead, tower_features
 from mllm_crossget.hooks.projector.groups import groups_of, joined_groups, with_groups
 from mllm_crossget.methods.method import Place
 
@@ -39,6 +39,9 @@ class TwoTowersFeatures(ReducedFeatures):
 
     def get_video_features(self, *args: Any, **kwargs: Any) -> Any:
         """As the original, with fewer features per frame."""
+        ahead = encoded_ahead(self, "get_video_features", args, kwargs)
+        if ahead is not None:
+            return ahead
         places: TowerPlaces = self.__dict__[_TOWERS]["video"]
         output = tower_features(self, places, super().get_video_features, args, kwargs)
         frames = groups_of(output)

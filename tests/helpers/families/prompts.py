@@ -155,21 +155,25 @@ def kept_log_sizes(compact: list[int], token: int, sizes: Sequence[Tensor]) -> T
 def weighed(stock: nn.Module, log_sizes: Tensor | None) -> Iterator[None]:
     """A stock model whose language model adds these to the logits of its first keys."""
 
-    def weigh(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        mask = kwargs["attention_mask"]
-        bias = torch.nn.functional.pad(log_sizes, (0, mask.shape[-1] - log_sizes.shape[1]))
+    def weigh(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        mask, queries = kwargs["attention_mask"], args[0].shape[1]
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        past = 0 if cache is None else cache.get_seq_length(layer.self_attn.layer_idx)
+        if mask is None:
+            mask = torch.ones(1, 1, queries, past + queries, dtype=torch.bool).tril(past)
+        if mask.dtype == torch.bool:
+            mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+        bias = torch.nn.functional.pad(log_sizes, (0, max(0, past + queries - log_sizes.shape[1])))
+        bias = bias[:, -mask.shape[-1] :] if mask.shape[-1] <= past + queries else bias  # a sliding window's last keys
         return args, {**kwargs, "attention_mask": mask + bias[:, None, None].to(mask.dtype)}
 
     text = module_at(stock, families_of(stock).language_model)
-    before = text.config._attn_implementation
     hooks = []
     if log_sizes is not None:
-        text.config._attn_implementation = "eager"  # always with an additive mask
         hooks = [layer.register_forward_pre_hook(weigh, with_kwargs=True) for layer in text.layers]
     try:
         yield
     finally:
-        text.config._attn_implementation = before
         for hook in hooks:
             hook.remove()
 

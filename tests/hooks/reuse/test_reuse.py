@@ -346,7 +346,7 @@ def test_ten_thousand_images_stay_within_the_bound() -> None:
     bound = 40_000
     cache = reuse_vision(accelerate_mllm(model, visual_tokens=3), VisionCache(max_bytes=bound))
     images = torch.randn(10_000, 3, 28, 28, generator=torch.Generator().manual_seed(0))
-    room = bound // (3 * 16 * 4)
+    room = bound // (3 * (16 * 4 + 12))  # with 12 bytes for size and place
     for batch in images.split(500):
         model.model.get_image_features(batch)
         assert cache.used_bytes <= bound
@@ -365,12 +365,12 @@ def test_ten_thousand_images_stay_within_the_bound() -> None:
 def test_the_least_recently_used_image_is_thrown_out() -> None:
     model = accelerate_mllm(tiny_llava(), visual_tokens=8)
     images = pixels(model, 4)
-    cache = reuse_vision(model, VisionCache(max_bytes=3 * 8 * 32 * 4))
+    cache = reuse_vision(model, VisionCache(max_bytes=3 * 8 * (32 * 4 + 12)))
     for image in (0, 1, 2, 0, 3):  # 1 is the one not asked for the longest time
         model.model.get_image_features(images[image][None])
     assert len(cache) == 3
     assert [times_encoded(model, images[image][None]) for image in (0, 2, 3, 1)] == [0, 0, 0, 1]
-    small = reuse_vision(model, VisionCache(max_bytes=8 * 32 * 4 - 1))
+    small = reuse_vision(model, VisionCache(max_bytes=8 * (32 * 4 + 12) - 1))
     assert (len(cache), cache.used_bytes) == (0, 0)
     model.model.get_image_features(images)
     assert (len(small), small.used_bytes) == (0, 0)
