@@ -28,7 +28,7 @@ def test_inspect_tells_the_published_counts(capsys: pytest.CaptureFixture[str]) 
     report = inspected(capsys, "--r", "13")
     assert report["visual_tokens"] == {"before": 576, "after": 278}
     assert report["tokens_by_layer"][:2] == [578, 565]
-    assert report["method"] == {"method": "crossget", "format_version": 1, "r": 13, **_crossget_options()}
+    assert report["method"] == {"method": "crossget", "format_version": 2, "r": 13, **_crossget_options()}
     assert report["flops"]["ratio"] == pytest.approx(0.534, abs=5e-4)
     assert (report["tower"], report["layers"]) == ("clip_vision_model", 24)
 
