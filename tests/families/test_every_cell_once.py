@@ -7,6 +7,7 @@ Every cell carries a unit vector of its own as a companion; a token's companion 
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -127,6 +128,7 @@ def _published_like(config: SimpleNamespace, model_type: str, side: int) -> Simp
 def _placeholders_left(owner: nn.Module, handle: Handle, kwargs: dict) -> int:
     ids, mask = kwargs["input_ids"], kwargs["attention_mask"]
     compact = dict(kwargs)
+    handle = replace(handle, method=replace(handle.method, positions="contiguous", size_bias=False))
     shrink_new_columns(owner, handle, compact, ids, mask, empty_layout(ids), 0)
     return int((compact["input_ids"] == IMAGE_TOKEN).sum())
 

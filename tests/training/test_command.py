@@ -38,7 +38,7 @@ def test_trains_reports_and_saves(work, tmp_path, capsys):
     assert "1 bad samples were skipped" in output
     assert "saved to" in output
     assert json.loads((tmp_path / "bad_samples.jsonl").read_text())["id"] == "3"
-    assert {"adapter_model.safetensors", "crossget.safetensors", "README.md", "checkpoint-4", "runs"} <= {
+    assert {"adapter_model.safetensors", "crossget_weights", "README.md", "checkpoint-4", "runs"} <= {
         path.name for path in tmp_path.iterdir()
     }
     state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
@@ -79,7 +79,7 @@ def test_other_ways_of_tuning(work, tmp_path, tuning):
     changed = {name for name in saved if not torch.equal(saved[name], before[name])}
     assert not any("vision_tower" in name for name in changed)
     assert bool(changed) == (tuning == "full")
-    assert load_file(tmp_path / "crossget.safetensors")["vision.cross"].abs().sum() > 0
+    assert load_file(tmp_path / "crossget_weights")["vision.cross"].abs().sum() > 0
 
 
 @pytest.mark.parametrize(

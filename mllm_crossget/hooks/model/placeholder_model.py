@@ -89,6 +89,8 @@ class ReducedModel(SavedModel):
             follow_layout(handle, layout, kwargs)
         if handle.size_bias:
             _give_log_sizes(self, handle, kwargs)
+        if generating_log_sizes(self) is not None:  # generate forgets what it has encoded itself
+            return _with_alignment(self, super().forward, handle, kwargs)
         with forget_ahead(self, handle.family):
             return _with_alignment(self, super().forward, handle, kwargs)
 

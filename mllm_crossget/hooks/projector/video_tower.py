@@ -10,7 +10,6 @@ from torch import nn
 from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.hooks.ground.state import Handle
 from mllm_crossget.hooks.projector.features import ReducedFeatures, TowerPlaces, encoded_ahead, tower_features
-from mllm_crossget.hooks.projector.groups import groups_of, joined_groups, with_groups
 from mllm_crossget.methods.method import Place
 
 _TOWERS = "_mllm_crossget_towers"
@@ -43,11 +42,4 @@ class TwoTowersFeatures(ReducedFeatures):
         if ahead is not None:
             return ahead
         places: TowerPlaces = self.__dict__[_TOWERS]["video"]
-        output = tower_features(self, places, super().get_video_features, args, kwargs)
-        frames = groups_of(output)
-        if frames is None or isinstance(output, tuple):
-            return output
-        pixels = args[0] if args else kwargs["pixel_values_videos"]
-        count = pixels.shape[1]  # of every video
-        own = [frames[first : first + count] for first in range(0, len(frames), count)]
-        return with_groups(output, [joined_groups(part, [places.placeholders] * len(part)) for part in own])
+        return tower_features(self, places, super().get_video_features, args, kwargs)

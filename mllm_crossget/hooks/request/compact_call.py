@@ -208,7 +208,7 @@ def shrink_new_columns(
     }
     in_grid = handle.family.positions is Positions.GRID
     keeps_positions = keeps_positions_on(handle, layout)
-    groups = groups_of_call(model, handle, kwargs) if handle.size_bias or keeps_positions else None
+    groups = groups_of_call(model, handle, kwargs, images) if handle.size_bias or keeps_positions else None
     compaction = plan_compaction(ids, mask, images, left, keeps_positions, groups)
     deltas = None
     if in_grid:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mllm_crossget.families.modality import Modality, all_of
 from mllm_crossget.hooks.ground.state import Handle, MergeState
 from mllm_crossget.hooks.projector.features import ahead_of, encode_ahead
-from mllm_crossget.hooks.projector.groups import groups_of
+from mllm_crossget.hooks.projector.groups import groups_of, joined_groups
 
 
 def given_features(modality: Modality, kwargs: dict[str, Any]) -> Any:
@@ -124,7 +124,10 @@ def expected_counts(
 
 
 def groups_of_call(
-    model: nn.Module, handle: Handle, kwargs: dict[str, Any]
+    model: nn.Module,
+    handle: Handle,
+    kwargs: dict[str, Any],
+    images: dict[int, list[tuple[int, int]]] | None = None,
 ) -> dict[int, list[tuple[Tensor, Tensor]]] | None:
     """By the placeholder's token id, (k,) sizes and (k,) places of every image's features; encodes the images.
 
@@ -146,6 +149,13 @@ def groups_of_call(
             )
         if groups is None:  # nothing was merged: features are the untouched model's
             return None
+        counts = (images or {}).get(token_of(model, modality), [])
+        frames = len(groups) // len(counts) if counts else 1
+        if frames > 1:  # encoded frame by frame, counted by the video
+            groups = [
+                joined_groups(groups[video * frames : (video + 1) * frames], [n // frames] * frames)
+                for video, (n, _) in enumerate(counts)
+            ]
         found[token_of(model, modality)] = [tuple(one) for one in groups]
     return found
 
