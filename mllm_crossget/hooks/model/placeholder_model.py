@@ -255,12 +255,12 @@ def _with_alignment(model: nn.Module, forward: Any, handle: Handle, kwargs: dict
         return forward(**kwargs)
     with forget_ahead(model, family), _recording(model, handle, kwargs) as (vision, text):
         output = forward(**kwargs)
-    if isinstance(output, tuple):
-        return output
-    if vision and text and present(handle, kwargs):  # generate has encoded the images ahead, without their arguments
-        rows = images_per_row(model, handle, kwargs)
-    else:
-        rows = _images_of_rows(model, handle, kwargs, vision, text)
+        if isinstance(output, tuple):
+            return output
+        if vision and text and present(handle, kwargs):  # generate has encoded the images ahead, without arguments
+            rows = images_per_row(model, handle, kwargs)
+        else:
+            rows = _images_of_rows(model, handle, kwargs, vision, text)
     towards = [
         [module_at(model, path) for path in paths] for paths in (family.vision_projection, family.text_projection)
     ]
