@@ -66,8 +66,8 @@ def test_merge_and_unload_keeps_tokens_and_logits(trained):
 def test_files_of_a_run(trained):
     folder = trained[0]
     names = {path.name for path in folder.iterdir()}
-    assert {"adapter_model.safetensors", "adapter_config.json", "crossget.safetensors", "crossget_config.json"} <= names
-    assert {"trainer_state.json", "optimizer.pt", "crossget.safetensors"} <= {
+    assert {"adapter_model.safetensors", "adapter_config.json", "crossget_weights", "crossget_config.json"} <= names
+    assert {"trainer_state.json", "optimizer.pt", "crossget_weights"} <= {
         path.name for path in (folder / "checkpoint-4").iterdir()
     }
     assert json.loads((folder / "adapter_config.json").read_text())["modules_to_save"] == ["cross_tokens"]

@@ -20,6 +20,7 @@ from mllm_crossget.cli import main
 from mllm_crossget.training import Collator, TrainingData, load_finetuned, load_records, lora_config
 from mllm_crossget.training.pairs import prompt_tokens_per_image
 from mllm_crossget.training.records import BadSampleError
+from tests.helpers.small_files import weights_in
 from tests.helpers.tiny_blip import IMAGE, tiny_blip, tiny_blip2
 from tests.helpers.toy import losses, toy_trainer
 
@@ -141,7 +142,7 @@ def test_lora_is_trained_saved_and_loaded(work, tmp_path) -> None:
     for part in ("decoder.layers.1.fc2.lora_A", "vision_model.encoder.cross_tokens", "decoder.cross_tokens",
                  "language_projection.weight"):  # fmt: skip
         assert any(part in name for name in names), part
-    assert set(load_file(tmp_path / "crossget.safetensors")) == {"vision.cross", "text.cross"}
+    assert set(load_file(weights_in(tmp_path))) == {"vision.cross", "text.cross"}
     model = load_finetuned(Blip2ForConditionalGeneration.from_pretrained(work / "model"), tmp_path)
     pixels = torch.randn(2, 3, 96, 96)
     trained = model.generate(pixel_values=pixels, max_new_tokens=3)
@@ -155,7 +156,7 @@ def test_bridge_tuning_leaves_the_language_model_alone(work, tmp_path) -> None:
     assert {"query_tokens", "language_projection.weight"} <= changed
     assert any(name.startswith("vision_model") for name in changed)
     assert not any(name.startswith("language_model") for name in changed)
-    assert load_file(tmp_path / "crossget.safetensors")["text.cross"].abs().sum() > 0
+    assert load_file(weights_in(tmp_path))["text.cross"].abs().sum() > 0
 
 
 def test_accumulated_micro_batches_of_t5_are_the_whole_batch(tmp_path, processor) -> None:

@@ -119,18 +119,20 @@ def two_checkpoints(tmp_path_factory):
         ("optimizer.pt", "truncate"),
         ("rng_state.pth", "truncate"),
         ("checkpoint-is-incomplete.txt", "write"),
+        ("crossget_config.json", "truncate"),
+        ("crossget_weights", "truncate"),
+        ("crossget_weights", "remove"),
     ],
 )
 def test_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, two_checkpoints, name, damage):
     folder = tmp_path / "run"
     shutil.copytree(two_checkpoints, folder)
     path = folder / "checkpoint-4" / name
+    path = next(path.iterdir()) if path.is_dir() else path
     if damage == "write":
         path.write_text("")
     elif damage == "remove":
         path.unlink()
-        if name.startswith("adapter"):
-            (folder / "checkpoint-4" / "crossget.safetensors").unlink()
     else:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.warns(UserWarning, match="checkpoint-4 is not complete"):

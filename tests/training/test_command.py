@@ -13,6 +13,7 @@ from safetensors.torch import load, load_file
 from mllm_crossget.cli import COMMANDS, main, parse_command
 from mllm_crossget.embedded.architecture import build_model
 from mllm_crossget.training import load_finetuned
+from tests.helpers.small_files import weights_in
 
 CONFIGS = Path(__file__).parents[2] / "scripts" / "configs"
 
@@ -79,7 +80,7 @@ def test_other_ways_of_tuning(work, tmp_path, tuning):
     changed = {name for name in saved if not torch.equal(saved[name], before[name])}
     assert not any("vision_tower" in name for name in changed)
     assert bool(changed) == (tuning == "full")
-    assert load_file(tmp_path / "crossget_weights")["vision.cross"].abs().sum() > 0
+    assert load_file(weights_in(tmp_path))["vision.cross"].abs().sum() > 0
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def test_push_to_hub_uploads_everything_that_loading_needs(tmp_path, monkeypatch
     trainer.push_to_hub()
     repo, names, ignored = uploads[-1]
     assert repo == "someone/toy"
-    needed = {"adapter_model.safetensors", "adapter_config.json", "crossget.safetensors", "crossget_config.json"}
+    needed = {"adapter_model.safetensors", "adapter_config.json", "crossget_weights", "crossget_config.json"}
     assert needed | {"README.md"} <= names
     assert not any(Path(name).match(pattern) for name in needed for pattern in ignored or [])
     assert "crossget" in (tmp_path / "README.md").read_text()

@@ -26,9 +26,10 @@ from mllm_crossget.training import (
     lora_config,
     method_for,
 )
+from tests.helpers.small_files import weights_in
+from tests.helpers.tiny_blip import blip2_batch, tiny_blip2
 from tests.helpers.reference import guidance
 from tests.helpers.tiny import pixels, tiny_llava
-from tests.helpers.tiny_blip import blip2_batch, tiny_blip2
 from tests.helpers.toy import IMAGE, PLACEHOLDERS, ToySamples, losses, toy_arguments
 
 SIZES = {"alignment_tokens": 6, "alignment_width": 10}
@@ -170,7 +171,7 @@ def test_an_adapter_brings_its_alignment_tokens_and_thresholds(tmp_path) -> None
     batch = {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels(again, 1)}
     assert torch.equal(again.eval()(**batch).logits, trainer.model.eval()(**batch).logits)
     assert handle_of(again).method == handle_of(trainer.model).method
-    learned = load_file(tmp_path / "crossget.safetensors")
+    learned = load_file(weights_in(tmp_path))
     assert learned["alignment.text_maps.0.weight"].abs().sum() > 0
     with pytest.raises(ValueError, match="holds alignment tokens"):
         check_adapter(accelerate_mllm(tiny_llava(), CrossGetConfig()), tmp_path)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import get_peft_model
+from safetensors.torch import load_file
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 
-from mllm_crossget import CrossGetConfig, accelerate_mllm
+from mllm_crossget import CrossGetConfig, accelerate_mllm, load_crossget
 from mllm_crossget.training import load_finetuned, lora_config, prepare_quantized, quantization_config
-from tests.helpers.tiny import tiny_llava
+from tests.helpers.tiny import prompt_batch, randomise_cross_tokens, tiny_llava
 from tests.helpers.toy import ToySamples, losses, toy_trainer
 
 pytest.importorskip("bitsandbytes")
@@ -52,3 +53,19 @@ def test_trains_after_an_evaluation_too(tmp_path, stored, bits):
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):  # which the trainer left on its model's forward
         wanted, found = model.eval()(**batch).logits, again.eval()(**batch).logits
     assert torch.equal(wanted.float(), found.float())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_saved_model_holds_stock_weights_alone(tmp_path, stored, bits):
+    """transformers asks a quantiser for the state dict, and leaves aside the one that it is given."""
+    model = accelerate_mllm(quantized(stored, bits), keep_ratio=0.5)
+    randomise_cross_tokens(model)
+    model.save_pretrained(tmp_path)
+    assert not any("cross_tokens" in name for name in load_file(tmp_path / "model.safetensors"))
+    again, report = LlavaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["unexpected_keys"]
+    load_crossget(again, tmp_path)
+    batch = prompt_batch(model, (1, 1))
+    batch["pixel_values"] = batch["pixel_values"].bfloat16()
+    with torch.no_grad():
+        assert torch.equal(again.eval()(**batch).logits, model.eval()(**batch).logits)
