@@ -86,10 +86,10 @@ def accelerate_mllm(
         apply_method(target, family, geometry, chosen, dict(before.tokens))
         vars(target)[HANDLE].adapter = before.adapter
         _set_cache(target, old, reuse_vision)
+        return model
     except BaseException:
         before.give_back()
         raise
-    return model
 
 
 def _set_cache(model: nn.Module, old: Handle | None, wanted: bool | VisionCache | None = None) -> None:

@@ -31,7 +31,7 @@ from mllm_crossget.hooks.model.cross_files import (
     weights_entry,
     write_files,
 )
-from mllm_crossget.transaction import recorded_change, take_off_adapter, unchanged_after_error
+from mllm_crossget.transaction import adapter_put_on, take_off_adapter, unchanged_after_error
 
 ADAPTER_NAME = "adapter_model.safetensors"
 OFFICIAL_WEIGHTS_NAME = "cross_tokens.bin"
@@ -99,7 +99,7 @@ def load_crossget(
             _put_tokens(model, tensors, path)
         if new is not None:
             _put_adapter(model, new, hub_kwargs)
-    return model
+        return model
 
 
 def _read_saved(
@@ -164,7 +164,7 @@ def load_official_cross_tokens(model: Model, path: str | Path, config: Reduction
     with unchanged_after_error(model):
         accelerate_mllm(model, chosen)
         _put_tokens(model, tensors, file)
-    return model
+        return model
 
 
 def _read_official(file: Path) -> dict[str, Tensor]:
@@ -255,14 +255,13 @@ def check_adapter_file(name_or_path: str | Path, **hub_kwargs: Any) -> None:
 def _put_adapter(model: nn.Module, folder: str, hub_kwargs: dict[str, Any]) -> None:
     target: Any = base_model(model)
     try:
-        with recorded_change(target) as changes:
+        with adapter_put_on(target):
             report = target.load_adapter(folder, adapter_kwargs=dict(hub_kwargs))
             _check_report(report, folder)
     except OSError:
         raise
     except Exception as error:  # PEFT raises anything for a configuration that is not its own
         raise ValueError(f"the adapter in {folder} cannot be loaded: {type(error).__name__}: {error}") from error
-    _handle(target).adapter = changes[0]
 
 
 def _check_report(report: Any, folder: str) -> None:

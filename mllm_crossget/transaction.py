@@ -63,7 +63,17 @@ class Before:
         )
 
     def give_back(self) -> None:
-        """Make the model what it was: settings, learned modules and their values, adapter, kept images."""
+        """Make the model what it was: settings, learned modules and their values, adapter, kept images.
+
+        An interrupt (Ctrl-C) is raised when that is done.
+        """
+        try:
+            self._give_back()
+        except BaseException:
+            self._give_back()  # every step of it can be done again
+            raise
+
+    def _give_back(self) -> None:
         now = handle_of(self.model)
         if now is not None and now.adapter is not self.adapter:
             take_off_adapter(self.model)
@@ -108,19 +118,23 @@ def unchanged_after_error(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def recorded_change(root: nn.Module) -> Iterator[list[TreeChange]]:
-    """Record what the ``with`` block changes in a tree of modules; after an error it is taken back.
+def adapter_put_on(model: nn.Module) -> Iterator[None]:
+    """Remember what the ``with`` block changes in an accelerated model's tree of modules as ``Handle.adapter``.
 
-    Yields a list that holds the change behind the block.
+    After an error, Ctrl-C too, it is taken back.
     """
-    state = TreeState.of(root)
-    found: list[TreeChange] = []
+    handle: Handle = vars(model)[HANDLE]
+    state = TreeState.of(model)
     try:
-        yield found
+        yield
+        handle.adapter = TreeChange.since(state).without_attribute("training")
     except BaseException:
-        TreeChange.since(state).undo()
+        try:
+            TreeChange.since(state).undo()
+        except BaseException:  # a second interrupt
+            TreeChange.since(state).undo()
+            raise
         raise
-    found.append(TreeChange.since(state).without_attribute("training"))
 
 
 def take_off_adapter(model: nn.Module) -> None:

@@ -19,9 +19,9 @@ from transformers import BitsAndBytesConfig
 from mllm_crossget.checkpoint import ADAPTER_NAME, check_adapter_file, load_crossget
 from mllm_crossget.config import CONFIG_NAME, find_file
 from mllm_crossget.families.family import language_layers_of, module_at
-from mllm_crossget.hooks.ground.state import HANDLE, Handle, base_model, handle_of, wrapped_by_peft
+from mllm_crossget.hooks.ground.state import Handle, base_model, handle_of, wrapped_by_peft
 from mllm_crossget.support import supported_model
-from mllm_crossget.transaction import recorded_change, unchanged_after_error
+from mllm_crossget.transaction import adapter_put_on, unchanged_after_error
 
 _PROJECTOR_MODES = ("lora", "full")
 
@@ -201,12 +201,11 @@ def load_finetuned(model: nn.Module, name_or_path: str | Path, **hub_kwargs: Any
         load_crossget(target, name_or_path, adapter=False, **hub_kwargs)  # takes an adapter of ours off
         check_adapter(target, name_or_path, **hub_kwargs)
         try:
-            with recorded_change(target) as changes:
+            with adapter_put_on(target):
                 wrapped = PeftModel.from_pretrained(target, str(Path(name_or_path).expanduser()), **hub_kwargs)
         except OSError:
             raise
         except Exception as error:  # PEFT raises anything for a configuration that is not its own
             reason = f"{type(error).__name__}: {error}"
             raise ValueError(f"the adapter in {name_or_path} cannot be loaded: {reason}") from error
-        vars(target)[HANDLE].adapter = changes[0]
-    return wrapped
+        return wrapped

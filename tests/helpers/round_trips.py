@@ -86,4 +86,4 @@ def _equal(found: list[Tensor], wanted: list[Tensor], what: str) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    check(case_of(sys.argv[1]), sorted(path for path in Path(sys.argv[2]).iterdir() if path.is_dir()))
+    check(case_of(sys.argv[1]), sorted(path for path in Path(sys.argv[2]).iterdir() if path.is_dir()), back=False)

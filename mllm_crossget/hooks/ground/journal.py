@@ -56,8 +56,11 @@ class Journal:
                     _undo(entry)
             yield
         finally:
-            for kind, target, what, value in now:
-                _undo((kind, target, value if kind == "class" else what, value))
+            try:
+                _write_all(now)
+            except BaseException:  # an interrupt is raised when that is done
+                _write_all(now)
+                raise
 
     def _present(self) -> list[tuple[str, Any, Any, Any]]:
         """Classes and attributes of everything that was changed, as they are: each target once."""
@@ -91,6 +94,11 @@ class Journal:
             (kind, target, class_of(*what) if kind == "class" else what, old)
             for kind, target, what, old in state["_entries"]
         ]
+
+
+def _write_all(found: list[tuple[str, Any, Any, Any]]) -> None:
+    for kind, target, what, value in found:
+        _undo((kind, target, value if kind == "class" else what, value))
 
 
 def _undo(entry: tuple[str, Any, Any, Any]) -> None:
