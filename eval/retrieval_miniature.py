@@ -30,6 +30,7 @@ from tqdm import tqdm
 from transformers import CLIPModel, HfArgumentParser
 
 from mllm_crossget import ReductionConfig, accelerate_mllm, retrieval_ranks
+from mllm_crossget.atomic_files import write_text
 from mllm_crossget.config import method_class
 from mllm_crossget.costs.flops import model_flops
 from mllm_crossget.embedded.dual_encoder import LAYERS, RetrievalSet, build_tokenizer, caption, held_out_set, tokenize
@@ -279,7 +280,7 @@ def main() -> None:
         result = run_once(options, plan, test)  # type: ignore[arg-type]
         add_run(folder, plan.name, result)
     made = summary(options)
-    (folder / "summary.json").write_text(json.dumps(made, indent=1) + "\n")
+    write_text(folder / "summary.json", json.dumps(made, indent=1) + "\n")
     for row in made["rows"]:
         print(row["method"], row["budget"], "tuned" if row["tuned"] else "free", row["gflops"],
               *(row[direction]["recall@1"] for direction in DIRECTIONS))  # fmt: skip

@@ -34,6 +34,7 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from mllm_crossget import CrossGetConfig, MadtpConfig, accelerate_mllm, restore_mllm, save_crossget
+from mllm_crossget.atomic_files import write_text
 from mllm_crossget.config import POSITIONS
 from mllm_crossget.costs.flops import model_flops
 from mllm_crossget.embedded import Accuracy, load_embedded
@@ -190,7 +191,7 @@ def main() -> None:
     questions = pair_questions(options.questions)
     path = folder / "training_free.json"
     if not path.exists():
-        path.write_text(json.dumps(training_free(options, questions), indent=1) + "\n")
+        write_text(path, json.dumps(training_free(options, questions), indent=1) + "\n")
     runs = [(f"{arm}_{seed}", arm, seed) for seed in options.seeds for arm in options.arms]
     done = read_runs(folder)
     for name, arm, seed in tqdm([run for run in runs if run[0] not in done], desc="runs"):
@@ -199,7 +200,7 @@ def main() -> None:
         return  # nothing to compare with
     done = read_runs(folder)
     report = summary([done[name] for name, _, _ in runs])
-    (folder / "summary.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_text(folder / "summary.json", json.dumps(report, indent=2) + "\n")
     print(json.dumps(report, indent=2))
 
 

@@ -254,14 +254,30 @@ def check_adapter_file(name_or_path: str | Path, **hub_kwargs: Any) -> None:
 
 def _put_adapter(model: nn.Module, folder: str, hub_kwargs: dict[str, Any]) -> None:
     target: Any = base_model(model)
+    known = {id(parameter) for parameter in target.parameters()}
     try:
         with adapter_put_on(target):
             report = target.load_adapter(folder, adapter_kwargs=dict(hub_kwargs))
             _check_report(report, folder)
+            check_new_weights(target, known)
     except OSError:
         raise
     except Exception as error:  # PEFT raises anything for a configuration that is not its own
         raise ValueError(f"the adapter in {folder} cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+def check_new_weights(model: nn.Module, known: set[int]) -> None:
+    """Raise ``ValueError`` if parameters that came with an adapter cannot hold its values in their own type.
+
+    Args:
+        model: with the adapter.
+        known: identities of the parameters that were there before.
+    """
+    for name, one in model.named_parameters():
+        if id(one) not in known and not one.is_meta and not torch.isfinite(one.double()).all():
+            raise ValueError(
+                f"{name} holds values that {one.dtype} cannot hold; load the model in torch.bfloat16 or torch.float32"
+            )
 
 
 def _check_report(report: Any, folder: str) -> None:

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
 
 from mllm_crossget import accelerate_mllm, generate_in_batches, load_crossget, reuse_vision
+from mllm_crossget.atomic_files import write_text
 from mllm_crossget.embedded import WEIGHTS_FOLDER
 from mllm_crossget.user_files import open_picture
 
@@ -65,7 +66,7 @@ def main() -> None:
         output = Path(options.output)
         output.parent.mkdir(parents=True, exist_ok=True)
         lines = [json.dumps({**row, "answer": text}) for row, text in zip(questions, answers, strict=True)]
-        output.write_text("".join(f"{line}\n" for line in lines))
+        write_text(output, "".join(f"{line}\n" for line in lines))
         print(f"{len(lines)} answers in {output}; process 0: {reuse_vision(model)}")
     accelerator.end_training()
 

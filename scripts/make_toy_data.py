@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
+from mllm_crossget.atomic_files import write_text
 from mllm_crossget.embedded import KINDS
 from mllm_crossget.embedded.questions import ask
 from mllm_crossget.embedded.scenes import render, sample_layouts, to_image
@@ -41,7 +42,7 @@ def main() -> None:
         to_image(render(layouts.select(slice(index, index + 1)))[0][0]).save(folder / name)
         turns = [{"from": "human", "value": f"<image>\n{pair[0]}"}, {"from": "gpt", "value": pair[1]}]
         rows.append({"id": f"{index:06d}", "image": name, "conversations": turns})
-    (folder / "train.json").write_text(json.dumps(rows) + "\n")
+    write_text(folder / "train.json", json.dumps(rows) + "\n")
 
 
 if __name__ == "__main__":

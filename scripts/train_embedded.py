@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoProcessor, HfArgumentParser, LlavaForConditionalGeneration
 
+from mllm_crossget.atomic_files import append_lines, write_text
 from mllm_crossget.embedded import WEIGHTS_FOLDER, answer, held_out_questions, score
 from mllm_crossget.embedded.architecture import build_model, build_processor
 from mllm_crossget.embedded.pretraining import (
@@ -99,8 +100,9 @@ class Run:
 
     def log(self, **numbers: object) -> None:
         """Append a line of JSON to the run's log."""
-        with open(self.folder / "log.jsonl", "a") as file:
-            file.write(json.dumps({"step": self.step, "minutes": round(self.seconds / 60, 2), **numbers}) + "\n")
+        append_lines(
+            self.folder / "log.jsonl", [{"step": self.step, "minutes": round(self.seconds / 60, 2), **numbers}]
+        )
 
 
 def make_optimizer(model: torch.nn.Module, heads: torch.nn.Module, options: Options) -> torch.optim.AdamW:
@@ -224,7 +226,7 @@ def export(run: Run) -> None:
             "transformers": transformers.__version__,
         },
     }
-    (folder / "scores.json").write_text(json.dumps(record, indent=2) + "\n")
+    write_text(folder / "scores.json", json.dumps(record, indent=2) + "\n")
     print(json.dumps(record, indent=2))
 
 

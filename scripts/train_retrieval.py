@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import CLIPModel, HfArgumentParser
 
+from mllm_crossget.atomic_files import append_lines, write_text
 from mllm_crossget.embedded.dual_encoder import (
     RetrievalSet,
     SceneHeads,
@@ -96,8 +97,9 @@ class Run:
 
     def log(self, **numbers: object) -> None:
         """Append a line of JSON to the run's log."""
-        with open(self.folder / "log.jsonl", "a") as file:
-            file.write(json.dumps({"step": self.step, "minutes": round(self.seconds / 60, 2), **numbers}) + "\n")
+        append_lines(
+            self.folder / "log.jsonl", [{"step": self.step, "minutes": round(self.seconds / 60, 2), **numbers}]
+        )
 
 
 def make_optimizer(model: torch.nn.Module, heads: torch.nn.Module, options: Options) -> torch.optim.AdamW:
@@ -220,7 +222,7 @@ def export(run: Run) -> None:
             "transformers": transformers.__version__,
         },
     }
-    (run.folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    write_text(run.folder / "training.json", json.dumps(record, indent=2) + "\n")
     print(json.dumps(record, indent=2))
 
 

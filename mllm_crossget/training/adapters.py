@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import BitsAndBytesConfig
 
-from mllm_crossget.checkpoint import ADAPTER_NAME, check_adapter_file, load_crossget
+from mllm_crossget.checkpoint import ADAPTER_NAME, check_adapter_file, check_new_weights, load_crossget
 from mllm_crossget.config import CONFIG_NAME, find_file
 from mllm_crossget.families.family import language_layers_of, module_at
 from mllm_crossget.hooks.ground.state import Handle, base_model, handle_of, wrapped_by_peft
@@ -201,8 +201,10 @@ def load_finetuned(model: nn.Module, name_or_path: str | Path, **hub_kwargs: Any
         load_crossget(target, name_or_path, adapter=False, **hub_kwargs)  # takes an adapter of ours off
         check_adapter(target, name_or_path, **hub_kwargs)
         try:
+            known = {id(parameter) for parameter in target.parameters()}
             with adapter_put_on(target):
                 wrapped = PeftModel.from_pretrained(target, str(Path(name_or_path).expanduser()), **hub_kwargs)
+                check_new_weights(target, known)
         except OSError:
             raise
         except Exception as error:  # PEFT raises anything for a configuration that is not its own

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import subprocess
 import sys
 
 import pytest
@@ -13,8 +14,9 @@ from torch import nn
 from mllm_crossget import accelerate_mllm, load_crossget, restore_mllm, save_crossget, unsupported_reason
 from mllm_crossget.families import families
 from mllm_crossget.hooks.ground.state import handle_of
-from tests.helpers.families.cases import all_cases
 from tests.helpers.fingerprints import assert_identical, fingerprint
+from tests.helpers.families.cases import all_cases
+from tests.helpers.interrupts import interrupted
 from tests.helpers.methods import METHODS, prepare
 from tests.helpers.tiny import prompt_batch, randomise_cross_tokens, tiny_llava
 
@@ -87,32 +89,15 @@ def test_other_wrappers_are_refused_by_name() -> None:
 def test_an_interrupted_restore_can_be_completed(method) -> None:
     model = tiny_llava()
     before = fingerprint(model)
-    at, hit = 1, True
-    while hit:
+    at = 1
+    while True:
         prepare(model, method=method)
-        count, hit = 0, False
-
-        def tracer(frame, event, arg, at=at):
-            nonlocal count, hit
-            if "mllm_crossget" not in frame.f_code.co_filename:
-                return None
-            if event == "line":
-                count += 1
-                if count == at:
-                    hit = True
-                    raise KeyboardInterrupt
-            return tracer
-
-        sys.settrace(tracer)
-        try:
-            restore_mllm(model)
-        except KeyboardInterrupt:
-            pass
-        finally:
-            sys.settrace(None)
+        hit = interrupted(lambda: restore_mllm(model), at)
         restore_mllm(model)
         assert [type(module) for module in model.modules()] == before["classes"]
         assert [sorted(vars(module)) for module in model.modules()] == before["attributes"]
+        if not hit:
+            break
         at += 17
     assert at > 100
     assert_identical(fingerprint(model), before)
@@ -135,6 +120,20 @@ def test_an_accelerated_model_is_pickled(way, method) -> None:
     assert handle_of(again) is not handle_of(model)
     assert_identical(fingerprint(restore_mllm(again)), fingerprint(tiny_llava()))
     assert_identical(fingerprint(model), expected)
+
+
+def test_a_pickled_model_answers_in_another_process(tmp_path) -> None:
+    model = tiny_llava()
+    batch = prompt_batch(model, (2, 0, 1))
+    torch.save(accelerate_mllm(model), tmp_path / "model")
+    with torch.no_grad():
+        torch.save((batch, model(**batch).logits), tmp_path / "answer")
+    code = "import sys, torch\ntorch.set_num_threads(1)\ntorch.set_grad_enabled(False)\n"
+    code += "model, (batch, logits) = (torch.load(path, weights_only=False) for path in sys.argv[1:])\n"
+    code += "assert torch.equal(model(**batch).logits, logits)"
+    words = [sys.executable, "-c", code, str(tmp_path / "model"), str(tmp_path / "answer")]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("case", all_cases(), ids=lambda case: case.name)

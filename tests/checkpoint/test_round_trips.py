@@ -29,7 +29,7 @@ def kinds(case: Case) -> list[tuple[str, str, torch.dtype]]:
     return [
         *((method, "none", torch.float32) for method in methods),
         *((method, adapter, torch.float32) for method in learning for adapter in adapters),
-        *((method, "none", dtype) for method in learning for dtype in (torch.bfloat16, torch.float64)),
+        *((method, "none", dtype) for method in learning for dtype in (torch.bfloat16, torch.float16)),
     ]
 
 

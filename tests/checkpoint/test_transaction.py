@@ -19,14 +19,17 @@ from mllm_crossget import (
     restore_mllm,
     save_crossget,
 )
+from mllm_crossget.api import unreduced
 from mllm_crossget.hooks.ground.state import handle_of, live_cross_tokens
 from mllm_crossget.training import load_finetuned, lora_config
 from tests.helpers.fingerprints import assert_identical, fingerprint
 from tests.helpers.small_files import learned, logits, official_state
+from tests.helpers.interrupts import interrupted
 from tests.helpers.tiny import randomise_cross_tokens, tiny_llava
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT's own look-up
 ADAPTER = "adapter_model.safetensors"
+STATES = ("stock", "accelerated", "with adapter")
 
 
 def fine_tune(folder, seed: int, **settings):
@@ -75,7 +78,7 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("state", ["stock", "accelerated", "with adapter"])
+@pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_adapter_leaves_the_model_as_it_was(damage, state, runs, tmp_path) -> None:
     shutil.copytree(runs[0] / "a", tmp_path / "a")
@@ -134,26 +137,41 @@ def test_an_adapter_of_the_users_is_not_replaced(runs) -> None:
         load_finetuned(get_peft_model(tiny_llava(), LoraConfig(r=2, target_modules=["q_proj"])), runs[0] / "a")
 
 
-def test_an_interrupt_while_tokens_are_written_leaves_the_model_as_it_was(monkeypatch, tmp_path) -> None:
+def _for_a_while(model) -> None:
+    with accelerated(model, method="madtp", alignment_tokens=7, reference=True):
+        pass
+
+
+def _untouched(model) -> None:
+    with unreduced(model):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("what", "state"),
+    [
+        *((what, state) for what in ("accelerate", "load", "official", "accelerated") for state in STATES),
+        *(("unreduced", state) for state in STATES if state != "stock"),
+    ],
+)
+def test_an_interrupt_anywhere_leaves_the_model_as_it_was(what, state, runs, tmp_path) -> None:
     torch.save(official_state(), tmp_path / "cross_tokens.bin")
-    model = learned("madtp", alignment_tokens=5)
-    before = fingerprint(model)
-    original, calls = torch.Tensor.copy_, [0]
-
-    def interrupted(self, source, *args):
-        calls[0] += source.shape == (3, 32)  # of the second tensor in the file
-        if calls[0] == 1:
-            calls[0] += 1
-            original(self, source)
-            raise KeyboardInterrupt
-        return original(self, source, *args)
-
-    monkeypatch.setattr(torch.Tensor, "copy_", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        load_official_cross_tokens(model, tmp_path, CrossGetConfig(r=2))
-    monkeypatch.undo()
-    assert calls[0] > 1
-    assert_identical(fingerprint(model), before)
+    model = tiny_llava() if state == "stock" else learned("madtp", alignment_tokens=5)
+    if state == "with adapter":
+        load_crossget(model, runs[0] / "b")
+    call = {
+        "accelerate": lambda: accelerate_mllm(model, method="tome", keep_ratio=0.3),
+        "load": lambda: load_crossget(model, runs[0] / "a"),
+        "official": lambda: load_official_cross_tokens(model, tmp_path, CrossGetConfig(r=2)),
+        "accelerated": lambda: _for_a_while(model),
+        "unreduced": lambda: _untouched(model),
+    }[what]
+    before, classes, at = logits(model), [type(module) for module in model.modules()], 1
+    while interrupted(call, at):
+        assert torch.equal(logits(model), before), at
+        assert [type(module) for module in model.modules()] == classes, at
+        at = int(at * 1.4) + 3
+    assert at > 100
 
 
 @pytest.mark.parametrize("inside", ["other alignment tokens", "load", "train", "restore"])
@@ -188,3 +206,18 @@ def test_half_precision_refuses_what_it_cannot_hold(tmp_path) -> None:
         load_crossget(half, tmp_path)
     assert [type(module) for module in half.modules()] == classes
     load_crossget(tiny_llava().bfloat16(), tmp_path)
+
+
+@pytest.mark.parametrize("load", [load_crossget, load_finetuned])
+def test_half_precision_refuses_an_adapter_that_it_cannot_hold(load, runs, tmp_path) -> None:
+    shutil.copytree(runs[0] / "a", tmp_path / "a")
+    _edit(tmp_path / "a", lambda one: one * 1e9)
+    half = tiny_llava().half()
+    classes = [type(module) for module in half.modules()]
+    if load is load_finetuned:  # PEFT keeps its own weights in float32
+        half = load(half, tmp_path / "a")
+    else:
+        with pytest.raises(ValueError, match="cannot hold"):
+            load(half, tmp_path / "a")
+        assert [type(module) for module in half.modules()] == classes
+    assert all(torch.isfinite(parameter).all() for parameter in half.parameters())

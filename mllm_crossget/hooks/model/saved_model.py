@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from transformers import PreTrainedModel, modeling_utils
 
 from mllm_crossget.atomic_files import TEMPORARY_PATTERN
 from mllm_crossget.families.family import module_at
@@ -25,6 +26,18 @@ _FOR_UPLOADS = ("repo_id", "commit_message", "commit_description", "private", "r
 
 class SavedModel(nn.Module):
     """Mixin for every top-level model."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As the original, for a process that unpickles the model and has built none of its kind.
+
+        transformers 5 notes which outputs a class can record when an instance is built, and would return no hidden
+        states without that note.
+        """
+        super().__setstate__(state)
+        noted = getattr(modeling_utils, "_CAN_RECORD_REGISTRY", None)
+        for module in self.modules() if noted is not None else ():
+            if isinstance(module, PreTrainedModel) and not noted.get(module):
+                noted[module] = module._can_record_outputs
 
     @property
     def _keys_to_ignore_on_save(self) -> set[str]:

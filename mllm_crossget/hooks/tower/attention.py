@@ -92,8 +92,6 @@ def hook_attention(journal: Journal, attention: nn.Module, fused: bool = False) 
     """
     shadow = copy.copy(attention.config)
     shadow.__dict__[_IMPLEMENTATION_FIELD] = IMPLEMENTATION
-    if IMPLEMENTATION not in ALL_ATTENTION_FUNCTIONS.valid_keys():
-        ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, reduced_attention)
     journal.set_attribute(attention, _OWN_CONFIG, attention.config)
     journal.set_attribute(attention, "config", shadow)
     journal.set_attribute(attention, _SLOT, None)
@@ -272,3 +270,7 @@ def _with_bias_column(
     query = nn.functional.pad(torch.cat([query, ones], dim=-1), (0, 7))
     key = nn.functional.pad(torch.cat([key, column], dim=-1), (0, 7))
     return query, key, nn.functional.pad(value, (0, 8)), width
+
+
+# A name of our own beside the stock ones. With the import: an accelerated model that another process unpickles has it.
+ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, reduced_attention)

@@ -1,0 +1,33 @@
+"""Ctrl-C at a chosen line of the package."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+
+def interrupted(call: Callable[[], Any], at: int) -> bool:
+    """Run a function and raise ``KeyboardInterrupt`` in its ``at``-th line of the package; whether it came so far."""
+    count, hit = 0, False
+
+    def tracer(frame: Any, event: str, arg: Any) -> Any:
+        nonlocal count, hit
+        if "mllm_crossget/" not in frame.f_code.co_filename:
+            return None
+        if event == "line":
+            count += 1
+            if count == at:
+                hit = True
+                raise KeyboardInterrupt
+        return tracer
+
+    before = sys.gettrace()
+    sys.settrace(tracer)
+    try:
+        call()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(before)
+    return hit
