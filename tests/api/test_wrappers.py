@@ -14,8 +14,8 @@ from torch import nn
 from mllm_crossget import accelerate_mllm, load_crossget, restore_mllm, save_crossget, unsupported_reason
 from mllm_crossget.families import families
 from mllm_crossget.hooks.ground.state import handle_of
-from tests.helpers.fingerprints import assert_identical, fingerprint
 from tests.helpers.families.cases import all_cases
+from tests.helpers.fingerprints import assert_identical, fingerprint
 from tests.helpers.interrupts import interrupted
 from tests.helpers.methods import METHODS, prepare
 from tests.helpers.tiny import prompt_batch, randomise_cross_tokens, tiny_llava

@@ -12,9 +12,9 @@ import torch
 
 from mllm_crossget import method_names
 from mllm_crossget.families import families
-from tests.helpers.round_trips import ADAPTERS, case_of, check, save
 from tests.helpers.families.cases import Case, all_cases
 from tests.helpers.methods import DYNAMIC, METHODS
+from tests.helpers.round_trips import ADAPTERS, case_of, check, save
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT's own look-up

@@ -23,8 +23,8 @@ from mllm_crossget.api import unreduced
 from mllm_crossget.hooks.ground.state import handle_of, live_cross_tokens
 from mllm_crossget.training import load_finetuned, lora_config
 from tests.helpers.fingerprints import assert_identical, fingerprint
-from tests.helpers.small_files import learned, logits, official_state
 from tests.helpers.interrupts import interrupted
+from tests.helpers.small_files import learned, logits, official_state
 from tests.helpers.tiny import randomise_cross_tokens, tiny_llava
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT's own look-up

@@ -26,10 +26,10 @@ from mllm_crossget.training import (
     lora_config,
     method_for,
 )
-from tests.helpers.small_files import weights_in
-from tests.helpers.tiny_blip import blip2_batch, tiny_blip2
 from tests.helpers.reference import guidance
+from tests.helpers.small_files import weights_in
 from tests.helpers.tiny import pixels, tiny_llava
+from tests.helpers.tiny_blip import blip2_batch, tiny_blip2
 from tests.helpers.toy import IMAGE, PLACEHOLDERS, ToySamples, losses, toy_arguments
 
 SIZES = {"alignment_tokens": 6, "alignment_width": 10}
