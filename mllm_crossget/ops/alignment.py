@@ -5,6 +5,8 @@ Shape suffixes: L layers, N images, B rows, D width of the text model.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -40,10 +42,10 @@ def alignment_loss(
     vision = vision_LND.float().repeat_interleave(repeats, dim=0)
     text = text_LBD.float().to(vision.device)[:, row_of_image_N.to(vision.device)]
     log_p, log_q = vision.log_softmax(dim=-1), text.log_softmax(dim=-1)
-    mean = (log_p.exp() + log_q.exp()) / 2
+    log_mean = torch.logaddexp(log_p, log_q) - math.log(2)  # finite also where both probabilities round to 0
     rows = log_p.shape[0] * log_p.shape[1]
     if kl == "js":
-        terms = [(part.exp() * (part - mean.log())).sum() / rows for part in (log_p, log_q)]
+        terms = [(part.exp() * (part - log_mean)).sum() / rows for part in (log_p, log_q)]
     else:
-        terms = [(mean * (mean.log() - part)).sum() / rows for part in (log_p, log_q)]
+        terms = [(log_mean.exp() * (log_mean - part)).sum() / rows for part in (log_p, log_q)]
     return (terms[0] + terms[1]) / 2, terms[0], terms[1]

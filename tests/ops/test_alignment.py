@@ -61,3 +61,13 @@ def test_half_precision_is_compared_in_float32(dtype):
     half = alignment_loss(vision, text, torch.arange(2))
     full = alignment_loss(vision.float(), text.float(), torch.arange(2))
     assert [a.item() for a in half] == [b.item() for b in full]
+
+
+@pytest.mark.parametrize("kl", ["reference", "js"])
+def test_channels_that_both_sides_leave_out_count_as_nothing(kl):
+    """Their probabilities round to 0 in float32; a logarithm of 0 would make the whole loss NaN."""
+    vision = torch.tensor([[[0.0, 1.0, -500.0]]], requires_grad=True)
+    text = torch.tensor([[[1.0, 0.0, -400.0]]], requires_grad=True)
+    loss = alignment_loss(vision, text, torch.tensor([0]), kl)[0]
+    torch.testing.assert_close(loss, alignment_loss(vision[..., :2], text[..., :2], torch.tensor([0]), kl)[0])
+    assert all(torch.isfinite(gradient).all() for gradient in torch.autograd.grad(loss, (vision, text)))

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from mllm_crossget.hooks.ground.bias_channel import with_bias_channel
 from mllm_crossget.hooks.ground.journal import Journal
 
 IMPLEMENTATION = "mllm_crossget_language"
 KEYWORD = "crossget_keys"
 _FIELD = "_attn_implementation_internal"
 _OWN_CONFIG = "_mllm_crossget_language_config"
-_FUSED = 8  # head widths of fused kernels are multiples of this
 
 
 class KeyBias:
@@ -68,8 +68,6 @@ def attention_modules(layer: nn.Module) -> Iterator[nn.Module]:
 
 def hook_language_attention(journal: Journal, layer: nn.Module) -> None:
     """Route the attention of one decoder layer through ``biased_attention``."""
-    if IMPLEMENTATION not in ALL_ATTENTION_FUNCTIONS.valid_keys():
-        ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, biased_attention)
     for attention in attention_modules(layer):
         shadow = copy.copy(attention.config)
         shadow.__dict__[_FIELD] = IMPLEMENTATION
@@ -125,15 +123,5 @@ def with_key_bias(mask: Tensor | None, bias_BK: Tensor, query: Tensor, causal: b
     return mask + bias
 
 
-def with_bias_channel(
-    query: Tensor, key: Tensor, value: Tensor, bias_BK: Tensor, scaling: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Carry the bias in one more channel of the keys, for kernels that take no mask: q·k + 1·(bias / scaling).
-
-    Heads are filled up with zeros to eight more channels, which every fused kernel takes.
-    """
-    column = (bias_BK[:, None, :, None] / scaling).to(key.dtype).expand(-1, key.shape[1], -1, -1)
-    ones = torch.ones_like(query[..., :1])
-    query = nn.functional.pad(torch.cat([query, ones], dim=-1), (0, _FUSED - 1))
-    key = nn.functional.pad(torch.cat([key, column], dim=-1), (0, _FUSED - 1))
-    return query, key, nn.functional.pad(value, (0, _FUSED))
+# A name of our own beside the stock ones. With the import: an accelerated model that another process unpickles has it.
+ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, biased_attention)

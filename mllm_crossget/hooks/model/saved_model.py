@@ -34,7 +34,7 @@ class SavedModel(nn.Module):
         states without that note.
         """
         super().__setstate__(state)
-        noted = getattr(modeling_utils, "_CAN_RECORD_REGISTRY", None)
+        noted: Any = getattr(modeling_utils, "_CAN_RECORD_REGISTRY", None)
         for module in self.modules() if noted is not None else ():
             if isinstance(module, PreTrainedModel) and not noted.get(module):
                 noted[module] = module._can_record_outputs

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from mllm_crossget.hooks.ground.bias_channel import with_bias_channel
 from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.ops.importance import (
     attend_with_importance,
@@ -230,9 +231,9 @@ def _delegate(
     if key_bias is None:
         return attend(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
     if implementation.startswith("flash"):
-        query, key, value, width = _with_bias_column(query, key, value, key_bias, scaling)
-        output, weights = attend(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
-        return output[..., :width], weights
+        parts = with_bias_channel(query, key, value, key_bias, scaling)
+        output, weights = attend(module, *parts, mask, scaling=scaling, dropout=dropout, **kwargs)
+        return output[..., : value.shape[-1]], weights
     if implementation == _FLEX:  # its compiled kernel on a CPU reads the bias out of bounds
         raise ValueError(_FLEX_PROBLEM)
     bias = key_bias[:, None, None, :].to(query.dtype)
@@ -255,21 +256,6 @@ def _plain_attention(
     weights = (logits if attention_mask is None else logits + attention_mask).softmax(dim=-1)
     mixed = nn.functional.dropout(weights, dropout, module.training) @ value
     return mixed.transpose(1, 2).contiguous(), weights
-
-
-def _with_bias_column(
-    query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor, scaling: float
-) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Carry the key bias in eight more columns of the heads, for kernels that take no mask: q·k + 1·(bias/scaling).
-
-    Dead rows get a large negative number, not -inf, which every half precision holds and no kernel makes NaN of.
-    """
-    width = value.shape[-1]
-    column = (key_bias[:, None, :, None] / scaling).clamp_min(-6e4).to(key.dtype).expand(-1, key.shape[1], -1, -1)
-    ones = torch.ones_like(query[..., :1])
-    query = nn.functional.pad(torch.cat([query, ones], dim=-1), (0, 7))
-    key = nn.functional.pad(torch.cat([key, column], dim=-1), (0, 7))
-    return query, key, nn.functional.pad(value, (0, 8)), width
 
 
 # A name of our own beside the stock ones. With the import: an accelerated model that another process unpickles has it.
