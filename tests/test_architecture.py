@@ -14,6 +14,7 @@ import torch
 
 import mllm_crossget
 from mllm_crossget import accelerate_mllm
+from mllm_crossget.hooks.ground.arguments import positional_names
 from tests.helpers.tiny import prompt_batch, tiny_llava
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "architecture.md"
@@ -55,6 +56,7 @@ def traced() -> list[Entry]:
 def entered() -> Iterable[list[Entry]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLLM_CROSSGET_FUSED_MATCHING", "0")
+        positional_names.cache_clear()  # another test may have asked for the same names
         yield traced()
 
 

@@ -21,6 +21,7 @@ from tests.helpers.families.case_qwen import (
     positions_by_hand,
     prompt,
 )
+from tests.helpers.families.prompts import weighed
 from tests.helpers.llava import labels_of
 from tests.helpers.methods import FIXED
 from tests.helpers.tiny_grid import IMAGE_TOKEN, QWEN_VISION, VIDEO_TOKEN, padded, tiny_qwen
@@ -52,7 +53,7 @@ def test_forward_equals_the_row_made_by_hand(model_type: str) -> None:
     losses = []
     for index in range(len(GRIDS)):
         row = HandMade(stock, model, alone(batch, index))
-        with row.on(stock):
+        with row.on(stock), weighed(stock, row.log_sizes):
             expected = stock(**row.inputs).logits[0]
         real = torch.nonzero(batch["attention_mask"][index])[:, 0][row.columns]
         torch.testing.assert_close(output.logits[index, real], expected, atol=1e-4, rtol=1e-4)

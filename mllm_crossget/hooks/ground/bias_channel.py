@@ -15,7 +15,7 @@ _LOWEST = -6e4  # a dead key's; not -inf, which kernels make NaN of, and every h
 def with_bias_channel(
     query: Tensor, key: Tensor, value: Tensor, bias_BK: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values whose attention has the bias in its logits: q k scaling = (q k + 1 bias / scaling) scaling.
+    """Queries, keys and values whose logits have the bias: (q·k + 1·bias / scaling)·scaling = q·k·scaling + bias.
 
     Heads are filled up with zeros to eight more channels. The output has the values' channels first.
 

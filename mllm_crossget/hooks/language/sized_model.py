@@ -50,7 +50,8 @@ class SizedLanguageModel(nn.Module):
         cache = cache_in(kwargs)
         sizes = given if given is not None else log_sizes_on(cache)
         tokens = kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
-        if cache is None and kwargs.get("attention_mask") is None:  # else gaps between positions part packed sequences
+        packs = cache is None and kwargs.get("attention_mask") is None and tokens.device.type != "meta"
+        if packs:  # gaps between positions would be taken for packed sequences
             kwargs["attention_mask"] = torch.ones(tokens.shape[:2], dtype=torch.int64, device=tokens.device)
         if sizes is None:
             return super().forward(**kwargs)
