@@ -20,7 +20,7 @@ from transformers import (
 from transformers.models.idefics2.modeling_idefics2 import Idefics2VisionTransformer
 
 from mllm_crossget import MadtpConfig, ReductionConfig, ToMeConfig, trace_merges
-from mllm_crossget.families.family import BertNames, families, module_at
+from mllm_crossget.families.family import BertNames, FeatureKind, families, module_at
 from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.hooks.ground.state import handle_of
 from mllm_crossget.hooks.text.bert_text import hook_text_encoder
@@ -45,7 +45,13 @@ NO_AUTO_CLASS = {
     "idefics2_vision": Idefics2VisionTransformer,
     "janus_vision_model": JanusVisionModel,
 }
-TOWERS = {kind.model_type: kind for family in families().values() for kind in family.vision.kinds}
+ALONE = (FeatureKind.MERGED, FeatureKind.MERGED_VIDEOS)  # their towers run as they are
+TOWERS = {
+    kind.model_type: kind
+    for family in families().values()
+    if family.features not in ALONE
+    for kind in family.vision.kinds
+}
 KINDS = [
     (name, attention)
     for name, kind in TOWERS.items()
