@@ -13,8 +13,10 @@ from mllm_crossget import families as _registered_families  # noqa: F401 - regis
 from mllm_crossget import methods as _registered_methods  # noqa: F401 - registers them
 from mllm_crossget.config import ReductionConfig, method_class
 from mllm_crossget.hooks.apply import apply_method
+from mllm_crossget.hooks.ground.call_state import Lent
 from mllm_crossget.hooks.ground.state import (
     HANDLE,
+    TRACE,
     Handle,
     LayerTrace,
     accelerated_inside,
@@ -211,7 +213,7 @@ def unreduced(model: Model) -> Iterator[Model]:
 
 @contextmanager
 def trace_merges(model: nn.Module, *, tower: str = "vision") -> Iterator[list[LayerTrace]]:
-    """Record what every layer of a tower merges during a ``with`` block.
+    """Record what every layer of a tower merges during a ``with`` block, in forwards of the thread that opened it.
 
     Args:
         model: the accelerated model.
@@ -235,12 +237,8 @@ def trace_merges(model: nn.Module, *, tower: str = "vision") -> Iterator[list[La
         dial = "text_keep_ratio" if tower == "text" else "keep_ratio"
         found = "not accelerated" if handle is None else f"accelerated with {dial}=1, which merges nothing"
         raise ValueError(f"the model is {found}; call accelerate_mllm(model, {dial}=0.5) first")
-    trace: list[LayerTrace] = []
-    state.trace = trace
-    try:
+    with Lent(TRACE, [], state) as trace:
         yield trace
-    finally:
-        state.trace = None
 
 
 def _traced(handle: Handle, tower: str) -> Any:

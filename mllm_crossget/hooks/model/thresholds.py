@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from mllm_crossget.families.family import module_at
-from mllm_crossget.hooks.ground.state import Handle, MergeState, TowerState, base_model, handle_of
+from mllm_crossget.hooks.ground.call_state import Lent
+from mllm_crossget.hooks.ground.state import CALIBRATION, Handle, MergeState, TowerState, base_model, handle_of
 from mllm_crossget.hooks.tower.counts_per_image import recorded_sizes
 from mllm_crossget.methods.capabilities import PerImage
 from mllm_crossget.methods.dynamic import NOTHING
@@ -131,14 +132,13 @@ def _on_texts(model: nn.Module, handle: Handle, tokens: dict[str, Tensor]) -> li
 
 @contextmanager
 def _calibrating(module: nn.Module, state: Any) -> Iterator[Calibration]:
-    """Evaluation mode, with a calibration in the state; both taken back afterwards."""
+    """Evaluation mode, with a calibration lent to the state; both taken back afterwards."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
-    state.calibration = calibration = Calibration()
     try:
-        yield calibration
+        with Lent(CALIBRATION, Calibration(), state) as calibration:
+            yield calibration
     finally:
-        state.calibration = None
         for part, training in modes:
             part.training = training
 
