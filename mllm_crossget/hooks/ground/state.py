@@ -1,7 +1,7 @@
 """What an accelerated model and its hooked modules carry: settings, counts, learned tokens and the way back.
 
-Plain typed data without behaviour or state of a forward. Shapes: B batch, R removed, T tokens after a layer, N tokens in
-front of the first layer.
+Plain typed data without behaviour or state of a forward. Shapes: B batch, R removed, T tokens after a layer, N tokens
+in front of the first layer.
 """
 
 from __future__ import annotations

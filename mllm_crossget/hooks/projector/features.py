@@ -209,7 +209,8 @@ def forget_ahead(model: nn.Module, family: Family) -> Iterator[None]:
         with Lent(_AHEAD, kept, owner):
             yield
     finally:
-        kept.clear()
+        if not torch.compiler.is_compiling():  # else a guard of every decoding step asks whether something is kept
+            kept.clear()
 
 
 def _identity(pixels: Tensor) -> tuple[int, torch.Size, torch.dtype]:
