@@ -96,6 +96,8 @@ def test_every_family_answers_several_threads(case: Case, method: str) -> None:
 
     @torch.no_grad()
     def ask(row: dict[str, Any]) -> Any:
+        if "questions" in case.name:  # its answers are heard by a hook, which hears all threads
+            return [model.generate(**row, max_new_tokens=4), case.loss(model, row)]
         return [one.clone() for one in case.answers(model, row)]
 
     dark = {name: value / 2 if value.is_floating_point() else value for name, value in batch.items()}
