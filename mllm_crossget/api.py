@@ -12,6 +12,7 @@ from torch import nn
 from mllm_crossget import families as _registered_families  # noqa: F401 - registers them
 from mllm_crossget import methods as _registered_methods  # noqa: F401 - registers them
 from mllm_crossget.config import ReductionConfig, method_class
+from mllm_crossget.families.family import Family
 from mllm_crossget.hooks.apply import apply_method
 from mllm_crossget.hooks.ground.call_state import Lent
 from mllm_crossget.hooks.ground.running_calls import alone
@@ -28,7 +29,7 @@ from mllm_crossget.hooks.ground.state import (
 from mllm_crossget.hooks.ground.vision_cache import VisionCache
 from mllm_crossget.hooks.reuse.feature_reuse import check_reuse, use_cache
 from mllm_crossget.methods.method import Method, checked_method
-from mllm_crossget.schedule import acting_geometry
+from mllm_crossget.schedule import Geometry, acting_geometry
 from mllm_crossget.support import check_dials, supported_model
 from mllm_crossget.transaction import Before, take_off_adapter, unchanged_after_error
 
@@ -84,16 +85,24 @@ def accelerate_mllm(
         return model
     if chosen.uses_cross_tokens:
         _warn_if_adapter_came_first(model)
-    with alone(target, "accelerate_mllm") as others_stayed_out:
-        before = Before.of(target)
+    _change(target, family, geometry, chosen, reuse_vision)
+    return model
+
+
+def _change(
+    model: nn.Module, family: Family, geometry: Geometry, method: Method, reuse_vision: bool | VisionCache | None
+) -> None:
+    """Another setting, or the first, while no other thread is inside the model; after any error it is as it was."""
+    old = handle_of(model)
+    with alone(model, "accelerate_mllm") as others_stayed_out:
+        before = Before.of(model)
         try:
             if old is not None:
                 old.journal.rollback()
-            apply_method(target, family, geometry, chosen, dict(before.tokens))
-            vars(target)[HANDLE].adapter = before.adapter
-            _set_cache(target, old, reuse_vision)
+            apply_method(model, family, geometry, method, dict(before.tokens))
+            vars(model)[HANDLE].adapter = before.adapter
+            _set_cache(model, old, reuse_vision)
             others_stayed_out()
-            return model
         except BaseException:
             before.give_back()
             raise
