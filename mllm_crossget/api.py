@@ -12,9 +12,13 @@ from torch import nn
 from mllm_crossget import families as _registered_families  # noqa: F401 - registers them
 from mllm_crossget import methods as _registered_methods  # noqa: F401 - registers them
 from mllm_crossget.config import ReductionConfig, method_class
+from mllm_crossget.families.family import Family
 from mllm_crossget.hooks.apply import apply_method
+from mllm_crossget.hooks.ground.call_state import Lent
+from mllm_crossget.hooks.ground.running_calls import alone
 from mllm_crossget.hooks.ground.state import (
     HANDLE,
+    TRACE,
     Handle,
     LayerTrace,
     accelerated_inside,
@@ -25,9 +29,9 @@ from mllm_crossget.hooks.ground.state import (
 from mllm_crossget.hooks.ground.vision_cache import VisionCache
 from mllm_crossget.hooks.reuse.feature_reuse import check_reuse, use_cache
 from mllm_crossget.methods.method import Method, checked_method
-from mllm_crossget.schedule import acting_geometry
+from mllm_crossget.schedule import Geometry, acting_geometry
 from mllm_crossget.support import check_dials, supported_model
-from mllm_crossget.transaction import Before, take_off_adapter
+from mllm_crossget.transaction import Before, take_off_adapter, unchanged_after_error
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -63,6 +67,7 @@ def accelerate_mllm(
     Raises:
         ValueError: an unsupported model, two dials, a dial the tower cannot meet; the model is unchanged.
         TypeError: not a torch module, or a setting of the wrong type.
+        RuntimeError: another thread is inside the model; it is unchanged.
 
     Example:
         >>> model = accelerate_mllm(model, keep_ratio=0.5)
@@ -75,21 +80,39 @@ def accelerate_mllm(
     check_reuse(target, family, reuse_vision)
     old = handle_of(target)
     if old is not None and old.method == chosen:
-        _set_cache(target, old, reuse_vision)
+        if reuse_vision is not None:
+            _use_cache_alone(target, old, reuse_vision)
         return model
     if chosen.uses_cross_tokens:
         _warn_if_adapter_came_first(model)
-    before = Before.of(target)
-    try:
-        if old is not None:
-            old.journal.rollback()
-        apply_method(target, family, geometry, chosen, dict(before.tokens))
-        vars(target)[HANDLE].adapter = before.adapter
-        _set_cache(target, old, reuse_vision)
-        return model
-    except BaseException:
-        before.give_back()
-        raise
+    _change(target, family, geometry, chosen, reuse_vision)
+    return model
+
+
+def _change(
+    model: nn.Module, family: Family, geometry: Geometry, method: Method, reuse_vision: bool | VisionCache | None
+) -> None:
+    """Another setting, or the first, while no other thread is inside the model; after any error it is as it was."""
+    old = handle_of(model)
+    with alone(model, "accelerate_mllm") as others_stayed_out:
+        before = Before.of(model)
+        try:
+            if old is not None:
+                old.journal.rollback()
+            apply_method(model, family, geometry, method, dict(before.tokens))
+            vars(model)[HANDLE].adapter = before.adapter
+            _set_cache(model, old, reuse_vision)
+            others_stayed_out()
+        except BaseException:
+            before.give_back()
+            raise
+
+
+def _use_cache_alone(model: nn.Module, handle: Handle, wanted: bool | VisionCache) -> None:
+    """Keep encoded images or not, while no other thread is inside the model."""
+    with alone(model, "reuse_vision") as others_stayed_out, unchanged_after_error(model):
+        use_cache(model, handle, wanted)
+        others_stayed_out()
 
 
 def _set_cache(model: nn.Module, old: Handle | None, wanted: bool | VisionCache | None = None) -> None:
@@ -143,7 +166,7 @@ def reuse_vision(model: nn.Module, cache: bool | VisionCache = True) -> VisionCa
         raise ValueError("the model is not accelerated; call accelerate_mllm(model, reuse_vision=True) instead")
     target = base_model(model)
     check_reuse(target, handle.family, cache)
-    use_cache(target, handle, cache)
+    _use_cache_alone(target, handle, cache)
     return handle.vision_cache
 
 
@@ -156,6 +179,7 @@ def restore_mllm(model: Model) -> Model:
     Raises:
         TypeError: not a torch module.
         ValueError: a module that is no accelerated model but holds one, in a wrapper that is not known.
+        RuntimeError: another thread is inside the model; it is unchanged.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a model, got {type(model).__name__}")
@@ -168,12 +192,26 @@ def restore_mllm(model: Model) -> Model:
                 f"restore_mllm(model.{path})"
             )
         return model
-    if handle.vision_cache is not None:
-        handle.vision_cache.clear()
-    if not wrapped_by_peft(model):
-        take_off_adapter(model)
-    handle.journal.rollback()
+    with alone(base_model(model), "restore_mllm") as others_stayed_out:
+        before = Before.of(model) if _is_whole(model, handle) else None
+        if handle.vision_cache is not None:
+            handle.vision_cache.clear()
+        if not wrapped_by_peft(model):
+            take_off_adapter(model)
+        handle.journal.rollback()
+        try:
+            others_stayed_out()
+        except RuntimeError:
+            if before is not None:
+                before.give_back()
+            raise
     return model
+
+
+def _is_whole(model: nn.Module, handle: Handle) -> bool:
+    """Whether an accelerated model has all of its learned modules; an interrupted restore may have left it without."""
+    names = dict(base_model(model).named_modules())
+    return all(path in names for path in handle.cross_paths.values())
 
 
 @contextmanager
@@ -189,15 +227,16 @@ def accelerated(model: Model, config: ReductionConfig | None = None, **settings:
         accelerate_mllm(model, config, **settings)
         yield model
     finally:
-        before.give_back()
+        with alone(before.model, "leaving accelerated"):
+            before.give_back()
 
 
 @contextmanager
 def unreduced(model: Model) -> Iterator[Model]:
-    """The model as it was before ``accelerate_mllm``, for the length of a ``with`` block, without moving a module.
+    """The model computes as before ``accelerate_mllm``, for the length of a ``with`` block, in this thread alone.
 
     For a teacher's forward pass with the same weights: unlike ``accelerated(model, keep_ratio=1)`` it leaves the
-    modules registered where a wrapper for distributed training or PEFT has seen them.
+    modules registered where a wrapper for distributed training or PEFT has seen them, and other threads as they are.
 
     Raises:
         ValueError: the model is not accelerated.
@@ -211,7 +250,7 @@ def unreduced(model: Model) -> Iterator[Model]:
 
 @contextmanager
 def trace_merges(model: nn.Module, *, tower: str = "vision") -> Iterator[list[LayerTrace]]:
-    """Record what every layer of a tower merges during a ``with`` block.
+    """Record what every layer of a tower merges during a ``with`` block, in forwards of the thread that opened it.
 
     Args:
         model: the accelerated model.
@@ -235,12 +274,8 @@ def trace_merges(model: nn.Module, *, tower: str = "vision") -> Iterator[list[La
         dial = "text_keep_ratio" if tower == "text" else "keep_ratio"
         found = "not accelerated" if handle is None else f"accelerated with {dial}=1, which merges nothing"
         raise ValueError(f"the model is {found}; call accelerate_mllm(model, {dial}=0.5) first")
-    trace: list[LayerTrace] = []
-    state.trace = trace
-    try:
+    with Lent(TRACE, [], state) as trace:
         yield trace
-    finally:
-        state.trace = None
 
 
 def _traced(handle: Handle, tower: str) -> Any:

@@ -22,6 +22,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from mllm_crossget.api import accelerate_mllm
 from mllm_crossget.config import CONFIG_NAME, ReductionConfig, find_file, method_class, read_settings
+from mllm_crossget.hooks.ground.running_calls import alone
 from mllm_crossget.hooks.ground.state import Handle, base_model, handle_of, live_cross_tokens, wrapped_by_peft
 from mllm_crossget.hooks.model.cross_files import (
     LEGACY_WEIGHTS_NAME,
@@ -87,18 +88,20 @@ def load_crossget(
     Raises:
         ValueError: a file is missing or corrupt, or made for another geometry, or belongs to other settings.
         OSError: a file cannot be read. After any error the model is as it was.
+        RuntimeError: another thread is inside the model.
     """
     folder = Path(name_or_path).expanduser()
     name_or_path = folder if folder.is_dir() else name_or_path
     chosen, tensors, path = _read_saved(name_or_path, config, hub_kwargs)
     new = _adapter_of(model, name_or_path, hub_kwargs) if adapter else None
-    with unchanged_after_error(model):
+    with alone(base_model(model), "load_crossget") as others_stayed_out, unchanged_after_error(model):
         take_off_adapter(model)
         accelerate_mllm(model, chosen)
         if chosen.has_learned_parts and not chosen.is_identity:
             _put_tokens(model, tensors, path)
         if new is not None:
             _put_adapter(model, new, hub_kwargs)
+        others_stayed_out()
         return model
 
 
@@ -161,9 +164,10 @@ def load_official_cross_tokens(model: Model, path: str | Path, config: Reduction
     state = _read_official(file)
     chosen = config if config is not None else method_class("crossget").published(r=13)
     tensors = split_official_state_dict(state)[1]
-    with unchanged_after_error(model):
+    with alone(base_model(model), "load_official_cross_tokens") as others_stayed_out, unchanged_after_error(model):
         accelerate_mllm(model, chosen)
         _put_tokens(model, tensors, file)
+        others_stayed_out()
         return model
 
 

@@ -174,7 +174,7 @@ def test_folders_of_tests_are_those_of_the_package() -> None:
     """A folder is named after a room of the package, or after a module that has several test files."""
     rooms = {name_of(path.with_suffix("")).removeprefix("mllm_crossget/") for path in FILES}
     rooms |= {name_of(path.parent).removeprefix("mllm_crossget/") for path in FILES if path.name == "__init__.py"}
-    others = {"tests", "tests/helpers", "tests/helpers/families", "tests/golden"}
+    others = {"tests", "tests/helpers", "tests/helpers/families", "tests/golden", "tests/robustness"}
     found = {name_of(path.parent) for path in TESTS} - others
     stray = sorted(name for name in found if name.removeprefix("tests/") not in rooms)
     assert not stray, f"the package has no such part: {stray}"

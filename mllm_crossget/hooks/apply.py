@@ -23,6 +23,7 @@ from mllm_crossget.hooks.ground.state import HANDLE, Handle, OwnTower, TowerStat
 from mllm_crossget.hooks.language.sized_model import hook_language_model
 from mllm_crossget.hooks.model.bare_tower import RaggedTower
 from mllm_crossget.hooks.model.dual_encoder import DualModel
+from mllm_crossget.hooks.model.madtp_loss import hook_heard
 from mllm_crossget.hooks.model.placeholder_model import AlignedModel, ReducedModel
 from mllm_crossget.hooks.projector.features import FeaturesMixin, ReducedFeatures
 from mllm_crossget.hooks.projector.kinds import MIXINS
@@ -75,6 +76,7 @@ def apply_method(
             _hook_language(model, handle)  # in front of a text encoder's own changes: it writes before a layer reads
             _weigh_sizes(model, handle)
             _add_alignment_tokens(model, handle)
+            hook_heard(journal, model, handle)
             _hook_top(model, handle)
     except BaseException:
         journal.rollback()
@@ -91,7 +93,7 @@ def _hook_vision(model: Any, handle: Handle, geometry: TowerGeometry) -> None:
             made = _hook_encoder(model, handle, modality.tower, modality.name, own)
             handle.own_towers[modality.name] = OwnTower(made[0], make_schedule(handle.method, own), made[1])
     if family.text_tower is not None and family.text_tower.appends and hasattr(tower, "head"):
-        hook_pooling(handle.journal, tower.head, handle.tower)
+        hook_pooling(handle.journal, tower, handle.tower)
     if handle.method.is_dynamic:
         _hook_readers(model, handle, tower.post_layernorm)
 

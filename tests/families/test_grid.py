@@ -16,7 +16,8 @@ from transformers import LlavaOnevisionModel
 from mllm_crossget import CrossGetConfig, accelerate_mllm, trace_merges
 from mllm_crossget.families import llava_next, llava_next_video, llava_onevision
 from mllm_crossget.families.tile_packing import NEWLINE, places_that_stay, reduced_layout
-from mllm_crossget.hooks.ground.state import LayerTrace, MergeState, handle_of
+from mllm_crossget.hooks.ground.call_state import Lent
+from mllm_crossget.hooks.ground.state import TRACE, LayerTrace, MergeState, handle_of
 from mllm_crossget.hooks.projector import pooled_tiles as pooled_grid
 from mllm_crossget.hooks.projector.post_merge import Merged
 from mllm_crossget.hooks.request.placeholders import image_counts
@@ -137,10 +138,9 @@ def test_every_patch_once_on_random_images(family: str) -> None:
 def with_second_merging(owner: nn.Module, *args: Any, **options: Any) -> tuple[Any, Tensor, Callable[[int], Tensor]]:
     """What packing returns, and a function of the number of cells: (1, cells) token of every cell of the next grid that
     was merged behind resizing."""
-    state, found = vars(owner).get("_mllm_crossget_again", MergeState(CrossGetConfig(), ())), []
-    state.trace = found
-    packed, lengths = owner.pack_image_features(*args, **options)
-    state.trace = None
+    state = vars(owner).get("_mllm_crossget_again", MergeState(CrossGetConfig(), ()))
+    with Lent(TRACE, [], state) as found:
+        packed, lengths = owner.pack_image_features(*args, **options)
 
     def next_source(cells: int) -> Tensor:
         steps = [found.pop(0) for _ in state.schedule(cells).removals]

@@ -21,8 +21,9 @@ from transformers.models.idefics2.modeling_idefics2 import Idefics2VisionTransfo
 
 from mllm_crossget import MadtpConfig, ReductionConfig, ToMeConfig, trace_merges
 from mllm_crossget.families.family import BertNames, FeatureKind, families, module_at
+from mllm_crossget.hooks.ground.call_state import Lent
 from mllm_crossget.hooks.ground.journal import Journal
-from mllm_crossget.hooks.ground.state import handle_of
+from mllm_crossget.hooks.ground.state import TRACE, handle_of
 from mllm_crossget.hooks.text.bert_text import hook_text_encoder
 from mllm_crossget.hooks.text.clip_text import hook_text_tower
 from mllm_crossget.hooks.text.counts_per_text import RaggedTextEncoder, RaggedTextLayer
@@ -114,9 +115,9 @@ def test_with_nothing_to_remove_a_tower_is_the_stock_one(kind: str, variant: str
     layers = getattr(model, described.names.layers)
     state = hook_tower(Journal(), model, layers, described.names, method, geometry, None, mixins=mixins)
     assert state.schedule(tokens.shape[1]).removals == (0,) * LAYERS or mixins is not None
-    state.trace = []
-    torch.testing.assert_close(states(model, tokens), expected)
-    assert [layer.match for layer in state.trace] == [None] * LAYERS
+    with Lent(TRACE, [], state) as trace:
+        torch.testing.assert_close(states(model, tokens), expected)
+    assert [layer.match for layer in trace] == [None] * LAYERS
     for name in filter(None, (described.names.scale1, described.names.scale2)):
         assert all((getattr(layer, name) - 1).abs().min() > 0.1 for layer in layers), "a scale of 1 shows nothing"
     assert not torch.equal(states(stock.eval(), tokens), expected), "there was no dropout"

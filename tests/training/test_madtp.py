@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -14,7 +15,6 @@ from mllm_crossget.cli import main
 from mllm_crossget.costs.budget import counts_of, dial_for_savings, measured_flops
 from mllm_crossget.costs.flops import model_flops
 from mllm_crossget.hooks.ground.state import handle_of, live_cross_tokens
-from mllm_crossget.hooks.model.madtp_loss import heard
 from mllm_crossget.training import (
     PUBLISHED_BUDGETS,
     BudgetCallback,
@@ -33,6 +33,18 @@ from tests.helpers.tiny_blip import blip2_batch, tiny_blip2
 from tests.helpers.toy import IMAGE, PLACEHOLDERS, ToySamples, losses, toy_arguments
 
 SIZES = {"alignment_tokens": 6, "alignment_width": 10}
+
+
+def heard(layers) -> dict[int, torch.Tensor]:
+    """What will enter each of the layers."""
+    inputs = {}
+
+    def hear(layer, args, kwargs, index):
+        inputs.setdefault(index, args[0] if args else kwargs["hidden_states"])
+
+    for index, layer in enumerate(layers):
+        layer.register_forward_pre_hook(partial(hear, index=index), with_kwargs=True)
+    return inputs
 
 
 def madtp(lora: bool = True, dropout: float = 0.0, **settings):
@@ -122,8 +134,8 @@ def test_an_instruction_is_compared_in_the_q_former(kind) -> None:
     lengths = batch["qformer_attention_mask"].sum(dim=1).tolist()
     assert lengths[0] != lengths[1]
     former = model.qformer.encoder.layer
-    with heard(model.vision_model.encoder.layers) as inside, heard(former) as inputs:
-        loss = model.train()(**batch).alignment_loss
+    inside, inputs = heard(model.vision_model.encoder.layers), heard(former)
+    loss = model.train()(**batch).alignment_loss
     loss.backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in tokens.parameters())
     wanted, frames, queries = [], len(inputs[0]) // 2, model.config.num_query_tokens

@@ -9,27 +9,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-RECORD = "_mllm_crossget_record"
+from mllm_crossget.hooks.ground.call_state import Lent, lent
+
+RECORD = "cross tokens"
+"""Lent to an encoder and a text side (``ground.call_state``): a list of what they write."""
 
 
 @contextmanager
 def recorded_cross_tokens(encoder: nn.Module, language_model: nn.Module) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
     """Collect the cross tokens that both sides write during one training forward.
 
-    Yields two lists, of the vision encoder and of the language model, to which a forward appends (layers, B, D). They
-    live on the modules and not in shared state, so that replicas of a model do not see each other's. Inside another
-    such block the outer one's lists go on: images may be encoded in front of the forward that reads them.
+    Yields two lists, of the vision encoder and of the language model, to which a forward in this thread appends
+    (layers, B, D). Inside another such block the outer one's lists go on: images may be encoded in front of the forward
+    that reads them.
     """
-    if RECORD in encoder.__dict__:
-        yield encoder.__dict__[RECORD], language_model.__dict__[RECORD]
+    if lent(RECORD, encoder) is not None:
+        yield lent(RECORD, encoder), lent(RECORD, language_model)
         return
-    vision: list[Tensor] = []
-    text: list[Tensor] = []
-    encoder.__dict__[RECORD], language_model.__dict__[RECORD] = vision, text
-    try:
+    with Lent(RECORD, [], encoder) as vision, Lent(RECORD, [], language_model) as text:
         yield vision, text
-    finally:
-        del encoder.__dict__[RECORD], language_model.__dict__[RECORD]
 
 
 class CrossTokens(nn.Module):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +15,22 @@ from torch import nn
 _MISSING = "<attribute was not there>"
 _MADE_OF = "_mllm_crossget_made_of"
 _CAPTURING = "_output_capturing_hooks_installed"  # in transformers' models
+
+
+class _Thread(threading.local):
+    """Set in ``__init__``, so that every thread has the attribute itself: the compiler cannot guard a class's."""
+
+    def __init__(self) -> None:
+        self.aside: frozenset[nn.Module] | None = None
+
+
+_THREAD = _Thread()
+
+
+def set_aside(module: Any) -> bool:
+    """Whether the changes to a module are to have no effect in this thread now (``Journal.suspended``)."""
+    aside = _THREAD.aside
+    return aside is not None and module in aside
 
 
 class Journal:
@@ -48,29 +66,18 @@ class Journal:
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """Classes and attributes as they were, for the length of a ``with`` block; added modules stay, unused."""
-        now = self._present()
+        """Changed modules compute as they did before, for the length of a ``with`` block, in this thread alone.
+
+        Nothing is written: their methods of ``mixed_class`` hand over to the original's, and attention functions of
+        ours to the model's own.
+        """
+        around = _THREAD.aside
+        modules = frozenset(target for _, target, _, _ in self._entries if isinstance(target, nn.Module))
         try:
-            for entry in reversed(self._entries):
-                if entry[0] != "module":
-                    _undo(entry)
+            _THREAD.aside = modules if around is None else modules | around
             yield
         finally:
-            try:
-                _write_all(now)
-            except BaseException:  # an interrupt is raised when that is done
-                _write_all(now)
-                raise
-
-    def _present(self) -> list[tuple[str, Any, Any, Any]]:
-        """Classes and attributes of everything that was changed, as they are: each target once."""
-        found: dict[tuple[int, str], tuple[str, Any, Any, Any]] = {}
-        for kind, target, what, _ in self._entries:
-            if kind == "class":
-                found[id(target), ""] = (kind, target, "", type(target))
-            elif kind == "attribute":
-                found[id(target), what] = (kind, target, what, target.__dict__.get(what, _MISSING))
-        return list(found.values())
+            _THREAD.aside = around
 
     def rollback(self) -> None:
         """Undo every change; the journal is empty afterwards.
@@ -94,11 +101,6 @@ class Journal:
             (kind, target, class_of(*what) if kind == "class" else what, old)
             for kind, target, what, old in state["_entries"]
         ]
-
-
-def _write_all(found: list[tuple[str, Any, Any, Any]]) -> None:
-    for kind, target, what, value in found:
-        _undo((kind, target, value if kind == "class" else what, value))
 
 
 def _undo(entry: tuple[str, Any, Any, Any]) -> None:
@@ -154,10 +156,10 @@ def mixed_class(original: type, mixin: type) -> type:
         "__copy__": _shallow_copy,
         _MADE_OF: (*made_of(original), mixin),
     }
-    for name in ("forward", "generate", "get_image_features", "get_video_features"):
-        replacement = next((vars(kind)[name] for kind in _own_classes(mixin) if name in vars(kind)), None)
-        if replacement is not None:
-            namespace[name] = _with_signature_of(getattr(original, name), replacement)
+    for kind in _own_classes(mixin):
+        for name, replacement in vars(kind).items():
+            if inspect.isfunction(replacement) and not name.startswith("__") and hasattr(original, name):
+                namespace.setdefault(name, _instead_of(getattr(original, name), replacement))
     mixed = type(original.__name__, (mixin, original), namespace)
     mixed.__qualname__ = original.__qualname__
     return mixed
@@ -220,9 +222,13 @@ def _own_classes(mixin: type) -> list[type]:
     return [kind for kind in mixin.__mro__ if kind not in (nn.Module, object)]
 
 
-def _with_signature_of(original: Callable[..., Any], replacement: Callable[..., Any]) -> Callable[..., Any]:
+def _instead_of(original: Callable[..., Any], replacement: Callable[..., Any]) -> Callable[..., Any]:
+    """A method with the original's name and signature."""
+
     @functools.wraps(original)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if set_aside(self):
+            return original(self, *args, **kwargs)
         return replacement(self, *args, **kwargs)
 
     return method

@@ -1,7 +1,7 @@
 """What an accelerated model and its hooked modules carry: settings, counts, learned tokens and the way back.
 
-Plain typed data without behaviour of a forward. Shapes: B batch, R removed, T tokens after a layer, N tokens in front
-of the first layer.
+Plain typed data without behaviour or state of a forward. Shapes: B batch, R removed, T tokens after a layer, N tokens
+in front of the first layer.
 """
 
 from __future__ import annotations
@@ -33,6 +33,13 @@ from mllm_crossget.schedule import (
 )
 
 HANDLE = "_mllm_crossget"
+# Lent to a state for a while, in one thread (``ground.call_state``):
+TRACE = "trace"
+"""A list that gets one ``LayerTrace`` per layer, or per step behind a projector."""
+RUNNING = "running"
+"""True while features are being made that will be merged."""
+CALIBRATION = "calibration"
+"""What finds the layers' thresholds while ``calibrate`` runs."""
 
 
 @dataclass
@@ -59,11 +66,8 @@ class TowerState:
         method, geometry: what to do, for which tower.
         names: where a layer keeps its norms, attention and MLP.
         cosine: whether the importance is the cosine with the cross token's query (CrossGET's CLIP flavour).
-        trace: a list to append one ``LayerTrace`` per layer to, or None (the default: nothing is kept).
         keeps_sizes: whether a pooling head behind the encoder wants the token sizes.
-        sizes: (B, T) of the last forward, taken away by the pooling head.
         alignment_width: of the encoder's alignment tokens; 0 if it has none.
-        calibration: finds the layers' thresholds while ``calibrate`` runs, else None.
         ignores_mask: whether what calls the encoder has seen to it that its mask hides nothing.
         at_output: whether a layer that removes tokens does so behind its MLP, in what it returns, and not in front of
             it.
@@ -73,11 +77,8 @@ class TowerState:
     geometry: TowerGeometry
     names: LayerNames
     cosine: bool = False
-    trace: list[LayerTrace] | None = None
     keeps_sizes: bool = False
-    sizes: Tensor | None = None
     alignment_width: int = 0
-    calibration: Any = None
     ignores_mask: bool = False
     at_output: bool = False
     schedules: dict[int, Schedule] = field(default_factory=dict)
@@ -109,15 +110,11 @@ class MergeState:
 
     Attributes:
         method, modalities: what to do, with which inputs.
-        trace: a list to append one ``LayerTrace`` per step (and group of images of one size) to, or None.
-        running: whether features are being made: a model may encode videos with its method for images.
         tower: whose share of tokens is kept here, where a tower in front of the projector's grid is reduced, else None.
     """
 
     method: Method
     modalities: tuple[Modality, ...]
-    trace: list[LayerTrace] | None = None
-    running: bool = False
     tower: TowerState | None = None
     schedules: dict[int, Schedule] = field(default_factory=dict)
 
@@ -141,21 +138,17 @@ class TextTowerState:
         method, geometry: what to do, for which tower.
         tower: the family's description of the tower.
         config: the text model's own configuration.
-        trace: a list to append one ``LayerTrace`` per layer to, or None.
         alignment_owner: the module whose ``alignment_tokens`` the texts are compared with, or None. Looked up there,
             because PEFT replaces them.
         alignment_width: of these tokens; 0 for none.
-        calibration: finds the layers' thresholds while ``calibrate`` runs, else None.
     """
 
     method: Method
     geometry: TextGeometry
     tower: TextTower
     config: Any
-    trace: list[LayerTrace] | None = None
     alignment_owner: Any = None
     alignment_width: int = 0
-    calibration: Any = None
     schedules: dict[int, Schedule] = field(default_factory=dict)
 
     def schedule(self, tokens: int) -> Schedule:

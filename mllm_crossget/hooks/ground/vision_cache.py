@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
@@ -52,7 +53,8 @@ class Encoded:
 
 
 class VisionCache:
-    """Features of images that were encoded before; those not asked for the longest time are thrown out first.
+    """Features of images that were encoded before; those not asked for the longest time are thrown out first. Threads
+    may share it.
 
     Give one to ``accelerate_mllm(model, ..., reuse_vision=VisionCache(max_bytes=...))`` to choose its size. It stays on
     the device where the features were made.
@@ -81,6 +83,7 @@ class VisionCache:
         self._entries: OrderedDict[bytes, Encoded] = OrderedDict()
         self._used = 0
         self._made_by: Hashable = None
+        self._lock = threading.RLock()
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -106,36 +109,46 @@ class VisionCache:
 
     def clear(self) -> None:
         """Forget every image. Call it after a change of weights that PyTorch does not count (``parameter.data``)."""
-        self._entries.clear()
-        self._used = 0
+        with self._lock:
+            self._entries.clear()
+            self._used = 0
 
     def belongs_to(self, maker: Hashable) -> None:
         """Forget every image unless ``maker``, whatever stands for the weights, is the one that they were made by."""
-        if maker != self._made_by:
-            self.clear()
-            self._made_by = maker
+        with self._lock:
+            if maker != self._made_by:
+                self.clear()
+                self._made_by = maker
 
     def find(self, key: bytes) -> Encoded | None:
         """The image of a key, which is from now on the last one to be thrown out; None if it is not known."""
-        entry = self._entries.get(key)
-        if entry is None:
-            self.misses += 1
-            return None
-        self.hits += 1
-        self._entries.move_to_end(key)
-        return entry
+        with self._lock:
+            entry = self._entries.get(key)
+            if entry is None:
+                self.misses += 1
+                return None
+            self.hits += 1
+            self._entries.move_to_end(key)
+            return entry
+
+    def count_hit(self) -> None:
+        """An image that is in the same batch twice."""
+        with self._lock:
+            self.hits += 1
 
     def keep(self, key: bytes, entry: Encoded) -> None:
         """Copy an image into the cache; the images that were asked for the longest ago make room."""
         size = entry.size
         if size > self.max_bytes:
             return
-        old = self._entries.pop(key, None)
-        self._used += size - (0 if old is None else old.size)
-        self._entries[key] = entry.copied()
-        while self._used > self.max_bytes:
-            _, oldest = self._entries.popitem(last=False)
-            self._used -= oldest.size
+        entry = entry.copied()
+        with self._lock:
+            old = self._entries.pop(key, None)
+            self._used += size - (0 if old is None else old.size)
+            self._entries[key] = entry
+            while self._used > self.max_bytes:
+                _, oldest = self._entries.popitem(last=False)
+                self._used -= oldest.size
 
 
 def content_key(tensors: Iterable[Tensor], words: Any = None) -> bytes:

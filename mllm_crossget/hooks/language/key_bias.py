@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mllm_crossget.hooks.ground.bias_channel import with_bias_channel
-from mllm_crossget.hooks.ground.journal import Journal
+from mllm_crossget.hooks.ground.journal import Journal, set_aside
 
 IMPLEMENTATION = "mllm_crossget_language"
 KEYWORD = "crossget_keys"
@@ -84,7 +84,7 @@ def biased_attention(
     eager = vars(sys.modules[type(module).__module__]).get("eager_attention_forward")
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
     takes_no_mask = "flash" in implementation or implementation == "flex_attention"
-    if takes_no_mask:
+    if takes_no_mask and not set_aside(module):
         kwargs.pop("position_ids", None)  # flash attention would read gaps between positions as packed sequences
     if bias is None:
         return attend(module, query, key, value, attention_mask, **kwargs)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from mllm_crossget.ops.alignment import alignment_loss
 
@@ -61,16 +62,33 @@ def _project(modules: list[nn.Module], tokens: Tensor) -> Tensor:
     """The modules' maps one after the other, without gradients for their weights.
 
     Called and not rebuilt from detached weights: quantised weights cannot be swapped, and under ZeRO-3 a weight exists
-    only inside its module's call.
+    only inside its module's call. Their ``requires_grad`` stays as it is: other threads train with them.
     """
-    trained = [weight for module in modules for weight in module.parameters() if weight.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
+    trained = {id(weight) for module in modules for weight in module.parameters() if weight.requires_grad}
+    with _Detaching(trained):
         for module in modules:
             dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), tokens.dtype)
             tokens = module(tokens.to(dtype))  # a Q-Former stays in float32 in a half precision model
         return tokens
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
+
+
+class _Detaching(TorchFunctionMode):
+    """Every operation of this thread gets the chosen tensors detached.
+
+    Args:
+        chosen: their ``id``.
+    """
+
+    def __init__(self, chosen: set[int]) -> None:
+        super().__init__()
+        self._chosen = chosen
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(
+            *map(self._without_gradient, args), **{k: self._without_gradient(v) for k, v in (kwargs or {}).items()}
+        )
+
+    def _without_gradient(self, value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(self._without_gradient, value)) if type(value) in (list, tuple) else value
+        return value.detach() if id(value) in self._chosen else value

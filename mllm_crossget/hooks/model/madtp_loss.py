@@ -7,15 +7,15 @@ trained.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mllm_crossget.families.family import TextSide, module_at, text_side_of
+from mllm_crossget.hooks.ground.call_state import Lent, lent
+from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.hooks.ground.state import Handle, live_cross_tokens
 from mllm_crossget.hooks.model.cross_loss import aligned_output
 from mllm_crossget.hooks.projector.features import forget_ahead
@@ -23,6 +23,9 @@ from mllm_crossget.hooks.request.placeholders import images_per_row, present, to
 from mllm_crossget.hooks.tower.counts_per_image import recorded_alignment
 from mllm_crossget.methods.capabilities import LossKind
 from mllm_crossget.ops.alignment_attention import alignment_features, guidance_loss
+
+_INPUTS = "inputs of text layers"
+_PLACE = "_mllm_crossget_heard"
 
 
 def guides(model: nn.Module, handle: Handle) -> bool:
@@ -49,8 +52,8 @@ def with_guidance(model: Any, forward: Any, handle: Handle, kwargs: dict[str, An
         kwargs: of the call, with a compact prompt. Its text is every real token but the first one and the image's.
     """
     side = text_side_of(handle.family, model.config)
-    layers: Any = () if side is None else module_at(module_at(model, side.model), side.layers).children()
-    with forget_ahead(model, handle.family), recording(model, handle) as found, heard(layers) as inputs:
+    layers = heard_layers(model, handle)
+    with forget_ahead(model, handle.family), recording(model, handle) as found, _heard(layers) as inputs:
         rows = _images_per_row(model, handle, kwargs)
         output = forward(**kwargs)
     if isinstance(output, tuple):
@@ -80,8 +83,8 @@ def with_pair_guidance(model: Any, forward: Any, handle: Handle, kwargs: dict[st
     text_model = module_at(model, tower.path)
     encoder: Any = module_at(text_model, tower.encoder)
     pruned = handle.text_tower is not None
-    layers: Any = () if pruned else getattr(encoder, tower.names.layers)
-    with recording(model, handle) as found, recorded_alignment(encoder) as written, heard(layers) as inputs:
+    layers = heard_layers(model, handle)
+    with recording(model, handle) as found, recorded_alignment(encoder) as written, _heard(layers) as inputs:
         output = forward(**kwargs)
     if isinstance(output, tuple):
         return output
@@ -137,25 +140,44 @@ def text_features(tokens: nn.Module, inputs: dict[int, Tensor], columns_BT: Tens
     return summed
 
 
-@contextmanager
-def heard(layers: Any) -> Iterator[dict[int, Tensor]]:
-    """Collect what enters each of the layers during one forward; the first call of a layer counts, so that layers may
-    be replayed by gradient checkpointing."""
+def hook_heard(journal: Journal, model: Any, handle: Handle) -> None:
+    """Let the layers of the text side be heard, where a loss wants what enters them."""
+    loss, layers = handle.method.training_loss, heard_layers(model, handle)
+    if loss is None or loss.kind is not LossKind.ALIGNMENT_TOKENS or layers is None:
+        return
+    for index, layer in enumerate(layers.children()):
+        journal.set_attribute(layer, _PLACE, (layers, index))
+        journal.swap_class(layer, HeardLayer)
+
+
+def heard_layers(model: Any, handle: Handle) -> nn.Module | None:
+    """The list of text layers whose inputs are compared with the images; None where the text is pruned and says itself
+    what it finds, or where there is no text."""
+    tower, side = handle.family.text_tower, text_side_of(handle.family, model.config)
+    if side is not None:
+        return module_at(module_at(model, side.model), side.layers)
+    if tower is None or not tower.appends or handle.text_tower is not None:
+        return None
+    return getattr(module_at(module_at(model, tower.path), tower.encoder), tower.names.layers)
+
+
+class HeardLayer(nn.Module):
+    """Mixin for a layer of the text side."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the original. The first call in a forward counts, so that layers may be replayed by gradient
+        checkpointing."""
+        layers, index = self.__dict__[_PLACE]
+        inputs: dict[int, Tensor] | None = lent(_INPUTS, layers)
+        if inputs is not None:
+            inputs.setdefault(index, args[0] if args else kwargs["hidden_states"])
+        return super().forward(*args, **kwargs)
+
+
+def _heard(layers: nn.Module | None) -> Lent:
+    """Collect what enters each of the layers during one forward in this thread."""
     inputs: dict[int, Tensor] = {}
-    handles = [
-        layer.register_forward_pre_hook(partial(_hear, inputs, index), with_kwargs=True)
-        for index, layer in enumerate(layers)
-    ]
-    try:
-        yield inputs
-    finally:
-        for one in handles:
-            one.remove()
-
-
-def _hear(inputs: dict[int, Tensor], index: int, layer: nn.Module, args: Any, kwargs: Any) -> None:
-    del layer
-    inputs.setdefault(index, args[0] if args else kwargs["hidden_states"])
+    return Lent(_INPUTS, inputs, layers)
 
 
 def _images_per_row(model: Any, handle: Handle, kwargs: dict[str, Any]) -> Tensor | None:

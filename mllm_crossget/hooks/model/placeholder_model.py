@@ -87,11 +87,11 @@ class ReducedModel(SavedModel):
                 return _forward_shrunk(self, super().forward, handle, kwargs)
         if layout is not None:
             follow_layout(handle, layout, kwargs)
-        if handle.size_bias:
-            _give_log_sizes(self, handle, kwargs)
         if generating_log_sizes(self) is not None:  # generate forgets what it has encoded itself
+            _give_log_sizes(self, handle, kwargs)
             return _with_alignment(self, super().forward, handle, kwargs)
         with forget_ahead(self, handle.family):
+            _give_log_sizes(self, handle, kwargs)
             return _with_alignment(self, super().forward, handle, kwargs)
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> Any:
@@ -175,6 +175,8 @@ def _was_emptied(cache: Any, kwargs: dict[str, Any]) -> bool:
 
 def _give_log_sizes(model: nn.Module, handle: Handle, kwargs: dict[str, Any]) -> None:
     """Token sizes for a forward on a prompt that is compact already: inside ``generate``, or the user's own."""
+    if not handle.size_bias:
+        return
     sizes, cache = generating_log_sizes(model), cache_in(kwargs)
     if sizes is None and present(handle, kwargs) and log_sizes_on(cache) is None:
         sizes = log_sizes_of_compact(model, handle, kwargs)

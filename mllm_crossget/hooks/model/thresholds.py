@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from mllm_crossget.families.family import module_at
-from mllm_crossget.hooks.ground.state import Handle, MergeState, TowerState, base_model, handle_of
+from mllm_crossget.hooks.ground.call_state import Lent
+from mllm_crossget.hooks.ground.running_calls import alone
+from mllm_crossget.hooks.ground.state import CALIBRATION, Handle, MergeState, TowerState, base_model, handle_of
 from mllm_crossget.hooks.tower.counts_per_image import recorded_sizes
 from mllm_crossget.methods.capabilities import PerImage
 from mllm_crossget.methods.dynamic import NOTHING
@@ -85,6 +87,7 @@ def calibrate(model: nn.Module, images: Any = None, processor: Any = None, *, te
         ValueError: the model is not accelerated with a dynamic method, the settings cannot be calibrated, or the
             average cannot be met; the model keeps its settings.
         TypeError: no images, or no texts, where the settings need them.
+        RuntimeError: another thread is inside the model, which keeps its settings.
 
     Example:
         >>> accelerate_mllm(model, CrossGetConfig(dynamic=True, keep_ratio=0.25))
@@ -97,14 +100,16 @@ def calibrate(model: nn.Module, images: Any = None, processor: Any = None, *, te
     if images is None and texts is None:
         raise TypeError("give images, or texts for a text tower that MADTP prunes")
     on_images = on_texts = None
-    if images is not None:
-        on_images = _on_images(model, handle, method, _pixels(images, processor))
-    if texts is not None and text is not None:
-        on_texts = _on_texts(model, handle, _tokens(texts, processor))
-    settings = handle.method.with_thresholds(on_images, on_texts)
-    for state in (handle, handle.tower, handle.text_tower):
-        if state is not None:
-            state.method = settings
+    with alone(base_model(model), "calibrate") as others_stayed_out:
+        if images is not None:
+            on_images = _on_images(model, handle, method, _pixels(images, processor))
+        if texts is not None and text is not None:
+            on_texts = _on_texts(model, handle, _tokens(texts, processor))
+        settings = handle.method.with_thresholds(on_images, on_texts)
+        others_stayed_out()
+        for state in (handle, handle.tower, handle.text_tower):
+            if state is not None:
+                state.method = settings
     return settings
 
 
@@ -131,14 +136,13 @@ def _on_texts(model: nn.Module, handle: Handle, tokens: dict[str, Tensor]) -> li
 
 @contextmanager
 def _calibrating(module: nn.Module, state: Any) -> Iterator[Calibration]:
-    """Evaluation mode, with a calibration in the state; both taken back afterwards."""
+    """Evaluation mode, with a calibration lent to the state; both taken back afterwards."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
-    state.calibration = calibration = Calibration()
     try:
-        yield calibration
+        with Lent(CALIBRATION, Calibration(), state) as calibration:
+            yield calibration
     finally:
-        state.calibration = None
         for part, training in modes:
             part.training = training
 

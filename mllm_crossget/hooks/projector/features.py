@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from mllm_crossget.families.family import Family, module_at
 from mllm_crossget.families.modality import Modality
+from mllm_crossget.hooks.ground.call_state import Lent, lent
 from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.hooks.ground.state import Handle
 from mllm_crossget.hooks.projector.groups import Groups, groups_of_source, source_of_trace, with_groups
@@ -28,7 +29,7 @@ from mllm_crossget.hooks.tower.fixed_counts import Encoding, kept_trace, trace_o
 from mllm_crossget.methods.method import Place
 from mllm_crossget.schedule import Schedule, TowerGeometry
 
-_AHEAD = "_mllm_crossget_ahead"
+_AHEAD = "ahead"
 _RECORDED = ("output_hidden_states", "output_attentions")  # which stock models hand on to their towers
 _PLACES = "_mllm_crossget_places"
 
@@ -153,6 +154,11 @@ def without_last(features: Any) -> Any:
 
 def encode_ahead(model: nn.Module, family: Family, modality: Modality, kwargs: dict[str, Any]) -> list[int]:
     """Encode the images of a call now, unless that was done already, and return the number of features of each."""
+    return [len(image) for image in features_of(ahead_of(model, family, modality, kwargs))]
+
+
+def ahead_of(model: nn.Module, family: Family, modality: Modality, kwargs: dict[str, Any]) -> Any:
+    """The features of the images of a call, encoded now or before; kept until ``forget_ahead``'s block ends."""
     owner = module_at(model, family.features_owner or "")
     records = modality.counts is None and _hands_on_keywords(type(owner), modality.encode)
     wanted = (*modality.arguments, *(_RECORDED if records else ()))
@@ -161,8 +167,10 @@ def encode_ahead(model: nn.Module, family: Family, modality: Modality, kwargs: d
     output = encoded_ahead(owner, modality.encode, (pixels,), {})
     if output is None:
         output = getattr(owner, modality.encode)(pixels, **arguments, return_dict=True)
-        owner.__dict__.setdefault(_AHEAD, {})[modality.encode] = (_identity(pixels), output)
-    return [len(image) for image in features_of(output)]
+        kept: dict[str, Any] | None = lent(_AHEAD, owner)
+        if kept is not None:
+            kept[modality.encode] = (_identity(pixels), output)
+    return output
 
 
 @functools.cache
@@ -178,15 +186,10 @@ def _hands_on_keywords(kind: type[nn.Module], encode: str) -> bool:
     return any(keyword.arg is None for call in own for keyword in call.keywords)
 
 
-def ahead_of(model: nn.Module, family: Family, modality: Modality) -> Any:
-    """What ``encode_ahead`` has kept of a modality."""
-    return module_at(model, family.features_owner or "").__dict__[_AHEAD][modality.encode][1]
-
-
 def encoded_ahead(owner: nn.Module, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What ``encode_ahead`` has kept for this call, or None. It is handed out for the very same pixels only: beams and
     samples repeat the images in transformers before 5.23, which are then encoded as usual."""
-    kept = owner.__dict__.get(_AHEAD, {}).get(method)
+    kept = (lent(_AHEAD, owner) or {}).get(method)
     if kept is None:
         return None
     pixels = args[0] if args else next((v for k, v in kwargs.items() if k.startswith("pixel_values")), None)
@@ -195,12 +198,19 @@ def encoded_ahead(owner: nn.Module, method: str, args: tuple[Any, ...], kwargs: 
 
 @contextmanager
 def forget_ahead(model: nn.Module, family: Family) -> Iterator[None]:
-    """Drop what was encoded ahead when the ``with`` block ends."""
-    try:
+    """Drop what was encoded ahead in this thread when the ``with`` block ends, also for a block around it."""
+    if family.features_owner is None:
         yield
+        return
+    owner = module_at(model, family.features_owner)
+    kept: dict[str, Any] | None = lent(_AHEAD, owner)
+    kept = {} if kept is None else kept
+    try:
+        with Lent(_AHEAD, kept, owner):
+            yield
     finally:
-        if family.features_owner is not None:
-            module_at(model, family.features_owner).__dict__.pop(_AHEAD, None)
+        if not torch.compiler.is_compiling():  # else a guard of every decoding step asks whether something is kept
+            kept.clear()
 
 
 def _identity(pixels: Tensor) -> tuple[int, torch.Size, torch.dtype]:

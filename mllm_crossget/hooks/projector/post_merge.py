@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from mllm_crossget.families.modality import Modality
+from mllm_crossget.hooks.ground.call_state import Lent, lent
 from mllm_crossget.hooks.ground.journal import Journal
-from mllm_crossget.hooks.ground.state import LayerTrace, MergeState, TowerState
+from mllm_crossget.hooks.ground.state import RUNNING, TRACE, LayerTrace, MergeState, TowerState
 from mllm_crossget.hooks.projector.features import FeaturesMixin, encoded_ahead, features_of, with_features
 from mllm_crossget.hooks.projector.groups import Groups, groups_of_source, with_groups
 from mllm_crossget.methods.method import Method, Place
@@ -86,8 +87,9 @@ def merge_features(features_BND: Tensor, companions: list[Tensor], state: MergeS
         companions = [merge(other, size, match)[0] for other in companions]
         features, size = merge(features, size, match)
         kept, source = kept.gather(1, match.kept), compose_source(source, match)
-        if state.trace is not None:
-            state.trace.append(LayerTrace(match, size, source))
+        trace: list[LayerTrace] | None = lent(TRACE, state)
+        if trace is not None:
+            trace.append(LayerTrace(match, size, source))
     return Merged(features, companions, kept, source, size)
 
 
@@ -129,15 +131,12 @@ def _merged(
     if ahead is not None:
         return ahead
     state: MergeState = owner.__dict__[_STATE]
-    if state.running:
+    if lent(RUNNING, state):  # a model may encode videos with its method for images
         return stock(*args, **kwargs)
     if kwargs.get("return_dict") is False:  # a tuple does not say which of its entries are the features
         return _merged(owner, method, stock, args, {**kwargs, "return_dict": True}).to_tuple()
-    state.running = True
-    try:
+    with Lent(RUNNING, True, state):
         output = stock(*args, **kwargs)
-    finally:
-        state.running = False
     modality = next(modality for modality in state.modalities if modality.encode == method)
     arguments = {**dict(zip(inspect.signature(stock).parameters, args, strict=False)), **kwargs}
     return _merge_output(owner, state, modality, output, arguments)

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from mllm_crossget.families.family import module_at
+from mllm_crossget.hooks.ground.call_state import Lent, lent
 from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.hooks.ground.state import Handle, TowerState
 from mllm_crossget.hooks.projector.features import ReducedFeatures
 from mllm_crossget.methods.method import Place
 
-_CALL = "_mllm_crossget_resampled"
+_PATHS = "_mllm_crossget_resampled"
+_CALL = "resampled"
 
 
 class ResampledFeatures(ReducedFeatures):
@@ -41,7 +43,7 @@ class ResampledFeatures(ReducedFeatures):
         """See ``ReducedFeatures.install``."""
         family = handle.family
         paths = [str(path).removeprefix(f"{family.features_owner}.") for path in (family.tower, family.projector)]
-        journal.set_attribute(owner, _CALL, paths)
+        journal.set_attribute(owner, _PATHS, paths)
         journal.swap_class(owner, cls)
         journal.swap_class(module_at(owner, paths[0]), CroppedTower)
         if isinstance(handle.tower, TowerState):
@@ -51,15 +53,8 @@ class ResampledFeatures(ReducedFeatures):
 
     def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
         """As the original: as many features per image."""
-        modules = [module_at(self, path) for path in self.__dict__[_CALL]]
-        call: dict[str, Any] = {}
-        for module in modules:
-            module.__dict__[_CALL] = call
-        try:
+        with Lent(_CALL, {}, *[module_at(self, path) for path in self.__dict__[_PATHS]]):
             return super().get_image_features(*args, **kwargs)
-        finally:
-            for module in modules:
-                del module.__dict__[_CALL]
 
 
 class CroppedTower(nn.Module):
@@ -71,7 +66,7 @@ class CroppedTower(nn.Module):
         Raises:
             ValueError: patches of an image that are no rectangle in the upper left corner.
         """
-        stock, call = super().forward, self.__dict__.get(_CALL, {})
+        stock, call = super().forward, _call_of(self)
         patch = self.config.patch_size
         grid = (pixel_values.shape[2] // patch, pixel_values.shape[3] // patch)
         call["patches"] = grid[0] * grid[1]
@@ -95,7 +90,7 @@ class MaskedConnector(nn.Module):
 
     def forward(self, image_hidden_states: Tensor, attention_mask: Tensor) -> Any:
         """As the original."""
-        call = self.__dict__.get(_CALL, {})
+        call = _call_of(self)
         if "patches" in call:
             attention_mask = _real_tokens(image_hidden_states, call)
         return super().forward(image_hidden_states, attention_mask)
@@ -107,7 +102,7 @@ class CountedProjector(nn.Module):
 
     def forward(self, key_value_states: Tensor, attn_mask: Tensor | None = None) -> Any:
         """As the original."""
-        call = self.__dict__.get(_CALL, {})
+        call = _call_of(self)
         if "patches" not in call:
             return super().forward(key_value_states, attn_mask)
         queries: Any = self.patch_to_query_dict
@@ -117,11 +112,9 @@ class CountedProjector(nn.Module):
                 "model's processor"
             )
         mask = ~_real_tokens(key_value_states, call) if "lengths" in call else None
-        self.__dict__["patch_to_query_dict"] = {key_value_states.shape[1]: queries[call["patches"]]}
-        try:
-            return super().forward(key_value_states, mask)
-        finally:
-            self.__dict__["patch_to_query_dict"] = queries
+        twin: Any = object.__new__(type(self))  # has the same parts; others read the original's numbers meanwhile
+        twin.__dict__.update(self.__dict__, patch_to_query_dict={key_value_states.shape[1]: queries[call["patches"]]})
+        return super(CountedProjector, twin).forward(key_value_states, mask)
 
 
 class MaskedResamplerFeatures(ResampledFeatures):
@@ -134,6 +127,12 @@ class CountedResamplerFeatures(ResampledFeatures):
     """For Aria."""
 
     resampler: ClassVar[type[nn.Module]] = CountedProjector
+
+
+def _call_of(module: nn.Module) -> dict[str, Any]:
+    """What is known of the call; an empty dictionary, for nobody, outside of one."""
+    found: dict[str, Any] | None = lent(_CALL, module)
+    return {} if found is None else found
 
 
 def _rectangles(mask: Tensor) -> list[tuple[int, int]]:

@@ -139,8 +139,7 @@ def groups_of_call(
         output = (kwargs.get("mm_encoder_outputs") or {}).get(modality.name)
         given = output is not None
         if output is None:
-            encode_ahead(model, handle.family, modality, kwargs)
-            output = ahead_of(model, handle.family, modality)
+            output = ahead_of(model, handle.family, modality, kwargs)
         groups = groups_of(output)
         if groups is None and given:
             raise ValueError(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mllm_crossget.families.family import Family, module_at
 from mllm_crossget.families.modality import Modality
-from mllm_crossget.hooks.projector.features import ahead_of, encode_ahead
+from mllm_crossget.hooks.projector.features import ahead_of
 from mllm_crossget.hooks.projector.post_merge import kept_cells
 from mllm_crossget.hooks.request.compaction import Compaction
 
@@ -31,8 +31,7 @@ def cells_that_stay(model: nn.Module, family: Family, modality: Modality, kwargs
     """
     output = (kwargs.get("mm_encoder_outputs") or {}).get(modality.name)
     if output is None:
-        encode_ahead(model, family, modality, kwargs)
-        output = ahead_of(model, family, modality)
+        output = ahead_of(model, family, modality, kwargs)
     cells = kept_cells(output)
     if cells is None:
         raise ValueError(

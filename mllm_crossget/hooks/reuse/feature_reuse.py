@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from mllm_crossget.families.family import Family, families, module_at
+from mllm_crossget.hooks.ground.call_state import lent
 from mllm_crossget.hooks.ground.cross_tokens import RECORD
-from mllm_crossget.hooks.ground.state import MergeState, TowerState
+from mllm_crossget.hooks.ground.state import CALIBRATION, RUNNING, TRACE, MergeState, TowerState
 from mllm_crossget.hooks.ground.vision_cache import Encoded, VisionCache, content_key
 from mllm_crossget.hooks.projector.features import encoded_ahead
 from mllm_crossget.hooks.reuse.image_packing import Pieces, pieces_of
@@ -86,7 +87,7 @@ def _reused(cache: VisionCache, pieces: Pieces, stock: Callable[..., Any]) -> An
     missing: dict[bytes, int] = {}
     for image, key in enumerate(keys):
         if key in missing:
-            cache.hits += 1
+            cache.count_hit()
         elif (entry := cache.find(key)) is not None:
             known[key] = entry
         else:
@@ -128,14 +129,15 @@ def _is_watched(owner: nn.Module, handle: Handle) -> bool:
     tower = handle.tower
     if owner.training or any(child.training for child in _vision_side(owner, handle)):
         return True
-    if any(state is not None and state.trace is not None for state in (tower, handle.again)):
+    if any(lent(TRACE, state) is not None for state in (tower, handle.again) if state is not None):
         return True
     if isinstance(tower, MergeState):
-        return tower.running
+        return lent(RUNNING, tower) is not None
     if not isinstance(tower, TowerState):
         return False
     encoder = module_at(owner, handle.encoder_path.removeprefix(f"{handle.family.features_owner}."))
-    return tower.calibration is not None or RECORD in encoder.__dict__ or SIZES in encoder.__dict__
+    asked = (lent(CALIBRATION, tower), lent(RECORD, encoder), lent(SIZES, encoder))
+    return any(one is not None for one in asked)
 
 
 def _vision_side(owner: nn.Module, handle: Handle) -> Iterator[nn.Module]:

@@ -9,8 +9,6 @@ the other questions of a batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,11 +16,13 @@ from torch import Tensor, nn
 
 from mllm_crossget.families.family import BertNames, TextTower, module_at
 from mllm_crossget.hooks.ground.arguments import positional_names
+from mllm_crossget.hooks.ground.call_state import Lent, lent
 from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.hooks.text.bert_text import CALL, SIZES
 
 _MODULES = "_mllm_crossget_question_modules"
 _BIAS = "_mllm_crossget_bias"
+_LOG_SIZES = "log sizes"
 _KEYWORD = "crossget_bias"
 _MASK = "encoder_attention_mask"
 
@@ -45,7 +45,6 @@ def hook_question(journal: Journal, model: nn.Module, tower: TextTower, names: B
     journal.swap_class(decoder, AnsweringDecoder)
     for layer in getattr(module_at(decoder, tower.encoder), names.layers):
         inner = getattr(getattr(layer, names.crossing), names.inner)
-        journal.set_attribute(inner, _BIAS, None)
         journal.set_attribute(layer, _MODULES, (names.crossing, names.inner))
         journal.swap_class(inner, BiasedCrossing)
         journal.swap_class(layer, AnsweringLayer)
@@ -87,7 +86,7 @@ class AnsweringDecoder(nn.Module):
         if args:
             kwargs.update(zip(positional_names(type(self)), args, strict=False))
         sizes = kwargs.get(_MASK)
-        if CALL in self.__dict__ and sizes is not None:
+        if lent(CALL, self) is not None and sizes is not None:
             bias = sizes.log() if self.__dict__[_BIAS] else (sizes > 0).log()
             kwargs[_KEYWORD] = bias.clamp_min(torch.finfo(torch.float16).min)[:, None, None]
         return super().forward(**kwargs)
@@ -100,12 +99,8 @@ class AnsweringLayer(nn.Module):
         """As the original."""
         bias: Tensor | None = kwargs.pop(_KEYWORD, None)
         crossing, inner = self.__dict__[_MODULES]
-        attention = getattr(getattr(self, crossing), inner)
-        attention.__dict__[_BIAS] = bias
-        try:
+        with Lent(_LOG_SIZES, bias, getattr(getattr(self, crossing), inner)):
             return super().forward(*args, **kwargs)
-        finally:
-            attention.__dict__[_BIAS] = None
 
 
 class BiasedCrossing(nn.Module):
@@ -113,26 +108,17 @@ class BiasedCrossing(nn.Module):
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Any:
         """As the original."""
-        bias: Tensor | None = self.__dict__[_BIAS]
+        bias: Tensor | None = lent(_LOG_SIZES, self)
         if bias is not None:
             kwargs[_MASK] = bias.to(hidden_states.dtype)
         return super().forward(hidden_states, **kwargs)
 
 
-@contextmanager
-def _call(model: nn.Module) -> Iterator[None]:
-    modules = [module_at(model, path) for path in model.__dict__[_MODULES]]
-    call: dict[str, Tensor] = {}
-    for module in modules:
-        module.__dict__[CALL] = call
-    try:
-        yield
-    finally:
-        for module in modules:
-            del module.__dict__[CALL]
+def _call(model: nn.Module) -> Lent:
+    return Lent(CALL, {}, *[module_at(model, path) for path in model.__dict__[_MODULES]])
 
 
 def _with_sizes(decoder: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The sizes are taken away once: what ``generate`` hands on was repeated for the beams."""
-    call = decoder.__dict__.get(CALL, {})
+    call: dict[str, Tensor] = lent(CALL, decoder) or {}
     return {**kwargs, _MASK: call.pop(SIZES)} if SIZES in call else kwargs

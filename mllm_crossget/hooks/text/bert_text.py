@@ -24,6 +24,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 
 from mllm_crossget.families.family import BertNames, TextTower
 from mllm_crossget.hooks.ground.arguments import positional_names
+from mllm_crossget.hooks.ground.call_state import lent
 from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.hooks.ground.kv_cache import CACHE, cache_in, name_cache
 from mllm_crossget.hooks.ground.state import TextTowerState
@@ -35,7 +36,8 @@ from mllm_crossget.hooks.tower.layer import Taken, run_post_norm_layer
 from mllm_crossget.methods.method import Method
 from mllm_crossget.schedule import TextGeometry
 
-CALL = "_mllm_crossget_question"
+CALL = "question"
+"""Lent to the encoder and to the decoder that reads it (``ground.call_state``): a dictionary of one call."""
 SIZES = "sizes"
 _STATE = "_mllm_crossget_text_encoder"
 _KEYWORD = "crossget_texts"
@@ -120,8 +122,9 @@ class ReducedBertEncoder(nn.Module):
 
         run = run_texts(state, getattr(self, _names(state).layers), hidden_states, texts, call)
         hidden = run.hidden
-        if CALL in self.__dict__:
-            self.__dict__[CALL][SIZES] = _sizes(run.size, run.columns, hidden)
+        asked: dict[str, Tensor] | None = lent(CALL, self)
+        if asked is not None:
+            asked[SIZES] = _sizes(run.size, run.columns, hidden)
         else:
             hidden = in_columns(hidden, run.source, run.place, texts.real, hidden_states.shape[1])
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)

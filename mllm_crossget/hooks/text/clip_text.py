@@ -18,6 +18,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from mllm_crossget.families.family import LayerNames, TextTower
 from mllm_crossget.hooks.ground.arguments import positional_names
+from mllm_crossget.hooks.ground.call_state import lent
 from mllm_crossget.hooks.ground.cross_tokens import RECORD
 from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.hooks.ground.state import TextTowerState
@@ -116,8 +117,9 @@ class ReducedTextEncoder(nn.Module):
 
         layers = getattr(self, layer_names(state).layers)
         run = run_texts(state, layers, inputs_embeds, texts, call, cross=vectors is not None)
-        if written and RECORD in self.__dict__:
-            self.__dict__[RECORD].append(torch.stack(written))
+        record: list[Tensor] | None = lent(RECORD, self)
+        if written and record is not None:
+            record.append(torch.stack(written))
         states = in_columns(run.hidden, run.source, run.place, texts.real, inputs_embeds.shape[1])
         return BaseModelOutput(last_hidden_state=states)
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from mllm_crossget.hooks.ground.state import TextTowerState
+from mllm_crossget.hooks.ground.call_state import lent
+from mllm_crossget.hooks.ground.state import CALIBRATION, TRACE, TextTowerState
 from mllm_crossget.hooks.text.clip_text import KEYWORD, layer_names, text_state
 from mllm_crossget.hooks.text.rows import Texts, compact, in_columns
 from mllm_crossget.hooks.tower.attention import AttentionSlot
@@ -49,11 +50,13 @@ class RaggedTextEncoder(nn.Module):
         least = int(texts.end.max()) + 2
 
         def call(layer: nn.Module, index: int, hidden: Tensor, size: Tensor | None) -> Taken:
-            wanted = [state.schedule(tokens).tokens[index + 1] for tokens in starts] if state.calibration else None
+            calibrates = lent(CALIBRATION, state) is not None
+            wanted = [state.schedule(tokens).tokens[index + 1] for tokens in starts] if calibrates else None
             alignment = _alignment(self, state, hidden, size, index)
             return layer(hidden, None, size, alignment, index, least, wanted)
 
-        layers, traces = getattr(self, layer_names(state).layers), [] if state.trace is None else [state.trace]
+        layers, trace = getattr(self, layer_names(state).layers), lent(TRACE, state)
+        traces = [] if trace is None else [trace]
         hidden, _, source = run_layers(layers, hidden, size, own_rows(hidden), call, traces)
         if reference:
             return BaseModelOutput(last_hidden_state=nn.functional.pad(hidden, (0, 0, 0, columns - hidden.shape[1])))
@@ -148,9 +151,9 @@ def _choose(
     if alignment is not None:
         signals.alignment_width = state.alignment_width
     scores, context = method.scores(signals)
-    if state.calibration is not None and wanted is not None:
+    if wanted is not None:
         total = int(count.sum()) - sum(wanted)
-        threshold = state.calibration.choose(method, scores, shielded, None, total)
+        threshold = lent(CALIBRATION, state).choose(method, scores, shielded, None, total)
     else:
         threshold = method.text_layer_threshold(index)
     removals = method.removals(scores, threshold, shielded)

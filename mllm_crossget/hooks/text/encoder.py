@@ -10,7 +10,8 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from mllm_crossget.hooks.ground.state import TextTowerState
+from mllm_crossget.hooks.ground.call_state import lent
+from mllm_crossget.hooks.ground.state import TRACE, TextTowerState
 from mllm_crossget.hooks.text.rows import Columns, Texts, columns_of, compact, mask_of, moved_columns, with_removals
 from mllm_crossget.hooks.tower.encoder import own_rows, run_layers
 from mllm_crossget.hooks.tower.layer import Taken
@@ -63,6 +64,7 @@ def run_texts(
         return taken
 
     source = own_rows(hidden)
-    traces = [] if state.trace is None else [state.trace]
+    trace = lent(TRACE, state)
+    traces = [] if trace is None else [trace]
     hidden, size, followed = run_layers(layers, hidden, None, source, call_with_columns, traces)
     return TextRun(hidden, size, columns, source if followed is None else followed, place)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mllm_crossget.hooks.ground.arguments import positional_names
+from mllm_crossget.hooks.ground.call_state import lent
 from mllm_crossget.hooks.ground.cross_tokens import RECORD, write_token
 from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.hooks.ground.kv_cache import cache_in, name_cache
@@ -65,8 +66,9 @@ class GuidedModel(nn.Module):
         if first is None:
             return super().forward(**kwargs)
         output = super().forward(**kwargs, **{_KEYWORD: first})
-        if RECORD in self.__dict__:
-            self.__dict__[RECORD].append(_cross_tokens_of(first))
+        record: list[Tensor] | None = lent(RECORD, self)
+        if record is not None:
+            record.append(_cross_tokens_of(first))
         return output
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,6 @@ from mllm_crossget.ops.pruning import attention_received, class_attention, stron
 IMPLEMENTATION = "mllm_crossget"
 # Everything private that we rely on, in one place; checked when a model is accelerated.
 _IMPLEMENTATION_FIELD = "_attn_implementation_internal"
-_SLOT = "_mllm_crossget_slot"
 _OWN_CONFIG = "_mllm_crossget_own_config"
 _FLEX = "flex_attention"
 _FLEX_PROBLEM = (
@@ -95,7 +95,6 @@ def hook_attention(journal: Journal, attention: nn.Module, fused: bool = False) 
     shadow.__dict__[_IMPLEMENTATION_FIELD] = IMPLEMENTATION
     journal.set_attribute(attention, _OWN_CONFIG, attention.config)
     journal.set_attribute(attention, "config", shadow)
-    journal.set_attribute(attention, _SLOT, None)
     if fused:
         journal.swap_class(attention, FusedAttention)
 
@@ -113,26 +112,37 @@ class FusedAttention(nn.Module):
         return self.projection(output.reshape(batch, tokens, width)), weights
 
 
+class _Thread(threading.local):
+    """The slot of the layer that runs in a thread; as in ``ground.call_state``, by a shorter way."""
+
+    def __init__(self) -> None:
+        self.slot: AttentionSlot | None = None
+
+
+_THREAD = _Thread()
+
+
 class OpenSlot:
-    """Lends a slot to a hooked attention module for the length of a ``with`` block. A class: entering a generator takes
-    several times as long, in every layer.
+    """Lends a slot to the hooked attention module that is called in a ``with`` block, in this thread: not every stock
+    attention hands arguments through.
 
     Args:
-        attention: one layer's attention.
         slot: what to lend.
     """
 
-    __slots__ = ("_attention", "_slot")
+    __slots__ = ("_around", "_slot")
 
-    def __init__(self, attention: nn.Module, slot: AttentionSlot) -> None:
-        self._attention, self._slot = attention, slot
+    def __init__(self, slot: AttentionSlot) -> None:
+        self._slot = slot
+        self._around: AttentionSlot | None = None
 
     def __enter__(self) -> AttentionSlot:
-        self._attention.__dict__[_SLOT] = self._slot  # not by setattr, which a module makes slow
+        self._around = _THREAD.slot
+        _THREAD.slot = self._slot
         return self._slot
 
     def __exit__(self, *error: object) -> None:
-        self._attention.__dict__[_SLOT] = None
+        _THREAD.slot = self._around
 
 
 def attention_problem(attention: nn.Module) -> str | None:
@@ -154,7 +164,7 @@ def reduced_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' attention interface: (B, H, T, D) projections in, ((B, T, H, D), weights or None) out."""
-    slot: AttentionSlot = module.__dict__[_SLOT]
+    slot = _THREAD.slot or _NOTHING_ASKED
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if slot.record_keys:
         _record_keys(slot, query, key)
@@ -257,6 +267,9 @@ def _plain_attention(
     mixed = nn.functional.dropout(weights, dropout, module.training) @ value
     return mixed.transpose(1, 2).contiguous(), weights
 
+
+_NOTHING_ASKED = AttentionSlot()
+"""For an attention that is called outside of any layer of ours, which asks for nothing and weighs nothing."""
 
 # A name of our own beside the stock ones. With the import: an accelerated model that another process unpickles has it.
 ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, reduced_attention)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from mllm_crossget.hooks.ground.state import TowerState
+from mllm_crossget.hooks.ground.call_state import Lent, lent
+from mllm_crossget.hooks.ground.state import CALIBRATION, TowerState
 from mllm_crossget.hooks.tower.attention import AttentionSlot
 from mllm_crossget.hooks.tower.encoder import SIZES, last_places, last_token, refuse_mask, refuse_tracing, run_tower
 from mllm_crossget.hooks.tower.fixed_counts import tower_state
@@ -26,44 +27,39 @@ from mllm_crossget.ops.alignment_attention import alignment_features
 from mllm_crossget.ops.importance import ragged_query_weights
 from mllm_crossget.ops.ragged import Step
 
-_FEATURES = "_mllm_crossget_alignment_features"
+_FEATURES = "alignment features"
 
 
 @contextmanager
 def recorded_sizes(encoder: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect the (B, T) token sizes after every layer; they live on the encoder for the length of the block.
+    """Collect the (B, T) token sizes after every layer, of forwards in this thread.
 
     A block inside another one hands its sizes on to the outer one.
     """
-    outer: list[Tensor] | None = encoder.__dict__.get(SIZES)
+    outer: list[Tensor] | None = lent(SIZES, encoder)
     sizes: list[Tensor] = []
-    encoder.__dict__[SIZES] = sizes
     try:
-        yield sizes
+        with Lent(SIZES, sizes, encoder):
+            yield sizes
     finally:
-        if outer is None:
-            del encoder.__dict__[SIZES]
-        else:
+        if outer is not None:
             outer.extend(sizes)
-            encoder.__dict__[SIZES] = outer
 
 
 @contextmanager
 def recorded_alignment(encoder: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect what the alignment tokens find in each layer's input: (B, K, width) per layer, with gradients.
+    """Collect what the alignment tokens find in each layer's input: (B, K, width) per layer, with gradients, of
+    forwards in this thread.
 
     Inside another such block the outer one's list goes on: images may be encoded in front of the forward that reads
     them.
     """
-    if _FEATURES in encoder.__dict__:
-        yield encoder.__dict__[_FEATURES]
+    outer: list[Tensor] | None = lent(_FEATURES, encoder)
+    if outer is not None:
+        yield outer
         return
-    features: list[Tensor] = []
-    encoder.__dict__[_FEATURES] = features
-    try:
+    with Lent(_FEATURES, [], encoder) as features:
         yield features
-    finally:
-        del encoder.__dict__[_FEATURES]
 
 
 class RaggedEncoder(nn.Module):
@@ -117,7 +113,7 @@ class RaggedLayer(nn.Module):
         if cross is not None:
             last = last_token(hidden_states, size)
             hidden_states = _with_last(hidden_states, size, last.detach() + cross)
-        reduces = state.calibration is not None or _dynamic(state).removes_in(index)
+        reduces = lent(CALIBRATION, state) is not None or _dynamic(state).removes_in(index)
         slot = _slot(state, size, crossed, reduces)
 
         def step(hidden: Tensor, size: Tensor | None) -> Taken:
@@ -184,11 +180,12 @@ def _choose(
     count, least = alive.sum(dim=1), None
     if method.max_visual_tokens is not None:
         least = (count - state.most_tokens(start, index)).clamp_min(0)
-    if state.calibration is None:
+    calibration = lent(CALIBRATION, state)
+    if calibration is None:
         threshold = method.layer_threshold(index)
     else:
         wanted = int(count.sum()) - len(count) * state.schedule(start).tokens[index + 1]
-        threshold = state.calibration.choose(method, scores, shielded, least, wanted)
+        threshold = calibration.choose(method, scores, shielded, least, wanted)
     removals = method.removals(scores, threshold, shielded, least)
     return method.step(signals, scores, context, removals) if bool(removals.any()) else None
 
@@ -206,8 +203,9 @@ def _alignment(encoder: Any, hidden: Tensor, size: Tensor | None, index: int) ->
 
 def record_features(encoder: Any, scores: Tensor, mapped: Tensor, alive: Tensor | None) -> None:
     """What the alignment tokens find in a layer's input, for ``recorded_alignment``."""
-    if _FEATURES in encoder.__dict__:
-        encoder.__dict__[_FEATURES].append(alignment_features(scores, mapped, alive)[1])
+    found: list[Tensor] | None = lent(_FEATURES, encoder)
+    if found is not None:
+        found.append(alignment_features(scores, mapped, alive)[1])
 
 
 def _with_last(hidden: Tensor, size: Tensor | None, value: Tensor) -> Tensor:

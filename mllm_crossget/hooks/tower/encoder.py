@@ -12,12 +12,16 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from mllm_crossget.hooks.ground.call_state import lent
 from mllm_crossget.hooks.ground.cross_tokens import RECORD
-from mllm_crossget.hooks.ground.state import LayerTrace, TowerState
+from mllm_crossget.hooks.ground.state import TRACE, LayerTrace, TowerState
 from mllm_crossget.hooks.tower.layer import Taken
 
-FORWARD = "_mllm_crossget_forward"
-SIZES = "_mllm_crossget_sizes"
+# Lent to an encoder (``ground.call_state``): lists that get an entry per layer.
+FORWARD = "forward"
+SIZES = "sizes"
+# Lent to its state: a list that gets the sizes behind the last layer.
+POOLED = "pooled"
 
 Call: TypeAlias = Callable[[nn.Module, int, Tensor, Tensor | None], Taken]
 """Layer, its index, (B, T, D) tokens and (B, T) sizes -> what the layer returned."""
@@ -74,24 +78,27 @@ def run_tower(
     if state.schedule(embeds.shape[1]).cross:
         hidden = torch.cat([hidden, first_cross_token(hidden, state.geometry.prefix)], dim=1)
         vectors = encoder.cross_tokens().unbind()
+    record: list[Tensor] | None = lent(RECORD, encoder)
+    sizes: list[Tensor] | None = lent(SIZES, encoder)
     written: list[Tensor] = []
 
     def call(layer: nn.Module, index: int, hidden: Tensor, size: Tensor | None) -> Taken:
         cross = None if vectors is None else vectors[index].to(hidden)
-        if cross is not None and RECORD in encoder.__dict__:
+        if cross is not None and record is not None:
             written.append(last_token(hidden, size).detach() + cross)
         taken: Taken = layer(hidden, None, size, cross, *arguments(index, hidden, size))
-        if SIZES in encoder.__dict__:
-            encoder.__dict__[SIZES].append(sizes_of(*taken[:2]))
+        if sizes is not None:
+            sizes.append(sizes_of(*taken[:2]))
         return taken
 
-    traces = [trace for trace in (state.trace, encoder.__dict__.get(FORWARD)) if trace is not None]
+    traces = [trace for trace in (lent(TRACE, state), lent(FORWARD, encoder)) if trace is not None]
     source = own_rows(hidden) if traces else None
     hidden, size, _ = run_layers(getattr(encoder, state.names.layers), hidden, None, source, call, traces)
-    if written:
-        encoder.__dict__[RECORD].append(torch.stack(written))
-    if state.keeps_sizes:
-        state.sizes = size
+    if written and record is not None:
+        record.append(torch.stack(written))
+    pooled: list[Tensor | None] | None = lent(POOLED, state) if state.keeps_sizes else None
+    if pooled is not None:
+        pooled.append(size)
     return hidden, size
 
 

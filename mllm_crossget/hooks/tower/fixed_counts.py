@@ -6,8 +6,6 @@ such a layer does in its step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from mllm_crossget.families.family import LayerNames
+from mllm_crossget.hooks.ground.call_state import Lent, lent
 from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.hooks.ground.state import LayerTrace, TowerState
 from mllm_crossget.hooks.tower.attention import AttentionSlot, hook_attention
@@ -137,23 +136,12 @@ class Encoding(list[LayerTrace]):
         self.groups: list[Any] = []
 
 
-@contextmanager
-def kept_trace(encoder: nn.Module, *readers: nn.Module) -> Iterator[Encoding]:
-    """Let ``readers`` see what the encoder merges, for the length of one encoding (see ``trace_of``).
-
-    It lives on the modules for that long, so that replicas of a model do not see each other's and none is ever stale.
-    """
-    trace = Encoding()
-    for module in (encoder, *readers):
-        module.__dict__[FORWARD] = trace
-    try:
-        yield trace
-    finally:
-        for module in (encoder, *readers):
-            module.__dict__.pop(FORWARD, None)
+def kept_trace(encoder: nn.Module, *readers: nn.Module) -> Lent:
+    """Let ``readers`` see what the encoder merges, for the length of one encoding in this thread (see ``trace_of``)."""
+    return Lent(FORWARD, Encoding(), encoder, *readers)
 
 
 def trace_of(module: nn.Module) -> Encoding:
     """The encoding that is under way; empty in front of it, and outside of ``kept_trace``."""
-    found = module.__dict__.get(FORWARD)
+    found: Encoding | None = lent(FORWARD, module)
     return Encoding() if found is None else found

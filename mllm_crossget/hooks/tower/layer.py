@@ -55,7 +55,7 @@ def run_layer(
     """
     attention = getattr(layer, names.attention)
     masked = {} if mask is None else {"attention_mask": mask}  # not every attention takes one
-    with OpenSlot(attention, slot), CrossInPlace(hidden, cross) as tokens:
+    with OpenSlot(slot), CrossInPlace(hidden, cross) as tokens:
         attended = attention(getattr(layer, names.norm1)(tokens), **masked)[0]
         hidden = tokens + _scaled(layer, names.scale1, attended)
     return _with_step(hidden, size, step, partial(_mlp, layer, names), at_output)
@@ -83,7 +83,7 @@ def run_post_norm_layer(
         image_mask: as the original's ``encoder_attention_mask``.
     """
     attention = getattr(layer, names.attention)
-    with OpenSlot(getattr(attention, names.inner), slot):
+    with OpenSlot(slot):
         hidden = attention(hidden, attention_mask=mask)[0]
     return _with_step(hidden, size, step, partial(_crossing_and_mlp, layer, names, image, image_mask))
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from mllm_crossget.families.family import LayerNames
+from mllm_crossget.hooks.ground.call_state import lent
 from mllm_crossget.hooks.ground.journal import Journal
-from mllm_crossget.hooks.ground.state import LayerTrace, TowerState
+from mllm_crossget.hooks.ground.state import TRACE, LayerTrace, TowerState
 from mllm_crossget.hooks.tower.attention import AttentionSlot, OpenSlot, hook_attention
 from mllm_crossget.hooks.tower.encoder import FORWARD, own_rows, sizes_of
 from mllm_crossget.methods.method import Method
@@ -49,10 +50,10 @@ class SelectingLayer(nn.Module):
             record_importance=removed > 0 and method.needs_importance,
             record_class=removed > 0 and method.needs_class_attention,
         )
-        with OpenSlot(getattr(self, state.names.attention), slot):
+        with OpenSlot(slot):
             output = super().forward(hidden_states, *args, **kwargs)
         tokens = output[0] if isinstance(output, tuple) else output
-        reduced = _selected(state, slot, tokens, removed, self.__dict__.get(FORWARD))
+        reduced = _selected(state, slot, tokens, removed, lent(FORWARD, self))
         return (reduced, *output[1:]) if isinstance(output, tuple) else reduced
 
 
@@ -74,8 +75,9 @@ def _selected(
     entry = LayerTrace(match, sizes_of(reduced, size), source)
     if forward is not None:
         forward.append(entry)
-    if state.trace is not None:  # one entry per layer, as where tokens merge in every one
-        state.trace += [LayerTrace(None, sizes_of(tokens, None), own_rows(tokens))] * (geometry.read - 1)
-        state.trace.append(entry)
-        state.trace += [LayerTrace(None, entry.size, source)] * (geometry.layers - geometry.read)
+    trace: list[LayerTrace] | None = lent(TRACE, state)
+    if trace is not None:  # one entry per layer, as where tokens merge in every one
+        trace += [LayerTrace(None, sizes_of(tokens, None), own_rows(tokens))] * (geometry.read - 1)
+        trace.append(entry)
+        trace += [LayerTrace(None, entry.size, source)] * (geometry.layers - geometry.read)
     return reduced

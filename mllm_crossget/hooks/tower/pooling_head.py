@@ -9,17 +9,29 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mllm_crossget.hooks.ground.call_state import Lent, lent
 from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.hooks.ground.state import TowerState
+from mllm_crossget.hooks.tower.encoder import POOLED
 
 _STATE = "_mllm_crossget_pooling"
 
 
-def hook_pooling(journal: Journal, head: nn.Module, state: TowerState) -> None:
-    """Make a pooling head weigh tokens by the sizes that the tower's encoder leaves in ``state.sizes``."""
-    journal.set_attribute(head, _STATE, state)
-    journal.swap_class(head, WeightedPooling)
+def hook_pooling(journal: Journal, tower: Any, state: TowerState) -> None:
+    """Make a tower's pooling head weigh tokens by the sizes that the tower's encoder leaves."""
+    for module, mixin in ((tower, PoolingTower), (tower.head, WeightedPooling)):
+        journal.set_attribute(module, _STATE, state)
+        journal.swap_class(module, mixin)
     state.keeps_sizes = True
+
+
+class PoolingTower(nn.Module):
+    """Mixin for the tower: its encoder and its head share the sizes of one call."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the original."""
+        with Lent(POOLED, [], self.__dict__[_STATE]):
+            return super().forward(*args, **kwargs)
 
 
 class WeightedPooling(nn.Module):
@@ -28,7 +40,8 @@ class WeightedPooling(nn.Module):
     def forward(self, hidden_state: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(B, T, D) -> (B, D); as the original where nothing was merged."""
         state: TowerState = self.__dict__[_STATE]
-        size, state.sizes = state.sizes, None
+        pooled: list[Tensor | None] = lent(POOLED, state) or [None]
+        size = pooled.pop()
         weighs = state.method.proportional_attention
         if size is None or not (weighs or bool((size == 0).any())):
             return super().forward(hidden_state, *args, **kwargs)
