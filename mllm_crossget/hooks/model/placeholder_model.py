@@ -44,7 +44,7 @@ from mllm_crossget.hooks.request.compact_call import (
     whole_mask,
 )
 from mllm_crossget.hooks.request.compaction import LAYOUT, Layout
-from mllm_crossget.hooks.request.placeholders import images_per_row, present
+from mllm_crossget.hooks.request.placeholders import images_per_row, mismatch_explained, present
 from mllm_crossget.hooks.request.token_sizes import joined_log_sizes, log_sizes_of_compact
 from mllm_crossget.hooks.request.user_view import PromptView, option_reader, shift_lengths, with_user_view
 from mllm_crossget.methods.capabilities import LossKind
@@ -144,9 +144,10 @@ def compact_forward(model: nn.Module, forward: Any, kwargs: dict[str, Any], colu
         follow_layout(handle, layout, kwargs)
     if handle.size_bias:
         _give_log_sizes(model, handle, kwargs)
-    if generating_log_sizes(model) is not None:  # generate forgets what it has encoded itself
-        return _with_alignment(model, forward, handle, kwargs)
-    with forget_ahead(model, handle.family):
+    # generate forgets what it has encoded itself
+    ahead = nullcontext() if generating_log_sizes(model) is not None else forget_ahead(model, handle.family)
+    counts_unknown = present(handle, kwargs) and not torch.compiler.is_compiling()
+    with ahead, mismatch_explained(model, handle, kwargs) if counts_unknown else nullcontext():
         return _with_alignment(model, forward, handle, kwargs)
 
 
