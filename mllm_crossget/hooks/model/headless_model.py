@@ -12,7 +12,7 @@ from torch import nn
 from mllm_crossget.families.family import module_at
 from mllm_crossget.hooks.ground.arguments import positional_names
 from mllm_crossget.hooks.ground.journal import Journal
-from mllm_crossget.hooks.ground.state import HANDLE, Handle
+from mllm_crossget.hooks.ground.state import HANDLE, Handle, refuse_replica
 from mllm_crossget.hooks.model.placeholder_model import COMPACT, compact_forward
 from mllm_crossget.hooks.request.compact_call import refuse_inputs
 from mllm_crossget.hooks.request.placeholders import present
@@ -43,6 +43,7 @@ class HeadlessModel(nn.Module):
         Raises:
             ValueError: as the whole model's ``forward``.
         """
+        refuse_replica(self)
         if args:
             kwargs.update(zip(positional_names(type(self)), args, strict=False))
         whole: Any = self.__dict__[_WHOLE]

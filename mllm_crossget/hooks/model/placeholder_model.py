@@ -16,7 +16,7 @@ from mllm_crossget.families.family import module_at
 from mllm_crossget.hooks.ground.arguments import positional_names
 from mllm_crossget.hooks.ground.cross_tokens import recorded_cross_tokens
 from mllm_crossget.hooks.ground.kv_cache import cache_from, cache_in, name_cache
-from mllm_crossget.hooks.ground.state import HANDLE, Handle
+from mllm_crossget.hooks.ground.state import HANDLE, Handle, refuse_replica
 from mllm_crossget.hooks.language.sized_model import (
     COLUMNS,
     generating,
@@ -59,6 +59,7 @@ class AlignedModel(SavedModel):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the original; in training, with a field ``alignment_loss`` where the family has such a loss."""
+        refuse_replica(self)
         handle: Handle = self.__dict__[HANDLE]
         if not (_aligns(self, handle) or guides(self, handle)):
             return super().forward(*args, **kwargs)
@@ -75,6 +76,7 @@ class ReducedModel(SavedModel):
 
         Hidden states, attentions and the KV cache of the language model have the compact length.
         """
+        refuse_replica(self)
         if args:
             kwargs.update(zip(positional_names(type(self)), args, strict=False))
         refuse_inputs(kwargs)
