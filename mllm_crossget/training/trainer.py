@@ -19,7 +19,14 @@ from mllm_crossget.checkpoint import load_crossget
 from mllm_crossget.config import method_class
 from mllm_crossget.costs.flops import model_flops
 from mllm_crossget.embedded import WEIGHTS_FOLDER
-from mllm_crossget.hooks.ground.state import IN_PARALLEL, Handle, base_model, handle_of, live_cross_tokens, wrapped_by_peft
+from mllm_crossget.hooks.ground.state import (
+    IN_PARALLEL,
+    Handle,
+    base_model,
+    handle_of,
+    live_cross_tokens,
+    wrapped_by_peft,
+)
 from mllm_crossget.hooks.model.cross_files import write_files
 from mllm_crossget.training.checkpoints import last_complete_checkpoint
 from mllm_crossget.training.compute_budget import BudgetCallback, take_settings

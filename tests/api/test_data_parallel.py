@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.families.test_matrix import CASES, learned, takes
 from tests.helpers.families.cases import Case
+from tests.helpers.matrix import CASES, learned, takes
 from tests.helpers.methods import METHODS
 from tests.helpers.tiny import prompt_batch, tiny_llava
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from mllm_crossget import restore_mllm
 from mllm_crossget.families.family import families, module_at
 from mllm_crossget.hooks.ground.state import handle_of
-from tests.families.test_matrix import CASES, learned, takes
 from tests.helpers.families.cases import Batch, Case
+from tests.helpers.matrix import CASES, learned, takes
 from tests.helpers.methods import METHODS
 
 SHRUNK = [case for case in CASES if families()[case.model_type].modalities]

@@ -49,7 +49,6 @@ from mllm_crossget.hooks.request.token_sizes import joined_log_sizes, log_sizes_
 from mllm_crossget.hooks.request.user_view import PromptView, option_reader, shift_lengths, with_user_view
 from mllm_crossget.methods.capabilities import LossKind
 
-
 COMPACT = "crossget_compact"
 """Keyword by which the model's own call tells the part without its head that the prompt is compact already."""
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 LAYOUT = "_mllm_crossget_layout"
 TRUNCATED = (
-    "A trainer or tokenizer that truncates cuts placeholders off: set its max_length to None (no truncation), or to more "
-    "than the longest prompt"
+    "A trainer or tokenizer that truncates cuts placeholders off: set its max_length to None (no truncation), or to "
+    "more than the longest prompt"
 )
 
 
@@ -234,7 +234,8 @@ def check_counts(total: int, full: int, compact: int | None, images: int) -> boo
     per_image = f"{full // images} (as the processor makes them) or {compact // images} (already reduced)"
     raise ValueError(
         f"the prompt holds {total} image placeholders for {images} image(s); expected {per_image} each, that is {full} "
-        f"or {compact}. Is the image token missing from a prompt, or was the prompt made for another image size? {TRUNCATED}"
+        f"or {compact}. Is the image token missing from a prompt, or was the prompt made for another image size? "
+        f"{TRUNCATED}"
     )
 
 

@@ -77,8 +77,8 @@ def mismatch_explained(model: nn.Module, handle: Handle, kwargs: dict[str, Any])
         if "do not match" not in str(error):
             raise
         counted = [
-            f"{int((kwargs['input_ids'] == token_of(model, one)).sum())} {one.name} placeholders where the processor makes "
-            f"{sum(placeholders_of(model, handle, one, kwargs))}"
+            f"{int((kwargs['input_ids'] == token_of(model, one)).sum())} {one.name} placeholders where the processor "
+            f"makes {sum(placeholders_of(model, handle, one, kwargs))}"
             for one in present(handle, kwargs)
         ]
         if not counted:
