@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -29,10 +30,11 @@ def headless(model: nn.Module) -> Any:
 
 
 def head(model: Any, hidden: Tensor) -> Tensor:
-    """The stock head, with the soft cap that some families put behind it."""
+    """The stock head, with the soft cap that some families put behind it (PaliGemma in newer transformers)."""
     logits = model.get_output_embeddings()(hidden)
     cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    return logits if cap is None else torch.tanh(logits / cap) * cap
+    capped = "softcapping" in inspect.getsource(inspect.unwrap(type(model).forward))
+    return torch.tanh(logits / cap) * cap if cap is not None and capped else logits
 
 
 def real(batch: Batch) -> Tensor:
