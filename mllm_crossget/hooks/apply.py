@@ -23,6 +23,7 @@ from mllm_crossget.hooks.ground.state import HANDLE, Handle, OwnTower, TowerStat
 from mllm_crossget.hooks.language.sized_model import hook_language_model
 from mllm_crossget.hooks.model.bare_tower import RaggedTower
 from mllm_crossget.hooks.model.dual_encoder import DualModel
+from mllm_crossget.hooks.model.headless_model import hook_headless
 from mllm_crossget.hooks.model.madtp_loss import hook_heard
 from mllm_crossget.hooks.model.placeholder_model import AlignedModel, ReducedModel
 from mllm_crossget.hooks.projector.features import FeaturesMixin, ReducedFeatures
@@ -249,8 +250,11 @@ def _hook_top(model: Any, handle: Handle) -> None:
         journal.swap_class(model, DualModel)
     elif handle.method.is_dynamic and family.tower == "":
         journal.swap_class(model, RaggedTower)
+    elif family.modalities:
+        hook_headless(journal, model, handle)
+        journal.swap_class(model, ReducedModel)
     else:
-        journal.swap_class(model, ReducedModel if family.modalities else AlignedModel)
+        journal.swap_class(model, AlignedModel)
     text = family.text_tower
     if handle.text_tower is not None and text is not None and text.reader and isinstance(text.names, BertNames):
         hook_question(journal, model, text, text.names, handle.method.proportional_attention)

@@ -19,7 +19,14 @@ from mllm_crossget.checkpoint import load_crossget
 from mllm_crossget.config import method_class
 from mllm_crossget.costs.flops import model_flops
 from mllm_crossget.embedded import WEIGHTS_FOLDER
-from mllm_crossget.hooks.ground.state import Handle, base_model, handle_of, live_cross_tokens, wrapped_by_peft
+from mllm_crossget.hooks.ground.state import (
+    IN_PARALLEL,
+    Handle,
+    base_model,
+    handle_of,
+    live_cross_tokens,
+    wrapped_by_peft,
+)
 from mllm_crossget.hooks.model.cross_files import write_files
 from mllm_crossget.training.checkpoints import last_complete_checkpoint
 from mllm_crossget.training.compute_budget import BudgetCallback, take_settings
@@ -47,7 +54,7 @@ class CrossGetTrainer(Trainer):
 
     Raises:
         ValueError: a model that was not accelerated, or whose cross tokens PEFT froze; label smoothing; a sharding
-            backend that was asked for but is not active.
+            backend that was asked for but is not active; several GPUs in one process.
 
     Example:
         >>> model = accelerate_mllm(model, keep_ratio=0.25)
@@ -260,6 +267,8 @@ def _counts(module: nn.Module, parameter: nn.Parameter) -> bool:
 
 def _check_arguments(trainer: CrossGetTrainer) -> None:
     args, active = trainer.args, trainer.accelerator.distributed_type
+    if args.n_gpu > 1:
+        raise ValueError(IN_PARALLEL)
     kept = any(isinstance(callback, BudgetCallback) for callback in trainer.callback_handler.callbacks)
     if _handle(trainer.model).method.needs_calibration and not kept:
         raise ValueError(

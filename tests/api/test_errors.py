@@ -21,6 +21,7 @@ from mllm_crossget import (
     unsupported_reason,
 )
 from tests.helpers.fingerprints import assert_identical, fingerprint
+from tests.helpers.methods import prepare
 from tests.helpers.tiny import prompt_batch, tiny_llava
 
 GREEDY = {"max_new_tokens": 2, "do_sample": False}
@@ -201,7 +202,14 @@ BAD_INPUTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("call", ["forward", "generate"])
+CALLS = {
+    "forward": lambda model, batch: model(**batch),
+    "without head": lambda model, batch: model.model(**batch),
+    "generate": lambda model, batch: model.generate(**batch, **GREEDY),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("name", BAD_INPUTS)
 def test_wrong_inputs(name, call) -> None:
     spoil, says = BAD_INPUTS[name]
@@ -209,9 +217,20 @@ def test_wrong_inputs(name, call) -> None:
     expected = fingerprint(model)
     batch = spoil(prompt_batch(model, (2, 0, 1)), model)
     with pytest.raises((ValueError, TypeError)) as caught:
-        model(**batch) if call == "forward" else model.generate(**batch, **GREEDY)
+        CALLS[call](model, batch)
     assert all(part in str(caught.value) for part in says), str(caught.value)
     assert_identical(fingerprint(model), expected)
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("settings", [{"keep_ratio": 0.5}, {"method": "crossget", "dynamic": True}], ids=str)
+def test_a_truncated_prompt_is_named(settings, call) -> None:
+    """Also where only the images can tell how many tokens they keep."""
+    model = prepare(tiny_llava(), **settings)
+    batch = drop_columns(prompt_batch(model, (1,)), slice(0, -12))
+    with pytest.raises(ValueError, match="max_length to None") as caught:
+        CALLS[call](model, batch)
+    assert "placeholders" in str(caught.value)
 
 
 def test_positions_that_start_again() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import nn
@@ -11,19 +9,13 @@ from torch import nn
 from mllm_crossget import accelerate_mllm, restore_mllm, trace_merges
 from mllm_crossget.families.family import families
 from mllm_crossget.hooks.ground.state import handle_of
-from tests.helpers.families.cases import Case, all_cases
 from tests.helpers.generation import encodes_images_first
 from tests.helpers.gradients import checkpoint_activations
-from tests.helpers.methods import DYNAMIC, METHODS, calibrated, prepare
-from tests.helpers.tiny import randomise_cross_tokens
+from tests.helpers.matrix import CASES, learned, takes
+from tests.helpers.methods import DYNAMIC, METHODS, prepare
 
-CASES = all_cases()
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
 BEAMS = {"max_new_tokens": 5, "do_sample": False, "num_beams": 3}
-
-
-def takes(case: Case, method: str) -> bool:
-    return method not in case.skip_methods and (families()[case.model_type].dynamic or method not in DYNAMIC)
 
 
 def matrix(*needs: str) -> pytest.MarkDecorator:
@@ -36,12 +28,6 @@ def matrix(*needs: str) -> pytest.MarkDecorator:
 
 
 attention_kinds = pytest.mark.parametrize("attention", ["sdpa", "eager"])
-
-
-def learned(case: Case, method: str, attention: str = "sdpa", **settings: Any) -> nn.Module:
-    model = prepare(case.build(attention), method=method, **case.dial, **settings)
-    randomise_cross_tokens(model)
-    return calibrated(model)
 
 
 @matrix()

@@ -48,6 +48,13 @@ def test_refuses_settings_that_would_do_something_else(tmp_path, changes, messag
         toy_trainer(tmp_path, toy_model(lora=False), eval_dataset=ToySamples(4), **changes)
 
 
+def test_refuses_several_gpus_in_one_process(tmp_path):
+    arguments = toy_arguments(tmp_path)
+    arguments._n_gpu = 2
+    with pytest.raises(ValueError, match="torchrun"):
+        CrossGetTrainer(model=toy_model(lora=False), args=arguments)
+
+
 def test_frozen_cross_tokens_stay_zero(tmp_path):
     model = accelerate_mllm(tiny_llava(), keep_ratio=0.5)
     model = get_peft_model(model, LoraConfig(target_modules=Q_PROJ, r=2))

@@ -255,6 +255,20 @@ def trains_in_parallel(model: nn.Module) -> bool:
     return False
 
 
+IN_PARALLEL = (
+    "nn.DataParallel, which transformers' Trainer uses where one process sees several GPUs, is not supported by an "
+    "accelerated model, whose replicas would share what a forward writes down; train with DistributedDataParallel, one "
+    "process per GPU (torchrun --nproc_per_node N script.py, or accelerate launch script.py), or make a single GPU "
+    "visible (CUDA_VISIBLE_DEVICES=0)"
+)
+
+
+def refuse_replica(model: nn.Module) -> None:
+    """Raise ``RuntimeError`` for a replica that ``nn.DataParallel`` has made of an accelerated model."""
+    if model.__dict__.get("_is_replica", False):
+        raise RuntimeError(IN_PARALLEL)
+
+
 def _inside(model: nn.Module) -> nn.Module | None:
     """What a wrapper that computes the same as its inside has inside; None for other modules."""
     if not isinstance(model, nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mllm_crossget.families.family import module_at
-from mllm_crossget.hooks.ground.state import HANDLE, Handle
+from mllm_crossget.hooks.ground.state import HANDLE, Handle, refuse_replica
 from mllm_crossget.hooks.model.saved_model import SavedModel
 from mllm_crossget.hooks.tower.counts_per_image import recorded_sizes
 
@@ -18,6 +18,7 @@ class RaggedTower(SavedModel):
 
         Tuples (``return_dict=False``) come without.
         """
+        refuse_replica(self)
         handle: Handle = self.__dict__[HANDLE]
         with recorded_sizes(module_at(self, handle.encoder_path)) as sizes:
             output = super().forward(*args, **kwargs)

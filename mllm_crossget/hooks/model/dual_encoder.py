@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mllm_crossget.families.family import module_at
 from mllm_crossget.hooks.ground.arguments import positional_names
 from mllm_crossget.hooks.ground.cross_tokens import recorded_cross_tokens
-from mllm_crossget.hooks.ground.state import HANDLE, Handle
+from mllm_crossget.hooks.ground.state import HANDLE, Handle, refuse_replica
 from mllm_crossget.hooks.model.cross_loss import add_alignment_loss
 from mllm_crossget.hooks.model.madtp_loss import guides, with_pair_guidance
 from mllm_crossget.hooks.model.saved_model import SavedModel
@@ -22,6 +22,7 @@ class DualModel(SavedModel):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the original. In training, where both towers are reduced with cross tokens, the output has a field
         ``alignment_loss`` (unweighted). Rows are pairs: with other numbers of images and texts the loss is 0."""
+        refuse_replica(self)
         handle: Handle = self.__dict__[HANDLE]
         if guides(self, handle) and handle.encoder_path:
             if args:

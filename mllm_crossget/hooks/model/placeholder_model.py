@@ -16,7 +16,7 @@ from mllm_crossget.families.family import module_at
 from mllm_crossget.hooks.ground.arguments import positional_names
 from mllm_crossget.hooks.ground.cross_tokens import recorded_cross_tokens
 from mllm_crossget.hooks.ground.kv_cache import cache_from, cache_in, name_cache
-from mllm_crossget.hooks.ground.state import HANDLE, Handle
+from mllm_crossget.hooks.ground.state import HANDLE, Handle, refuse_replica
 from mllm_crossget.hooks.language.sized_model import (
     COLUMNS,
     generating,
@@ -44,10 +44,13 @@ from mllm_crossget.hooks.request.compact_call import (
     whole_mask,
 )
 from mllm_crossget.hooks.request.compaction import LAYOUT, Layout
-from mllm_crossget.hooks.request.placeholders import images_per_row, present
+from mllm_crossget.hooks.request.placeholders import images_per_row, mismatch_explained, present
 from mllm_crossget.hooks.request.token_sizes import joined_log_sizes, log_sizes_of_compact
 from mllm_crossget.hooks.request.user_view import PromptView, option_reader, shift_lengths, with_user_view
 from mllm_crossget.methods.capabilities import LossKind
+
+COMPACT = "crossget_compact"
+"""Keyword by which the model's own call tells the part without its head that the prompt is compact already."""
 
 
 class AlignedModel(SavedModel):
@@ -55,6 +58,7 @@ class AlignedModel(SavedModel):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the original; in training, with a field ``alignment_loss`` where the family has such a loss."""
+        refuse_replica(self)
         handle: Handle = self.__dict__[HANDLE]
         if not (_aligns(self, handle) or guides(self, handle)):
             return super().forward(*args, **kwargs)
@@ -71,28 +75,12 @@ class ReducedModel(SavedModel):
 
         Hidden states, attentions and the KV cache of the language model have the compact length.
         """
+        refuse_replica(self)
         if args:
             kwargs.update(zip(positional_names(type(self)), args, strict=False))
-        name_cache(kwargs)
-        handle: Handle = self.__dict__[HANDLE]
         refuse_inputs(kwargs)
-        refuse_other_features(handle, self.config, kwargs)
-        cache = cache_in(kwargs)
-        layout = getattr(cache, LAYOUT, None)
-        if layout is not None and _was_emptied(cache, kwargs):
-            delattr(cache, LAYOUT)
-            layout = None
-        if present(handle, kwargs) and is_full_prompt(self, handle, kwargs):
-            with forget_ahead(self, handle.family), _recording(self, handle, kwargs), recording(self, handle):
-                return _forward_shrunk(self, super().forward, handle, kwargs)
-        if layout is not None:
-            follow_layout(handle, layout, kwargs)
-        if generating_log_sizes(self) is not None:  # generate forgets what it has encoded itself
-            _give_log_sizes(self, handle, kwargs)
-            return _with_alignment(self, super().forward, handle, kwargs)
-        with forget_ahead(self, handle.family):
-            _give_log_sizes(self, handle, kwargs)
-            return _with_alignment(self, super().forward, handle, kwargs)
+        inner = {COMPACT: True} if self.__dict__[HANDLE].family.features_owner else {}
+        return compact_forward(self, partial(super().forward, **inner), kwargs, "logits")
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> Any:
         """As the original; the cache knows the sizes of the prompt's tokens from the start."""
@@ -133,14 +121,46 @@ class ReducedModel(SavedModel):
         return _user_output(output, view, shrunk.layout, cache)
 
 
-def _forward_shrunk(model: nn.Module, forward: Any, handle: Handle, kwargs: dict[str, Any]) -> Any:
+def compact_forward(model: nn.Module, forward: Any, kwargs: dict[str, Any], column_wise: str) -> Any:
+    """Run a stock forward on the compact prompt of a call.
+
+    Args:
+        model: the accelerated model.
+        forward: of the model, or of the part of it that has no head.
+        kwargs: of the call; changed in place.
+        column_wise: the field of the output that gets the user's columns back, zeros where one was dropped.
+    """
+    name_cache(kwargs)
+    handle: Handle = model.__dict__[HANDLE]
+    refuse_other_features(handle, model.config, kwargs)
+    cache = cache_in(kwargs)
+    layout = getattr(cache, LAYOUT, None)
+    if layout is not None and _was_emptied(cache, kwargs):
+        delattr(cache, LAYOUT)
+        layout = None
+    if present(handle, kwargs) and is_full_prompt(model, handle, kwargs):
+        with forget_ahead(model, handle.family), _recording(model, handle, kwargs), recording(model, handle):
+            return _forward_shrunk(model, forward, handle, kwargs, column_wise)
+    if layout is not None:
+        follow_layout(handle, layout, kwargs)
+    # generate forgets what it has encoded itself
+    ahead = nullcontext() if generating_log_sizes(model) is not None else forget_ahead(model, handle.family)
+    counts_unknown = present(handle, kwargs) and not torch.compiler.is_compiling()
+    with ahead, mismatch_explained(model, handle, kwargs) if counts_unknown else nullcontext():
+        if handle.size_bias:
+            _give_log_sizes(model, handle, kwargs)
+        return _with_alignment(model, forward, handle, kwargs)
+
+
+def _forward_shrunk(model: nn.Module, forward: Any, handle: Handle, kwargs: dict[str, Any], column_wise: str) -> Any:
     ids, cache = kwargs["input_ids"], cache_in(kwargs)
     layout = (getattr(cache, LAYOUT, None) or empty_layout(ids)).for_rows(len(ids))
     mask = mask_2d(kwargs, ids, cached_columns(cache) + layout.shift)
     if mask.shape[1] < ids.shape[1]:
         raise ValueError(f"attention_mask has {mask.shape[1]} columns, input_ids has {ids.shape[1]}")
     old = mask.shape[1] - ids.shape[1]
-    keep, named = kwargs.pop("logits_to_keep", 0), getattr(model.config, "return_dict", True)
+    has_head, named = column_wise == "logits", getattr(model.config, "return_dict", True)
+    keep = kwargs.pop("logits_to_keep", 0) if has_head else 0
     as_tuple = kwargs.pop("return_dict", named) is False
     if not named:  # the stock forward would look there
         kwargs["return_dict"] = True
@@ -153,9 +173,12 @@ def _forward_shrunk(model: nn.Module, forward: Any, handle: Handle, kwargs: dict
     if sizes is not None:
         kwargs[COLUMNS] = sizes
     same_columns = kwargs.get("labels") is None and shrunk.compaction.keeps_last(keep)
-    output = _with_alignment(model, forward, handle, {**kwargs, "logits_to_keep": keep if same_columns else 0})
+    if has_head:
+        kwargs["logits_to_keep"] = keep if same_columns else 0
+    output = _with_alignment(model, forward, handle, kwargs)
     if not same_columns:
-        output.logits = _slice_logits(shrunk.compaction.expand(output.logits), keep)
+        full = shrunk.compaction.expand(getattr(output, column_wise))
+        setattr(output, column_wise, _slice_logits(full, keep))
     if cache_from(output) is not None:
         compact_ids = torch.cat([layout.ids, ids.new_zeros(len(ids), old_mask.shape[1] - layout.ids.shape[1]),
                                  kwargs["input_ids"]], dim=1)  # fmt: skip

@@ -17,6 +17,7 @@ from mllm_crossget.families.modality import Modality
 from mllm_crossget.hooks.ground.kv_cache import cache_in
 from mllm_crossget.hooks.ground.state import Handle
 from mllm_crossget.hooks.request.compaction import (
+    TRUNCATED,
     Compaction,
     Layout,
     check_counts,
@@ -164,7 +165,8 @@ def _check_positions(model: nn.Module, handle: Handle, modality: Modality, kwarg
     if total != sum(placeholders_of(model, handle, modality, kwargs)):
         raise ValueError(
             f"the prompt holds {total} image placeholders, as many as there are merged tokens, and no position_ids: "
-            "the positions of the tokens that stay follow from the full prompt; pass it as the processor makes it"
+            "the positions of the tokens that stay follow from the full prompt; pass it as the processor makes it. "
+            f"{TRUNCATED}"
         )
 
 

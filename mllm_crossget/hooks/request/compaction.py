@@ -12,6 +12,10 @@ import torch
 from torch import Tensor, nn
 
 LAYOUT = "_mllm_crossget_layout"
+TRUNCATED = (
+    "A trainer or tokenizer that truncates cuts placeholders off: set its max_length to None (no truncation), or to "
+    "more than the longest prompt"
+)
 
 
 @dataclass
@@ -225,12 +229,13 @@ def check_counts(total: int, full: int, compact: int | None, images: int) -> boo
     if compact is None:
         raise ValueError(
             f"the prompt holds {total} image placeholders for {images} image(s) that need {full} together; was it made "
-            "by this model's processor, for these images?"
+            f"by this model's processor, for these images? {TRUNCATED}"
         )
     per_image = f"{full // images} (as the processor makes them) or {compact // images} (already reduced)"
     raise ValueError(
         f"the prompt holds {total} image placeholders for {images} image(s); expected {per_image} each, that is {full} "
-        f"or {compact}. Is the image token missing from a prompt, or was the prompt made for another image size?"
+        f"or {compact}. Is the image token missing from a prompt, or was the prompt made for another image size? "
+        f"{TRUNCATED}"
     )
 
 
@@ -251,5 +256,5 @@ def _check_rows(is_image: Tensor, sizes: list[int]) -> None:
         found = int(is_image[bad[0]].sum())
         raise ValueError(
             f"row {bad[0]} of the prompt ends in the middle of an image's placeholders: {found} placeholders for "
-            f"images of {sorted(set(sizes))} tokens; was the prompt truncated?"
+            f"images of {sorted(set(sizes))} tokens; was the prompt truncated? {TRUNCATED}"
         )

@@ -5,7 +5,8 @@ Everything reads the dictionary of keyword arguments of ``forward`` or ``generat
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from mllm_crossget.families.modality import Modality, all_of
 from mllm_crossget.hooks.ground.state import Handle, MergeState
 from mllm_crossget.hooks.projector.features import ahead_of, encode_ahead
 from mllm_crossget.hooks.projector.groups import groups_of, joined_groups
+from mllm_crossget.hooks.request.compaction import TRUNCATED
 
 
 def given_features(modality: Modality, kwargs: dict[str, Any]) -> Any:
@@ -63,6 +65,28 @@ def known_features(model: nn.Module, handle: Handle, modality: Modality, kwargs:
     if handle.merging is not None:
         return _merged_counts(handle.merging, placeholders_of(model, handle, modality, kwargs))
     return None if modality.counts is not None else [handle.schedule.features] * len(kwargs[modality.pixels])
+
+
+@contextmanager
+def mismatch_explained(model: nn.Module, handle: Handle, kwargs: dict[str, Any]) -> Iterator[None]:
+    """Where only the images can tell how many features they have, stock code finds out that a prompt does not fit: its
+    error is raised again with what the prompt should hold."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        if "do not match" not in str(error):
+            raise
+        counted = [
+            f"{int((kwargs['input_ids'] == token_of(model, one)).sum())} {one.name} placeholders where the processor "
+            f"makes {sum(placeholders_of(model, handle, one, kwargs))}"
+            for one in present(handle, kwargs)
+        ]
+        if not counted:
+            raise
+        raise ValueError(
+            f"the prompt holds {' and '.join(counted)}, which is neither the full prompt nor one for the merged tokens "
+            f"({error}). {TRUNCATED}"
+        ) from error
 
 
 def frames_of(model: nn.Module, handle: Handle, modality: Modality, features: Any) -> list[int]:
