@@ -322,7 +322,7 @@ def _unreachable(target: int, geometry: TowerGeometry, start: int, protected: in
     """Why so few tokens cannot be reached, and how few can."""
     least = _fewest(geometry, start, protected, every) - (geometry.prefix if geometry.drops_prefix else 0)
     merging, whole = len(range(0, geometry.read, every)), geometry.placeholders
-    told = f"{target} visual tokens cannot be reached: {merging} of {geometry.layers} layers merge before features are read"
+    told = f"{target} visual tokens cannot be reached: {merging} of {geometry.layers} layers merge in front of them"
     if least > whole:
         return f"{told}, and an image of {whole} leaves no room for a cross token; ask for keep_ratio=1"
     cross = ", the cross token among them" if protected > geometry.prefix else ""

@@ -88,6 +88,11 @@ def supported_family(model: nn.Module) -> Family:
             f"{type(model).__name__} is a part of a model of type {model_type!r} and cannot be accelerated by itself "
             f"({error}); pass the whole model, as from_pretrained makes it"
         ) from error
+    if family.modalities and not hasattr(type(model), "generate"):
+        raise ValueError(
+            f"{type(model).__name__} (model type {model_type!r}) does not generate, and what it reads of its prompt is "
+            "not written for fewer tokens; use the class of this model type that AutoModelForImageTextToText loads"
+        )
     return family
 
 
