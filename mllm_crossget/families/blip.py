@@ -144,8 +144,8 @@ BLIP_QUESTIONS = register_family(
                 "the merged tokens of the image, the answer's decoder those of the question"
             ),
             exact=(
-                "rows alone or together with a text dial; without one the answer's decoder reads the question's padding, "
-                "as stock BLIP's does; a merged word counts as often as it has words; no reference vectors exist"
+                "rows alone or together with a text dial; without one the answer's decoder reads a question's "
+                "padding, as in stock BLIP; a merged word counts as often as it has words; no reference vectors exist"
             ),
         ),
     )

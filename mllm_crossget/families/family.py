@@ -95,6 +95,12 @@ class Family:
         """Its name in ``families()``: the model type, and the variant where there is one."""
         return f"{self.model_type}:{self.variant}" if self.variant else self.model_type
 
+    @property
+    def title(self) -> str:
+        """Its name for readers: the model type, and the classes or the variant that it is about."""
+        told = ", ".join(self.classes) or self.variant
+        return f"{self.model_type} ({told})" if self.variant else self.model_type
+
     def serves(self, class_names: Iterable[str]) -> bool:
         """Whether a model with one of these class names has this family's structure."""
         return not self.classes or not set(self.classes).isdisjoint(class_names)

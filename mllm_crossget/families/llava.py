@@ -87,7 +87,7 @@ def layered(family: Family, geometry: Callable[[Any], TowerGeometry], kind: Feat
     """A variant of a family for configurations whose ``vision_feature_layer`` lists several layers of the tower."""
     return dataclasses.replace(
         family,
-        variant="layers",
+        variant="several feature layers",
         configured=reads_several_layers,
         vision=dataclasses.replace(family.vision, geometry=geometry, dynamic=False),
         prompt=dataclasses.replace(family.prompt, kind=kind),

@@ -102,6 +102,6 @@ def test_the_projectors_flops_count_every_layer() -> None:
 
 def test_layers_that_cannot_be_served() -> None:
     assert "the vision tower has 4 layers" in unsupported_reason(tiny_llava(feature_layer=[-2, 0]))
-    assert family_of(tiny_llava(feature_layer=SEVERAL).config).key == "llava:layers"
+    assert family_of(tiny_llava(feature_layer=SEVERAL).config).key == "llava:several feature layers"
     with pytest.raises(ValueError, match="cannot take a number of tokens per image"):
         accelerate_mllm(tiny_llava(feature_layer=SEVERAL), method="madtp", keep_ratio=0.5)

@@ -38,7 +38,7 @@ for tower, layers in (("clip", None), ("siglip", None), ("clip", LAYERS), ("sigl
     add_case(
         Case(
             name=f"llava-{tower}" + "-layers" * several,
-            model_type="llava" + ":layers" * several,
+            model_type="llava" + ":several feature layers" * several,
             build=lambda attention, tower=tower, layers=layers: tiny_llava(
                 tower, attention=attention, feature_layer=layers
             ),

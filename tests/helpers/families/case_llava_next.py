@@ -49,7 +49,7 @@ for tower, layers in (("clip", -2), ("siglip", -2), ("siglip", LAYERS)):
     add_case(
         Case(
             name=f"llava-next-{tower}" + "-layers" * several,
-            model_type="llava_next" + ":layers" * several,
+            model_type="llava_next" + ":several feature layers" * several,
             build=lambda attention, tower=tower, layers=layers: tiny_llava_next(tower, attention, layers),
             batch=batch_of,
             row=lambda batch, row: one_row(batch, row, OWNERS),
