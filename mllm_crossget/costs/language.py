@@ -150,6 +150,8 @@ _GATED = (
     "cohere2",
     "gemma",
     "gemma3_text",
+    "glm4v_text",
+    "glm_ocr_text",
     "llama",
     "mistral",
     "qwen2",

@@ -154,11 +154,17 @@ def test_padding_behind_a_state_is_refused(model_type: str) -> None:
         model(**later, mm_token_type_ids=(ids == IMAGE_TOKEN).int())
 
 
+def video_token(model_type: str) -> int:
+    """Frames of GLM's videos stand in the placeholders of images."""
+    return IMAGE_TOKEN if model_type.startswith("glm") else VIDEO_TOKEN
+
+
 def video_batch(model_type: str, grid: tuple[int, int, int]) -> dict[str, Tensor]:
     """A row with a video; Qwen3-VL and its successors write text between frames."""
-    frames = [(1, *grid[1:])] * grid[0] if model_type.startswith("qwen3") else [grid]
-    batch = padded([prompt(frames, 3, VIDEO_TOKEN)])
-    types = 2 * (batch["input_ids"] == VIDEO_TOKEN).int()
+    frames = [(1, *grid[1:])] * grid[0] if model_type.startswith(("qwen3", "glm")) else [grid]
+    token = video_token(model_type)
+    batch = padded([prompt(frames, 3, token)])
+    types = 2 * (batch["input_ids"] == token).int()
     pixels = {"pixel_values_videos": patches([grid], 7), "video_grid_thw": torch.tensor([grid])}
     return {**batch, **pixels, "mm_token_type_ids": types}
 
@@ -181,7 +187,7 @@ def test_every_frame_of_a_video_is_an_image(model_type: str) -> None:
     full, _ = model.model.get_rope_index(
         batch["input_ids"], mm_token_type_ids=batch["mm_token_type_ids"], video_grid_thw=batch["video_grid_thw"]
     )
-    where = batch["input_ids"][0] == VIDEO_TOKEN
+    where = batch["input_ids"][0] == video_token(model_type)
     expected = full[:, 0, where][:, torch.cat([kept[0], 6 + kept[1]])]
     compact = seen[0]["position_ids"][1:, 0]
     columns = torch.cat([torch.nonzero(where)[frame * 6 + 3 : frame * 6 + 6, 0] for frame in range(2)])
@@ -201,6 +207,10 @@ def test_images_and_videos_in_one_batch(model_type: str) -> None:
     both = padded(rows)
     types = (both["input_ids"] == IMAGE_TOKEN).int() + 2 * (both["input_ids"] == VIDEO_TOKEN).int()
     pixels = {name: value for one in (image, video) for name, value in one.items() if "pixel" in name or "thw" in name}
+    if model_type.startswith("glm"):
+        with pytest.raises(ValueError, match="images and videos in one call"):
+            model(**both, **pixels, mm_token_type_ids=types)
+        return
     together = model(**both, **pixels, mm_token_type_ids=types).logits
     for index, one in enumerate((image, video)):
         expected = model(**one).logits[0]
