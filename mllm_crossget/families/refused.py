@@ -64,11 +64,6 @@ REFUSED = {
     ),
     "chameleon": Refusal(_CODEBOOK, "class ChameleonVQVAEEncoder("),
     "emu3": Refusal(_CODEBOOK, "class Emu3VQVAEEncoder("),
-    "cohere2_vision": Refusal(
-        "squares of the patch grid are shuffled into channels in front of its projector, which takes the root of the "
-        f"number of tokens for the side of the grid; {_NOT_WRITTEN}",
-        "height = width = int(seq_length**0.5)",
-    ),
     "llama4": Refusal(
         "its tower rotates queries and keys by their place in the patch grid and shuffles squares of it into channels, "
         f"so merged tokens have no place; {_NOT_WRITTEN}, and it projects in forward, behind get_image_features",

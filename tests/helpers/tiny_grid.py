@@ -67,6 +67,12 @@ def tiny_aya_vision(attention: str = "sdpa") -> nn.Module:
     return tiny("aya_vision", attention, vision, {"model_type": "cohere2", "logit_scale": 1.0})
 
 
+def tiny_cohere2_vision(attention: str = "sdpa") -> nn.Module:
+    vision = {**TOWER, **SQUARE, "model_type": "siglip_vision_model", "vision_use_head": False}
+    text = {"model_type": "cohere2", "logit_scale": 1.0}
+    return tiny("cohere2_vision", attention, vision, text, alignment_intermediate_size=48)
+
+
 VIDEO_TOKEN, VISION_START, VISION_END = 98, 97, 96
 QWEN_VISION = {
     "qwen2_vl": {"embed_dim": 32, "hidden_size": WIDTH, "mlp_ratio": 2},

@@ -272,7 +272,8 @@ def test_flops_count_one_step_and_a_whole_tower() -> None:
 
 
 SERVED = {
-    Place.PROJECTOR: {"aya_vision", "gemma3", "idefics3", "internvl", "janus", "llava", "llava:several feature layers",
+    Place.PROJECTOR: {"aya_vision", "cohere2_vision", "gemma3", "idefics3", "internvl", "janus", "llava",
+                      "llava:several feature layers",
                       "glm46v", "glm4v", "glm4v_moe", "glm_ocr", "paligemma", "qwen2_5_vl",
                       "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe", "smolvlm",
                       "vipllava"},
