@@ -47,7 +47,11 @@ def reason_of_type(model_type: str) -> str | None:
         return refused_families()[model_type]
     if model_type not in CONFIG_MAPPING:
         raise ValueError(f"transformers knows no model type {model_type!r}")
-    return unlisted_reason(CONFIG_MAPPING[model_type]())
+    try:
+        config = CONFIG_MAPPING[model_type]()
+    except ValueError:  # vision-encoder-decoder: there is no configuration without its parts
+        return "not written yet: it is put together from two models, which its configuration must name"
+    return unlisted_reason(config)
 
 
 def unlisted_reason(config: Any) -> str:
@@ -74,7 +78,7 @@ def unlisted_reason(config: Any) -> str:
 
 
 def _reason_of_tower(vision: PreTrainedConfig) -> str:
-    kind = vision.model_type
+    kind = vision.model_type or type(vision).__name__  # some have no name before transformers 5.23
     if MODEL_MAPPING_NAMES.get(kind) == "TimmWrapperModel":
         return f"it has no vision transformer of transformers': its vision tower ({kind!r}) is a timm model"
     if not any(getattr(vision, name, None) for name in ("num_hidden_layers", "depth", "num_layers", "n_layers")):

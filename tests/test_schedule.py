@@ -251,7 +251,7 @@ def test_merging_in_every_nth_layer_reaches_the_same_number(every):
 
 def test_merge_every_is_refused_where_it_says_nothing():
     geometry = TowerGeometry(patches=64, prefix=1, layers=4, read=4)
-    with pytest.raises(ValueError, match="2 of 4 layers merge in front of them, .* leaves 16 of 64"):
+    with pytest.raises(ValueError, match=r"2 of 4 layers merge in front of them, .* leaves 16 of 64"):
         make_schedule(ToMeConfig(visual_tokens=8, merge_every=2), geometry)
     with pytest.raises(ValueError, match="merged behind its projector"):
         make_schedule(ToMeConfig(visual_tokens=8, merge_every=2), MergeGeometry(64))

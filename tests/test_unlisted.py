@@ -14,7 +14,7 @@ from mllm_crossget.unlisted import picture_types, reason_of_type
 SAID = {
     "whisper": "it takes no pictures: audio only",
     "bert": "it takes no pictures: its configuration has no vision part",
-    "got_ocr2": "the layers of its vision tower ('got_ocr2_vision') are not known here",
+    "got_ocr2": "not written yet: the layers of its vision tower ('",
     "shieldgemma2": "its vision tower ('siglip_vision_model') is one that is served",
     "qwen2_5_omni": "a part of it reads the pictures ('thinker_config' of its configuration)",
     "vit": "it is a vision model without a text side",

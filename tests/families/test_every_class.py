@@ -40,7 +40,7 @@ def test_a_class_is_served_or_refused(case: Case) -> None:
             served += 1
         else:
             assert type(model).__name__ in reason
-            with pytest.raises(ValueError):
+            with pytest.raises(ValueError, match=type(model).__name__):
                 accelerate_mllm(model, **case.dial)
             assert handle_of(model) is None
     assert served
