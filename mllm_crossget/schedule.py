@@ -315,10 +315,20 @@ def _removals_for(
                 tokens, left = tokens - removed, left - removed
             if left == 0:
                 return removals + [0] * (geometry.layers - geometry.read)
-    least, halving = _fewest(geometry, start, protected, every) - kept_prefix, len(range(0, geometry.read, every))
-    raise ValueError(
-        f"{target} visual tokens cannot be reached: halving in each of {halving} layers leaves {least} of "
-        f"{geometry.placeholders}; ask for visual_tokens>={least}"
+    raise ValueError(_unreachable(target, geometry, start, protected, every))
+
+
+def _unreachable(target: int, geometry: TowerGeometry, start: int, protected: int, every: int) -> str:
+    """Why so few tokens cannot be reached, and how few can."""
+    least = _fewest(geometry, start, protected, every) - (geometry.prefix if geometry.drops_prefix else 0)
+    merging, whole = len(range(0, geometry.read, every)), geometry.placeholders
+    told = f"{target} visual tokens cannot be reached: {merging} of {geometry.layers} layers merge in front of them"
+    if least > whole:
+        return f"{told}, and an image of {whole} leaves no room for a cross token; ask for keep_ratio=1"
+    cross = ", the cross token among them" if protected > geometry.prefix else ""
+    return (
+        f"{told}, each at most half of the tokens, which leaves {least} of {whole}{cross}; ask for "
+        f"visual_tokens>={least} or keep_ratio>={-(-100 * least // whole) / 100}"
     )
 
 

@@ -26,6 +26,7 @@ from mllm_crossget.hooks.projector.kinds import MIXINS
 from mllm_crossget.hooks.tower.attention import attention_problem
 from mllm_crossget.methods.method import Method, Place
 from mllm_crossget.schedule import MergeGeometry, TowerGeometry, make_schedule, make_text_schedule
+from mllm_crossget.unlisted import unlisted_reason
 
 
 def unsupported_reason(model: nn.Module) -> str | None:
@@ -57,7 +58,6 @@ def supported_family(model: nn.Module) -> Family:
     """The family of a model whose structure was checked. Raises ``TypeError`` or ``ValueError`` with the reason."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a loaded transformers model, got {type(model).__name__}; use from_pretrained")
-    known = families()
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type is None and isinstance(getattr(model, "module", None), nn.Module):
         raise ValueError(
@@ -77,8 +77,9 @@ def supported_family(model: nn.Module) -> Family:
                 f"model.{inside}"
             )
         raise ValueError(
-            f"{type(model).__name__} (model type {model_type!r}) is not supported; supported model types: "
-            f"{', '.join(sorted(known))}"
+            f"{type(model).__name__} (model type {model_type!r}) is not supported: "
+            f"{_why_no_family(model, model_type)}; supported model types: "
+            f"{', '.join(sorted({one.model_type for one in families().values()}))}"
         )
     geometry = family.geometry(model.config)
     try:
@@ -88,7 +89,19 @@ def supported_family(model: nn.Module) -> Family:
             f"{type(model).__name__} is a part of a model of type {model_type!r} and cannot be accelerated by itself "
             f"({error}); pass the whole model, as from_pretrained makes it"
         ) from error
+    if family.modalities and not hasattr(type(model), "generate"):
+        raise ValueError(
+            f"{type(model).__name__} (model type {model_type!r}) does not generate, and what it reads of its prompt is "
+            "not written for fewer tokens; use the class of this model type that AutoModelForImageTextToText loads"
+        )
     return family
+
+
+def _why_no_family(model: nn.Module, model_type: str | None) -> str:
+    served = [one for one in families().values() if one.model_type == model_type]
+    if served:
+        return f"this class is not served, {', '.join(name for one in served for name in one.classes) or 'others'} are"
+    return unlisted_reason(getattr(model, "config", None))
 
 
 def _served_inside(model: nn.Module) -> str | None:
@@ -268,7 +281,7 @@ def _check_positions(method: Method, family: Family, model: nn.Module) -> None:
 def _refuse_fixed_counts(model: nn.Module, family: Family) -> None:
     """Raise ``ValueError`` for a model that needs the same number of tokens in every image."""
     if not family.dynamic:
-        able = ", ".join(sorted(name for name, known in families().items() if known.dynamic))
+        able = ", ".join(sorted({known.model_type for known in families().values() if known.dynamic}))
         raise ValueError(
             f"{type(model).__name__} (model type {family.model_type!r}) cannot take a number of tokens per image yet; "
             f"model types that can: {able}. Use a method with a fixed number, such as CrossGetConfig(keep_ratio=0.5)"

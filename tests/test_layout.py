@@ -24,7 +24,7 @@ _FLOOR = {*_BASE, "flop_formulas", "families", "methods"}
 ROOMS = ("ground", "tower", "projector", "text", "language", "request", "reuse", "model", "apply")
 _HOOKS = {*_FLOOR, *(f"hooks.{room}" for room in ROOMS)}
 _FILES = {"user_files"}
-_API = {*_HOOKS, "support", "transaction", "api", "batching", "checkpoint", "moved"}
+_API = {*_HOOKS, "unlisted", "support", "transaction", "api", "batching", "checkpoint", "moved"}
 _USES = {*_API, *_FILES, "retrieval", "training", "benchmark", "costs", "integrations", "embedded", "visualize"}
 # What each part may import from the package. A part that is not listed may not exist.
 ARROWS: dict[str, set[str]] = {
@@ -45,9 +45,10 @@ ARROWS: dict[str, set[str]] = {
         f"hooks.{room}": {*_FLOOR, "moved", *(f"hooks.{below}" for below in ROOMS[: number + 1])}
         for number, room in enumerate(ROOMS)
     },
-    "support": _HOOKS,
+    "unlisted": _FLOOR,
+    "support": {*_HOOKS, "unlisted"},
     "transaction": _HOOKS,
-    "costs": {*_FLOOR, "costs", "support", "moved"},
+    "costs": {*_FLOOR, "costs", "support", "unlisted", "moved"},
     "api": _API,
     "batching": _API,
     "checkpoint": _API,

@@ -66,7 +66,8 @@ def test_visual_tokens_are_met_exactly_or_refused_with_the_least(geometry, targe
     config = method_class(name)(visual_tokens=target)
     least = least_features(geometry, config.uses_cross_tokens)
     if target < least:
-        with pytest.raises(ValueError, match=rf"{target} visual tokens.*visual_tokens>={least}\b"):
+        says = rf"visual_tokens>={least}\b" if least <= geometry.placeholders else "no room for a cross token"
+        with pytest.raises(ValueError, match=rf"{target} visual tokens.*{says}"):
             make_schedule(config, geometry)
         return
     schedule = make_schedule(config, geometry)
@@ -250,7 +251,7 @@ def test_merging_in_every_nth_layer_reaches_the_same_number(every):
 
 def test_merge_every_is_refused_where_it_says_nothing():
     geometry = TowerGeometry(patches=64, prefix=1, layers=4, read=4)
-    with pytest.raises(ValueError, match="halving in each of 2 layers leaves 16 of 64"):
+    with pytest.raises(ValueError, match=r"2 of 4 layers merge in front of them, .* leaves 16 of 64"):
         make_schedule(ToMeConfig(visual_tokens=8, merge_every=2), geometry)
     with pytest.raises(ValueError, match="merged behind its projector"):
         make_schedule(ToMeConfig(visual_tokens=8, merge_every=2), MergeGeometry(64))
@@ -262,3 +263,23 @@ def test_merge_every_is_refused_where_it_says_nothing():
         with pytest.raises(ValueError, match="merge_every"):
             ToMeConfig(merge_every=wrong)
     assert ToMeConfig.from_dict(ToMeConfig(keep_ratio=0.5, merge_every=2).to_dict()).merge_every == 2
+
+
+@pytest.mark.parametrize("method", [CrossGetConfig, ToMeConfig])
+def test_a_dial_that_cannot_be_met_says_what_can(method) -> None:
+    """One layer in front of the one that is read: the number in the message is reachable, one less is not."""
+    geometry = TowerGeometry(patches=25, prefix=1, layers=4, read=1)
+    least = 14 if method is CrossGetConfig else 13
+    with pytest.raises(ValueError, match=rf"12 visual tokens cannot be reached: 1 of 4 layers .* leaves {least} of 25"):
+        make_schedule(method(), geometry)
+    assert make_schedule(method(visual_tokens=least), geometry).features == least
+    assert make_schedule(method(keep_ratio=-(-least // 0.25) / 100), geometry).features == least
+    with pytest.raises(ValueError, match=rf"visual_tokens>={least} or keep_ratio>=0\.{-(-least * 4)}$"):
+        make_schedule(method(visual_tokens=least - 1), geometry)
+
+
+def test_an_image_of_one_patch_has_no_room_for_a_cross_token() -> None:
+    geometry = TowerGeometry(patches=1, prefix=1, layers=3, read=2)
+    with pytest.raises(ValueError, match="an image of 1 leaves no room for a cross token; ask for keep_ratio=1"):
+        make_schedule(CrossGetConfig(), geometry)
+    assert make_schedule(CrossGetConfig(keep_ratio=1.0), geometry).features == 1

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
+import transformers
 from rich.console import Console
 from rich.table import Table
 
 from mllm_crossget import families as _registered_families  # noqa: F401 - registers them
 from mllm_crossget.families.family import families, refused_families
+from mllm_crossget.unlisted import picture_types, reason_of_type
 
 SERVED = ("model type", "vision towers", "where tokens are reduced", "what is exact")
 REFUSED = ("model type", "why it is refused")
@@ -27,8 +29,8 @@ class FamiliesOptions:
 
 
 def served_rows() -> list[tuple[str, str, str, str]]:
-    """Model type, towers, where tokens are reduced and what is exact, of every registered family by its key."""
-    return sorted((kind.key, ", ".join(kind.towers), kind.note, kind.exact) for kind in families().values())
+    """Model type, towers, where tokens are reduced and what is exact, of every registered family."""
+    return sorted((kind.title, ", ".join(kind.towers), kind.note, kind.exact) for kind in families().values())
 
 
 def refused_rows() -> list[tuple[str, str]]:
@@ -36,17 +38,26 @@ def refused_rows() -> list[tuple[str, str]]:
     return sorted(refused_families().items())
 
 
+def other_rows() -> list[tuple[str, str]]:
+    """Model type and reason of everything else in the installed transformers that takes a picture and a text."""
+    named = refused_families()
+    reasons = [(name, reason_of_type(name)) for name in picture_types() if name not in named]
+    return [(name, reason) for name, reason in reasons if reason is not None]
+
+
 def list_families(options: FamiliesOptions) -> None:
-    """Print the registered model families, and those that are refused by name."""
+    """Print the registered model families, those that are refused by name, and what else transformers has."""
     if options.json:
         served = [dict(zip(("model_type", "towers", "reduces", "exact"), row, strict=True)) for row in served_rows()]
         refused = [{"model_type": model_type, "reason": reason} for model_type, reason in refused_rows()]
-        print(json.dumps({"supported": served, "refused": refused}, indent=2))
+        others = [{"model_type": model_type, "reason": reason} for model_type, reason in other_rows()]
+        print(json.dumps({"supported": served, "refused": refused, "others": others}, indent=2))
         return
     console = Console()
     for title, heads, rows in (
         ("Supported model families", SERVED, served_rows()),
         ("Refused by name", REFUSED, refused_rows()),
+        (f"Not served in transformers {transformers.__version__}", REFUSED, other_rows()),
     ):
         table = Table(*heads, title=title, show_lines=True)
         for row in rows:

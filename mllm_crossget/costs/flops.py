@@ -173,7 +173,8 @@ def _family(config: Any) -> Family:
     family = family_of(config)
     if family is None:
         model_type = getattr(config, "model_type", None)
-        raise ValueError(f"model type {model_type!r} is not supported; supported: {', '.join(sorted(families()))}")
+        supported = ", ".join(sorted({one.model_type for one in families().values()}))
+        raise ValueError(f"model type {model_type!r} is not supported; supported: {supported}")
     return family
 
 

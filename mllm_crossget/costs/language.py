@@ -54,8 +54,56 @@ def _gated_layers(text: Any, queries: int, keys: int) -> int:
     head_dim = getattr(text, "head_dim", None) or width // heads
     kv_width = head_dim * (getattr(text, "num_key_value_heads", None) or heads)
     projections = 2 * linear_flops(queries, width, heads * head_dim) + 2 * linear_flops(queries, width, kv_width)
-    mlp = 3 * linear_flops(queries, width, text.intermediate_size)
-    return int(text.num_hidden_layers * (projections + attention_flops(queries, keys, heads * head_dim) + mlp))
+    attention = projections + attention_flops(queries, keys, heads * head_dim)
+    return int(text.num_hidden_layers * attention + sum(_gated_mlp_flops(text, queries)))
+
+
+def _gated_mlp_flops(text: Any, tokens: int) -> list[int]:
+    """Of every layer: a gated MLP, or a router and the experts that it chooses, with one that all tokens pass."""
+    width = text.hidden_size
+    if not hasattr(text, "num_experts"):
+        return [3 * linear_flops(tokens, width, text.intermediate_size)] * text.num_hidden_layers
+    sparse = text.num_experts_per_tok * 3 * linear_flops(tokens, width, text.moe_intermediate_size)
+    sparse += linear_flops(tokens, width, text.num_experts)
+    shared = getattr(text, "shared_expert_intermediate_size", 0)
+    sparse += 3 * linear_flops(tokens, width, shared) + linear_flops(tokens, width, 1) if shared else 0
+    every, dense = getattr(text, "decoder_sparse_step", 1), getattr(text, "mlp_only_layers", ())
+    chosen = [layer not in dense and (layer + 1) % every == 0 for layer in range(text.num_hidden_layers)]
+    return [sparse if some else 3 * linear_flops(tokens, width, text.intermediate_size) for some in chosen]
+
+
+def _hybrid(text: Any, prompt: int, new_tokens: int) -> LanguageCosts:
+    return _decoder(_hybrid_layers, text, prompt, new_tokens)
+
+
+def _hybrid_layers(text: Any, queries: int, keys: int) -> int:
+    """Qwen3.5: softmax layers whose output is gated (q is twice as wide), and layers of the gated delta rule."""
+    width, inner = text.hidden_size, text.num_attention_heads * text.head_dim
+    kv_width = text.num_key_value_heads * text.head_dim
+    softmax = linear_flops(queries, width, 2 * inner) + linear_flops(queries, inner, width)
+    softmax += 2 * linear_flops(queries, width, kv_width) + attention_flops(queries, keys, inner)
+    linear = _delta_rule_flops(text, queries)
+    mixers = [softmax if kind == "full_attention" else linear for kind in text.layer_types]
+    return int(sum(mixers) + sum(_gated_mlp_flops(text, queries)))
+
+
+_CHUNK = 64
+
+
+def _delta_rule_flops(text: Any, tokens: int) -> int:
+    """One layer of the gated delta rule: projections, a convolution of every channel by itself, and in every chunk of
+    64 tokens their products with one another and with the state. One token (decoding) updates the state with no matrix
+    product. The triangular system of a chunk is left out, as torch's counter does."""
+    heads, key_dim, value_dim = text.linear_num_value_heads, text.linear_key_head_dim, text.linear_value_head_dim
+    values, mixed = heads * value_dim, 2 * text.linear_num_key_heads * key_dim + heads * value_dim
+    total = linear_flops(tokens, text.hidden_size, mixed + values + 2 * heads)
+    total += linear_flops(tokens, values, text.hidden_size)
+    total += linear_flops(tokens + text.linear_conv_kernel_dim - 1, text.linear_conv_kernel_dim, mixed)
+    if tokens == 1:
+        return total
+    within = 2 * linear_flops(_CHUNK, key_dim, _CHUNK) + linear_flops(_CHUNK, _CHUNK, value_dim)
+    with_state = 3 * linear_flops(_CHUNK, key_dim, value_dim)
+    return total + heads * -(-tokens // _CHUNK) * (within + with_state)
 
 
 def _opt(text: Any, prompt: int, new_tokens: int) -> LanguageCosts:
@@ -102,16 +150,20 @@ _GATED = (
     "cohere2",
     "gemma",
     "gemma3_text",
+    "glm4v_text",
+    "glm_ocr_text",
     "llama",
     "mistral",
     "qwen2",
     "qwen2_5_vl_text",
     "qwen2_vl_text",
     "qwen3",
+    "qwen3_vl_moe_text",
     "qwen3_vl_text",
 )
 _FORMULAS: dict[str, Callable[[Any, int, int], LanguageCosts]] = {
     **dict.fromkeys(_GATED, _gated),
+    **dict.fromkeys(("qwen3_5_moe_text", "qwen3_5_text"), _hybrid),
     "opt": _opt,
     "t5": _t5,
 }

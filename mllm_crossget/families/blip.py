@@ -143,7 +143,10 @@ BLIP_QUESTIONS = register_family(
                 "inside the vision tower, and inside the question's encoder with text_r or text_keep_ratio; it reads "
                 "the merged tokens of the image, the answer's decoder those of the question"
             ),
-            exact="rows alone or together; a merged word counts as often as it has words; no reference vectors exist",
+            exact=(
+                "rows alone or together with a text dial; without one the answer's decoder reads a question's "
+                "padding, as in stock BLIP; a merged word counts as often as it has words; no reference vectors exist"
+            ),
         ),
     )
 )

@@ -72,6 +72,7 @@ class Family:
         classes: names of the model classes that are served, where the model type has others of another structure;
             empty: all that no other family of this model type names.
         variant: tells families of one model type apart; "" for the one that a bare configuration means.
+        configured: whether a configuration of this model type means this variant; None: no configuration by itself.
     """
 
     model_type: str
@@ -83,6 +84,7 @@ class Family:
     costs: FamilyCosts = field(default_factory=FamilyCosts)
     classes: tuple[str, ...] = ()
     variant: str = ""
+    configured: Callable[[Any], bool] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled and copied by its key: it is made of functions."""
@@ -92,6 +94,12 @@ class Family:
     def key(self) -> str:
         """Its name in ``families()``: the model type, and the variant where there is one."""
         return f"{self.model_type}:{self.variant}" if self.variant else self.model_type
+
+    @property
+    def title(self) -> str:
+        """Its name for readers: the model type, and the classes or the variant that it is about."""
+        told = ", ".join(self.classes) or self.variant
+        return f"{self.model_type} ({told})" if self.variant else self.model_type
 
     def serves(self, class_names: Iterable[str]) -> bool:
         """Whether a model with one of these class names has this family's structure."""
@@ -273,14 +281,17 @@ def families() -> dict[str, Family]:
 def family_of(config: Any, class_names: Iterable[str] = ()) -> Family | None:
     """The family of a configuration, or of a model whose class and base classes have these names; None if unknown.
 
-    Without class names those in the configuration's ``architectures`` count. Classes that a family names are looked for
-    first, then the family of the model type that takes any class; a bare configuration means the one without variant.
+    Without class names those in the configuration's ``architectures`` count. A variant that the configuration itself
+    means goes first. Classes that a family names are looked for then, then the family of the model type that takes any
+    class; a bare configuration means the one without variant.
     """
     model_type = getattr(config, "model_type", None)
     of_type = [family for family in _FAMILIES.values() if family.model_type == model_type]
+    meant = [family for family in of_type if family.configured is not None and family.configured(config)]
+    of_type = meant or [family for family in of_type if family.configured is None]
     names = tuple(class_names) or tuple(getattr(config, "architectures", None) or ())
     if not names:
-        return next((family for family in of_type if not family.variant), None)
+        return next((family for family in of_type if meant or not family.variant), None)
     return next(
         (family for family in sorted(of_type, key=lambda one: not one.classes) if family.serves(names)), None
     )  # fmt: skip

@@ -13,6 +13,8 @@ class FeatureKind(StrEnum):
     """The tower's tokens one by one through the projector."""
     CONCATENATED = "concatenated"
     """Several layers of the tower side by side."""
+    CONCATENATED_GRID = "concatenated_grid"
+    """The same, of tiles packed patch by patch, with newlines."""
     GRID = "grid"
     """Tiles packed patch by patch, with newlines."""
     VIDEO_GRID = "video_grid"

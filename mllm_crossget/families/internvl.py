@@ -66,6 +66,22 @@ def geometry(config: Any) -> TowerGeometry:
     )
 
 
+def cells_of_tile(config: Any, pixels: Tensor) -> int:
+    """Cells of a tile of (tiles, channels, height, width) pixels; positions of other sizes are interpolated.
+
+    Raises:
+        ValueError: a tile that is no square, or whose patches are no whole cells.
+    """
+    (height, width), (patch_height, patch_width) = pixels.shape[-2:], config.vision_config.patch_size
+    rows, columns, side = height // patch_height, width // patch_width, round(1 / config.downsample_ratio)
+    if rows != columns or rows % side or not rows:
+        raise ValueError(
+            f"tiles of {height} x {width} pixels have {rows} x {columns} patches, and pixel shuffle takes squares of a "
+            f"multiple of {side} patches a side; use the model's processor"
+        )
+    return (rows // side) ** 2
+
+
 def _patch_grid(vision: Any) -> tuple[int, int]:
     """Patches of one tile, (rows, columns)."""
     (height, width), (patch_height, patch_width) = vision.image_size, vision.patch_size
@@ -105,7 +121,7 @@ INTERNVL = register_family(
         prompt=PromptSide(
             owner="model",
             kind=FeatureKind.WHOLE_GRID,
-            modalities=(Modality(),),
+            modalities=(Modality(tokens_of=cells_of_tile),),
         ),
         language=LanguageSide(model="model.language_model"),
         crossing=CrossPaths(

@@ -2,11 +2,13 @@
 
 Tokens merge inside the tower; the features of layer ``vision_feature_layer`` reach the language model, without the
 class token under the "default" strategy, with CrossGET's cross token as the last one (278 = 277 patches + 1 at r = 13,
-336 px).
+336 px). Where ``vision_feature_layer`` lists several layers, their features stand side by side, as in VipLlava.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from mllm_crossget.families.family import (
@@ -16,6 +18,7 @@ from mllm_crossget.families.family import (
     Family,
     FamilyCosts,
     FamilyDocs,
+    FeatureKind,
     LanguageSide,
     PromptSide,
     VisionSide,
@@ -24,7 +27,7 @@ from mllm_crossget.families.family import (
     tower_kind,
 )
 from mllm_crossget.families.modality import Modality
-from mllm_crossget.families.tower_geometry import layer_that_is_read
+from mllm_crossget.families.tower_geometry import layer_that_is_read, layers_that_are_read, reads_several_layers
 from mllm_crossget.flop_formulas import linear_flops
 from mllm_crossget.schedule import TowerGeometry
 
@@ -38,9 +41,19 @@ def geometry(config: Any) -> TowerGeometry:
     Raises:
         ValueError: a tower, a feature layer or a selection strategy that cannot be served.
     """
+    read = layer_that_is_read(config.vision_feature_layer, config.vision_config.num_hidden_layers)
+    return _geometry(config, read)
+
+
+def layered_geometry(config: Any) -> TowerGeometry:
+    """The same for features that are several layers side by side: tokens merge up to the last one that is read."""
+    read = layers_that_are_read(config.vision_feature_layer, config.vision_config.num_hidden_layers)
+    return _geometry(config, max(read))
+
+
+def _geometry(config: Any, read: int) -> TowerGeometry:
     kind = tower_kind(config.vision_config.model_type, TOWERS, "LLaVA")
-    layers = config.vision_config.num_hidden_layers
-    strategy, read = config.vision_feature_select_strategy, layer_that_is_read(config.vision_feature_layer, layers)
+    layers, strategy = config.vision_config.num_hidden_layers, config.vision_feature_select_strategy
     if strategy not in _STRATEGIES:
         raise ValueError(f"vision_feature_select_strategy={strategy!r}; supported: {', '.join(_STRATEGIES)}")
     if strategy == "default" and kind.prefix == 0:
@@ -61,6 +74,30 @@ def two_layer_projector_flops(config: Any, features: int) -> int:
     """LLaVA's projector: vision width to text width, then text width to text width."""
     inputs, outputs = config.vision_config.hidden_size, config.text_config.hidden_size
     return linear_flops(features, inputs, outputs) + linear_flops(features, outputs, outputs)
+
+
+def layered_projector_flops(config: Any, features: int) -> int:
+    """The same for features that are several layers side by side."""
+    inputs, outputs = config.vision_config.hidden_size, config.text_config.hidden_size
+    more = (len(config.vision_feature_layer) - 1) * linear_flops(features, inputs, outputs)
+    return two_layer_projector_flops(config, features) + more
+
+
+def layered(family: Family, geometry: Callable[[Any], TowerGeometry], kind: FeatureKind) -> Family:
+    """A variant of a family for configurations whose ``vision_feature_layer`` lists several layers of the tower."""
+    return dataclasses.replace(
+        family,
+        variant="several feature layers",
+        configured=reads_several_layers,
+        vision=dataclasses.replace(family.vision, geometry=geometry, dynamic=False),
+        prompt=dataclasses.replace(family.prompt, kind=kind),
+        crossing=CrossPaths(),
+        costs=dataclasses.replace(family.costs, connector=layered_projector_flops),
+        docs=FamilyDocs(
+            note=f"{family.docs.note}; earlier layers are averaged into the groups of the last one that is read",
+            exact="every row of the concatenation is one group of patches in all layers; no alignment loss in training",
+        ),
+    )
 
 
 LLAVA = register_family(
@@ -87,3 +124,5 @@ LLAVA = register_family(
         ),
     )
 )
+
+LLAVA_LAYERS = register_family(layered(LLAVA, layered_geometry, FeatureKind.CONCATENATED))

@@ -25,9 +25,10 @@ from mllm_crossget.families.family import (
     LanguageSide,
     PromptSide,
     VisionSide,
+    patches_per_image,
     register_family,
 )
-from mllm_crossget.families.llava import TOWERS, geometry, two_layer_projector_flops
+from mllm_crossget.families.llava import TOWERS, geometry, layered, layered_geometry, two_layer_projector_flops
 from mllm_crossget.families.modality import Modality, Tiles
 from mllm_crossget.families.tile_packing import layouts, tile_counts
 from mllm_crossget.schedule import TowerGeometry
@@ -41,7 +42,15 @@ def grid_geometry(config: Any) -> TowerGeometry:
     Raises:
         ValueError: as for LLaVA, and where the class token is read as if it were a patch, which no grid can hold.
     """
-    made = geometry(config)
+    return _in_a_grid(config, geometry(config))
+
+
+def layered_grid_geometry(config: Any) -> TowerGeometry:
+    """The same for features that are several layers side by side (Granite Vision)."""
+    return _in_a_grid(config, layered_geometry(config))
+
+
+def _in_a_grid(config: Any, made: TowerGeometry) -> TowerGeometry:
     if made.placeholders != made.patches:
         raise ValueError(
             f"vision_feature_select_strategy={config.vision_feature_select_strategy!r} reads the class token as a "
@@ -72,7 +81,7 @@ def counts(model: Any, kwargs: dict[str, Any]) -> list[int]:
     made = layouts(
         owner.pack_image_features,
         parts(model, kwargs),
-        grid_geometry(config).patches,
+        patches_per_image(config.vision_config),
         require_sizes(kwargs),
         vision_feature_select_strategy=config.vision_feature_select_strategy,
     )
@@ -121,3 +130,5 @@ LLAVA_NEXT = register_family(
         ),
     )
 )
+
+LLAVA_NEXT_LAYERS = register_family(layered(LLAVA_NEXT, layered_grid_geometry, FeatureKind.CONCATENATED_GRID))

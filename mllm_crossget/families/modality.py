@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from mllm_crossget.schedule import TowerGeometry
 
 
@@ -30,6 +32,9 @@ class Modality:
             ``reduced_counts``. None: every image has the schedule's count.
         reduced_counts: (model, keyword arguments, placeholders of a part -> features of it) -> features of every image
             of the reduced model, where they follow from the numbers of parts (frames); else None.
+        tokens_of: (model's configuration, pixels) -> placeholders of each of these images in the untouched model, where
+            the tower takes images of other sizes than the configuration's. Raises ``ValueError`` for a size that the
+            untouched model cannot take. None: the schedule's count, whatever the size.
         tower: path to a vision tower of its own, with layers like the family's; "" where it shares that one.
         geometry: configuration -> geometry of that tower.
         parts: (model, keyword arguments) -> tower images (tiles, frames) of every image; None: one each.
@@ -43,6 +48,7 @@ class Modality:
     arguments: tuple[str, ...] = ()
     counts: Callable[[Any, dict[str, Any]], list[int]] | None = None
     reduced_counts: Callable[[Any, dict[str, Any], Callable[[int], int]], list[int]] | None = None
+    tokens_of: Callable[[Any, Tensor], int] | None = None
     tower: str = ""
     geometry: Callable[[Any], TowerGeometry] | None = None
     parts: Callable[[Any, dict[str, Any]], list[int]] | None = None

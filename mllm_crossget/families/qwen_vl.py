@@ -1,10 +1,13 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: packed vision tower, 2 x 2 patch merger, positions in time, height and width.
+"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5: packed vision tower, 2 x 2 patch merger, positions in time, height and
+width.
 
 The tower packs all images, and its merger wants every 2 x 2 block, so both are left alone; tokens are merged behind the
 merger, each image and each frame (temporal patch) of a video by itself. Images have different numbers of tokens:
 ``keep_ratio`` is a share of each, ``visual_tokens`` a limit per image or frame that small ones stay below. Tokens that
 stay keep the positions of their own cells, text keeps those of the full prompt (``hooks.request.rope_positions``).
-Qwen3-VL's deepstack features are merged along the same matches.
+Qwen3-VL's deepstack features are merged along the same matches. Three of four layers of Qwen3.5's language model attend
+linearly, with a state instead of keys: they read the merged tokens in the prompt's order and know nothing of positions
+or of token sizes. The mixtures of experts have the same vision side as the dense models.
 """
 
 from __future__ import annotations
@@ -137,3 +140,6 @@ def _family(model_type: str, tower: str) -> Family:
 QWEN2_VL = register_family(_family("qwen2_vl", "qwen2_vl_vision"))
 QWEN2_5_VL = register_family(_family("qwen2_5_vl", "qwen2_5_vl_vision"))
 QWEN3_VL = register_family(_family("qwen3_vl", "qwen3_vl_vision"))
+QWEN3_VL_MOE = register_family(_family("qwen3_vl_moe", "qwen3_vl_moe_vision"))
+QWEN3_5 = register_family(_family("qwen3_5", "qwen3_5_vision"))
+QWEN3_5_MOE = register_family(_family("qwen3_5_moe", "qwen3_5_moe_vision"))

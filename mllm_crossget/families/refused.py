@@ -28,11 +28,6 @@ class Refusal:
 
 _TIMM = "its vision tower is a timm model, which has no transformer layers of transformers' to merge tokens in"
 _NOT_WRITTEN = "copying tokens back to the grid, as for Aya Vision, is not written and tested for it"
-_GLM = (
-    "its tower packs all images into one sequence and a convolution merges 2x2 blocks of the patch grid, so tokens "
-    "cannot merge inside; merging behind it, as for Qwen-VL, is not written and tested for it, and its videos share "
-    "the placeholder of images"
-)
 _CODEBOOK = (
     "it has no vision transformer: a convolutional encoder turns images into words of a codebook, and the language "
     "model reads the embeddings of these words"
@@ -69,11 +64,6 @@ REFUSED = {
     ),
     "chameleon": Refusal(_CODEBOOK, "class ChameleonVQVAEEncoder("),
     "emu3": Refusal(_CODEBOOK, "class Emu3VQVAEEncoder("),
-    "cohere2_vision": Refusal(
-        "squares of the patch grid are shuffled into channels in front of its projector, which takes the root of the "
-        f"number of tokens for the side of the grid; {_NOT_WRITTEN}",
-        "height = width = int(seq_length**0.5)",
-    ),
     "llama4": Refusal(
         "its tower rotates queries and keys by their place in the patch grid and shuffles squares of it into channels, "
         f"so merged tokens have no place; {_NOT_WRITTEN}, and it projects in forward, behind get_image_features",
@@ -93,10 +83,6 @@ REFUSED = {
         "it has no vision tower: a few matrices take patches of pixels to the width of the language model",
         "class Gemma4UnifiedVisionEmbedder(",
     ),
-    "glm4v": Refusal(_GLM, "self.downsample = nn.Conv2d("),
-    "glm4v_moe": Refusal(_GLM, "self.downsample = nn.Conv2d("),
-    "glm46v": Refusal(_GLM, "self.downsample = nn.Conv2d(", file="glm4v"),
-    "glm_ocr": Refusal(_GLM, "self.downsample = nn.Conv2d("),
     "ernie4_5_vl_moe": Refusal(
         "its tower packs all images into one sequence, a resampler merges 2x2 blocks of the patch grid and pairs of "
         "frames, and the experts of its language model are chosen by a mask of the visual tokens; none of this is "

@@ -41,12 +41,39 @@ def read_at_the_end(
     return geometry
 
 
+def layers_that_are_read(given: Any, layers: int) -> list[int]:
+    """Layers that have run when each part of the features is read, counted from 1, of a tower of so many.
+
+    Args:
+        given: the configuration's ``vision_feature_layer``, one number or several.
+        layers: of the tower.
+
+    Raises:
+        ValueError: a layer that the tower has not, or the embeddings in front of the first one.
+    """
+    read = [layer if layer >= 0 else layers + 1 + layer for layer in ([given] if isinstance(given, int) else given)]
+    if not read or not all(1 <= layer <= layers for layer in read):
+        raise ValueError(
+            f"vision_feature_layer={given!r}: the vision tower has {layers} layers, of which each part of the features "
+            f"must be one; use 1 to {layers}, or -{layers} to -1"
+        )
+    return read
+
+
+def reads_several_layers(config: Any) -> bool:
+    """Whether a model's features are several layers of its tower side by side."""
+    given = config.vision_feature_layer
+    return not isinstance(given, int) and len(given) > 1
+
+
 def layer_that_is_read(layer: Any, layers: int) -> int:
-    """Layers that have run at ``vision_feature_layer`` in a tower of so many.
+    """Layers that have run at ``vision_feature_layer`` in a tower of so many; a list of one layer means that layer.
 
     Raises:
         ValueError: several layers, or none of the tower's.
     """
+    if not isinstance(layer, int) and len(layer) == 1:
+        (layer,) = layer
     if not isinstance(layer, int):
         raise ValueError(
             f"vision_feature_layer={layer!r}: features of several layers are concatenated token by token, and merged "

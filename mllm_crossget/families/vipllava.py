@@ -22,6 +22,7 @@ from mllm_crossget.families.family import (
     tower_kind,
 )
 from mllm_crossget.families.modality import Modality
+from mllm_crossget.families.tower_geometry import layers_that_are_read
 from mllm_crossget.flop_formulas import linear_flops
 from mllm_crossget.schedule import TowerGeometry
 
@@ -36,14 +37,7 @@ def feature_layers(config: Any) -> list[int]:
     """
     given = getattr(config, "vision_feature_layers", None)  # transformers before 5.23
     given = config.vision_feature_layer if given is None else given
-    layers = config.vision_config.num_hidden_layers
-    read = [layer if layer >= 0 else layers + 1 + layer for layer in ([given] if isinstance(given, int) else given)]
-    if not read or not all(1 <= layer <= layers for layer in read):
-        raise ValueError(
-            f"vision_feature_layer={given!r}: the vision tower has {layers} layers, of which each part of the features "
-            f"must be one; use 1 to {layers}, or -{layers} to -1"
-        )
-    return read
+    return layers_that_are_read(given, config.vision_config.num_hidden_layers)
 
 
 def geometry(config: Any) -> TowerGeometry:

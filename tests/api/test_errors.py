@@ -68,7 +68,7 @@ def with_config(**changes) -> Callable[[], nn.Module]:
         (pixtral_llava, ValueError, ["pixtral", "supported towers", "clip_vision_model"]),
         (lambda: tiny_llava().model, ValueError, ["LlavaModel", "full model"]),
         (lambda: Wrapper(tiny_llava()), ValueError, ["Wrapper", "before wrapping"]),
-        (with_config(vision_feature_layer=[-2, -1]), ValueError, ["[-2, -1]", "single layer"]),
+        (with_config(vision_feature_layer=[-2, 0]), ValueError, ["[-2, 0]", "-4 to -1"]),
         (with_config(vision_feature_layer=0), ValueError, ["vision_feature_layer=0", "-4 to -1"]),
         (with_config(vision_feature_layer=-9), ValueError, ["vision_feature_layer=-9", "-4 to -1"]),
         (lambda: tiny_llava("siglip", strategy="default"), ValueError, ["'default'", "siglip", "use 'full'"]),

@@ -20,7 +20,7 @@ from tests.helpers.families.case_blip import captions, question_answers
 from tests.helpers.families.case_blip import loss as blip_loss
 from tests.helpers.families.case_blip2 import answers, loss, retrieval
 from tests.helpers.gradients import assert_same_gradients, checkpoint_activations
-from tests.helpers.tiny import pixels, randomise_cross_tokens
+from tests.helpers.tiny import BOS, PAD, pixels, randomise_cross_tokens
 from tests.helpers.tiny_blip import (
     FRAMES,
     IMAGE,
@@ -319,3 +319,21 @@ def test_questions_of_a_batch_with_a_loss() -> None:
     assert path == "text_encoder.cross_tokens"
     assert module_at(model, path).weight.grad.abs().sum() > 0
     assert len(question_answers(model.eval(), blip_batch(model))) == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "same"),
+    [(None, False), ({"keep_ratio": 0.5}, False), ({"keep_ratio": 0.5, "text_keep_ratio": 0.5}, True)],
+)
+@torch.no_grad()
+def test_padding_of_a_question_is_read_without_a_text_dial_as_in_stock_blip(settings: dict | None, same: bool) -> None:
+    """What the table of families says of rows alone and together."""
+    model = tiny_blip("questions")
+    if settings is not None:
+        accelerate_mllm(model, **settings)
+    ids = torch.tensor([[BOS, 20, 21, 22, 23, 24, 25], [BOS, 11, PAD, PAD, PAD, PAD, PAD]])
+    mask, images = (ids != PAD).long(), blip_batch(model)["pixel_values"][:2]
+    options = {"max_new_tokens": 2, "return_dict_in_generate": True, "output_logits": True}
+    together = model.generate(input_ids=ids, attention_mask=mask, pixel_values=images, **options).logits[0][1]
+    alone = model.generate(input_ids=ids[1:, :2], attention_mask=mask[1:, :2], pixel_values=images[1:], **options)
+    assert torch.allclose(together, alone.logits[0][0], atol=1e-4) == same

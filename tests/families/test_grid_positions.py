@@ -112,7 +112,7 @@ def test_a_later_turn_on_the_cache(model_type: str) -> None:
     grids = [[(1, 6, 8)], [(1, 4, 6)]]
     batch = batch_from(grids)
     first = model.generate(**batch, **GREEDY, return_dict_in_generate=True)
-    for more in ([[], []], [[(1, 4, 4)], [(1, 8, 4)]]):
+    for more in ([[], []], [[(1, 4, 6)], [(1, 6, 4)]]):
         turn = padded([prompt(row, 2) for row in more])  # rows of one length each
         ids = torch.cat([first.sequences, turn["input_ids"]], dim=1)
         mask = torch.cat([batch["attention_mask"], torch.ones(2, 5).long(), turn["attention_mask"]], dim=1)
@@ -138,11 +138,33 @@ def test_a_later_turn_on_the_cache(model_type: str) -> None:
         first, batch["attention_mask"] = cached, mask
 
 
+@pytest.mark.parametrize("model_type", ["qwen3_5", "qwen3_5_moe"])
+@torch.no_grad()
+def test_padding_behind_a_state_is_refused(model_type: str) -> None:
+    """Four and five tokens behind cached columns: the shorter row's state would change with the padding."""
+    _, model = pair(model_type, visual_tokens=5)
+    batch = batch_from([[(1, 6, 8)], [(1, 4, 6)]])
+    cache = model(**batch).past_key_values
+    new = [(1, 4, 4), (1, 8, 4)]
+    turn = padded([prompt([grid], 2) for grid in new])
+    ids, mask = (torch.cat([batch[name], turn[name]], dim=1) for name in ("input_ids", "attention_mask"))
+    later = {"input_ids": turn["input_ids"], "attention_mask": mask, "past_key_values": cache}
+    later |= {"pixel_values": patches(new, 1), "image_grid_thw": torch.tensor(new)}
+    with pytest.raises(ValueError, match=r"hold \[16, 17\] tokens after merging, and layers with linear attention"):
+        model(**later, mm_token_type_ids=(ids == IMAGE_TOKEN).int())
+
+
+def video_token(model_type: str) -> int:
+    """Frames of GLM's videos stand in the placeholders of images."""
+    return IMAGE_TOKEN if model_type.startswith("glm") else VIDEO_TOKEN
+
+
 def video_batch(model_type: str, grid: tuple[int, int, int]) -> dict[str, Tensor]:
-    """A row with a video; Qwen3-VL writes text between frames."""
-    frames = [(1, *grid[1:])] * grid[0] if model_type == "qwen3_vl" else [grid]
-    batch = padded([prompt(frames, 3, VIDEO_TOKEN)])
-    types = 2 * (batch["input_ids"] == VIDEO_TOKEN).int()
+    """A row with a video; Qwen3-VL and its successors write text between frames."""
+    frames = [(1, *grid[1:])] * grid[0] if model_type.startswith(("qwen3", "glm")) else [grid]
+    token = video_token(model_type)
+    batch = padded([prompt(frames, 3, token)])
+    types = 2 * (batch["input_ids"] == token).int()
     pixels = {"pixel_values_videos": patches([grid], 7), "video_grid_thw": torch.tensor([grid])}
     return {**batch, **pixels, "mm_token_type_ids": types}
 
@@ -165,7 +187,7 @@ def test_every_frame_of_a_video_is_an_image(model_type: str) -> None:
     full, _ = model.model.get_rope_index(
         batch["input_ids"], mm_token_type_ids=batch["mm_token_type_ids"], video_grid_thw=batch["video_grid_thw"]
     )
-    where = batch["input_ids"][0] == VIDEO_TOKEN
+    where = batch["input_ids"][0] == video_token(model_type)
     expected = full[:, 0, where][:, torch.cat([kept[0], 6 + kept[1]])]
     compact = seen[0]["position_ids"][1:, 0]
     columns = torch.cat([torch.nonzero(where)[frame * 6 + 3 : frame * 6 + 6, 0] for frame in range(2)])
@@ -185,6 +207,10 @@ def test_images_and_videos_in_one_batch(model_type: str) -> None:
     both = padded(rows)
     types = (both["input_ids"] == IMAGE_TOKEN).int() + 2 * (both["input_ids"] == VIDEO_TOKEN).int()
     pixels = {name: value for one in (image, video) for name, value in one.items() if "pixel" in name or "thw" in name}
+    if model_type.startswith("glm"):
+        with pytest.raises(ValueError, match="images and videos in one call"):
+            model(**both, **pixels, mm_token_type_ids=types)
+        return
     together = model(**both, **pixels, mm_token_type_ids=types).logits
     for index, one in enumerate((image, video)):
         expected = model(**one).logits[0]

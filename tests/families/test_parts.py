@@ -25,7 +25,7 @@ def test_references_are_typed(family: Family) -> None:
 @EVERY
 def test_what_is_in_a_part_can_be_read_from_the_family(family: Family) -> None:
     """By the names of version 0.1."""
-    assert len(dataclasses.fields(family)) == 9
+    assert len(dataclasses.fields(family)) == 10
     assert (family.tower, family.vision_config) == (family.vision.tower, family.vision.config)
     assert (family.note, family.exact) == (family.docs.note, family.docs.exact)
     assert family.features is family.prompt.kind

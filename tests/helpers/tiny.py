@@ -39,7 +39,7 @@ def tiny_llava(
     text_width: int = 32,
     vocab: int = 100,
     strategy: str | None = None,
-    feature_layer: int | None = None,
+    feature_layer: int | list[int] | None = None,
     attention: str = "sdpa",
     seed: int = 0,
 ) -> LlavaForConditionalGeneration:

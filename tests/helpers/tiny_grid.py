@@ -67,6 +67,12 @@ def tiny_aya_vision(attention: str = "sdpa") -> nn.Module:
     return tiny("aya_vision", attention, vision, {"model_type": "cohere2", "logit_scale": 1.0})
 
 
+def tiny_cohere2_vision(attention: str = "sdpa") -> nn.Module:
+    vision = {**TOWER, **SQUARE, "model_type": "siglip_vision_model", "vision_use_head": False}
+    text = {"model_type": "cohere2", "logit_scale": 1.0}
+    return tiny("cohere2_vision", attention, vision, text, alignment_intermediate_size=48)
+
+
 VIDEO_TOKEN, VISION_START, VISION_END = 98, 97, 96
 QWEN_VISION = {
     "qwen2_vl": {"embed_dim": 32, "hidden_size": WIDTH, "mlp_ratio": 2},
@@ -75,15 +81,41 @@ QWEN_VISION = {
     "qwen3_vl": {"hidden_size": 32, "intermediate_size": 64, "out_hidden_size": WIDTH, "num_position_embeddings": 16,
                  "deepstack_visual_indexes": [0, 1]},
 }  # fmt: skip
+QWEN_VISION["qwen3_vl_moe"] = QWEN_VISION["qwen3_vl"]
+QWEN_VISION["qwen3_5"] = {key: value for key, value in QWEN_VISION["qwen3_vl"].items() if "deepstack" not in key}
+QWEN_VISION["qwen3_5_moe"] = QWEN_VISION["qwen3_5"]
+QWEN_VISION["glm4v"] = {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": WIDTH, "image_size": 8}
+QWEN_VISION |= dict.fromkeys(("glm4v_moe", "glm46v", "glm_ocr"), QWEN_VISION["glm4v"])
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_HYBRID = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "head_dim": 16,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
+QWEN_TEXT: dict[str, dict[str, Any]] = {
+    "qwen3_vl": {"head_dim": 8},
+    "qwen3_vl_moe": {"head_dim": 8, **_EXPERTS},
+    "qwen3_5": _HYBRID,
+    "glm_ocr": {"head_dim": 8},
+    "glm4v_moe": {"head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+                  "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+    "qwen3_5_moe": {**_HYBRID, **_EXPERTS, "shared_expert_intermediate_size": 24},
+}  # fmt: skip
 
 
 def tiny_qwen(attention: str = "sdpa", model_type: str = "qwen2_vl") -> nn.Module:
-    """Qwen2-VL, Qwen2.5-VL (windows of 2 x 2 cells in its first layer) or Qwen3-VL (deepstack from both layers)."""
+    """Qwen2-VL, Qwen2.5-VL (windows of 2 x 2 cells in its first layer), Qwen3-VL (deepstack from both layers), Qwen3.5
+    (the language model's first layer attends linearly), a mixture of experts, or a GLM."""
     shape = {"depth": 2, "num_heads": 4, "patch_size": 2, "in_channels": 3}
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
-    head = {"head_dim": 8} if model_type == "qwen3_vl" else {}
+    rope |= {"partial_rotary_factor": 0.5} if "qwen3_5" in model_type else {}
+    text = {"rope_parameters": rope, **QWEN_TEXT.get(model_type, {})}
+    rope |= {"mrope_section": [1, 1, 2], "partial_rotary_factor": 1.0} if "glm" in model_type else {}
     model = tiny(
-        model_type, attention, {**QWEN_VISION[model_type], **shape}, {"rope_parameters": rope, **head},
+        model_type, attention, {**QWEN_VISION[model_type], **shape}, text,
         video_token_id=VIDEO_TOKEN, vision_start_token_id=VISION_START, vision_end_token_id=VISION_END,
     )  # fmt: skip
     with torch.no_grad():

@@ -272,8 +272,11 @@ def test_flops_count_one_step_and_a_whole_tower() -> None:
 
 
 SERVED = {
-    Place.PROJECTOR: {"aya_vision", "gemma3", "idefics3", "internvl", "janus", "llava", "paligemma", "qwen2_5_vl",
-                      "qwen2_vl", "qwen3_vl", "smolvlm", "vipllava"},
+    Place.PROJECTOR: {"aya_vision", "cohere2_vision", "gemma3", "idefics3", "internvl", "janus", "llava",
+                      "llava:several feature layers",
+                      "glm46v", "glm4v", "glm4v_moe", "glm_ocr", "paligemma", "qwen2_5_vl",
+                      "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe", "smolvlm",
+                      "vipllava"},
     Place.TOWER_OUTPUT: {"blip", "blip-2", "blip-2:projection", "blip-2:retrieval", "blip:questions", "blip:retrieval",
                          "clip_vision_model", "clip_vision_model:projection", "instructblip", "instructblipvideo",
                          "janus", "llava", "paligemma", "siglip_vision_model"},

@@ -27,7 +27,10 @@ _GENERATING: ContextVar[tuple[Any, Tensor | None]] = ContextVar("mllm_crossget_l
 def hook_language_model(journal: Journal, language_model: nn.Module, layers: nn.ModuleList) -> None:
     """Let a language model's attention weigh tokens by their sizes; every change is written into ``journal``."""
     for layer in layers:
-        hook_language_attention(journal, layer)
+        if any(attention_modules(layer)):
+            hook_language_attention(journal, layer)
+        else:
+            journal.swap_class(layer, LayerWithoutKeys)
     journal.swap_class(language_model, SizedLanguageModel)
 
 
@@ -36,6 +39,15 @@ def language_problem(layers: nn.ModuleList) -> str | None:
     if any(True for layer in layers for _ in attention_modules(layer)):
         return None
     return f"the layers of {type(layers[0]).__name__} do not use transformers' attention interface"
+
+
+class LayerWithoutKeys(nn.Module):
+    """Mixin for a layer that keeps a state instead of keys (linear attention): token sizes say nothing to it."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the original, whose kernels need not take a keyword of ours."""
+        kwargs.pop(KEYWORD, None)
+        return super().forward(*args, **kwargs)
 
 
 class SizedLanguageModel(nn.Module):

@@ -8,13 +8,14 @@ from mllm_crossget.hooks.projector.multi_layer import ConcatenatedFeatures
 from mllm_crossget.hooks.projector.pooled_tiles import LimitedGridFeatures, VideoGridFeatures
 from mllm_crossget.hooks.projector.post_merge import MergedFeatures, MergedVideoFeatures
 from mllm_crossget.hooks.projector.resampler import CountedResamplerFeatures, MaskedResamplerFeatures
-from mllm_crossget.hooks.projector.tiles import GridFeatures
+from mllm_crossget.hooks.projector.tiles import ConcatenatedGridFeatures, GridFeatures
 from mllm_crossget.hooks.projector.video_tower import TwoTowersFeatures
 from mllm_crossget.hooks.projector.whole_grid import WholeGridFeatures
 
 MIXINS: dict[FeatureKind, type[FeaturesMixin]] = {
     FeatureKind.PLAIN: TowerFeatures,
     FeatureKind.CONCATENATED: ConcatenatedFeatures,
+    FeatureKind.CONCATENATED_GRID: ConcatenatedGridFeatures,
     FeatureKind.GRID: GridFeatures,
     FeatureKind.VIDEO_GRID: VideoGridFeatures,
     FeatureKind.LIMITED_GRID: LimitedGridFeatures,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mllm_crossget.families.family import module_at
 from mllm_crossget.families.tile_packing import become, layouts, places_that_stay, reduced_layout
 from mllm_crossget.hooks.ground.journal import Journal
+from mllm_crossget.hooks.projector.aligned_states import align_states, aligned_tower
 from mllm_crossget.hooks.projector.features import ReducedFeatures
 from mllm_crossget.hooks.projector.groups import Groups, groups_of_source, with_groups
 from mllm_crossget.hooks.tower.fixed_counts import Encoding, kept_trace, trace_of
@@ -83,10 +84,20 @@ class GridFeatures(ReducedFeatures):
         return packed, torch.tensor([len(image) for image in packed], device=image_features[0].device)
 
 
+class ConcatenatedGridFeatures(GridFeatures):
+    """The same where every tile's features are several layers of the tower side by side (Granite Vision)."""
+
+    @classmethod
+    def install(cls, journal: Journal, owner: nn.Module, handle: Any) -> None:
+        """See ``ReducedFeatures.install``."""
+        super().install(journal, owner, handle)
+        align_states(journal, owner, handle)
+
+
 def reading(owner: nn.Module) -> AbstractContextManager[Encoding]:
-    """The owner and its pooling see what the tower merges."""
-    resampler = getattr(owner, "vision_resampler", None)
-    readers = (owner,) if resampler is None else (owner, resampler)
+    """The owner, its pooling and a tower that aligns its layers' states see what the tower merges."""
+    others = (getattr(owner, "vision_resampler", None), aligned_tower(owner))
+    readers = (owner, *(module for module in others if module is not None))
     return kept_trace(module_at(owner, owner.__dict__[PLACES].encoder), *readers)
 
 

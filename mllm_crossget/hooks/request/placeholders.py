@@ -50,7 +50,16 @@ def placeholders_of(model: nn.Module, handle: Handle, modality: Modality, kwargs
         return [_counted(model, modality, count, all_of) for count in frames]
     if modality.counts is not None:
         return modality.counts(model, kwargs)
-    return [handle.schedule.placeholders] * len(kwargs[modality.pixels] if features is None else features)
+    if features is not None:
+        return [handle.schedule.placeholders] * len(features)
+    return [_tokens_of_size(model, handle, modality, kwargs)] * len(kwargs[modality.pixels])
+
+
+def _tokens_of_size(model: nn.Module, handle: Handle, modality: Modality, kwargs: dict[str, Any]) -> int:
+    """Placeholders of every image of a call, all of which have one size."""
+    if modality.tokens_of is None:
+        return handle.schedule.placeholders
+    return modality.tokens_of(model.config, kwargs[modality.pixels])
 
 
 def known_features(model: nn.Module, handle: Handle, modality: Modality, kwargs: dict[str, Any]) -> list[int] | None:
@@ -64,7 +73,12 @@ def known_features(model: nn.Module, handle: Handle, modality: Modality, kwargs:
         return modality.reduced_counts(model, kwargs, lambda tokens: _kept_of_part(handle, modality, tokens))
     if handle.merging is not None:
         return _merged_counts(handle.merging, placeholders_of(model, handle, modality, kwargs))
-    return None if modality.counts is not None else [handle.schedule.features] * len(kwargs[modality.pixels])
+    if modality.counts is not None:
+        return None
+    tokens, kept = _tokens_of_size(model, handle, modality, kwargs), handle.schedule.features
+    if handle.again is not None and tokens != handle.schedule.placeholders:
+        kept = handle.again.schedule(tokens).features
+    return [kept] * len(kwargs[modality.pixels])
 
 
 @contextmanager

@@ -37,7 +37,7 @@ def check_reuse(model: nn.Module, family: Family, wanted: bool | VisionCache | N
         raise TypeError(f"reuse_vision must be True, False or a VisionCache(max_bytes=...), got {wanted!r}")
     if wanted is None or wanted is False or family.features_owner is not None:
         return
-    able = ", ".join(sorted(name for name, known in families().items() if known.features_owner is not None))
+    able = ", ".join(sorted({known.model_type for known in families().values() if known.features_owner is not None}))
     raise ValueError(
         f"{type(model).__name__} (model type {family.model_type!r}) cannot reuse encoded images: its language side, if "
         "there is one, does not read features that get_image_features makes of the image alone (but through a Q-Former "

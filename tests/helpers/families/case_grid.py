@@ -22,6 +22,7 @@ from tests.helpers.tiny_grid import (
     rows_of,
     tiles,
     tiny_aya_vision,
+    tiny_cohere2_vision,
     tiny_gemma3,
     tiny_idefics3,
     tiny_internvl,
@@ -133,6 +134,7 @@ BUILDS = {
     "internvl": (tiny_internvl, flat_batch),
     "gemma3": (tiny_gemma3, flat_batch_with_types),
     "aya_vision": (tiny_aya_vision, flat_batch),
+    "cohere2_vision": (tiny_cohere2_vision, flat_batch),
     "idefics3": (tiny_idefics3, padded_batch),
     "smolvlm": (partial(tiny_idefics3, model_type="smolvlm"), padded_batch),
 }

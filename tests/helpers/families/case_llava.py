@@ -32,12 +32,16 @@ def loss(model: nn.Module, batch: Batch) -> Tensor:
     return output.loss + getattr(output, "alignment_loss", torch.zeros(()))
 
 
-for tower in ("clip", "siglip"):
+LAYERS = [-2, 1, -3]
+for tower, layers in (("clip", None), ("siglip", None), ("clip", LAYERS), ("siglip", LAYERS)):
+    several = layers is not None
     add_case(
         Case(
-            name=f"llava-{tower}",
-            model_type="llava",
-            build=lambda attention, tower=tower: tiny_llava(tower, attention=attention),
+            name=f"llava-{tower}" + "-layers" * several,
+            model_type="llava" + ":several feature layers" * several,
+            build=lambda attention, tower=tower, layers=layers: tiny_llava(
+                tower, attention=attention, feature_layer=layers
+            ),
             batch=prompt_batch,
             row=row_alone,
             answers=answers,

@@ -19,13 +19,13 @@ IMAGES = (2, 0, 1)
 OWNERS = {"pixel_values": [0, 0, 2], "image_sizes": [0, 0, 2]}
 
 
-def tiny_llava_next(tower: str = "clip", attention: str = "sdpa") -> nn.Module:
+def tiny_llava_next(tower: str = "clip", attention: str = "sdpa", layers: Any = -2) -> nn.Module:
     config = LlavaNextConfig(
         vision_config=vision_config(tower),
         text_config=text_config("mistral"),
         image_token_index=IMAGE,
         image_grid_pinpoints=PINPOINTS,
-        vision_feature_layer=-2,
+        vision_feature_layer=layers,
         vision_feature_select_strategy="default" if tower == "clip" else "full",
         tie_word_embeddings=False,
     )
@@ -43,12 +43,14 @@ def expected(stock: nn.Module, model: nn.Module, batch: Batch, **options: Any) -
     return hand_compacted(stock, model, rows, ("pixel_values", "image_sizes"), **options)
 
 
-for tower in ("clip", "siglip"):
+LAYERS = [-3, 1, -1]  # Granite Vision: a SigLIP, several layers side by side
+for tower, layers in (("clip", -2), ("siglip", -2), ("siglip", LAYERS)):
+    several = layers is LAYERS
     add_case(
         Case(
-            name=f"llava-next-{tower}",
-            model_type="llava_next",
-            build=lambda attention, tower=tower: tiny_llava_next(tower, attention),
+            name=f"llava-next-{tower}" + "-layers" * several,
+            model_type="llava_next" + ":several feature layers" * several,
+            build=lambda attention, tower=tower, layers=layers: tiny_llava_next(tower, attention, layers),
             batch=batch_of,
             row=lambda batch, row: one_row(batch, row, OWNERS),
             answers=row_logits,

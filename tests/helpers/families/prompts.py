@@ -169,8 +169,9 @@ def weighed(stock: nn.Module, log_sizes: Tensor | None) -> Iterator[None]:
 
     text = module_at(stock, families_of(stock).language_model)
     hooks = []
-    if log_sizes is not None:
-        hooks = [layer.register_forward_pre_hook(weigh, with_kwargs=True) for layer in text.layers]
+    if log_sizes is not None:  # a layer with linear attention has no keys to weigh
+        keyed = [layer for layer in text.layers if not hasattr(layer, "linear_attn")]
+        hooks = [layer.register_forward_pre_hook(weigh, with_kwargs=True) for layer in keyed]
     try:
         yield
     finally:

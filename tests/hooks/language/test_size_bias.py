@@ -11,15 +11,17 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mllm_crossget import ToMeConfig, accelerate_mllm, restore_mllm
-from mllm_crossget.hooks.language.key_bias import KeyBias, with_bias_channel, with_key_bias
+from mllm_crossget.hooks.language.key_bias import KEYWORD, KeyBias, with_bias_channel, with_key_bias
 from mllm_crossget.hooks.language.sized_model import log_sizes_on
 from tests.helpers import reference
+from tests.helpers.families.case_qwen import GRIDS, batch_from
 from tests.helpers.fingerprints import assert_identical, fingerprint
 from tests.helpers.generation import make_case
 from tests.helpers.gradients import checkpoint_activations
 from tests.helpers.methods import FIXED
 from tests.helpers.oracle import Row, assert_says
 from tests.helpers.tiny import prompt_batch, tiny_llava
+from tests.helpers.tiny_grid import tiny_qwen
 
 FEATURES = 5
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
@@ -171,3 +173,16 @@ def test_kernels_without_a_mask_get_a_channel_and_no_positions() -> None:
 def test_size_bias_is_a_bool() -> None:
     with pytest.raises(TypeError, match="size_bias"):
         ToMeConfig(size_bias="false")
+
+
+@torch.no_grad()
+def test_sizes_reach_softmax_layers_alone() -> None:
+    """Layers of Qwen3.5 that attend linearly get no keyword of ours: their kernels need not take one."""
+    model = accelerate_mllm(tiny_qwen(model_type="qwen3_5"), method="tome", keep_ratio=0.4)
+    linear, softmax = model.model.language_model.layers
+    seen: dict[str, set[str]] = {"linear": set(), "softmax": set()}
+    for name, mixer in (("linear", linear.linear_attn), ("softmax", softmax.self_attn)):
+        mixer.register_forward_pre_hook(lambda _, args, kwargs, name=name: seen[name].update(kwargs), with_kwargs=True)
+    model(**batch_from(GRIDS))
+    assert KEYWORD in seen["softmax"]
+    assert KEYWORD not in seen["linear"]
