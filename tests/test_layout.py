@@ -19,7 +19,7 @@ MOST_LINES_OF_A_FILE = 400
 MOST_LINES_OF_A_FUNCTION = 60
 
 _BASE = {"atomic_files", "config", "field_types", "geometry", "schedule", "ops"}
-_FLOOR = {*_BASE, "flop_formulas", "families", "methods"}
+_FLOOR = {*_BASE, "flop_formulas", "language_flops", "families", "methods"}
 # Rooms of ``hooks`` from the ground up: each may import those below it.
 ROOMS = ("ground", "tower", "projector", "text", "language", "request", "reuse", "model", "apply")
 _HOOKS = {*_FLOOR, *(f"hooks.{room}" for room in ROOMS)}
@@ -34,12 +34,14 @@ ARROWS: dict[str, set[str]] = {
     "moved": set(),
     "user_files": set(),
     "geometry": set(),
-    "schedule": {"config", "geometry"},
+    "removals": {"geometry"},
+    "schedule": {"config", "geometry", "removals"},
     "flop_formulas": set(),
+    "language_flops": {"flop_formulas"},
     "kernels": {"kernels"},
     "ops": {"ops", "kernels"},
     "methods": {*_BASE, "methods"},
-    "families": {*_BASE, "flop_formulas", "families"},
+    "families": {*_BASE, "flop_formulas", "language_flops", "families"},
     "hooks": set(),
     **{
         f"hooks.{room}": {*_FLOOR, "moved", *(f"hooks.{below}" for below in ROOMS[: number + 1])}
@@ -64,7 +66,9 @@ PACKAGES: dict[str, set[str]] = {
     "kernels": {"numba", "numpy", "torch", "triton"},
     "ops": {"torch"},
     "geometry": set(),
+    "removals": set(),
     "schedule": set(),
+    "language_flops": set(),
     "field_types": set(),
     "flop_formulas": set(),
     "methods": {"torch"},
