@@ -18,7 +18,7 @@ _AVERAGE = Fraction(2, 5)
 _MOST = Fraction(3, 4)
 # What ``schedule="auto"`` may spend in the tower: of the cost of even removals, and of what these save there.
 SLACK = Fraction(3, 100)
-SPENT = Fraction(3, 10)
+SPENT = Fraction(3, 5)
 
 
 def removable(tokens: int, protected: int, share: Fraction = _HALF) -> int:
@@ -123,9 +123,9 @@ def auto_removals(wanted: Wanted, selects: bool) -> tuple[list[int], bool]:
     """The latest removals whose FLOPs stay in reach of those of even ones.
 
     What early layers lose is lost for good, and what tokens cost in the tower is little beside what they cost in a large
-    language model. So the tower may spend ``SLACK`` of what even removals cost in tower and language model, or
-    ``SPENT`` of what they save in the tower, whichever is more: the first binds for a small tower, the second keeps
-    most of the savings of a large one. Without costs in the geometry removals are even.
+    language model. So the tower may spend ``SLACK`` of what even removals cost in tower and language model. Where the
+    tower costs more than the language model, that would be next to nothing: there it may spend ``SPENT`` of what even
+    removals save in the tower. Without costs in the geometry removals are even.
 
     Args:
         wanted: tower and target.
@@ -155,21 +155,23 @@ def _most_flops(wanted: Wanted, costs: TowerCosts, selects: bool) -> Fraction:
             raise
         even = costs.tower(_tokens_read(wanted, [wanted.start] * wanted.geometry.read))
     saved = costs.tower([wanted.start] * (wanted.geometry.read + 1)) - even
-    return even + max(SLACK * (even + costs.language(wanted.target)), SPENT * saved)
+    language = costs.language(wanted.target)
+    return even + max(SLACK * (even + language), SPENT * saved if even > language else Fraction(0))
 
 
 def _selected(wanted: Wanted) -> Iterator[list[int]]:
-    """From the latest to the earliest: all at the output; then half, and three quarters, in the layers in front of the
-    one that is read, from a later or an earlier one on."""
+    """From the latest to the earliest: all at the output; then half, and three quarters, in the layers from a later or
+    an earlier one on, as soon as they can with at most two fifths of a layer's tokens each, and the rest at the output.
+    """
     read, layers = wanted.geometry.read, wanted.geometry.layers
     yield output_removals(wanted)
     for first in range(read - 2, -1, -1):
         for share in (_HALF, _MOST):
-            inside = int(wanted.needed * share)
-            each, rest = divmod(inside, read - 1 - first)
-            asked = [0] * first + [each + (layer < rest) for layer in range(read - 1 - first)]
-            made = list(clipped(asked, wanted.start, wanted.protected)[0])
-            yield [*made, wanted.needed - sum(made), *([0] * (layers - read))]
+            removals, tokens, left = [0] * first, wanted.start, int(wanted.needed * share)
+            for _ in range(read - 1 - first):
+                removals.append(min(left, removable(tokens, wanted.protected, _AVERAGE)))
+                tokens, left = tokens - removals[-1], left - removals[-1]
+            yield [*removals, wanted.needed - sum(removals), *([0] * (layers - read))]
 
 
 def _late(wanted: Wanted) -> Iterator[list[int]]:

@@ -91,7 +91,7 @@ def make_schedule(config: ReductionConfig, geometry: Geometry) -> Schedule:
         made = Schedule(removals, tokens, geometry.cells, features, cross, drop_cross=cross)
         again = behind_grid(config, geometry, patches_left(made, geometry))
         return replace(made, features=make_schedule(again, MergeGeometry(geometry.cells)).features)
-    drop_cross = cross and features > geometry.placeholders
+    drop_cross = cross and (features > geometry.placeholders or _drops_cross(config, geometry))
     return Schedule(removals, tokens, geometry.placeholders, features - drop_cross, cross, drop_cross, output)
 
 
@@ -103,7 +103,9 @@ def _tower_removals(
     if config.vision_removals is not None:
         listed = _removals_per_layer(config.vision_removals, geometry)
         return [removed if layer % every == 0 else 0 for layer, removed in enumerate(listed)], None
-    wanted = Wanted(_target(config, geometry), geometry, start, protected)
+    cross = protected - geometry.prefix
+    target = _target(config, geometry) + (cross if _drops_cross(config, geometry) else 0)
+    wanted = Wanted(target, geometry, start, protected)
     if geometry.cells is not None:
         wanted = _patches_for(wanted, every)
     selects = config.selects_at_output and geometry.cells is None
@@ -121,6 +123,14 @@ def _tower_removals(
         removals, at_output = auto_removals(wanted, selects)
         return removals, geometry.read - 1 if at_output else None
     return even_removals(wanted, every, config.is_dynamic), None
+
+
+def _drops_cross(config: ReductionConfig, geometry: TowerGeometry) -> bool:
+    """Whether the cross token is cut off in front of the language side although it would fit: as published it takes the
+    place of a visual token there."""
+    kind = config.schedule_kind
+    late = kind in ("late", "output") or (kind == "auto" and geometry.costs is not None)
+    return late and geometry.cells is None and config.reduces_vision
 
 
 def of_other_size(config: Config, geometry: TowerGeometry) -> Config:

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mllm_crossget.language_flops import language_costs
 from mllm_crossget.families.family import Family, TextTower, config_at, families, family_of
 from mllm_crossget.families.modality import Tiles
 from mllm_crossget.flop_formulas import attention_flops, linear_flops, pooling_head_flops
+from mllm_crossget.language_flops import language_costs
 from mllm_crossget.methods.capabilities import LayerShape
 from mllm_crossget.methods.method import Method, Place
 from mllm_crossget.methods.signals import Signals
