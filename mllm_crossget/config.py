@@ -10,7 +10,6 @@ import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -19,6 +18,7 @@ from huggingface_hub.errors import EntryNotFoundError
 
 from mllm_crossget.atomic_files import write_text
 from mllm_crossget.field_types import check_field_types, checked_count, checked_ratio, checked_removals
+from mllm_crossget.place import Place
 
 CONFIG_NAME = "crossget_config.json"
 FORMAT_VERSION = 2
@@ -35,21 +35,6 @@ _ONLY_FOR_DOWNLOADS = ("token", "cache_dir", "local_files_only", "subfolder")
 
 Config = TypeVar("Config", bound="ReductionConfig")
 _PUBLISHED = {"positions": "contiguous", "size_bias": False, "schedule": "constant"}
-
-
-class Place(Enum):
-    """Where a method acts on its way from pixels to the answer.
-
-    TOWER_LAYERS: in the layers of a tower, between attention and MLP (behind the projector, layer by layer, where a
-    model's tower is left alone). TOWER_OUTPUT: once, behind the layer that the language side reads. PROJECTOR: once, on
-    the features that take the placeholders' places. LANGUAGE_MODEL: in the language model's layers; nothing serves it
-    yet.
-    """
-
-    TOWER_LAYERS = "tower layers"
-    TOWER_OUTPUT = "tower output"
-    PROJECTOR = "projector"
-    LANGUAGE_MODEL = "language model"
 
 
 @dataclass
@@ -76,12 +61,12 @@ class ReductionConfig:
         size_bias: whether a token that stands for n visual tokens weighs as n of them in the language model's attention
             (log n is added to its logits), in the prompt and in every decoding step. None: for methods that weigh
             tokens by their sizes inside the tower.
-        schedule: where a vision tower removes the tokens of ``keep_ratio`` or ``visual_tokens``. "constant": evenly over
-            its layers, as published. "late": in the last layers in front of the one that is read, which costs more in
-            the tower and keeps what its layers compute. "output": all at once, at the output of the layer that is read;
-            for methods that can select among so many. None or "auto": as late as costs allow, in layers and at the
-            output together: the tower may spend a little of what the language model saves (``removals``); "constant"
-            where the tower is most of the cost, as in dual encoders, and for dials that say it layer by layer.
+        schedule: where a vision tower removes the tokens of ``keep_ratio`` or ``visual_tokens``. "constant": evenly
+            over its layers, as published. "late": in the last layers in front of the one that is read, which costs more
+            in the tower and keeps what its layers compute. "output": all at once, at the output of the layer that is
+            read; for methods that can select among so many. None or "auto": as late as costs allow, in layers and at
+            the output together (``removals.auto_removals``); even where there is no language model behind the tower,
+            and for dials that say it layer by layer.
 
     Raises:
         ValueError: two dials of one tower at once, or a value outside its range.

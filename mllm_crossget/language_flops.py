@@ -1,4 +1,4 @@
-"""FLOPs of the language models' layers and heads, by formula; ``costs.flops`` says what is counted and what is left out."""
+"""FLOPs of the language models' layers and heads, by formula; ``costs.flops`` says what is counted."""
 
 from __future__ import annotations
 

@@ -122,10 +122,10 @@ def output_removals(wanted: Wanted) -> list[int]:
 def auto_removals(wanted: Wanted, selects: bool) -> tuple[list[int], bool]:
     """The latest removals whose FLOPs stay in reach of those of even ones.
 
-    What early layers lose is lost for good, and what tokens cost in the tower is little beside what they cost in a large
-    language model. So the tower may spend ``SLACK`` of what even removals cost in tower and language model. Where the
-    tower costs more than the language model, that would be next to nothing: there it may spend ``SPENT`` of what even
-    removals save in the tower. Without costs in the geometry removals are even.
+    What early layers lose is lost for good, and what tokens cost in the tower is little beside what they cost in a
+    large language model. So the tower may spend ``SLACK`` of what even removals cost in tower and language model. Where
+    the tower costs more than the language model, that would be next to nothing: there it may spend ``SPENT`` of what
+    even removals save in the tower. Without costs in the geometry removals are even.
 
     Args:
         wanted: tower and target.

@@ -38,8 +38,8 @@ class Schedule:
         cross: whether a cross token travels as the last token.
         drop_cross: whether the cross token is cut off in front of the language side (it would not fit otherwise, or
             has no place in a grid of patches).
-        output: index of the layer that removes its tokens at its output, by the method's ``match_at_output``, and not between
-            attention and MLP; None where no layer does.
+        output: index of the layer that removes its tokens at its output, by the method's ``match_at_output``, and not
+            between attention and MLP; None where no layer does.
     """
 
     removals: tuple[int, ...]

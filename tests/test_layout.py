@@ -29,7 +29,8 @@ _USES = {*_API, *_FILES, "retrieval", "training", "benchmark", "costs", "integra
 # What each part may import from the package. A part that is not listed may not exist.
 ARROWS: dict[str, set[str]] = {
     "atomic_files": set(),
-    "config": {"atomic_files", "field_types"},
+    "place": set(),
+    "config": {"atomic_files", "field_types", "place"},
     "field_types": set(),
     "moved": set(),
     "user_files": set(),
@@ -66,6 +67,7 @@ PACKAGES: dict[str, set[str]] = {
     "kernels": {"numba", "numpy", "torch", "triton"},
     "ops": {"torch"},
     "geometry": set(),
+    "place": set(),
     "removals": set(),
     "schedule": set(),
     "language_flops": set(),
