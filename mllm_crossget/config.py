@@ -10,7 +10,6 @@ import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -19,6 +18,7 @@ from huggingface_hub.errors import EntryNotFoundError
 
 from mllm_crossget.atomic_files import write_text
 from mllm_crossget.field_types import check_field_types, checked_count, checked_ratio, checked_removals
+from mllm_crossget.place import Place
 
 CONFIG_NAME = "crossget_config.json"
 FORMAT_VERSION = 2
@@ -28,28 +28,13 @@ _DIALS = ("keep_ratio", "visual_tokens", "r", "vision_r")
 _TEXT_DIALS = ("text_keep_ratio", "text_r")
 DIALS = (*_DIALS, *_TEXT_DIALS)
 POSITIONS = ("contiguous", "original")
-SCHEDULES = ("constant", "late")
+SCHEDULES = ("constant", "late", "output", "auto")
 _METHODS: dict[str, type[ReductionConfig]] = {}
 # How to reach the hub: nothing to do for a local folder. All other words say what is wanted, and a folder has it not.
 _ONLY_FOR_DOWNLOADS = ("token", "cache_dir", "local_files_only", "subfolder")
 
 Config = TypeVar("Config", bound="ReductionConfig")
-_PUBLISHED = {"positions": "contiguous", "size_bias": False}
-
-
-class Place(Enum):
-    """Where a method acts on its way from pixels to the answer.
-
-    TOWER_LAYERS: in the layers of a tower, between attention and MLP (behind the projector, layer by layer, where a
-    model's tower is left alone). TOWER_OUTPUT: once, behind the layer that the language side reads. PROJECTOR: once, on
-    the features that take the placeholders' places. LANGUAGE_MODEL: in the language model's layers; nothing serves it
-    yet.
-    """
-
-    TOWER_LAYERS = "tower layers"
-    TOWER_OUTPUT = "tower output"
-    PROJECTOR = "projector"
-    LANGUAGE_MODEL = "language model"
+_PUBLISHED = {"positions": "contiguous", "size_bias": False, "schedule": "constant"}
 
 
 @dataclass
@@ -76,9 +61,12 @@ class ReductionConfig:
         size_bias: whether a token that stands for n visual tokens weighs as n of them in the language model's attention
             (log n is added to its logits), in the prompt and in every decoding step. None: for methods that weigh
             tokens by their sizes inside the tower.
-        schedule: where a vision tower removes the tokens of ``keep_ratio`` or ``visual_tokens``. None or "constant":
-            evenly over its layers, as published. "late": in the last layers in front of the one that is read, which
-            costs more in the tower and keeps what its layers compute.
+        schedule: where a vision tower removes the tokens of ``keep_ratio`` or ``visual_tokens``. "constant": evenly
+            over its layers, as published. "late": in the last layers in front of the one that is read, which costs more
+            in the tower and keeps what its layers compute. "output": all at once, at the output of the layer that is
+            read; for methods that can select among so many. None or "auto": as late as costs allow, in layers and at
+            the output together (``removals.auto_removals``); even where there is no language model behind the tower,
+            and for dials that say it layer by layer.
 
     Raises:
         ValueError: two dials of one tower at once, or a value outside its range.
@@ -99,6 +87,7 @@ class ReductionConfig:
     method: ClassVar[str] = ""
     place: ClassVar[Place] = Place.TOWER_LAYERS
     uses_cross_tokens: ClassVar[bool] = False
+    selects_at_output: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         self._check_dials()
@@ -132,6 +121,11 @@ class ReductionConfig:
             raise ValueError(f"schedule must be one of {SCHEDULES}, got {self.schedule!r}")
         if self.schedule == "constant":
             return
+        if self.schedule == "output" and not self.selects_at_output:
+            raise ValueError(
+                f"schedule='output' is for methods that select among all tokens at once, and {type(self).__name__} "
+                "removes at most half of a layer's; use CrossGetConfig, or schedule='late'"
+            )
         given = [name for name in ("r", "vision_r", "merge_every") if getattr(self, name) is not None]
         if given or self.is_dynamic or self.place is not Place.TOWER_LAYERS:
             what = given[0] if given else "dynamic counts" if self.is_dynamic else "a method that acts once"
@@ -188,6 +182,15 @@ class ReductionConfig:
     def reduces_text(self) -> bool:
         """Whether the text tower (of a dual encoder, of BLIP) is changed."""
         return self.text_r is not None or self.text_keep_ratio not in (None, 1.0)
+
+    @property
+    def schedule_kind(self) -> str:
+        """Which of the schedules holds: the one that was asked for; else "auto", or "constant" where another setting
+        says in which layers tokens leave."""
+        if self.schedule is not None:
+            return self.schedule
+        by_layer = self.vision_removals is not None or self.merge_every is not None or self.is_dynamic
+        return "constant" if by_layer or self.place is not Place.TOWER_LAYERS else "auto"
 
     @property
     def keeps_positions(self) -> bool:

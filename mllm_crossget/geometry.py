@@ -2,7 +2,42 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class TowerCosts:
+    """FLOPs that a schedule can move, by formula (``costs.flops`` has the exact ones).
+
+    Args:
+        width: of the tower's tokens.
+        inner: width inside its MLP.
+        language_token: what the language model's layers spend on one more token of the prompt, without attention maps.
+    """
+
+    width: int
+    inner: int
+    language_token: int
+
+    def tower(self, tokens: Sequence[int], output: bool = False) -> int:
+        """Layers of the tower that is read: projections and attention of the tokens that enter, and the MLP of those
+        that are left, where they leave between the two.
+
+        Args:
+            tokens: in front of the first layer and behind every layer.
+            output: whether the last layer removes its tokens at its output.
+        """
+        total = 0
+        for layer, (entering, left) in enumerate(itertools.pairwise(tokens), 2):
+            inside = entering if output and layer == len(tokens) else left
+            total += entering * self.width * (8 * self.width + 4 * entering) + 4 * inside * self.width * self.inner
+        return total
+
+    def language(self, features: int) -> int:
+        """The language model's layers on so many visual tokens."""
+        return features * self.language_token
 
 
 @dataclass(frozen=True)
@@ -18,6 +53,7 @@ class TowerGeometry:
         cells: tokens per image behind a projector that makes them of the whole grid of patches, so that tokens are
             copied back to their patches in front of it and its cells are merged again behind it; None where the
             tower's tokens themselves go on.
+        costs: what tells ``schedule="auto"`` how late tokens may leave; None where it is as "constant".
     """
 
     patches: int
@@ -26,6 +62,7 @@ class TowerGeometry:
     read: int
     drops_prefix: bool = True
     cells: int | None = None
+    costs: TowerCosts | None = None
 
     @property
     def placeholders(self) -> int:

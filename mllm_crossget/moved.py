@@ -21,7 +21,7 @@ MOVED = {
     "benchmark.geometries": "costs.geometries.llava",
     "benchmark.inputs": "benchmark.sample_inputs",
     "benchmark.inspect_model": "costs.inspect_model",
-    "benchmark.language": "costs.language",
+    "benchmark.language": "language_flops",
     "benchmark.relative_geometries": "costs.geometries.relatives",
     "benchmark.reuse": "benchmark.reuse_timing",
     "embedded.retrieval": "embedded.dual_encoder",

@@ -5,20 +5,24 @@ Integers only. FLOPs, placeholder runs, tests and messages all read the same ``S
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from typing import TypeVar
 
 from mllm_crossget.config import Place, ReductionConfig
 from mllm_crossget.geometry import Geometry, MergeGeometry, TextGeometry, TowerGeometry
+from mllm_crossget.removals import (
+    Wanted,
+    auto_removals,
+    clipped,
+    even_removals,
+    fewest,
+    late_removals,
+    output_removals,
+    ramp,
+    removable,
+)
 
 Config = TypeVar("Config", bound=ReductionConfig)
-
-_HALF = Fraction(1, 2)
-# Of what may leave, the most that a layer is asked for on average where images differ. Asked for half, which no image
-# may exceed, those that lose less could not be made up for: more tokens would stay than asked for.
-_AVERAGE = Fraction(2, 5)
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,8 @@ class Schedule:
         cross: whether a cross token travels as the last token.
         drop_cross: whether the cross token is cut off in front of the language side (it would not fit otherwise, or
             has no place in a grid of patches).
+        output: index of the layer that removes its tokens at its output, by the method's ``match_at_output``, and not
+            between attention and MLP; None where no layer does.
     """
 
     removals: tuple[int, ...]
@@ -42,36 +48,7 @@ class Schedule:
     features: int
     cross: bool
     drop_cross: bool
-
-
-def removable(tokens: int, protected: int, share: Fraction = _HALF) -> int:
-    """Most tokens one layer can remove: half of the unprotected ones (ToMe; CrossGET 'r_eff')."""
-    return max(0, int((tokens - protected) * share))
-
-
-def ramp(layers: int, r: int | list[int], inflect: float = 0.0) -> list[int]:
-    """Removals per layer that fall or rise evenly with depth (ToMe's schedules), to be given as ``r``.
-
-    Args:
-        layers: of the vision tower.
-        r: average removal, or a list that is filled up with zeros to ``layers`` entries.
-        inflect: 0 for the same in every layer, -1 for falling from 2r to 0, 1 for rising from 0 to 2r.
-
-    Returns:
-        ``layers`` integers, cut off (not rounded) as in the reference.
-
-    Raises:
-        ValueError: a list longer than ``layers``, or ``inflect`` outside [-1, 1].
-    """
-    if not -1 <= inflect <= 1:
-        raise ValueError(f"inflect must be in [-1, 1], got {inflect!r}; 0 removes the same in every layer")
-    if isinstance(r, list):
-        if len(r) > layers:
-            raise ValueError(f"r lists {len(r)} layers, the tower has {layers}; give at most {layers} integers")
-        return r + [0] * (layers - len(r))
-    first = int(r * (1.0 - inflect))
-    step = (2 * r - first - first) / max(1, layers - 1)
-    return [int(first + step * layer) for layer in range(layers)]
+    output: int | None = None
 
 
 def acting_geometry(config: ReductionConfig, geometry: Geometry) -> Geometry:
@@ -92,7 +69,8 @@ def make_schedule(config: ReductionConfig, geometry: Geometry) -> Schedule:
     In front of a projector that wants the whole grid, a tower keeps the same share of its patches as the dial asks of
     the cells behind it, or as few as it can.
     With ``schedule="late"`` the last layers in front of the one that is read remove everything, as few of them as can
-    do it with at most two fifths of a layer's tokens each.
+    do it with at most two fifths of a layer's tokens each; with "output" that one does, at its output; with "auto" as
+    late as costs allow (``removals.auto_removals``).
     A method that acts once, behind the tower or behind the projector, has one step, which may leave a single token.
 
     Raises:
@@ -105,28 +83,54 @@ def make_schedule(config: ReductionConfig, geometry: Geometry) -> Schedule:
     if config.place is not Place.TOWER_LAYERS:
         return _output_schedule(config, geometry)
     cross = config.uses_cross_tokens and config.reduces_vision
-    start = geometry.patches + geometry.prefix + cross
-    protected = geometry.prefix + cross
-    every = config.merge_every or 1
-    if config.vision_removals is not None:
-        wanted = _removals_per_layer(config.vision_removals, geometry)
-        wanted = [removed if layer % every == 0 else 0 for layer, removed in enumerate(wanted)]
-    else:
-        target = _target(config, geometry)
-        if geometry.cells is not None:
-            target = _patches_for(target, geometry, start, protected, every) + cross
-        if config.schedule == "late":
-            wanted = _late_removals(target, geometry, start, protected)
-        else:
-            wanted = _removals_for(target, geometry, start, protected, every, _shares(config.is_dynamic))
-    removals, tokens = _run(wanted, start, protected)
+    start, protected = geometry.patches + geometry.prefix + cross, geometry.prefix + cross
+    wanted, output = _tower_removals(config, geometry, start, protected)
+    removals, tokens = clipped(wanted, start, protected, output)
     features = tokens[geometry.read] - (geometry.prefix if geometry.drops_prefix else 0)
     if geometry.cells is not None:
         made = Schedule(removals, tokens, geometry.cells, features, cross, drop_cross=cross)
         again = behind_grid(config, geometry, patches_left(made, geometry))
         return replace(made, features=make_schedule(again, MergeGeometry(geometry.cells)).features)
-    drop_cross = cross and features > geometry.placeholders
-    return Schedule(removals, tokens, geometry.placeholders, features - drop_cross, cross, drop_cross)
+    drop_cross = cross and (features > geometry.placeholders or _drops_cross(config, geometry))
+    return Schedule(removals, tokens, geometry.placeholders, features - drop_cross, cross, drop_cross, output)
+
+
+def _tower_removals(
+    config: ReductionConfig, geometry: TowerGeometry, start: int, protected: int
+) -> tuple[list[int], int | None]:
+    """Tokens that every layer is to remove, and which layer does so at its output."""
+    every = config.merge_every or 1
+    if config.vision_removals is not None:
+        listed = _removals_per_layer(config.vision_removals, geometry)
+        return [removed if layer % every == 0 else 0 for layer, removed in enumerate(listed)], None
+    cross = protected - geometry.prefix
+    target = _target(config, geometry) + (cross if _drops_cross(config, geometry) else 0)
+    wanted = Wanted(target, geometry, start, protected)
+    if geometry.cells is not None:
+        wanted = _patches_for(wanted, every)
+    selects = config.selects_at_output and geometry.cells is None
+    kind = config.schedule_kind
+    if kind == "output":
+        if not selects:
+            raise ValueError(
+                "schedule='output' selects among the tokens that the tower hands on, but here the projector makes "
+                "features of the whole grid; use schedule='late' or 'auto'"
+            )
+        return output_removals(wanted), geometry.read - 1
+    if kind == "late":
+        return late_removals(wanted), None
+    if kind == "auto":
+        removals, at_output = auto_removals(wanted, selects)
+        return removals, geometry.read - 1 if at_output else None
+    return even_removals(wanted, every, config.is_dynamic), None
+
+
+def _drops_cross(config: ReductionConfig, geometry: TowerGeometry) -> bool:
+    """Whether the cross token is cut off in front of the language side although it would fit: as published it takes the
+    place of a visual token there."""
+    kind = config.schedule_kind
+    late = kind in ("late", "output") or (kind == "auto" and geometry.costs is not None)
+    return late and geometry.cells is None and config.reduces_vision
 
 
 def of_other_size(config: Config, geometry: TowerGeometry) -> Config:
@@ -182,10 +186,10 @@ def make_text_schedule(config: ReductionConfig, geometry: TextGeometry, tokens: 
         wanted = _text_removals_per_layer(config.text_r, geometry)
     else:
         target = max(1, round((config.text_keep_ratio or 1.0) * tokens))
-        floor = _run([start] * geometry.layers, start, protected)[1][-1]
+        floor = clipped([start] * geometry.layers, start, protected)[1][-1]
         whole = TowerGeometry(start, 0, geometry.layers, geometry.layers)
-        wanted = _removals_for(max(target, floor), whole, start, protected, shares=_shares(config.is_dynamic))
-    removals, counts = _run(wanted, start, protected)
+        wanted = even_removals(Wanted(max(target, floor), whole, start, protected), dynamic=config.is_dynamic)
+    removals, counts = clipped(wanted, start, protected)
     return Schedule(removals, counts, tokens, counts[-1], cross, False)
 
 
@@ -209,8 +213,8 @@ def _refuse_layer_dials(config: ReductionConfig, instead: str) -> None:
         )
     if (config.merge_every or 1) > 1:
         raise ValueError(f"merge_every={config.merge_every} counts layers of the tower, but {instead}; leave it out")
-    if config.schedule == "late":
-        raise ValueError(f"schedule='late' is for layers of the vision tower, but {instead}; leave it out")
+    if config.schedule not in (None, "constant", "auto"):
+        raise ValueError(f"schedule={config.schedule!r} is for layers of the vision tower, but {instead}; leave it out")
 
 
 def _output_schedule(config: ReductionConfig, geometry: TowerGeometry) -> Schedule:
@@ -247,8 +251,8 @@ def _merge_schedule(config: ReductionConfig, geometry: MergeGeometry) -> Schedul
     steps, left = 0, geometry.tokens
     while left > target:
         steps, left = steps + 1, left - removable(left, 0)
-    even = _removals_for(target, TowerGeometry(geometry.tokens, 0, steps, steps), geometry.tokens, 0)
-    removals, tokens = _run(even, geometry.tokens, 0)
+    even = even_removals(Wanted(target, TowerGeometry(geometry.tokens, 0, steps, steps), geometry.tokens, 0))
+    removals, tokens = clipped(even, geometry.tokens, 0)
     return Schedule(removals, tokens, geometry.tokens, tokens[-1], cross=False, drop_cross=False)
 
 
@@ -278,80 +282,13 @@ def _target(config: ReductionConfig, geometry: Geometry) -> int:
     return config.visual_tokens
 
 
-def _patches_for(cells: int, geometry: TowerGeometry, start: int, protected: int, every: int) -> int:
-    """Tokens that a tower keeps of its patches where ``cells`` of the cells behind the projector are wanted."""
-    least = _fewest(geometry, start, protected, every) - protected
-    return max(least, round(cells * geometry.patches / geometry.placeholders))
-
-
-def _fewest(geometry: TowerGeometry, start: int, protected: int, every: int) -> int:
-    """Tokens at the layer that is read where every merging layer in front of it removes as many as it can."""
-    most = [start if layer % every == 0 else 0 for layer in range(geometry.read)]
-    return _run(most, start, protected)[1][-1]
-
-
-def _shares(dynamic: bool) -> Sequence[Fraction]:
-    """Of a layer's tokens, the most that it is asked for: the first of these that reaches the target."""
-    return (_AVERAGE, _HALF) if dynamic else (_HALF,)
-
-
-def _removals_for(
-    target: int,
-    geometry: TowerGeometry,
-    start: int,
-    protected: int,
-    every: int = 1,
-    shares: Sequence[Fraction] = (_HALF,),
-) -> list[int]:
-    """Smallest even removal per merging layer that leaves ``target`` features at the layer that is read."""
-    kept_prefix = geometry.prefix if geometry.drops_prefix else 0
-    needed = max(0, start - kept_prefix - target)
-    for share in shares:
-        for per_layer in range(needed + 1):
-            removals, left, tokens = [], needed, start
-            for layer in range(geometry.read):
-                removed = min(per_layer, removable(tokens, protected, share), left) if layer % every == 0 else 0
-                removals.append(removed)
-                tokens, left = tokens - removed, left - removed
-            if left == 0:
-                return removals + [0] * (geometry.layers - geometry.read)
-    raise ValueError(_unreachable(target, geometry, start, protected, every))
-
-
-def _unreachable(target: int, geometry: TowerGeometry, start: int, protected: int, every: int) -> str:
-    """Why so few tokens cannot be reached, and how few can."""
-    least = _fewest(geometry, start, protected, every) - (geometry.prefix if geometry.drops_prefix else 0)
-    merging, whole = len(range(0, geometry.read, every)), geometry.placeholders
-    told = f"{target} visual tokens cannot be reached: {merging} of {geometry.layers} layers merge in front of them"
-    if least > whole:
-        return f"{told}, and an image of {whole} leaves no room for a cross token; ask for keep_ratio=1"
-    cross = ", the cross token among them" if protected > geometry.prefix else ""
-    return (
-        f"{told}, each at most half of the tokens, which leaves {least} of {whole}{cross}; ask for "
-        f"visual_tokens>={least} or keep_ratio>={-(-100 * least // whole) / 100}"
-    )
-
-
-def _late_removals(target: int, geometry: TowerGeometry, start: int, protected: int) -> list[int]:
-    """Removals in the last layers in front of the one that is read, in as few as reach ``target``."""
-    kept_prefix = geometry.prefix if geometry.drops_prefix else 0
-    for share in (_AVERAGE, _HALF):
-        tokens, layers = start, 0
-        while tokens - kept_prefix > target and layers < geometry.read:
-            tokens, layers = tokens - removable(tokens, protected, share), layers + 1
-        if tokens - kept_prefix <= target:
-            break
-    first = geometry.read - layers
-    last = replace(geometry, layers=geometry.layers - first, read=layers)
-    return [0] * first + _removals_for(target, last, start, protected, shares=(share, _HALF))
-
-
-def _run(wanted: list[int], start: int, protected: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    removals, tokens = [], [start]
-    for removed in wanted:
-        removals.append(min(removed, removable(tokens[-1], protected)))
-        tokens.append(tokens[-1] - removals[-1])
-    return tuple(removals), tuple(tokens)
+def _patches_for(wanted: Wanted, every: int) -> Wanted:
+    """The tokens that a tower keeps of its patches, where the target is one of cells behind the projector."""
+    geometry = wanted.geometry
+    least = fewest(wanted, every) - wanted.protected
+    cross = wanted.protected - geometry.prefix
+    kept = max(least, round(wanted.target * geometry.patches / geometry.placeholders))
+    return replace(wanted, target=kept + cross)
 
 
 __all__ = [

@@ -19,7 +19,7 @@ MOST_LINES_OF_A_FILE = 400
 MOST_LINES_OF_A_FUNCTION = 60
 
 _BASE = {"atomic_files", "config", "field_types", "geometry", "schedule", "ops"}
-_FLOOR = {*_BASE, "flop_formulas", "families", "methods"}
+_FLOOR = {*_BASE, "flop_formulas", "language_flops", "families", "methods"}
 # Rooms of ``hooks`` from the ground up: each may import those below it.
 ROOMS = ("ground", "tower", "projector", "text", "language", "request", "reuse", "model", "apply")
 _HOOKS = {*_FLOOR, *(f"hooks.{room}" for room in ROOMS)}
@@ -29,17 +29,20 @@ _USES = {*_API, *_FILES, "retrieval", "training", "benchmark", "costs", "integra
 # What each part may import from the package. A part that is not listed may not exist.
 ARROWS: dict[str, set[str]] = {
     "atomic_files": set(),
-    "config": {"atomic_files", "field_types"},
+    "place": set(),
+    "config": {"atomic_files", "field_types", "place"},
     "field_types": set(),
     "moved": set(),
     "user_files": set(),
     "geometry": set(),
-    "schedule": {"config", "geometry"},
+    "removals": {"geometry"},
+    "schedule": {"config", "geometry", "removals"},
     "flop_formulas": set(),
+    "language_flops": {"flop_formulas"},
     "kernels": {"kernels"},
     "ops": {"ops", "kernels"},
     "methods": {*_BASE, "methods"},
-    "families": {*_BASE, "flop_formulas", "families"},
+    "families": {*_BASE, "flop_formulas", "language_flops", "families"},
     "hooks": set(),
     **{
         f"hooks.{room}": {*_FLOOR, "moved", *(f"hooks.{below}" for below in ROOMS[: number + 1])}
@@ -65,7 +68,10 @@ PACKAGES: dict[str, set[str]] = {
     "kernels": {"numba", "numpy", "torch", "triton"},
     "ops": {"torch"},
     "geometry": set(),
+    "place": set(),
+    "removals": set(),
     "schedule": set(),
+    "language_flops": set(),
     "field_types": set(),
     "flop_formulas": set(),
     "methods": {"torch"},

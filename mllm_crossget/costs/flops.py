@@ -8,16 +8,17 @@ positions, the ranking and the merging of tokens, all of them linear in the toke
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mllm_crossget.costs.language import language_costs
 from mllm_crossget.families.family import Family, TextTower, config_at, families, family_of
 from mllm_crossget.families.modality import Tiles
 from mllm_crossget.flop_formulas import attention_flops, linear_flops, pooling_head_flops
+from mllm_crossget.language_flops import language_costs
 from mllm_crossget.methods.capabilities import LayerShape
 from mllm_crossget.methods.method import Method, Place
 from mllm_crossget.methods.signals import Signals
@@ -141,13 +142,16 @@ def visual_tokens(config: Any, family: Family, schedule: Schedule) -> int:
     return features if family.llm_tokens is None else family.llm_tokens(config, features)
 
 
-def matching_flops(method: Method, tokens: int, width: int, removed: int, ends: int = 0) -> int:
+def matching_flops(
+    method: Method, tokens: int, width: int, removed: int, ends: int = 0, at_output: bool = False
+) -> int:
     """FLOPs of one matching of ``tokens`` tokens with keys of ``width`` channels; ``ends`` of them are protected: class
     token and cross token, which stand first and last.
 
     Measured by running the method on tensors without data, so that a new method is counted without a formula of its
     own. CrossGET compares all pairs of the others (2T² for each channel; with counts per image of all tokens, and also
-    for two channels that carry the protection), ToMe even with odd tokens (half of T² / 2), random nothing.
+    for two channels that carry the protection; ``at_output`` all pairs, and once more those of tokens that leave with
+    tokens that stay), ToMe even with odd tokens (half of T² / 2), random nothing.
     """
     keys = torch.empty(1, tokens, width, device="meta")
     importance, attention = (
@@ -159,7 +163,8 @@ def matching_flops(method: Method, tokens: int, width: int, removed: int, ends: 
         protected = torch.zeros(1, tokens, dtype=torch.bool, device="meta")
     with FlopCounterMode(display=False) as counter:
         features = keys if method.needs_features else None
-        method.match(Signals(keys, importance, protected, features=features, class_attention=attention), removed)
+        signals = Signals(keys, importance, protected, features=features, class_attention=attention)
+        (method.match_at_output if at_output else method.match)(signals, removed)
     return int(counter.get_total_flops())
 
 
@@ -190,11 +195,11 @@ def _encoder(vision: Any, schedule: Schedule, inside: bool = True) -> int:
     width = vision.hidden_size
     inner = getattr(vision, "intermediate_size", None) or int(width * vision.mlp_ratio)
     total = 0
-    for tokens, left in zip(schedule.tokens[:-1], schedule.tokens[1:], strict=True):
+    for layer, (tokens, left) in enumerate(itertools.pairwise(schedule.tokens)):
         total += (
             4 * linear_flops(tokens, width, width)
             + attention_flops(tokens, tokens, width)
-            + 2 * linear_flops(left if inside else tokens, width, inner)
+            + 2 * linear_flops(left if inside and layer != schedule.output else tokens, width, inner)
         )
     return total + (pooling_head_flops(vision, schedule.tokens[-1]) if getattr(vision, "vision_use_head", False) else 0)
 
@@ -217,12 +222,13 @@ def _reducer(
     is one query's QKᵀ. ``has_map``: the attention keeps its map, of which the mean over heads is enough."""
     heads, width = vision.num_attention_heads, vision.hidden_size
     total = 0
-    for tokens, removed in zip(schedule.tokens, schedule.removals, strict=False):
+    for layer, (tokens, removed) in enumerate(zip(schedule.tokens, schedule.removals, strict=False)):
         own = method.layer_flops(LayerShape(tokens, removed, prefix, width, heads))
         if own is not None or not removed:
             total += own or 0
             continue
-        total += matching_flops(method, tokens, width if cosine else width // heads, removed, ends)
+        at_output = layer == schedule.output
+        total += matching_flops(method, tokens, width if cosine else width // heads, removed, ends, at_output)
         if method.needs_importance and not cosine:
             total += 2 * tokens * tokens * (1 if has_map else heads)
             if not has_map:

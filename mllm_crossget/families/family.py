@@ -23,7 +23,8 @@ model returns, and its lengths for everything that is not named here):
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -54,7 +55,8 @@ from mllm_crossget.families.tower_kinds import (
     patches_per_image,
     tower_kind,
 )
-from mllm_crossget.schedule import Geometry
+from mllm_crossget.geometry import Geometry, TowerCosts, TowerGeometry
+from mllm_crossget.language_flops import token_flops
 
 
 @dataclass(frozen=True)
@@ -122,8 +124,8 @@ class Family:
 
     @property
     def geometry(self) -> Callable[[Any], Geometry]:
-        """See ``VisionSide.geometry``."""
-        return self.vision.geometry
+        """See ``VisionSide.geometry``; with what the schedule needs to know of costs."""
+        return partial(_geometry_with_costs, self)
 
     @property
     def projector(self) -> str | None:
@@ -254,6 +256,17 @@ class Family:
     def exact(self) -> str:
         """See ``FamilyDocs.exact``."""
         return self.docs.exact
+
+
+def _geometry_with_costs(family: Family, config: Any) -> Geometry:
+    made = family.vision.geometry(config)
+    if not isinstance(made, TowerGeometry) or not family.modalities:
+        return made
+    vision, per_token = config_at(config, family.vision_config), token_flops(config.get_text_config())
+    if per_token is None:
+        return made
+    inner = getattr(vision, "intermediate_size", None) or int(vision.hidden_size * vision.mlp_ratio)
+    return replace(made, costs=TowerCosts(vision.hidden_size, inner, per_token))
 
 
 _FAMILIES: dict[str, Family] = {}

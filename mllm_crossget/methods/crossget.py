@@ -10,9 +10,10 @@ from torch import Tensor
 from mllm_crossget.config import register_method
 from mllm_crossget.methods.capabilities import LossKind, TrainingLoss
 from mllm_crossget.methods.dynamic import DynamicMethod
-from mllm_crossget.methods.signals import RaggedSignals, Signals
+from mllm_crossget.methods.signals import RaggedSignals, Signals, protected_count, shielded_tokens
 from mllm_crossget.ops.matching import Match, complete_graph_soft_matching, graph_scores
 from mllm_crossget.ops.ragged import Step, lowest, merge_step
+from mllm_crossget.ops.selection import farthest_first, merge_into_nearest
 
 _KL_FORMS = ("reference", "js")
 _IMPORTANCES = ("published", "attention", "cosine")
@@ -48,6 +49,7 @@ class CrossGetConfig(DynamicMethod):
     method: ClassVar[str] = "crossget"
     uses_cross_tokens: ClassVar[bool] = True
     needs_importance: ClassVar[bool] = True
+    selects_at_output: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -88,6 +90,16 @@ class CrossGetConfig(DynamicMethod):
         if signals.importance is None:
             raise ValueError("CrossGET needs the importance of the tokens; got none")
         return complete_graph_soft_matching(signals.keys, signals.importance, r, signals.protected)
+
+    def match_at_output(self, signals: Signals, r: int) -> Match:
+        """At the tower's output: tokens that stay are the most important one and then always the one least similar to
+        those, on the complete graph; every other token is merged into the most similar one that stays."""
+        if signals.importance is None:
+            raise ValueError("CrossGET needs the importance of the tokens; got none")
+        shielded = shielded_tokens(signals)
+        kept = shielded.shape[1] - protected_count(signals) - r
+        stays = shielded.scatter(1, farthest_first(signals.keys, signals.importance, kept, shielded), True)
+        return merge_into_nearest(stays, shielded.shape[1] - r, signals.keys, shielded)
 
     def scores(self, signals: RaggedSignals) -> tuple[Tensor, Tensor]:
         """Importance minus similarity, as ``match`` ranks them, and the similarities."""

@@ -28,6 +28,7 @@ class Method(ReductionConfig):
         needs_importance: wants ``Signals.importance``.
         needs_features: wants ``Signals.features``; not inside a tower's layers.
         needs_class_attention: wants ``Signals.class_attention``; at the output of a tower with a class token only.
+        selects_at_output: ``match_at_output`` can take any number of tokens away behind the layer that is read.
         proportional_attention: layers behind a merge weigh tokens by their size.
         moving_settings: fields that change while a model is trained, which a checkpoint gives back.
     """
@@ -96,6 +97,10 @@ class Method(ReductionConfig):
     def match(self, signals: Signals, r: int) -> Match:
         """Choose ``r`` tokens to take away, and where they go."""
         raise TypeError(f"{type(self).__name__} is no method of its own; use one of mllm_crossget.method_names()")
+
+    def match_at_output(self, signals: Signals, r: int) -> Match:
+        """Choose ``r`` tokens to take away at the tower's output, all but one if need be, and where they go."""
+        raise TypeError(f"{type(self).__name__} does not select at the output of a tower")
 
     def layer_flops(self, shape: LayerShape) -> int | None:
         """FLOPs that the method adds to one layer of a tower; None to count ``match`` and the signals it wants."""

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from mllm_crossget.config import Place
 from mllm_crossget.methods.method import Method
-from mllm_crossget.methods.signals import Signals
+from mllm_crossget.methods.signals import Signals, protected_count, shielded_tokens
 from mllm_crossget.ops.matching import Match
 from mllm_crossget.ops.selection import keep_only, merge_into_nearest
 
@@ -38,21 +37,3 @@ class SelectionMethod(Method):
         if self.prunes:
             return keep_only(stays, stays.shape[1] - r)
         return merge_into_nearest(stays, stays.shape[1] - r, signals.keys, shielded)
-
-
-def shielded_tokens(signals: Signals) -> Tensor:
-    """(B, T) True for the protected tokens."""
-    batch, tokens = signals.keys.shape[:2]
-    if isinstance(signals.protected, Tensor):
-        return signals.protected
-    mask = torch.zeros(tokens, dtype=torch.bool, device=signals.keys.device)
-    for index in signals.protected:
-        mask[index] = True
-    return mask.repeat(batch, 1)
-
-
-def protected_count(signals: Signals) -> int:
-    """How many tokens of every row are protected; with a mask, of the first row, which stands for all."""
-    if isinstance(signals.protected, Tensor):
-        return int(signals.protected[0].sum())
-    return len(set(signals.protected))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -57,3 +58,21 @@ class RaggedSignals:
     class_received: Tensor | None = None
     alignment: Tensor | None = None
     alignment_width: int = 1
+
+
+def shielded_tokens(signals: Signals) -> Tensor:
+    """(B, T) True for the protected tokens."""
+    batch, tokens = signals.keys.shape[:2]
+    if isinstance(signals.protected, Tensor):
+        return signals.protected
+    mask = torch.zeros(tokens, dtype=torch.bool, device=signals.keys.device)
+    for index in signals.protected:
+        mask[index] = True
+    return mask.repeat(batch, 1)
+
+
+def protected_count(signals: Signals) -> int:
+    """How many tokens of every row are protected; with a mask, of the first row, which stands for all."""
+    if isinstance(signals.protected, Tensor):
+        return int(signals.protected[0].sum())
+    return len(set(signals.protected))

@@ -1,16 +1,71 @@
-"""From the tokens that stay to a ``Match``: the others are dropped, or go into the nearest one that stays.
+"""Which tokens stay, and from there to a ``Match``: the others are dropped, or go into the nearest one that stays.
 
 Shape suffixes: B batch, T tokens, D width.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from mllm_crossget.ops.graph import normalised
 from mllm_crossget.ops.matching import Match
 from mllm_crossget.ops.precision import without_autocast
+
+
+@torch.no_grad()
+def farthest_first(keys_BTD: Tensor, importance_BT: Tensor, kept: int, shielded_BT: Tensor) -> Tensor:
+    """(B, kept) tokens that stand for all: the most important one, then always the one that is least like those chosen.
+
+    Greedy k-centre (Gonzalez 1985) on the complete graph of cosine similarities; it leaves no token without a similar
+    one that stays (at most twice as far away as in the best choice). Max-min selection of visual tokens: DivPrune
+    (CVPR 2025), which drops the others.
+
+    Args:
+        keys_BTD: what is compared, any float dtype; in float32. Not-a-number counts as 0.
+        importance_BT: decides the first choice.
+        kept: how many to choose, at least 1 and at most the tokens that are not shielded.
+        shielded_BT: True for tokens that are not chosen and do not count.
+
+    Returns:
+        Different indices in the order of choice. Equal values: the lower index.
+    """
+    return _farthest_first(keys_BTD, importance_BT, kept, shielded_BT)
+
+
+@torch.library.custom_op("mllm_crossget::farthest_first", mutates_args=())
+def _farthest_first(keys_BTD: Tensor, importance_BT: Tensor, kept: int, shielded_BT: Tensor) -> Tensor:
+    """As one operation: a compiler would unroll the loop over the choices."""
+    keys = normalised(keys_BTD).nan_to_num(nan=0.0)
+    with without_autocast(keys.device):
+        similarity = keys @ keys.mT
+    chosen = torch.empty(len(keys), kept, dtype=torch.int64, device=keys.device)
+    # What a token has to its nearest chosen one; a token that may not be chosen (any more) has the most there is.
+    nearest = torch.full_like(similarity[..., 0], -torch.inf).masked_fill_(shielded_BT, torch.inf)
+    scores = importance_BT.float().nan_to_num(nan=0.0).masked_fill(shielded_BT, -torch.inf)
+    place = scores.argmax(dim=1, keepdim=True)
+    for index in range(kept):
+        chosen[:, index] = place[:, 0]
+        row = similarity.gather(1, place[..., None].expand(-1, 1, similarity.shape[2]))[:, 0]
+        nearest = torch.maximum(nearest, row).scatter_(1, place, torch.inf)
+        place = nearest.argmin(dim=1, keepdim=True)
+    return chosen
+
+
+@register_flop_formula(torch.ops.mllm_crossget.farthest_first)
+def _flops_of_farthest_first(keys: Any, *rest: Any, **shapes: Any) -> int:
+    """All pairs."""
+    del rest, shapes
+    batch, tokens, width = keys
+    return int(2 * batch * tokens * tokens * width)
+
+
+@_farthest_first.register_fake
+def _shape_of_farthest_first(keys: Tensor, importance: Tensor, kept: int, shielded: Tensor) -> Tensor:
+    return keys.new_empty(len(keys), kept, dtype=torch.int64)
 
 
 def keep_only(stays_BT: Tensor, kept: int) -> Match:

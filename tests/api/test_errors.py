@@ -99,7 +99,7 @@ def test_a_supported_model_has_no_reason_against_it() -> None:
         ({"keep_ratio": float("inf")}, ValueError, ["keep_ratio", "(0, 1]", "inf"]),
         ({"keep_ratio": "half"}, TypeError, ["keep_ratio", "number", "'half'"]),
         ({"keep_ratio": True}, TypeError, ["keep_ratio", "number", "True"]),
-        ({"keep_ratio": 0.01}, ValueError, ["cannot be reached", "visual_tokens>="]),
+        ({"keep_ratio": 0.01, "schedule": "constant"}, ValueError, ["cannot be reached", "visual_tokens>="]),
         ({"visual_tokens": 0}, ValueError, ["visual_tokens", "at least 1", "0"]),
         ({"visual_tokens": 17}, ValueError, ["visual_tokens=17", "1 to 16"]),
         ({"visual_tokens": 2.5}, TypeError, ["visual_tokens", "integer", "2.5"]),

@@ -16,7 +16,7 @@ from mllm_crossget import CrossGetConfig, MadtpConfig, RandomConfig, ToMeConfig,
 from mllm_crossget.config import method_class
 from mllm_crossget.costs.flops import matching_flops, model_flops
 from mllm_crossget.costs.geometries.llava import GEOMETRIES
-from mllm_crossget.costs.language import TEXT_MODELS
+from mllm_crossget.language_flops import TEXT_MODELS
 from mllm_crossget.methods import DynamicMethod
 from tests.helpers.flops import counted, first_token, nearly, text_tokens
 from tests.helpers.methods import FIXED

@@ -17,12 +17,12 @@ from mllm_crossget.config import method_class
 from mllm_crossget.costs.flops import model_flops
 from mllm_crossget.costs.geometries.llava import GEOMETRIES, resolve
 from mllm_crossget.costs.inspect_model import inspection
-from mllm_crossget.costs.language import language_costs
 from mllm_crossget.families.blip2 import BLIP2
 from mllm_crossget.families.family import BLIP2_TOWER
 from mllm_crossget.hooks.ground.cross_tokens import CrossTokens
 from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.hooks.tower.fixed_counts import hook_tower
+from mllm_crossget.language_flops import language_costs
 from tests.helpers.families.case_blip2 import retrieval
 from tests.helpers.flops import counted, nearly
 from tests.helpers.methods import FIXED

@@ -176,7 +176,8 @@ def test_half_precision_and_back() -> None:
     model = learned()
     expected = logits(model)
     model.to(torch.bfloat16).to(torch.float32)
-    torch.testing.assert_close(logits(model), expected, atol=3.0, rtol=0.5)
+    error = (logits(model) - expected).abs().mean() / expected.abs().mean()
+    assert error < 0.1  # a token that leaves may be another one, after weights were rounded
     stock = tiny_llava().to(torch.bfloat16).to(torch.float32)
     assert torch.equal(logits(restore_mllm(model)), logits(stock))
 

@@ -69,8 +69,9 @@ class ReducedEncoder(nn.Module):
         state = tower_state(self)
         if not state.ignores_mask:
             refuse_mask(attention_mask)
-        removals = state.schedule(inputs_embeds.shape[1]).removals
-        hidden, _ = run_tower(self, state, inputs_embeds, lambda index, hidden, size: (removals[index],))
+        schedule = state.schedule(inputs_embeds.shape[1])
+        steps = [(removed, layer == schedule.output) for layer, removed in enumerate(schedule.removals)]
+        hidden, _ = run_tower(self, state, inputs_embeds, lambda index, hidden, size: steps[index])
         return BaseModelOutput(last_hidden_state=hidden)
 
 
@@ -84,6 +85,7 @@ class ReducedLayer(nn.Module):
         size: Tensor | None = None,
         cross: Tensor | None = None,
         removed: int = 0,
+        at_output: bool = False,
     ) -> Taken:
         """One layer.
 
@@ -93,6 +95,7 @@ class ReducedLayer(nn.Module):
             size: (B, T) token sizes, None as long as nothing was merged.
             cross: (D,) what makes the last token the layer's cross token, or None.
             removed: tokens to merge away here.
+            at_output: whether that is done behind the layer, by the method's selection among all tokens.
 
         Returns:
             (B, T - removed, D) tokens, their sizes (or None), the match and (B, T) the new row of every old one (both
@@ -107,19 +110,19 @@ class ReducedLayer(nn.Module):
             cross_token=cross is not None,
             guide=-1 if state.cosine and cross is not None and method.needs_importance else None,
         )
-        step = partial(_match_and_merge, state, slot, removed) if removed else None
-        return run_layer(
-            self, state.names, slot, hidden_states, size, step, attention_mask, cross, at_output=state.at_output
-        )
+        step = partial(_match_and_merge, state, slot, removed, at_output) if removed else None
+        behind = at_output or state.at_output
+        return run_layer(self, state.names, slot, hidden_states, size, step, attention_mask, cross, at_output=behind)
 
 
 def _match_and_merge(
-    state: TowerState, slot: AttentionSlot, removed: int, hidden: Tensor, size: Tensor | None
+    state: TowerState, slot: AttentionSlot, removed: int, at_output: bool, hidden: Tensor, size: Tensor | None
 ) -> Taken:
     """The step of a layer that removes tokens."""
     keys, importance = slot.take()
     protected = (0,) * state.geometry.prefix + ((hidden.shape[1] - 1,) if slot.cross_token else ())
-    match = state.method.match(Signals(keys, importance, protected), removed)
+    choose = state.method.match_at_output if at_output else state.method.match
+    match = choose(Signals(keys, importance, protected), removed)
     hidden, size = merge(hidden, sizes_of(hidden, size), match)
     return hidden, size, match, match.slot
 

@@ -1,4 +1,4 @@
-"""FLOPs of the language models' layers and heads, by formula; ``flops`` says what is counted and what is left out."""
+"""FLOPs of the language models' layers and heads, by formula; ``costs.flops`` says what is counted."""
 
 from __future__ import annotations
 
@@ -35,6 +35,16 @@ def language_costs(text: Any, prompt: int, new_tokens: int) -> LanguageCosts:
             f"{', '.join(TEXT_MODELS)}"
         )
     return _FORMULAS[text.model_type](text, prompt, new_tokens)
+
+
+def token_flops(text: Any) -> int | None:
+    """FLOPs of one more token of the prompt, without attention maps; None for a language model without a formula."""
+    if text.model_type not in TEXT_MODELS:
+        return None
+    one, two = (language_costs(text, prompt, 0).prefill for prompt in (1, 2))
+    three = language_costs(text, 3, 0).prefill
+    curvature = (three - 2 * two + one) // 2  # of the attention maps, which grow with the square
+    return two - one - 3 * curvature
 
 
 def _decoder(layers: Callable[[Any, int, int], int], text: Any, prompt: int, new_tokens: int) -> LanguageCosts:
