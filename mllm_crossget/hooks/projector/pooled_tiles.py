@@ -120,11 +120,12 @@ def _groups_of_videos(frames: list[tuple[Groups, int]], features: Any) -> list[G
     """Groups of whole videos from those of their frames, each with its number of cells; some models put one newline
     behind a video."""
     videos, kept = [], len(frames[0][0].size)
-    count = len(features[0]) // kept
+    rows = features[0].shape[:-1].numel()  # before transformers 5.23 LLaVA-NeXT-Video's are still (frames, cells, D)
+    count = rows // kept
     for first in range(0, len(frames), count):
         own = [groups for groups, _ in frames[first : first + count]]
         cells = [cells for _, cells in frames[first : first + count]]
-        newlines = len(features[0]) - count * kept
+        newlines = rows - count * kept
         newline = Groups(own[0].size.new_ones(newlines), own[0].place.new_zeros(newlines))
         videos.append(joined_groups([*own, newline], [*cells, newlines]))
     return videos

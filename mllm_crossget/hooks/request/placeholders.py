@@ -161,6 +161,15 @@ def expected_counts(
     return list(zip(placeholders, known, strict=True))
 
 
+def _with_newlines(size: Tensor, place: Tensor, whole: int, kept: int) -> tuple[Tensor, Tensor]:
+    """Sizes and places of one image, with the newlines that a model before transformers 5.23 adds behind a video only
+    in its ``forward``: ``kept`` of them altogether, of ``whole`` placeholders."""
+    missing = kept - len(size)
+    if missing <= 0:
+        return size, place
+    return torch.cat([size, size.new_ones(missing)]), torch.cat([place, place.new_full((missing,), whole - 1)])
+
+
 def groups_of_call(
     model: nn.Module,
     handle: Handle,
@@ -193,7 +202,10 @@ def groups_of_call(
                 joined_groups(groups[video * frames : (video + 1) * frames], [n // frames] * frames)
                 for video, (n, _) in enumerate(counts)
             ]
-        found[token_of(model, modality)] = [tuple(one) for one in groups]
+        pairs = [tuple(one) for one in groups]
+        if counts:
+            pairs = [_with_newlines(*one, *count) for one, count in zip(pairs, counts, strict=True)]
+        found[token_of(model, modality)] = pairs
     return found
 
 
