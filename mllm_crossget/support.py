@@ -22,6 +22,7 @@ from mllm_crossget.families.family import (
     tower_kind,
 )
 from mllm_crossget.hooks.ground.state import base_model, trains_in_parallel
+from mllm_crossget.hooks.language.sized_model import language_problem
 from mllm_crossget.hooks.projector.kinds import MIXINS
 from mllm_crossget.hooks.tower.attention import attention_problem
 from mllm_crossget.methods.method import Method, Place
@@ -178,6 +179,10 @@ def check_dials(method: Method, family: Family, model: Any) -> None:
             f"{type(model).__name__} has no language model that reads merged tokens in its prompt: size_bias=True says "
             "nothing, leave it out"
         )
+    if method.size_bias and family.modalities and family.language_model is not None:
+        problem = language_problem(module_at(model, family.language_model))
+        if problem is not None:
+            raise ValueError(f"size_bias=True is not possible: {problem}; leave it out")
     text = family.text_tower
     if text is None:
         given = [name for name in ("vision_r", "text_r", "text_keep_ratio") if getattr(method, name) is not None]

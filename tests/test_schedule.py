@@ -1,15 +1,17 @@
 """From the dial to counts: the published numbers, exact targets, limits."""
 
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mllm_crossget import CrossGetConfig, MadtpConfig, RandomConfig, ToMeConfig
 from mllm_crossget.config import method_class, method_names
 from mllm_crossget.families.llava import geometry as llava_geometry
+from mllm_crossget.geometry import TowerCosts
 from mllm_crossget.schedule import MergeGeometry, TowerGeometry, make_schedule, ramp, removable
 from tests.helpers import reference
 from tests.helpers.tiny import tiny_llava
@@ -283,3 +285,68 @@ def test_an_image_of_one_patch_has_no_room_for_a_cross_token() -> None:
     with pytest.raises(ValueError, match="an image of 1 leaves no room for a cross token; ask for keep_ratio=1"):
         make_schedule(CrossGetConfig(), geometry)
     assert make_schedule(CrossGetConfig(keep_ratio=1.0), geometry).features == 1
+
+
+COSTS = TowerCosts(width=1024, inner=4096, language_token=13_000_000_000)  # LLaVA-1.5-7B
+
+
+def flops(schedule, geometry) -> int:
+    """Tower and language model, layer by layer."""
+    costs, total = geometry.costs, 0
+    for layer in range(geometry.read):
+        entering, left = schedule.tokens[layer], schedule.tokens[layer + 1]
+        total += 8 * entering * costs.width**2 + 4 * entering**2 * costs.width
+        total += 4 * costs.width * costs.inner * (entering if layer == schedule.output else left)
+    return total + schedule.features * costs.language_token
+
+
+@pytest.mark.parametrize("name", ["crossget", "tome", "random"])
+@pytest.mark.parametrize("ratio", [0.75, 0.5, 0.25, 0.125, 0.0625])
+def test_auto_costs_three_percent_more_than_constant_at_most_and_starts_later(name, ratio) -> None:
+    geometry = replace(LLAVA_15, costs=COSTS)
+    constant, auto = (
+        make_schedule(method_class(name)(keep_ratio=ratio, schedule=kind), geometry) for kind in ("constant", "auto")
+    )
+    assert auto.features == constant.features
+    assert flops(auto, geometry) <= 1.03 * flops(constant, geometry)
+    first = [next(layer for layer, removed in enumerate(one.removals) if removed) for one in (constant, auto)]
+    assert first[0] == 0
+    assert first[1] > 1
+
+
+@pytest.mark.parametrize("name", ["crossget", "tome"])
+@pytest.mark.parametrize("ratio", [0.5, 0.25, 0.125])
+def test_a_tower_that_costs_more_than_the_language_model_keeps_two_fifths_of_its_savings(name, ratio) -> None:
+    geometry = TowerGeometry(144, 1, 8, 7, costs=TowerCosts(width=128, inner=256, language_token=700_000))
+    kinds = {kind: make_schedule(method_class(name)(keep_ratio=ratio, schedule=kind), geometry)
+             for kind in ("constant", "auto")}  # fmt: skip
+    whole = make_schedule(method_class(name)(keep_ratio=1.0), geometry)
+    saved = {kind: flops(whole, geometry) - flops(one, geometry) for kind, one in kinds.items()}
+    language = (whole.features - kinds["auto"].features) * geometry.costs.language_token
+    assert saved["auto"] - language >= 0.39 * (saved["constant"] - language)
+
+
+@PROPERTY
+@given(geometries(), st.floats(0.02, 1.0), st.sampled_from(["crossget", "tome", "random"]))
+def test_auto_reaches_what_is_asked_for(geometry, ratio, name) -> None:
+    config, target = method_class(name)(keep_ratio=ratio), max(1, round(ratio * geometry.placeholders))
+    assume(target >= least_features(geometry, config.uses_cross_tokens))  # fewer is another test's
+    schedule = make_schedule(config, replace(geometry, costs=COSTS))
+    assert schedule.features == max(1, round(ratio * geometry.placeholders))
+    assert sum(schedule.removals) == schedule.tokens[0] - schedule.tokens[-1]
+
+
+def test_without_costs_auto_is_constant() -> None:
+    assert make_schedule(ToMeConfig(keep_ratio=0.3), LLAVA_15) == make_schedule(
+        ToMeConfig(keep_ratio=0.3, schedule="constant"), LLAVA_15
+    )
+
+
+def test_an_output_selection_has_one_step_and_leaves_the_cross_token_out() -> None:
+    schedule = make_schedule(CrossGetConfig(visual_tokens=1, schedule="output"), LLAVA_15)
+    assert schedule.output == 22
+    assert schedule.removals == (0,) * 22 + (575,) + (0,)
+    assert schedule.features == 1
+    assert schedule.drop_cross
+    with pytest.raises(ValueError, match="select among all tokens"):
+        ToMeConfig(keep_ratio=0.5, schedule="output")

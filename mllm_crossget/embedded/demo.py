@@ -31,6 +31,8 @@ _SHOWN_DIGITS = 6  # the picture shows the first scene with at least so many
 _PLAIN_WIDTH = 130
 VARIANTS: dict[str, dict[str, Any]] = {
     "random-drop": {"method": "random", "drop": True},
+    "crossget-output": {"method": "crossget", "schedule": "output"},
+    **{f"{name}-constant": {"method": name, "schedule": "constant"} for name in ("crossget", "tome")},
     **{f"{name}-late": {"method": name, "schedule": "late"} for name in ("crossget", "tome")},
     **{f"{name}-published": {"method": name, "published": True} for name in ("crossget", "tome")},
 }
@@ -41,8 +43,8 @@ class DemoOptions:
     """Answer held-out questions with the embedded model at several budgets.
 
     Args:
-        methods: reduction methods; "random-drop" throws random tokens away instead of merging them, "crossget-late"
-            and "tome-late" merge in the last layers, "crossget-published" and "tome-published" are as published.
+        methods: reduction methods; "random-drop" throws random tokens away instead of merging them. "-constant",
+            "-late" and "crossget-output" remove them by this schedule, "-published" is the method as published.
         keep_ratios: shares of the visual tokens that reach the language model.
         limit: number of questions (all, more than 2,000, if not given).
         batch_size: questions in a batch.
@@ -51,9 +53,7 @@ class DemoOptions:
         output_dir: folder for the table's JSON and the pictures.
     """
 
-    methods: list[str] = field(
-        default_factory=lambda: ["crossget", "crossget-late", "crossget-published", "tome", "random"]
-    )
+    methods: list[str] = field(default_factory=lambda: ["crossget", "crossget-published", "tome", "random"])
     keep_ratios: list[float] = field(default_factory=lambda: [0.5, 0.25, 0.125])
     limit: int | None = None
     batch_size: int = 64

@@ -34,11 +34,12 @@ def hook_language_model(journal: Journal, language_model: nn.Module, layers: nn.
     journal.swap_class(language_model, SizedLanguageModel)
 
 
-def language_problem(layers: nn.ModuleList) -> str | None:
+def language_problem(language_model: nn.Module) -> str | None:
     """Why a language model's attention cannot weigh tokens, or None."""
+    layers: Any = language_model.layers
     if any(True for layer in layers for _ in attention_modules(layer)):
         return None
-    return f"the layers of {type(layers[0]).__name__} do not use transformers' attention interface"
+    return f"the attention in {type(layers[0]).__name__} does not go through transformers' attention interface"
 
 
 class LayerWithoutKeys(nn.Module):

@@ -186,3 +186,12 @@ def test_sizes_reach_softmax_layers_alone() -> None:
     model(**batch_from(GRIDS))
     assert KEYWORD in seen["softmax"]
     assert KEYWORD not in seen["linear"]
+
+
+def test_a_language_model_that_cannot_weigh_tokens_is_named() -> None:
+    model = tiny_llava()
+    for layer in model.model.language_model.layers:
+        del layer.self_attn.is_causal  # as in attention that does not go through transformers' interface
+    with pytest.raises(ValueError, match="size_bias=True is not possible.*LlamaDecoderLayer"):
+        accelerate_mllm(model, keep_ratio=0.5, size_bias=True)
+    assert not hasattr(model, "_mllm_crossget")
