@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class TowerGeometry:
     read: int
     drops_prefix: bool = True
     cells: int | None = None
-    costs: TowerCosts | None = None
+    costs: TowerCosts | None = field(default=None, compare=False)
 
     @property
     def placeholders(self) -> int:

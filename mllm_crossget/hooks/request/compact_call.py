@@ -23,6 +23,7 @@ from mllm_crossget.hooks.request.compaction import (
     check_counts,
     outer_padding,
     plan_compaction,
+    refuse_padding_in_a_state,
 )
 from mllm_crossget.hooks.request.placeholders import (
     given_features,
@@ -112,7 +113,7 @@ def _refuse_changed_config(model: nn.Module, handle: Handle) -> None:
     if torch.compiler.is_compiling():
         return
     try:
-        same = acting_geometry(handle.method, handle.family.geometry(model.config)) == handle.geometry
+        same = acting_geometry(handle.method, handle.family.vision.geometry(model.config)) == handle.geometry
     except ValueError as error:
         raise ValueError(f"model.config was changed after accelerate_mllm: {error}") from error
     if not same:
@@ -213,7 +214,7 @@ def shrink_new_columns(
     groups = groups_of_call(model, handle, kwargs, images) if handle.size_bias or keeps_positions else None
     compaction = plan_compaction(ids, mask, images, left, keeps_positions, groups)
     if past is not None and bool(past.any()):
-        _refuse_padding_in_a_state(model, compaction.compact(mask, 0))
+        refuse_padding_in_a_state(model, compaction.compact(mask, 0))
     deltas = None
     if in_grid:
         deltas = _place_in_grid(model, handle, kwargs, ids, mask, images, compaction, layout, old, past)
@@ -234,16 +235,6 @@ def shrink_new_columns(
         kwargs["labels"] = compaction.compact(kwargs["labels"], -100)
     sizes = compaction.log_sizes if handle.size_bias else None
     return Shrunk(compaction, Layout(layout.length, layout.mask, layout.ids, removed, deltas, keeps_positions, sizes))
-
-
-def _refuse_padding_in_a_state(model: nn.Module, mask: Tensor) -> None:
-    """Layers with linear attention keep a state that padding behind cached columns would change."""
-    if "linear_attention" in getattr(model.config.get_text_config(), "layer_types", ()) and bool((mask == 0).any()):
-        raise ValueError(
-            f"the new columns beside the KV cache hold {mask.count_nonzero(dim=1).tolist()} tokens after merging, and "
-            "layers with linear attention cannot skip the padding that shorter rows would need there: give rows of one "
-            "length, one row at a time, or the whole conversation without the cache"
-        )
 
 
 def _place_in_grid(

@@ -210,6 +210,16 @@ def _places(
     return columns
 
 
+def refuse_padding_in_a_state(model: nn.Module, mask: Tensor) -> None:
+    """Layers with linear attention keep a state that padding behind cached columns would change."""
+    if "linear_attention" in getattr(model.config.get_text_config(), "layer_types", ()) and bool((mask == 0).any()):
+        raise ValueError(
+            f"the new columns beside the KV cache hold {mask.count_nonzero(dim=1).tolist()} tokens after merging, and "
+            "layers with linear attention cannot skip the padding that shorter rows would need there: give rows of one "
+            "length, one row at a time, or the whole conversation without the cache"
+        )
+
+
 def check_counts(total: int, full: int, compact: int | None, images: int) -> bool:
     """Whether a prompt is still in the processor's layout (True) or compact already (False).
 

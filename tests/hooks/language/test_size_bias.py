@@ -192,6 +192,6 @@ def test_a_language_model_that_cannot_weigh_tokens_is_named() -> None:
     model = tiny_llava()
     for layer in model.model.language_model.layers:
         del layer.self_attn.is_causal  # as in attention that does not go through transformers' interface
-    with pytest.raises(ValueError, match="size_bias=True is not possible.*LlamaDecoderLayer"):
+    with pytest.raises(ValueError, match=r"size_bias=True is not possible.*LlamaDecoderLayer"):
         accelerate_mllm(model, keep_ratio=0.5, size_bias=True)
     assert not hasattr(model, "_mllm_crossget")
