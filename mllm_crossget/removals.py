@@ -56,16 +56,18 @@ class Wanted:
     """What a dial asks of a tower.
 
     Args:
-        target: tokens that the language side is to get.
+        target: tokens that the tower is to hand on.
         geometry: of the tower.
         start: tokens in front of the first layer, with class token and cross token.
         protected: of them, those that never leave.
+        features: tokens that the language model gets, where these are cells of the tower's; None: the target.
     """
 
     target: int
     geometry: TowerGeometry
     start: int
     protected: int
+    features: int | None = None
 
     @property
     def kept_prefix(self) -> int:
@@ -155,7 +157,7 @@ def _most_flops(wanted: Wanted, costs: TowerCosts, selects: bool) -> Fraction:
             raise
         even = costs.tower(_tokens_read(wanted, [wanted.start] * wanted.geometry.read))
     saved = costs.tower([wanted.start] * (wanted.geometry.read + 1)) - even
-    language = costs.language(wanted.target)
+    language = costs.language(wanted.target if wanted.features is None else wanted.features)
     return even + max(SLACK * (even + language), SPENT * saved if even > language else Fraction(0))
 
 

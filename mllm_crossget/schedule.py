@@ -288,7 +288,7 @@ def _patches_for(wanted: Wanted, every: int) -> Wanted:
     least = fewest(wanted, every) - wanted.protected
     cross = wanted.protected - geometry.prefix
     kept = max(least, round(wanted.target * geometry.patches / geometry.placeholders))
-    return replace(wanted, target=kept + cross)
+    return replace(wanted, target=kept + cross, features=wanted.target)
 
 
 __all__ = [

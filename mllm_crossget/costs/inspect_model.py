@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,13 +13,20 @@ from rich.table import Table
 from torch import nn
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModel, AutoModelForImageTextToText
 
-from mllm_crossget.config import DIALS
+from mllm_crossget.config import DIALS, SCHEDULES
 from mllm_crossget.costs.flops import Flops, model_flops, tiles_of, visual_tokens
 from mllm_crossget.costs.geometries.llava import resolve
 from mllm_crossget.families.family import TextTower, config_at, family_of
 from mllm_crossget.field_types import check_field_types, check_least
 from mllm_crossget.methods.method import Method
-from mllm_crossget.schedule import Schedule, TowerGeometry, acting_geometry, make_schedule, make_text_schedule
+from mllm_crossget.schedule import (
+    Geometry,
+    Schedule,
+    TowerGeometry,
+    acting_geometry,
+    make_schedule,
+    make_text_schedule,
+)
 from mllm_crossget.support import unsupported_reason
 
 
@@ -95,8 +102,22 @@ def inspection(config: Any, method: Method, text_tokens: int = 60, new_tokens: i
         "text_tokens": text_tokens,
         **texts,
         "new_tokens": new_tokens,
+        "schedules": _schedules(config, method, geometry, text_tokens=text_tokens, new_tokens=new_tokens),
         "flops": {"before": costs[0].to_dict(), "after": costs[1].to_dict(), "ratio": costs[1].total / costs[0].total},
     }
+
+
+def _schedules(config: Any, method: Method, geometry: Geometry, **tokens: int) -> dict[str, int]:
+    """Total FLOPs of every schedule that the method and its dial can have here; empty where layers are listed."""
+    if not isinstance(geometry, TowerGeometry) or not method.reduces_vision:
+        return {}
+    found = {}
+    for kind in SCHEDULES:
+        try:
+            found[kind] = model_flops(config, replace(method, schedule=kind), **tokens).total
+        except ValueError:  # not with this method, dial or projector
+            continue
+    return found if len(found) > 1 else {}
 
 
 def _text_counts(config: Any, tower: TextTower, method: Method, text_tokens: int) -> dict[str, Any]:
@@ -143,6 +164,9 @@ def _print_inspection(options: InspectOptions, report: dict[str, Any]) -> None:
     if "text_tokens_by_layer" in report:
         console.print(_layer_table(report, "text_", "text tower"))
     console.print(_flops_table(report))
+    if report["schedules"]:
+        told = ", ".join(f"{kind} {flops / 1e9:.2f}" for kind, flops in report["schedules"].items())
+        console.print(f"total GFLOPs by schedule: {told}")
 
 
 def _layer_table(report: dict[str, Any], prefix: str = "", tower: str = "vision tower") -> Table:

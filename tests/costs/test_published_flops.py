@@ -130,3 +130,15 @@ def test_inspect_agrees_with_torch_on_the_untouched_model(name: str) -> None:
     config = resolve(name)
     flops = inspection(config, CrossGetConfig(keep_ratio=0.5), text_tokens=TEXT)["flops"]
     assert flops["before"]["total"] == pytest.approx(counted_total(config, CrossGetConfig(keep_ratio=1.0)), rel=0.01)
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.25, 0.125])
+@pytest.mark.parametrize("name", ["llava-1.5-7b", "llava-next-7b", "blip2-opt-2.7b", "internvl3-8b"])
+def test_the_default_costs_three_percent_more_than_constant_at_most(name, ratio) -> None:
+    """Qwen-VL is merged behind its projector and BLIP-2 read by queries: there the schedules are one."""
+    totals = inspection(resolve(name), CrossGetConfig(keep_ratio=ratio), text_tokens=TEXT)["schedules"]
+    assert totals["auto"] <= 1.03 * totals["constant"]
+
+
+def test_inspect_lists_no_schedules_for_removals_by_layer() -> None:
+    assert inspection(resolve("llava-1.5-7b"), CrossGetConfig(r=13), text_tokens=TEXT)["schedules"] == {}
