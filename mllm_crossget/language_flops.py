@@ -39,7 +39,7 @@ def language_costs(text: Any, prompt: int, new_tokens: int) -> LanguageCosts:
 
 def token_flops(text: Any) -> int | None:
     """FLOPs of one more token of the prompt, without attention maps; None for a language model without a formula."""
-    if text.model_type not in TEXT_MODELS:
+    if getattr(text, "model_type", None) not in TEXT_MODELS:
         return None
     one, two = (language_costs(text, prompt, 0).prefill for prompt in (1, 2))
     three = language_costs(text, 3, 0).prefill

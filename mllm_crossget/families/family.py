@@ -258,8 +258,18 @@ class Family:
         return self.docs.exact
 
 
+def own_geometry(family: Family, modality: Modality, config: Any) -> TowerGeometry:
+    """Geometry of the tower of its own that a modality has. Raises ``TypeError`` for one without."""
+    if modality.geometry is None:
+        raise TypeError(f"{modality.name} have no tower of their own")
+    return _with_costs(family, config, modality.geometry(config))
+
+
 def _geometry_with_costs(family: Family, config: Any) -> Geometry:
-    made = family.vision.geometry(config)
+    return _with_costs(family, config, family.vision.geometry(config))
+
+
+def _with_costs(family: Family, config: Any, made: Any) -> Any:
     if not isinstance(made, TowerGeometry) or not family.modalities:
         return made
     vision, per_token = config_at(config, family.vision_config), token_flops(config.get_text_config())

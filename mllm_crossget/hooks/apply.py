@@ -13,6 +13,7 @@ from mllm_crossget.families.family import (
     FeatureKind,
     config_at,
     module_at,
+    own_geometry,
     text_side_of,
     tower_kind,
 )
@@ -90,7 +91,7 @@ def _hook_vision(model: Any, handle: Handle, geometry: TowerGeometry) -> None:
     handle.encoder_path, handle.tower = _hook_encoder(model, handle, family.tower or "", "vision", geometry)
     for modality in family.modalities:
         if modality.tower and modality.geometry is not None:
-            own = modality.geometry(model.config)
+            own = own_geometry(family, modality, model.config)
             made = _hook_encoder(model, handle, modality.tower, modality.name, own)
             handle.own_towers[modality.name] = OwnTower(made[0], make_schedule(handle.method, own), made[1])
     if family.text_tower is not None and family.text_tower.appends and hasattr(tower, "head"):

@@ -144,12 +144,10 @@ def of_towers_read(handle: Handle, stock: Shapes) -> Iterator[tuple[str, Any]]:
         if f"{prefix}last_hidden_state" in stock:
             whole = stock[f"{prefix}last_hidden_state"][0][:2]
             yield from of_tower(stock, tokens, prefix, whole)
-        if handle.family.features == "concatenated" and stock.get(f"{prefix}hidden_states"):  # groups of the last layer
-            read = min(count for count, like in zip(tokens, stock[f"{prefix}hidden_states"], strict=True) if like)
-            yield (
-                f"{prefix}hidden_states",
-                [like and (like[0], read, like[2]) for like in stock[f"{prefix}hidden_states"]],
-            )
+        if "concatenated" in handle.family.features and stock.get(f"{prefix}hidden_states"):  # groups of the last layer
+            read = handle.geometry.read
+            aligned = [tokens[read] if 0 < layer < read else count for layer, count in enumerate(tokens)]
+            yield from of_tower(stock, tuple(aligned), prefix)
 
 
 def expected(
@@ -187,7 +185,7 @@ def expected(
         assert length < batch["input_ids"].shape[1]
         states = stock[""]["hidden_states"]
         found[""]["hidden_states"] = [(len(batch["input_ids"]), length, shape[2]) for shape in states]
-        found[""]["attentions"] = squares(stock[""]["attentions"], (length,) * (len(states) - 1))
+        found[""]["attentions"] = squares(stock[""]["attentions"], (length,) * len(stock[""]["attentions"] or ()))
         found[""].update(features_read(stock[""], before, after))
     return found
 

@@ -18,7 +18,7 @@ from tests.helpers.tiny import randomise_cross_tokens
 @torch.no_grad()
 def test_every_layer_is_averaged_over_the_patches_of_the_last_layers_groups(method: str) -> None:
     """From the towers own states, patch by patch: unmerge a layer, then average over the groups of the last one."""
-    model = accelerate_mllm(tiny_vipllava(), method=method, visual_tokens=6)
+    model = accelerate_mllm(tiny_vipllava(), method=method, visual_tokens=6, schedule="constant")
     randomise_cross_tokens(model)
     images = image_pixels(2)
     with trace_merges(model) as trace:

@@ -135,8 +135,9 @@ def _scaled(layer: nn.Module, scale: str, added: Tensor) -> Tensor:
 class CrossInPlace:
     """Tokens with the cross token as the last one, for attention and what is added to it, in a ``with`` block.
 
-    A copy where gradients pass, and on a GPU, which wants few launches. Else it is written into its place and what
-    stood there is put back at the end, since others may hold these tokens: they are the output of the layer before.
+    A copy where gradients pass, of a view, whose base autograd may watch, and on a GPU, which wants few launches.
+    Else it is written into its place and what stood there is put back at the end, since others may hold these tokens:
+    they are the output of the layer before.
 
     Args:
         hidden: (B, T, D) tokens.
@@ -154,7 +155,7 @@ class CrossInPlace:
         hidden, cross = self._hidden, self._cross
         if cross is None:
             return hidden
-        if torch.is_grad_enabled() or not hidden.is_cpu or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or not hidden.is_cpu or torch.compiler.is_compiling() or hidden._is_view():
             return torch.cat([hidden[:, :-1], hidden[:, -1:].detach() + cross], dim=1)
         self._last = hidden.select(1, -1)
         self._before = self._last.clone()

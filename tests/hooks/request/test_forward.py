@@ -150,7 +150,7 @@ def test_feature_layer_is_the_hidden_state_of_that_layer() -> None:
     model, _ = accelerated_pair()
     batch = prompt_batch(model, (1,))
     states = model.model.vision_tower(batch["pixel_values"], output_hidden_states=True).hidden_states[-2]
-    expected = model.model.multi_modal_projector(states[:, 1:])
+    expected = model.model.multi_modal_projector(states[:, 1:-1])  # without class token and cross token
     features = model.model.get_image_features(batch["pixel_values"], return_dict=True).pooler_output
     torch.testing.assert_close(torch.stack(list(features)), expected)
     assert expected.shape[1] == FEATURES

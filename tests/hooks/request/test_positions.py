@@ -109,7 +109,7 @@ def test_positions_that_begin_at_one() -> None:
 @torch.no_grad()
 def test_text_behind_a_prompt_that_ends_in_an_image() -> None:
     """What is generated has the full prompt's next positions: it equals a loop of forwards over the whole text."""
-    case = make_case(visual_tokens=3, positions="original")
+    case = make_case(visual_tokens=3, positions="original", schedule="constant")
     token, count = case.model.config.image_token_id, case.model.config.image_seq_length
     ids = torch.tensor([[1, 5, 6] + [token] * count])
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels(case.model, 1)}
