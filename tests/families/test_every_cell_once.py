@@ -85,9 +85,14 @@ def test_random_images(model_type: str, method: str) -> None:
         dial = draw.choice([{"keep_ratio": draw.uniform(0.05, 0.99)}, {"visual_tokens": draw.randint(1, cells)}])
         chosen = method_class(method)(**dial)
         config = SimpleNamespace(
-            vision_config=SimpleNamespace(patch_size=1, image_size=2 * side, model_type=family.towers[0]),
+            vision_config=SimpleNamespace(
+                patch_size=[1, 1] if model_type == "internvl" else 1,
+                image_size=[2 * side] * 2 if model_type == "internvl" else 2 * side,
+                model_type=family.towers[0],
+            ),
             model_type=model_type,
-            image_token_id=IMAGE_TOKEN, scale_factor=2, get_text_config=lambda: SimpleNamespace(pad_token_id=0),
+            image_token_id=IMAGE_TOKEN, scale_factor=2, downsample_ratio=0.5,
+            get_text_config=lambda: SimpleNamespace(pad_token_id=0),
         )  # fmt: skip
         owner = Features(config, rows, cells, by_row)
         journal = Journal()

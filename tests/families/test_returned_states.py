@@ -147,7 +147,8 @@ def of_towers_read(handle: Handle, stock: Shapes) -> Iterator[tuple[str, Any]]:
         if "concatenated" in handle.family.features and stock.get(f"{prefix}hidden_states"):  # groups of the last layer
             read = handle.geometry.read
             aligned = [tokens[read] if 0 < layer < read else count for layer, count in enumerate(tokens)]
-            yield from of_tower(stock, tuple(aligned), prefix)
+            states = dict(of_tower(stock, tuple(aligned), prefix))
+            yield f"{prefix}hidden_states", states[f"{prefix}hidden_states"]
 
 
 def expected(
