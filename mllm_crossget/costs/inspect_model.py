@@ -102,19 +102,20 @@ def inspection(config: Any, method: Method, text_tokens: int = 60, new_tokens: i
         "text_tokens": text_tokens,
         **texts,
         "new_tokens": new_tokens,
-        "schedules": _schedules(config, method, geometry, text_tokens=text_tokens, new_tokens=new_tokens),
+        "schedules": _schedules(config, method, geometry, text_tokens, new_tokens),
         "flops": {"before": costs[0].to_dict(), "after": costs[1].to_dict(), "ratio": costs[1].total / costs[0].total},
     }
 
 
-def _schedules(config: Any, method: Method, geometry: Geometry, **tokens: int) -> dict[str, int]:
+def _schedules(config: Any, method: Method, geometry: Geometry, text_tokens: int, new_tokens: int) -> dict[str, int]:
     """Total FLOPs of every schedule that the method and its dial can have here; empty where layers are listed."""
     if not isinstance(geometry, TowerGeometry) or not method.reduces_vision:
         return {}
     found = {}
     for kind in SCHEDULES:
         try:
-            found[kind] = model_flops(config, replace(method, schedule=kind), **tokens).total
+            chosen = replace(method, schedule=kind)
+            found[kind] = model_flops(config, chosen, text_tokens=text_tokens, new_tokens=new_tokens).total
         except ValueError:  # not with this method, dial or projector
             continue
     return found if len(found) > 1 else {}

@@ -202,9 +202,9 @@ def groups_of_call(
                 joined_groups(groups[video * frames : (video + 1) * frames], [n // frames] * frames)
                 for video, (n, _) in enumerate(counts)
             ]
-        pairs = [tuple(one) for one in groups]
+        pairs: list[tuple[Tensor, Tensor]] = [(one.size, one.place) for one in groups]
         if counts:
-            pairs = [_with_newlines(*one, *count) for one, count in zip(pairs, counts, strict=True)]
+            pairs = [_with_newlines(*one, whole, kept) for one, (whole, kept) in zip(pairs, counts, strict=True)]
         found[token_of(model, modality)] = pairs
     return found
 
