@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import nn
 
 from mllm_crossget import accelerate_mllm, restore_mllm, trace_merges
@@ -164,6 +166,8 @@ def strip(row: list[int], pad: int) -> list[int]:
 @matrix("generates")
 @torch.no_grad()
 def test_generate_says_the_same_in_a_batch_and_alone(method, case, options) -> None:
+    if options is BEAMS and case.name.startswith("glm") and Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("this transformers counts the images of beams by marks around them: the untouched model fails, too")
     model = learned(case, method)
     batch = case.batch(model)
     together = new_tokens(model, batch, options)
