@@ -227,8 +227,14 @@ def accelerated(model: Model, config: ReductionConfig | None = None, **settings:
         accelerate_mllm(model, config, **settings)
         yield model
     finally:
-        with alone(before.model, "leaving accelerated"):
+        try:
+            with alone(before.model, "leaving accelerated"):
+                before.give_back()
+        except Exception:  # another thread is inside the model, which stays accelerated
+            raise
+        except BaseException:  # an interrupt, perhaps before anything was given back
             before.give_back()
+            raise
 
 
 @contextmanager

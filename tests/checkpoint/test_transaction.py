@@ -23,7 +23,7 @@ from mllm_crossget.api import unreduced
 from mllm_crossget.hooks.ground.state import handle_of, live_cross_tokens
 from mllm_crossget.training import load_finetuned, lora_config
 from tests.helpers.fingerprints import assert_identical, fingerprint
-from tests.helpers.interrupts import interrupted
+from tests.helpers.interrupts import interrupted, run_to
 from tests.helpers.small_files import learned, logits, official_state
 from tests.helpers.tiny import randomise_cross_tokens, tiny_llava
 
@@ -172,6 +172,15 @@ def test_an_interrupt_anywhere_leaves_the_model_as_it_was(what, state, runs, tmp
         assert [type(module) for module in model.modules()] == classes, at
         at = int(at * 1.4) + 3
     assert at > (20 if what == "unreduced" else 100)
+
+
+def test_an_interrupt_while_accelerated_is_left_gives_everything_back(runs) -> None:
+    model = learned("madtp", alignment_tokens=5)
+    load_crossget(model, runs[0] / "b")
+    before, lines = logits(model), run_to(lambda: _for_a_while(model), 10**9)
+    for at in range(lines // 2, lines, lines // 40):
+        assert interrupted(lambda: _for_a_while(model), at)
+        assert torch.equal(logits(model), before), at
 
 
 @pytest.mark.parametrize("inside", ["other alignment tokens", "load", "train", "restore"])
