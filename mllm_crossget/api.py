@@ -31,7 +31,7 @@ from mllm_crossget.hooks.reuse.feature_reuse import check_reuse, use_cache
 from mllm_crossget.methods.method import Method, checked_method
 from mllm_crossget.schedule import Geometry, acting_geometry
 from mllm_crossget.support import check_dials, supported_model
-from mllm_crossget.transaction import Before, take_off_adapter, unchanged_after_error
+from mllm_crossget.transaction import Before, changing, take_off_adapter
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -94,25 +94,18 @@ def _change(
 ) -> None:
     """Another setting, or the first, while no other thread is inside the model; after any error it is as it was."""
     old = handle_of(model)
-    with alone(model, "accelerate_mllm") as others_stayed_out:
-        before = Before.of(model)
-        try:
-            if old is not None:
-                old.journal.rollback()
-            apply_method(model, family, geometry, method, dict(before.tokens))
-            vars(model)[HANDLE].adapter = before.adapter
-            _set_cache(model, old, reuse_vision)
-            others_stayed_out()
-        except BaseException:
-            before.give_back()
-            raise
+    with changing(model, "accelerate_mllm") as before:
+        if old is not None:
+            old.journal.rollback()
+        apply_method(model, family, geometry, method, dict(before.tokens))
+        vars(model)[HANDLE].adapter = before.adapter
+        _set_cache(model, old, reuse_vision)
 
 
 def _use_cache_alone(model: nn.Module, handle: Handle, wanted: bool | VisionCache) -> None:
     """Keep encoded images or not, while no other thread is inside the model."""
-    with alone(model, "reuse_vision") as others_stayed_out, unchanged_after_error(model):
+    with changing(model, "reuse_vision"):
         use_cache(model, handle, wanted)
-        others_stayed_out()
 
 
 def _set_cache(model: nn.Module, old: Handle | None, wanted: bool | VisionCache | None = None) -> None:

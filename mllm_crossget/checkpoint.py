@@ -22,7 +22,6 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from mllm_crossget.api import accelerate_mllm
 from mllm_crossget.config import CONFIG_NAME, ReductionConfig, find_file, method_class, read_settings
-from mllm_crossget.hooks.ground.running_calls import alone
 from mllm_crossget.hooks.ground.state import Handle, base_model, handle_of, live_cross_tokens, wrapped_by_peft
 from mllm_crossget.hooks.model.cross_files import (
     LEGACY_WEIGHTS_NAME,
@@ -32,7 +31,7 @@ from mllm_crossget.hooks.model.cross_files import (
     weights_entry,
     write_files,
 )
-from mllm_crossget.transaction import adapter_put_on, take_off_adapter, unchanged_after_error
+from mllm_crossget.transaction import adapter_put_on, changing, take_off_adapter
 
 ADAPTER_NAME = "adapter_model.safetensors"
 OFFICIAL_WEIGHTS_NAME = "cross_tokens.bin"
@@ -94,15 +93,14 @@ def load_crossget(
     name_or_path = folder if folder.is_dir() else name_or_path
     chosen, tensors, path = _read_saved(name_or_path, config, hub_kwargs)
     new = _adapter_of(model, name_or_path, hub_kwargs) if adapter else None
-    with alone(base_model(model), "load_crossget") as others_stayed_out, unchanged_after_error(model):
+    with changing(model, "load_crossget"):
         take_off_adapter(model)
         accelerate_mllm(model, chosen)
         if chosen.has_learned_parts and not chosen.is_identity:
             _put_tokens(model, tensors, path)
         if new is not None:
             _put_adapter(model, new, hub_kwargs)
-        others_stayed_out()
-        return model
+    return model
 
 
 def _read_saved(
@@ -164,11 +162,10 @@ def load_official_cross_tokens(model: Model, path: str | Path, config: Reduction
     state = _read_official(file)
     chosen = config if config is not None else method_class("crossget").published(r=13)
     tensors = split_official_state_dict(state)[1]
-    with alone(base_model(model), "load_official_cross_tokens") as others_stayed_out, unchanged_after_error(model):
+    with changing(model, "load_official_cross_tokens"):
         accelerate_mllm(model, chosen)
         _put_tokens(model, tensors, file)
-        others_stayed_out()
-        return model
+    return model
 
 
 def _read_official(file: Path) -> dict[str, Tensor]:

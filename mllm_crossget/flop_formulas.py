@@ -15,13 +15,24 @@ def attention_flops(queries: int, keys: int, width: int) -> int:
     return 2 * 2 * queries * keys * width
 
 
+def layer_flops(entering: int, inside: int, width: int, inner: int) -> int:
+    """A layer of a plain vision transformer: q, k, v, o and attention on the tokens that enter it, an MLP of two
+    matrices on those that are left ``inside`` it."""
+    attention = 4 * linear_flops(entering, width, width) + attention_flops(entering, entering, width)
+    return attention + 2 * linear_flops(inside, width, inner)
+
+
+def mlp_width(vision: Any) -> int:
+    """Width inside the MLP of a vision tower."""
+    return getattr(vision, "intermediate_size", None) or int(vision.hidden_size * vision.mlp_ratio)
+
+
 def vit_flops(vision: Any, tokens: int) -> int:
     """All layers of a plain vision transformer on ``tokens`` tokens: q, k, v, o, attention, an MLP of two matrices; and
     SigLIP's pooling head where the tower has one."""
-    width = vision.hidden_size
-    layer = 4 * linear_flops(tokens, width, width) + attention_flops(tokens, tokens, width)
-    layers = int(vision.num_hidden_layers * (layer + 2 * linear_flops(tokens, width, vision.intermediate_size)))
-    return layers + (pooling_head_flops(vision, tokens) if getattr(vision, "vision_use_head", False) else 0)
+    layer = layer_flops(tokens, tokens, vision.hidden_size, vision.intermediate_size)
+    head = pooling_head_flops(vision, tokens) if getattr(vision, "vision_use_head", False) else 0
+    return int(vision.num_hidden_layers * layer) + head
 
 
 def vit_image_flops(config: Any) -> tuple[int, int]:

@@ -6,6 +6,8 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from mllm_crossget.flop_formulas import layer_flops
+
 
 @dataclass(frozen=True)
 class TowerCosts:
@@ -32,7 +34,7 @@ class TowerCosts:
         total = 0
         for layer, (entering, left) in enumerate(itertools.pairwise(tokens), 2):
             inside = entering if output and layer == len(tokens) else left
-            total += entering * self.width * (8 * self.width + 4 * entering) + 4 * inside * self.width * self.inner
+            total += layer_flops(entering, inside, self.width, self.inner)
         return total
 
     def language(self, features: int) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mllm_crossget.hooks.apply import apply_method
 from mllm_crossget.hooks.ground.module_tree import TreeChange, TreeState
+from mllm_crossget.hooks.ground.running_calls import alone
 from mllm_crossget.hooks.ground.state import HANDLE, Handle, base_model, handle_of, live_cross_tokens
 from mllm_crossget.hooks.ground.vision_cache import VisionCache
 from mllm_crossget.hooks.reuse.feature_reuse import use_cache
@@ -114,6 +115,32 @@ def unchanged_after_error(model: nn.Module) -> Iterator[None]:
         yield
     except BaseException:
         before.give_back()
+        raise
+
+
+@contextmanager
+def changing(model: nn.Module, what: str) -> Iterator[Before]:
+    """A ``with`` block that changes a model, while no other thread is inside it; yields what it was before.
+
+    Whatever is raised leaves the model as it was, also on the way out: an interrupt while other threads are let in
+    again, or a call of another thread that has begun meanwhile.
+
+    Args:
+        model: with or without wrappers.
+        what: the change, for the message.
+
+    Raises:
+        RuntimeError: another thread is inside the model, or changes it.
+    """
+    before: Before | None = None
+    try:
+        with alone(base_model(model), what) as others_stayed_out:
+            before = Before.of(model)
+            yield before
+            others_stayed_out()
+    except BaseException:
+        if before is not None:
+            before.give_back()
         raise
 
 

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mllm_crossget.families.family import Family, TextTower, config_at, families, family_of
 from mllm_crossget.families.modality import Tiles
-from mllm_crossget.flop_formulas import attention_flops, linear_flops, pooling_head_flops
+from mllm_crossget.flop_formulas import attention_flops, layer_flops, linear_flops, mlp_width, pooling_head_flops
 from mllm_crossget.language_flops import language_costs
 from mllm_crossget.methods.capabilities import LayerShape
 from mllm_crossget.methods.method import Method, Place
@@ -192,15 +192,9 @@ def _patch_embedding(vision: Any, family: Family) -> int:
 def _encoder(vision: Any, schedule: Schedule, inside: bool = True) -> int:
     """Per layer: q, k, v, o and attention on the tokens that enter, two MLP matrices on those that are left, where
     tokens leave ``inside`` the layer and not behind it."""
-    width = vision.hidden_size
-    inner = getattr(vision, "intermediate_size", None) or int(width * vision.mlp_ratio)
-    total = 0
+    width, inner, total = vision.hidden_size, mlp_width(vision), 0
     for layer, (tokens, left) in enumerate(itertools.pairwise(schedule.tokens)):
-        total += (
-            4 * linear_flops(tokens, width, width)
-            + attention_flops(tokens, tokens, width)
-            + 2 * linear_flops(left if inside and layer != schedule.output else tokens, width, inner)
-        )
+        total += layer_flops(tokens, left if inside and layer != schedule.output else tokens, width, inner)
     return total + (pooling_head_flops(vision, schedule.tokens[-1]) if getattr(vision, "vision_use_head", False) else 0)
 
 

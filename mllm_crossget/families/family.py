@@ -55,6 +55,7 @@ from mllm_crossget.families.tower_kinds import (
     patches_per_image,
     tower_kind,
 )
+from mllm_crossget.flop_formulas import mlp_width
 from mllm_crossget.geometry import Geometry, TowerCosts, TowerGeometry
 from mllm_crossget.language_flops import token_flops
 
@@ -275,8 +276,7 @@ def _with_costs(family: Family, config: Any, made: Any) -> Any:
     vision, per_token = config_at(config, family.vision_config), token_flops(config.get_text_config())
     if per_token is None:
         return made
-    inner = getattr(vision, "intermediate_size", None) or int(vision.hidden_size * vision.mlp_ratio)
-    return replace(made, costs=TowerCosts(vision.hidden_size, inner, per_token))
+    return replace(made, costs=TowerCosts(vision.hidden_size, mlp_width(vision), per_token))
 
 
 _FAMILIES: dict[str, Family] = {}

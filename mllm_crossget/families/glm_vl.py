@@ -9,20 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from mllm_crossget.families.family import (
-    Family,
-    FamilyCosts,
-    FamilyDocs,
-    FeatureKind,
-    LanguageSide,
-    Positions,
-    PromptSide,
-    TowerKind,
-    VisionSide,
-    register_family,
-)
+from mllm_crossget.families.family import Family, FamilyCosts, FamilyDocs, register_family
 from mllm_crossget.families.modality import Modality
-from mllm_crossget.families.qwen_vl import EXAMPLE_SIDE, geometry, tokens_of_frames, tokens_of_images
+from mllm_crossget.families.qwen_vl import EXAMPLE_SIDE, MERGED_NOTE, merged_family, tokens_of_frames, tokens_of_images
 from mllm_crossget.flop_formulas import attention_flops, linear_flops
 
 
@@ -79,28 +68,12 @@ _MODALITIES = (
 
 
 def _family(model_type: str, tower: str, note: str = "") -> Family:
-    return Family(
-        model_type=model_type,
-        vision=VisionSide(
-            tower="model.visual",
-            config="vision_config",
-            geometry=geometry,
-            kinds=(TowerKind(tower, prefix=0, encoder=""),),
-            projector="model.visual.merger",
-        ),
-        prompt=PromptSide(
-            owner="model",
-            kind=FeatureKind.MERGED_VIDEOS,
-            positions=Positions.GRID,
-            modalities=_MODALITIES,
-        ),
-        language=LanguageSide(model="model.language_model"),
-        costs=FamilyCosts(connector=merger_flops, tower=tower_flops),
-        docs=FamilyDocs(
-            note=f"behind the patch merger, each image and frame by itself; the vision tower is left alone{note}",
-            exact="prompts and 3-D positions made by hand; no cross tokens; images or videos in a call, not both",
-        ),
+    docs = FamilyDocs(
+        note=f"{MERGED_NOTE}{note}",
+        exact="prompts and 3-D positions made by hand; no cross tokens; images or videos in a call, not both",
     )
+    costs = FamilyCosts(connector=merger_flops, tower=tower_flops)
+    return merged_family(model_type, tower, docs, _MODALITIES, costs)
 
 
 GLM4V = register_family(_family("glm4v", "glm4v_vision"))

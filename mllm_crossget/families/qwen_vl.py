@@ -109,7 +109,21 @@ _VIDEOS = Modality(
 )
 
 
-def _family(model_type: str, tower: str) -> Family:
+def merged_family(
+    model_type: str,
+    tower: str,
+    docs: FamilyDocs,
+    modalities: tuple[Modality, ...] = (_IMAGES, _VIDEOS),
+    costs: FamilyCosts | None = None,
+) -> Family:
+    """A family whose packed tower and patch merger are left alone, and whose positions are in a grid.
+
+    Args:
+        model_type: see ``Family``.
+        tower: model type of the tower.
+        docs, modalities: see ``Family`` and ``PromptSide``.
+        costs: formulas; None for Qwen-VL's.
+    """
     return Family(
         model_type=model_type,
         vision=VisionSide(
@@ -120,26 +134,22 @@ def _family(model_type: str, tower: str) -> Family:
             projector="model.visual.merger",
         ),
         prompt=PromptSide(
-            owner="model",
-            kind=FeatureKind.MERGED_VIDEOS,
-            positions=Positions.GRID,
-            modalities=(_IMAGES, _VIDEOS),
+            owner="model", kind=FeatureKind.MERGED_VIDEOS, positions=Positions.GRID, modalities=modalities
         ),
         language=LanguageSide(model="model.language_model"),
-        costs=FamilyCosts(
-            connector=merger_flops,
-            tower=tower_flops,
-        ),
-        docs=FamilyDocs(
-            note="behind the patch merger, each image and frame by itself; the vision tower is left alone",
-            exact="prompts and 3-D positions made by hand; no cross tokens (crossget runs without learned parameters)",
-        ),
+        costs=costs or FamilyCosts(connector=merger_flops, tower=tower_flops),
+        docs=docs,
     )
 
 
-QWEN2_VL = register_family(_family("qwen2_vl", "qwen2_vl_vision"))
-QWEN2_5_VL = register_family(_family("qwen2_5_vl", "qwen2_5_vl_vision"))
-QWEN3_VL = register_family(_family("qwen3_vl", "qwen3_vl_vision"))
-QWEN3_VL_MOE = register_family(_family("qwen3_vl_moe", "qwen3_vl_moe_vision"))
-QWEN3_5 = register_family(_family("qwen3_5", "qwen3_5_vision"))
-QWEN3_5_MOE = register_family(_family("qwen3_5_moe", "qwen3_5_moe_vision"))
+MERGED_NOTE = "behind the patch merger, each image and frame by itself; the vision tower is left alone"
+_DOCS = FamilyDocs(
+    note=MERGED_NOTE,
+    exact="prompts and 3-D positions made by hand; no cross tokens (crossget runs without learned parameters)",
+)
+QWEN2_VL = register_family(merged_family("qwen2_vl", "qwen2_vl_vision", _DOCS))
+QWEN2_5_VL = register_family(merged_family("qwen2_5_vl", "qwen2_5_vl_vision", _DOCS))
+QWEN3_VL = register_family(merged_family("qwen3_vl", "qwen3_vl_vision", _DOCS))
+QWEN3_VL_MOE = register_family(merged_family("qwen3_vl_moe", "qwen3_vl_moe_vision", _DOCS))
+QWEN3_5 = register_family(merged_family("qwen3_5", "qwen3_5_vision", _DOCS))
+QWEN3_5_MOE = register_family(merged_family("qwen3_5_moe", "qwen3_5_moe_vision", _DOCS))
