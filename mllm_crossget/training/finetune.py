@@ -6,7 +6,6 @@ torchrun --nproc_per_node 8 -m mllm_crossget train scripts/configs/llava_1.5_7b.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +51,6 @@ def run(options: TrainOptions, method: Method, args: TrainerSettings) -> int:
         ValueError: settings, data, model or checkpoint that cannot be used, each with what to write instead.
         OSError: a checkpoint could not be written.
     """
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(args.output_dir) / "runs"))
     check_output_folder(args.output_dir)
     resume = resume_point(args)
     earlier = _earlier_run(options, args, resume)

@@ -136,3 +136,10 @@ def test_bad_samples_of_an_earlier_run_are_not_this_runs(work, tmp_path, capsys)
     assert main(["train", str(work / "config.yaml"), *words]) == 0
     file = tmp_path / "bad_samples.jsonl"
     assert not file.exists() or "of yesterday" not in file.read_text()
+
+
+def test_two_runs_of_one_process_have_logs_of_their_own(work, tmp_path) -> None:
+    for name in ("one", "two"):
+        words = ["--output_dir", str(tmp_path / name), "--max_steps", "1"]
+        assert main(["train", str(work / "config.yaml"), *words]) == 0
+        assert list((tmp_path / name / "runs").rglob("events.*")), name
