@@ -183,6 +183,28 @@ def test_an_interrupt_while_accelerated_is_left_gives_everything_back(runs) -> N
         assert torch.equal(logits(model), before), at
 
 
+@pytest.mark.parametrize("what", ["accelerate", "load", "official"])
+def test_an_interrupt_while_other_threads_are_let_in_again_undoes_the_change(what, runs, tmp_path) -> None:
+    torch.save(official_state(), tmp_path / "cross_tokens.bin")
+
+    def changed(model) -> None:
+        if what == "accelerate":
+            accelerate_mllm(model, method="tome", keep_ratio=0.3)
+        elif what == "load":
+            load_crossget(model, runs[0] / "a")
+        else:
+            load_official_cross_tokens(model, tmp_path, CrossGetConfig(r=2))
+
+    model, other = (accelerate_mllm(tiny_llava(), keep_ratio=0.5) for _ in range(2))
+    changed(accelerate_mllm(tiny_llava(), keep_ratio=0.5))  # fills what is kept for the next call
+    before, lines = logits(model), run_to(lambda: changed(other), 10**9)
+    at = first = lines - 60
+    while interrupted(lambda: changed(model), at):
+        assert torch.equal(logits(model), before), at
+        at += 1
+    assert at > first + 10
+
+
 @pytest.mark.parametrize("inside", ["other alignment tokens", "load", "train", "restore"])
 def test_leaving_accelerated_gives_learned_state_back(inside, runs) -> None:
     model = learned("madtp", alignment_tokens=5)
