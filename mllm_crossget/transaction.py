@@ -133,13 +133,19 @@ def changing(model: nn.Module, what: str) -> Iterator[Before]:
         RuntimeError: another thread is inside the model, or changes it.
     """
     before: Before | None = None
+    given_back = False
     try:
         with alone(base_model(model), what) as others_stayed_out:
             before = Before.of(model)
-            yield before
-            others_stayed_out()
+            try:
+                yield before
+                others_stayed_out()
+            except BaseException:  # taken back before others are let in again
+                before.give_back()
+                given_back = True
+                raise
     except BaseException:
-        if before is not None:
+        if before is not None and not given_back:  # an interrupt, above or while others are let in again
             before.give_back()
         raise
 
