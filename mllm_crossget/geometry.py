@@ -17,11 +17,13 @@ class TowerCosts:
         width: of the tower's tokens.
         inner: width inside its MLP.
         language_token: what the language model's layers spend on one more token of the prompt, without attention maps.
+        view_token: what a selection at the tower's output spends on the features of one token, which it compares.
     """
 
     width: int
     inner: int
     language_token: int
+    view_token: int = 0
 
     def tower(self, tokens: Sequence[int], output: bool = False) -> int:
         """Layers of the tower that is read: projections and attention of the tokens that enter, and the MLP of those
@@ -35,7 +37,7 @@ class TowerCosts:
         for layer, (entering, left) in enumerate(itertools.pairwise(tokens), 2):
             inside = entering if output and layer == len(tokens) else left
             total += layer_flops(entering, inside, self.width, self.inner)
-        return total
+        return total + (tokens[-2] * self.view_token if output else 0)
 
     def language(self, features: int) -> int:
         """The language model's layers on so many visual tokens."""

@@ -18,7 +18,7 @@ _AVERAGE = Fraction(2, 5)
 _MOST = Fraction(3, 4)
 # What ``schedule="auto"`` may spend in the tower: of the cost of even removals, and of what these save there.
 SLACK = Fraction(3, 100)
-SPENT = Fraction(3, 5)
+SPENT = Fraction(3, 4)
 
 
 def removable(tokens: int, protected: int, share: Fraction = _HALF) -> int:

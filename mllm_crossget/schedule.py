@@ -39,7 +39,8 @@ class Schedule:
         drop_cross: whether the cross token is cut off in front of the language side (it would not fit otherwise, or
             has no place in a grid of patches).
         output: index of the layer that removes its tokens at its output, by the method's ``match_at_output``, and not
-            between attention and MLP; None where no layer does.
+            between attention and MLP; behind the projector 0, where the method chooses among all tokens at once; None
+            where neither is so.
     """
 
     removals: tuple[int, ...]
@@ -64,7 +65,8 @@ def make_schedule(config: ReductionConfig, geometry: Geometry) -> Schedule:
     In a tower, removals are even over the layers (every ``merge_every``-th of them) in front of the one that is read;
     layers behind it remove nothing, unless ``r`` was given, which applies to every layer as in the reference. A method
     that chooses per image is asked for at most two fifths of a layer's tokens, where that reaches the target, so that
-    single images can lose more. Behind a projector there are as few steps as reach the target, even ones, each of which
+    single images can lose more. Behind a projector a method that can choose among all tokens does so, in one step; for
+    others, and with ``schedule="constant"``, there are as few steps as reach the target, even ones, each of which
     removes at most half of the tokens.
     In front of a projector that wants the whole grid, a tower keeps the same share of its patches as the dial asks of
     the cells behind it, or as few as it can.
@@ -156,15 +158,20 @@ def behind_grid(config: Config, geometry: TowerGeometry, patches: int) -> Config
     """The settings of the second merging, of the ``cells`` behind a projector that wants the whole grid, where the
     tower has kept ``patches`` tokens for them: the dial, or where it counts tokens per layer, the share they are."""
     if config.vision_removals is None:
-        return replace(config, merge_every=None, schedule=None)
+        return replace(config, merge_every=None, schedule=_behind_tower(config))
     return at_share(config, patches / geometry.patches)
 
 
 def at_share(config: Config, share: float) -> Config:
     """The settings of a merging that keeps this share of its tokens, whatever the dial is."""
     kept = min(1.0, share)
-    dials = {"visual_tokens": None, "r": None, "vision_r": None, "merge_every": None, "schedule": None}
-    return replace(config, keep_ratio=kept, **dials)
+    dials = {"visual_tokens": None, "r": None, "vision_r": None, "merge_every": None}
+    return replace(config, keep_ratio=kept, schedule=_behind_tower(config), **dials)
+
+
+def _behind_tower(config: ReductionConfig) -> str | None:
+    """The schedule behind a projector: published settings stay as published, the others are about the tower's layers."""
+    return "constant" if config.schedule_kind == "constant" else None
 
 
 def make_text_schedule(config: ReductionConfig, geometry: TextGeometry, tokens: int) -> Schedule:
@@ -213,7 +220,7 @@ def _refuse_layer_dials(config: ReductionConfig, instead: str) -> None:
         )
     if (config.merge_every or 1) > 1:
         raise ValueError(f"merge_every={config.merge_every} counts layers of the tower, but {instead}; leave it out")
-    if config.schedule not in (None, "constant", "auto"):
+    if config.schedule not in (None, "constant", "auto", "output" if config.selects_at_output else None):
         raise ValueError(f"schedule={config.schedule!r} is for layers of the vision tower, but {instead}; leave it out")
 
 
@@ -248,6 +255,8 @@ def _merge_schedule(config: ReductionConfig, geometry: MergeGeometry) -> Schedul
     target = geometry.tokens if too_many else _target(config, geometry)
     if config.place is not Place.TOWER_LAYERS:
         return _one_step(geometry.tokens, target)
+    if config.selects_at_output and config.schedule_kind in ("auto", "output"):
+        return replace(_one_step(geometry.tokens, target), output=0)
     steps, left = 0, geometry.tokens
     while left > target:
         steps, left = steps + 1, left - removable(left, 0)

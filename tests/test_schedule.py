@@ -316,14 +316,14 @@ def test_auto_costs_three_percent_more_than_constant_at_most_and_starts_later(na
 
 @pytest.mark.parametrize("name", ["crossget", "tome"])
 @pytest.mark.parametrize("ratio", [0.5, 0.25, 0.125])
-def test_a_tower_that_costs_more_than_the_language_model_keeps_two_fifths_of_its_savings(name, ratio) -> None:
+def test_a_tower_that_costs_more_than_the_language_model_keeps_a_quarter_of_its_savings(name, ratio) -> None:
     geometry = TowerGeometry(144, 1, 8, 7, costs=TowerCosts(width=128, inner=256, language_token=700_000))
     kinds = {kind: make_schedule(method_class(name)(keep_ratio=ratio, schedule=kind), geometry)
              for kind in ("constant", "auto")}  # fmt: skip
     whole = make_schedule(method_class(name)(keep_ratio=1.0), geometry)
     saved = {kind: flops(whole, geometry) - flops(one, geometry) for kind, one in kinds.items()}
     language = (whole.features - kinds["auto"].features) * geometry.costs.language_token
-    assert saved["auto"] - language >= 0.39 * (saved["constant"] - language)
+    assert saved["auto"] - language >= 0.24 * (saved["constant"] - language)
 
 
 @PROPERTY

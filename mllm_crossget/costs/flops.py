@@ -207,13 +207,15 @@ def _reducer(
     prefix: int,
     ends: int = 0,
     has_map: bool = False,
+    view: int = 0,
 ) -> int:
     """What the method itself says that it adds to a layer; else per reducing layer the matching on the keys of a head
     and, where asked for, the importance: a product of the query weights with every head's map, and QKᵀ once more unless
     attention shares its map; token sizes enter it as one more channel (a GPU adds them for nothing). What fills maps up
     to whole registers is not counted. Where the importance is a cosine, the matching is on the keys of all heads, and
     the cosines with one query are not counted (a product per channel, no matrix product). The class token's attention
-    is one query's QKᵀ. ``has_map``: the attention keeps its map, of which the mean over heads is enough."""
+    is one query's QKᵀ. ``has_map``: the attention keeps its map, of which the mean over heads is enough. ``view``: width of
+    the features that a selection at the tower's output compares; 0: the keys."""
     heads, width = vision.num_attention_heads, vision.hidden_size
     total = 0
     for layer, (tokens, removed) in enumerate(zip(schedule.tokens, schedule.removals, strict=False)):
@@ -222,7 +224,8 @@ def _reducer(
             total += own or 0
             continue
         at_output = layer == schedule.output
-        total += matching_flops(method, tokens, width if cosine else width // heads, removed, ends, at_output)
+        keys = view if at_output and view else width if cosine else width // heads
+        total += matching_flops(method, tokens, keys, removed, ends, at_output)
         if method.needs_importance and not cosine:
             total += 2 * tokens * tokens * (1 if has_map else heads)
             if not has_map:
@@ -238,15 +241,24 @@ def _tower_parts(
     vision = config_at(config, family.vision_config)
     cosine = schedule.cross and method.uses_cosine(family.cosine)
     prefix = getattr(family.geometry(config), "prefix", 0)
+    view = config.get_text_config().hidden_size if family.vision.view else 0
     has_map = any(kind.names.fused for kind in family.vision.kinds if kind.model_type == vision.model_type)
     return (
         family.tower_flops(config)[0] if family.tower_flops else _patch_embedding(vision, family),
         _encoder(vision, schedule, inside=method.place is Place.TOWER_LAYERS),
-        _reducer(vision, schedule, method, one_softmax, cosine, prefix, prefix + schedule.cross, has_map)
+        _reducer(vision, schedule, method, one_softmax, cosine, prefix, prefix + schedule.cross, has_map, view)
+        + _view(config, family, schedule)
         if method.reduces_vision
         else 0,
         _connector(config, family, schedule, text_tokens),
     )
+
+
+def _view(config: Any, family: Family, schedule: Schedule) -> int:
+    """The features of all tokens that a selection at the tower's output compares."""
+    if schedule.output is None or not family.vision.view or family.connector_flops is None:
+        return 0
+    return family.connector_flops(config, schedule.tokens[schedule.output])
 
 
 def _grid_parts(
@@ -286,8 +298,8 @@ def _untouched_tower(config: Any, family: Family) -> tuple[int, int]:
 def _merging(width: int, schedule: Schedule, method: Method) -> int:
     """Behind the projector: the matching of features and, where asked for, their attention to one another, one head."""
     total = 0
-    for tokens, removed in zip(schedule.tokens, schedule.removals, strict=False):
-        total += matching_flops(method, tokens, width, removed)
+    for step, (tokens, removed) in enumerate(zip(schedule.tokens, schedule.removals, strict=False)):
+        total += matching_flops(method, tokens, width, removed, at_output=step == schedule.output)
         total += 2 * tokens * tokens * (width + 1) if method.needs_importance else 0
     return total
 

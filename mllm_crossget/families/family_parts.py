@@ -25,6 +25,8 @@ class VisionSide:
             projector. Raises ``ValueError`` where the configuration cannot be served.
         kinds: of towers that are served.
         projector: path to the module that maps vision features to the text width, or None.
+        view: paths of the modules that make the features of the tokens that the tower hands on, one after the other and
+            each token by itself (norm, projector); empty where features are made of several tokens or layers.
         dynamic: whether every image may keep its own number of tokens (methods that choose per image).
         cosine: CrossGET's CLIP flavour was published for it: importance is the cosine of a token's key with the cross
             token's query, the metric the keys of all heads. Otherwise, as for LLaVA, attention received and keys added
@@ -40,6 +42,7 @@ class VisionSide:
     geometry: Callable[[Any], Geometry]
     kinds: tuple[TowerKind, ...]
     projector: str | None = None
+    view: tuple[str, ...] = ()
     dynamic: bool = False
     cosine: bool = False
     readers: tuple[str, ...] = ()

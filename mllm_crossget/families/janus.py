@@ -43,6 +43,7 @@ JANUS = register_family(
             geometry=geometry,
             kinds=(JANUS_TOWER,),
             projector="model.aligner",
+            view=("model.vision_model.post_layernorm", "model.aligner"),
         ),
         prompt=PromptSide(
             owner="model",

@@ -89,7 +89,7 @@ def layered(family: Family, geometry: Callable[[Any], TowerGeometry], kind: Feat
         family,
         variant="several feature layers",
         configured=reads_several_layers,
-        vision=dataclasses.replace(family.vision, geometry=geometry, dynamic=False),
+        vision=dataclasses.replace(family.vision, geometry=geometry, dynamic=False, view=()),
         prompt=dataclasses.replace(family.prompt, kind=kind),
         crossing=CrossPaths(),
         costs=dataclasses.replace(family.costs, connector=layered_projector_flops),
@@ -109,6 +109,7 @@ LLAVA = register_family(
             geometry=geometry,
             kinds=TOWERS,
             projector="model.multi_modal_projector",
+            view=("model.multi_modal_projector",),
             dynamic=True,
         ),
         prompt=PromptSide(

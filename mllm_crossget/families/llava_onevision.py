@@ -86,6 +86,7 @@ LLAVA_ONEVISION = register_family(
             geometry=grid_geometry,
             kinds=TOWERS,
             projector="model.multi_modal_projector",
+            view=("model.multi_modal_projector",),
         ),
         prompt=PromptSide(
             owner="model",

@@ -41,6 +41,7 @@ PALIGEMMA = register_family(
             geometry=geometry,
             kinds=(SIGLIP_TOWER,),
             projector="model.multi_modal_projector",
+            view=("model.vision_tower.post_layernorm", "model.multi_modal_projector"),
         ),
         prompt=PromptSide(
             owner="model",

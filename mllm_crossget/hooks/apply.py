@@ -20,7 +20,7 @@ from mllm_crossget.families.family import (
 from mllm_crossget.hooks.ground.alignment_tokens import AlignmentTokens
 from mllm_crossget.hooks.ground.cross_tokens import CrossTokens
 from mllm_crossget.hooks.ground.journal import Journal
-from mllm_crossget.hooks.ground.state import HANDLE, Handle, OwnTower, TowerState
+from mllm_crossget.hooks.ground.state import HANDLE, Handle, LanguageView, OwnTower, TowerState
 from mllm_crossget.hooks.language.sized_model import hook_language_model
 from mllm_crossget.hooks.model.bare_tower import RaggedTower
 from mllm_crossget.hooks.model.dual_encoder import DualModel
@@ -114,9 +114,11 @@ def _hook_encoder(model: Any, handle: Handle, path: str, place: str, geometry: T
         handle.cross_paths[place] = f"{encoder_path}.cross_tokens"
     mixins = (RaggedEncoder, RaggedLayer) if method.is_dynamic else None
     cosine = method.uses_cosine(family.cosine)
-    return encoder_path, hook_tower(
+    state = hook_tower(
         handle.journal, encoder, layers, kind.names, method, geometry, cosine=cosine, cross_tokens=cross, mixins=mixins
     )
+    state.view = LanguageView(model, family.vision.view) if family.vision.view else None
+    return encoder_path, state
 
 
 def _hook_output(model: Any, handle: Handle, geometry: TowerGeometry) -> None:

@@ -74,7 +74,8 @@ def test_costs_are_in_lmms_evals_own_results(outputs):
     assert sum(parts) == pytest.approx(costs["avg_seconds_per_request"])
     assert sum(parts) * 2 * LIMIT == pytest.approx(costs["total_elapsed_time"])
     assert costs["avg_time_to_first_token_s"] == pytest.approx(sum(parts[:2]) * 8)  # batches of 8, all full
-    assert costs["avg_gflops_per_request"] == pytest.approx(0.42, abs=0.02)
+    untouched = outputs["none"].report["throughput"]["avg_gflops_per_request"]
+    assert 0.6 * untouched < costs["avg_gflops_per_request"] < 0.8 * untouched
     assert 0.1 < costs["avg_peak_memory_gb"] < 20
 
 
@@ -90,9 +91,11 @@ def test_built_in_tasks_run_unmodified_and_offline(outputs):
     samples = {task: outputs["none"].samples(task) for task in ("pope", "gqa")}
     assert [len(found) for found in samples.values()] == [12, 12]
     assert all(sample["input"].endswith("single word or phrase.") for sample in samples["pope"])
-    right = sum(sample["filtered_resps"].strip() == sample["target"] for sample in samples["pope"])
-    assert report["pope"]["pope_accuracy,none"] == right / 12 > 0
-    assert report["gqa"]["exact_match,none"] > 0
+    answers = {task: [sample["filtered_resps"].strip() for sample in found] for task, found in samples.items()}
+    for task, metric in (("pope", "pope_accuracy"), ("gqa", "exact_match")):
+        right = sum(found == sample["target"] for found, sample in zip(answers[task], samples[task], strict=True))
+        assert report[task][f"{metric},none"] == right / 12  # the model has not learned to answer in a single word
+        assert len(set(answers[task])) > 2
 
 
 def test_local_tasks_on_public_data_run_offline(outputs):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mllm_crossget.families.family import Family, LayerNames, Positions, TextTower, module_at
@@ -58,6 +59,28 @@ class LayerTrace:
     source: Tensor
 
 
+@dataclass(frozen=True)
+class LanguageView:
+    """A tower's tokens as the language model sees them.
+
+    Attributes:
+        model: top-level model.
+        paths: of its modules that map tokens to features, one after the other (``VisionSide.view``). Looked up at every
+            call, because PEFT and quantisation replace modules.
+    """
+
+    model: nn.Module
+    paths: tuple[str, ...]
+
+    @torch.no_grad()
+    def __call__(self, tokens_BTD: Tensor) -> Tensor:
+        """(B, T, ·) features of (B, T, D) tokens, without gradient, on the tokens' device."""
+        features = tokens_BTD
+        for path in self.paths:
+            features = module_at(self.model, path)(features)
+        return features.to(tokens_BTD.device)
+
+
 @dataclass
 class TowerState:
     """What the hooked encoder knows; attached to the encoder.
@@ -69,6 +92,8 @@ class TowerState:
         keeps_sizes: whether a pooling head behind the encoder wants the token sizes.
         alignment_width: of the encoder's alignment tokens; 0 if it has none.
         ignores_mask: whether what calls the encoder has seen to it that its mask hides nothing.
+        view: features of the tokens behind the layer that is read, which a selection at its output compares; None: the
+            layer's keys are compared.
         at_output: whether a layer that removes tokens does so behind its MLP, in what it returns, and not in front of
             it.
     """
@@ -80,6 +105,7 @@ class TowerState:
     keeps_sizes: bool = False
     alignment_width: int = 0
     ignores_mask: bool = False
+    view: LanguageView | None = None
     at_output: bool = False
     schedules: dict[int, Schedule] = field(default_factory=dict)
     caps: dict[int, Schedule] = field(default_factory=dict)

@@ -77,13 +77,15 @@ def merge_features(features_BND: Tensor, companions: list[Tensor], state: MergeS
     size = torch.ones(batch, tokens, dtype=torch.float32, device=features_BND.device)
     kept = source = torch.arange(tokens, device=features_BND.device).expand(batch, -1)
     features = features_BND
-    for removed in state.schedule(tokens).removals:
+    schedule = state.schedule(tokens)
+    for step, removed in enumerate(schedule.removals):
         keys, importance = nn.functional.normalize(features.detach().float(), dim=-1), None
         if state.method.needs_importance:  # mean square 1 is length sqrt(width): sqrt(width)² / sqrt(width) is left
             one_head = keys[:, None]
             importance = attention_importance(one_head, one_head, width**0.5, size.log(), cross_token=False)
         seen = features.detach() if state.method.needs_features else None
-        match = state.method.match(Signals(keys, importance, (), features=seen), removed)
+        choose = state.method.match_at_output if step == schedule.output else state.method.match
+        match = choose(Signals(keys, importance, (), features=seen), removed)
         companions = [merge(other, size, match)[0] for other in companions]
         features, size = merge(features, size, match)
         kept, source = kept.gather(1, match.kept), compose_source(source, match)

@@ -121,8 +121,11 @@ def _match_and_merge(
     """The step of a layer that removes tokens."""
     keys, importance = slot.take()
     protected = (0,) * state.geometry.prefix + ((hidden.shape[1] - 1,) if slot.cross_token else ())
-    choose = state.method.match_at_output if at_output else state.method.match
-    match = choose(Signals(keys, importance, protected), removed)
+    if at_output:
+        keys = keys if state.view is None else state.view(hidden)
+        match = state.method.match_at_output(Signals(keys, importance, protected), removed)
+    else:
+        match = state.method.match(Signals(keys, importance, protected), removed)
     hidden, size = merge(hidden, sizes_of(hidden, size), match)
     return hidden, size, match, match.slot
 
