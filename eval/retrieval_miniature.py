@@ -38,7 +38,7 @@ from mllm_crossget.embedded.scenes import render, sample_layouts
 from mllm_crossget.ops.contrastive import contrastive_loss
 
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {  # name of an arm -> method and its settings
-    "crossget": ("crossget", {}),
+    "crossget": ("crossget", {"importance": "published"}),
     "crossget-attention": ("crossget", {"importance": "attention"}),
     "tome": ("tome", {}),
     "random": ("random", {}),

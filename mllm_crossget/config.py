@@ -34,7 +34,6 @@ _METHODS: dict[str, type[ReductionConfig]] = {}
 _ONLY_FOR_DOWNLOADS = ("token", "cache_dir", "local_files_only", "subfolder")
 
 Config = TypeVar("Config", bound="ReductionConfig")
-_PUBLISHED = {"positions": "contiguous", "size_bias": False, "schedule": "constant"}
 
 
 @dataclass
@@ -84,6 +83,11 @@ class ReductionConfig:
     size_bias: bool | None = None
     schedule: str | None = None
 
+    published_settings: ClassVar[Mapping[str, Any]] = {
+        "positions": "contiguous",
+        "size_bias": False,
+        "schedule": "constant",
+    }
     method: ClassVar[str] = ""
     place: ClassVar[Place] = Place.TOWER_LAYERS
     uses_cross_tokens: ClassVar[bool] = False
@@ -160,7 +164,7 @@ class ReductionConfig:
         Args:
             settings: the dial and further fields, such as ``r=13``.
         """
-        return _marked_published(cls(**{**_PUBLISHED, **settings}))
+        return _marked_published(cls(**{**cls.published_settings, **settings}))
 
     @property
     def is_published(self) -> bool:
@@ -230,7 +234,7 @@ class ReductionConfig:
         values = dict(values)
         version = values.pop("format_version", FORMAT_VERSION)
         if version == 1:  # 0.1 knew one way: what its files mean is written out
-            values = {**_PUBLISHED, **values}
+            values = {**method_class(values.get("method", cls.method)).published_settings, **values}
             return _marked_published(cls.from_dict({**values, "format_version": FORMAT_VERSION}))
         if version != FORMAT_VERSION:
             raise ValueError(

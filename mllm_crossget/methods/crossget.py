@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -33,9 +34,9 @@ class CrossGetConfig(DynamicMethod):
         dynamic: choose the number of merges per image and layer: a token leaves if its importance minus its similarity
             to the best token ranked below it is at or below the layer's threshold. The dial is then the average over
             images; ``calibrate(model, images)`` finds the thresholds that meet it.
-        importance: what makes a visual token important. "attention": what all queries and the cross token pay it
-            (official LLaVA code); "cosine": its key's cosine with the cross token's query (official CLIP code), which
-            says little before the cross tokens are trained; "published": what the family's official code does.
+        importance: what makes a visual token important. "attention", the default: what all queries and the cross token
+            pay it (official LLaVA code); "cosine": its key's cosine with the cross token's query (official CLIP code),
+            which says little before the cross tokens are trained; "published": what the family's official code does.
         kl: "reference" for ½[KL(M‖P) + KL(M‖Q)] as in the official code, "js" for the textbook Jensen-Shannon form.
 
     See ``ReductionConfig`` for the dial.
@@ -43,13 +44,17 @@ class CrossGetConfig(DynamicMethod):
 
     alignment_weight: float = 0.001
     kl: str = "reference"
-    importance: str = "published"
+    importance: str = "attention"
     dynamic: bool = False
 
     method: ClassVar[str] = "crossget"
     uses_cross_tokens: ClassVar[bool] = True
     needs_importance: ClassVar[bool] = True
     selects_at_output: ClassVar[bool] = True
+    published_settings: ClassVar[Mapping[str, Any]] = {
+        **DynamicMethod.published_settings,
+        "importance": "published",
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -92,8 +97,9 @@ class CrossGetConfig(DynamicMethod):
         return complete_graph_soft_matching(signals.keys, signals.importance, r, signals.protected)
 
     def match_at_output(self, signals: Signals, r: int) -> Match:
-        """At the tower's output: tokens that stay are the most important one and then always the one least similar to
-        those, on the complete graph; every other token is merged into the most similar one that stays."""
+        """At the tower's output, or behind the projector: tokens that stay are the most important one and then always the
+        one least similar to those, on the complete graph; every other token is merged into the most similar one that
+        stays. ``keys`` are the tokens as the language model sees them, where a projector says that."""
         if signals.importance is None:
             raise ValueError("CrossGET needs the importance of the tokens; got none")
         shielded = shielded_tokens(signals)

@@ -56,7 +56,7 @@ def settings(golden, variant):
     patches = (golden.number("config.img") // golden.number("config.patch")) ** 2
     most = min(CLIPPED, patches), min(CLIPPED, golden.number("config.ctx"))
     vision, text = {"": (rv, rl), "rv_only.": (rv, 0), "rl_only.": (0, rl), "clip.": most}[variant]
-    return CrossGetConfig(vision_r=vision, text_r=text)
+    return CrossGetConfig.published(vision_r=vision, text_r=text)
 
 
 def guided(golden, variant=""):
@@ -187,7 +187,7 @@ def test_towers_with_projection_alone():
     text = CLIPTextModelWithProjection(whole.config.text_config).eval()
     for model, dial in ((vision, {"r": golden.number("rv")}), (text, {"text_r": golden.number("rl")})):
         model.load_state_dict({name: state[name] for name in model.state_dict()})
-        accelerate_mllm(model, CrossGetConfig(**dial))
+        accelerate_mllm(model, CrossGetConfig.published(**dial))
         write(model, cross)
     with torch.no_grad():
         golden.expect("image_embeds", vision(pixel_values=golden.input("pixel_values")).image_embeds, END_TO_END)
