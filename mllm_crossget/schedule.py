@@ -170,7 +170,7 @@ def at_share(config: Config, share: float) -> Config:
 
 
 def _behind_tower(config: ReductionConfig) -> str | None:
-    """The schedule behind a projector: published settings stay as published, the others are about the tower's layers."""
+    """The schedule behind a projector: published settings stay as published, others are about the tower's layers."""
     return "constant" if config.schedule_kind == "constant" else None
 
 

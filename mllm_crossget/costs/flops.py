@@ -214,8 +214,8 @@ def _reducer(
     attention shares its map; token sizes enter it as one more channel (a GPU adds them for nothing). What fills maps up
     to whole registers is not counted. Where the importance is a cosine, the matching is on the keys of all heads, and
     the cosines with one query are not counted (a product per channel, no matrix product). The class token's attention
-    is one query's QKᵀ. ``has_map``: the attention keeps its map, of which the mean over heads is enough. ``view``: width of
-    the features that a selection at the tower's output compares; 0: the keys."""
+    is one query's QKᵀ. ``has_map``: the attention keeps its map, of which the mean over heads is enough. ``view``:
+    width of the features that a selection at the tower's output compares; 0: the keys."""
     heads, width = vision.num_attention_heads, vision.hidden_size
     total = 0
     for layer, (tokens, removed) in enumerate(zip(schedule.tokens, schedule.removals, strict=False)):

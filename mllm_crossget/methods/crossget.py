@@ -97,9 +97,9 @@ class CrossGetConfig(DynamicMethod):
         return complete_graph_soft_matching(signals.keys, signals.importance, r, signals.protected)
 
     def match_at_output(self, signals: Signals, r: int) -> Match:
-        """At the tower's output, or behind the projector: tokens that stay are the most important one and then always the
-        one least similar to those, on the complete graph; every other token is merged into the most similar one that
-        stays. ``keys`` are the tokens as the language model sees them, where a projector says that."""
+        """At the tower's output, or behind the projector: tokens that stay are the most important one and then always
+        the one least similar to those, on the complete graph; every other token is merged into the most similar one
+        that stays. ``keys`` are the tokens as the language model sees them, where a projector says that."""
         if signals.importance is None:
             raise ValueError("CrossGET needs the importance of the tokens; got none")
         shielded = shielded_tokens(signals)
