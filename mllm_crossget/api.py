@@ -27,7 +27,7 @@ from mllm_crossget.hooks.ground.state import (
     wrapped_by_peft,
 )
 from mllm_crossget.hooks.ground.vision_cache import VisionCache
-from mllm_crossget.hooks.reuse.feature_reuse import check_reuse, use_cache
+from mllm_crossget.hooks.reuse.feature_reuse import check_reuse, refuse_reuse, use_cache
 from mllm_crossget.methods.method import Method, checked_method
 from mllm_crossget.schedule import Geometry, acting_geometry
 from mllm_crossget.support import check_dials, supported_model
@@ -56,7 +56,7 @@ def accelerate_mllm(
     Args:
         model: a loaded transformers model of a supported family (``unsupported_reason(model)`` is None).
         config: a method's dataclass, such as ``CrossGetConfig(keep_ratio=0.25)``; instead of the keywords.
-        method: "crossget" (default), "madtp", "tome", "random".
+        method: "crossget" (default), "madtp", "tome", "random", or one of others' (``methods.rivals``).
         keep_ratio, visual_tokens, r: the dial, see ``ReductionConfig``; give at most one. In a dual encoder (CLIP,
             SigLIP) they reduce the vision tower alone.
         reuse_vision: whether encoded images are kept for the next question, see the function ``reuse_vision``; None:
@@ -79,6 +79,7 @@ def accelerate_mllm(
     check_dials(chosen, family, target)
     check_reuse(target, family, reuse_vision)
     old = handle_of(target)
+    refuse_reuse(chosen, old.vision_cache if reuse_vision is None and old is not None else reuse_vision)
     if old is not None and old.method == chosen:
         if reuse_vision is not None:
             _use_cache_alone(target, old, reuse_vision)
@@ -159,6 +160,7 @@ def reuse_vision(model: nn.Module, cache: bool | VisionCache = True) -> VisionCa
         raise ValueError("the model is not accelerated; call accelerate_mllm(model, reuse_vision=True) instead")
     target = base_model(model)
     check_reuse(target, handle.family, cache)
+    refuse_reuse(handle.method, cache)
     _use_cache_alone(target, handle, cache)
     return handle.vision_cache
 

@@ -11,6 +11,7 @@ from mllm_crossget import methods as _registered_methods  # noqa: F401 - registe
 from mllm_crossget.families.family import (
     BertNames,
     Family,
+    FeatureKind,
     LayerNames,
     Positions,
     config_at,
@@ -216,8 +217,8 @@ def check_dials(method: Method, family: Family, model: Any) -> None:
 def place_problem(method: Method, family: Family, model: Any) -> str | None:
     """Why a method cannot act where it wants to in a model, or None if it can."""
     if method.place is Place.TOWER_LAYERS:
-        if method.needs_features or method.needs_class_attention:
-            return "inside layers there are keys and importance, not features or the class token's attention"
+        if _wants_of_images(method) or method.needs_features:
+            return "inside layers there are keys and importance, not features, the question or other layers' attention"
         return None
     if method.place is Place.LANGUAGE_MODEL:
         return "nothing serves that place yet; use a method that acts in the vision tower or behind the projector"
@@ -229,17 +230,35 @@ def place_problem(method: Method, family: Family, model: Any) -> str | None:
     if reason is not None:
         return reason
     return (
-        _projector_problem(method, family)
+        _projector_problem(method, family, model)
         if method.place is Place.PROJECTOR
         else _output_problem(method, family, model)
     )
 
 
-def _projector_problem(method: Method, family: Family) -> str | None:
+def _wants_of_images(method: Method) -> bool:
+    """Whether a method wants to know of an image what no layer knows."""
+    return (
+        method.needs_class_attention
+        or method.needs_salience
+        or method.needs_middle
+        or method.needs_next_layer
+        or method.needs_text
+    )
+
+
+def _projector_problem(method: Method, family: Family, model: Any) -> str | None:
     if family.features_owner is None or not family.modalities:
         return "its prompt has no placeholders that features of the image take, so there is nothing to choose from"
     if method.needs_class_attention:
         return "behind the projector there is no class token, whose attention the method wants"
+    if method.needs_middle or method.needs_next_layer:
+        return "behind the projector there are no other layers, which the method wants to know of"
+    if method.needs_salience:
+        geometry = family.geometry(model.config)
+        plain = family.features is FeatureKind.PLAIN and isinstance(geometry, TowerGeometry) and geometry.cells is None
+        if not plain:
+            return "its features are no single tokens of its tower, whose attention the method wants"
     return None
 
 
@@ -251,6 +270,8 @@ def _output_problem(method: Method, family: Family, model: Any) -> str | None:
     geometry = family.geometry(model.config)
     if method.needs_class_attention and not getattr(geometry, "prefix", 0):
         return "its tower has no class token, whose attention the method wants"
+    if method.needs_text:
+        return "at a tower's output the question cannot be compared with its tokens, which the projector has not mapped"
     return None
 
 

@@ -21,7 +21,7 @@ from mllm_crossget.flop_formulas import attention_flops, layer_flops, linear_flo
 from mllm_crossget.language_flops import language_costs
 from mllm_crossget.methods.capabilities import LayerShape
 from mllm_crossget.methods.method import Method, Place
-from mllm_crossget.methods.signals import Signals
+from mllm_crossget.methods.signals import AskedText, NextLayer, Signals
 from mllm_crossget.schedule import (
     MergeGeometry,
     Schedule,
@@ -143,7 +143,13 @@ def visual_tokens(config: Any, family: Family, schedule: Schedule) -> int:
 
 
 def matching_flops(
-    method: Method, tokens: int, width: int, removed: int, ends: int = 0, at_output: bool = False
+    method: Method,
+    tokens: int,
+    width: int,
+    removed: int,
+    ends: int = 0,
+    at_output: bool = False,
+    features_width: int | None = None,
 ) -> int:
     """FLOPs of one matching of ``tokens`` tokens with keys of ``width`` channels; ``ends`` of them are protected: class
     token and cross token, which stand first and last.
@@ -154,16 +160,26 @@ def matching_flops(
     tokens that stay), ToMe even with odd tokens (half of T² / 2), random nothing.
     """
     keys = torch.empty(1, tokens, width, device="meta")
-    importance, attention = (
+    importance, attention, salience, middle = (
         torch.empty(1, tokens, device="meta") if wanted else None
-        for wanted in (method.needs_importance, method.needs_class_attention)
+        for wanted in (
+            method.needs_importance,
+            method.needs_class_attention,
+            method.needs_salience,
+            method.needs_middle,
+        )
     )
     protected: Any = tuple(range(ends))
     if method.is_dynamic:  # dead tokens lie elsewhere in every image
         protected = torch.zeros(1, tokens, dtype=torch.bool, device="meta")
     with FlopCounterMode(display=False) as counter:
-        features = keys if method.needs_features else None
-        signals = Signals(keys, importance, protected, features=features, class_attention=attention)
+        whole = torch.empty(1, tokens, features_width or width, device="meta")
+        features = whole if method.needs_features else None
+        signals = Signals(keys, importance, protected, False, features, attention, salience, middle)
+        if method.needs_next_layer:
+            signals.following = NextLayer(torch.empty(1, tokens, device="meta"), whole)
+        if method.needs_text:
+            signals.text = AskedText(whole[:, :1], torch.empty(1, 1, dtype=torch.bool, device="meta"))
         (method.match_at_output if at_output else method.match)(signals, removed)
     return int(counter.get_total_flops())
 
@@ -212,10 +228,12 @@ def _reducer(
     """What the method itself says that it adds to a layer; else per reducing layer the matching on the keys of a head
     and, where asked for, the importance: a product of the query weights with every head's map, and QKᵀ once more unless
     attention shares its map; token sizes enter it as one more channel (a GPU adds them for nothing). What fills maps up
-    to whole registers is not counted. Where the importance is a cosine, the matching is on the keys of all heads, and
-    the cosines with one query are not counted (a product per channel, no matrix product). The class token's attention
-    is one query's QKᵀ. ``has_map``: the attention keeps its map, of which the mean over heads is enough. ``view``:
-    width of the features that a selection at the tower's output compares; 0: the keys."""
+    to whole registers is not counted. Salience is the class token's attention or, in towers without one, such an
+    importance; a middle layer's attention is one too, and the layer behind runs its whole attention. Where the
+    importance is a cosine, the matching is on the keys of all heads, and the cosines with one query are not counted (a
+    product per channel, no matrix product). The class token's attention is one query's QKᵀ. ``has_map``: the attention
+    keeps its map, of which the mean over heads is enough. ``view``: width of the features that a selection at the
+    tower's output compares; 0: the keys."""
     heads, width = vision.num_attention_heads, vision.hidden_size
     total = 0
     for layer, (tokens, removed) in enumerate(zip(schedule.tokens, schedule.removals, strict=False)):
@@ -224,13 +242,16 @@ def _reducer(
             total += own or 0
             continue
         at_output = layer == schedule.output
-        keys = view if at_output and view else width if cosine else width // heads
-        total += matching_flops(method, tokens, keys, removed, ends, at_output)
-        if method.needs_importance and not cosine:
-            total += 2 * tokens * tokens * (1 if has_map else heads)
-            if not has_map:
-                total += 2 * tokens * tokens * (heads + (0 if one_softmax else width))
-        total += 2 * tokens * width if method.needs_class_attention else 0
+        metric = view if at_output and view else width if cosine else width // heads
+        total += matching_flops(method, tokens, metric, removed, ends, at_output, features_width=width)
+        received = 2 * tokens * tokens * (1 if has_map else heads)
+        if not has_map:
+            received += 2 * tokens * tokens * (heads + (0 if one_softmax else width))
+        total += received * ((method.needs_importance and not cosine) or (method.needs_salience and not prefix))
+        total += received * method.needs_middle
+        total += 2 * tokens * width * (method.needs_class_attention or (method.needs_salience and prefix > 0))
+        if method.needs_next_layer:
+            total += 4 * linear_flops(tokens, width, width) + attention_flops(tokens, tokens, width)
     return total
 
 
@@ -281,7 +302,19 @@ def _merged_parts(config: Any, family: Family, schedule: Schedule, method: Metho
     """Likewise for one image whose tokens are merged behind the projector."""
     patch_embedding, encoder = family.tower_flops(config) if family.tower_flops else _untouched_tower(config, family)
     projector = family.connector_flops(config, schedule.placeholders) if family.connector_flops else 0
-    return patch_embedding, encoder, _merging(config.get_text_config().hidden_size, schedule, method), projector
+    merging = _merging(config.get_text_config().hidden_size, schedule, method) + _heard(config, family, method)
+    return patch_embedding, encoder, merging, projector
+
+
+def _heard(config: Any, family: Family, method: Method) -> int:
+    """What a method behind the projector is told of the tower's attention: the class token's, or an importance."""
+    geometry = family.geometry(config)
+    if not method.needs_salience or not isinstance(geometry, TowerGeometry):
+        return 0
+    vision, tokens = config_at(config, family.vision_config), geometry.patches + geometry.prefix
+    if geometry.prefix:
+        return 2 * tokens * int(vision.hidden_size)
+    return 2 * tokens * tokens * int(2 * vision.num_attention_heads + vision.hidden_size)
 
 
 def _untouched_tower(config: Any, family: Family) -> tuple[int, int]:

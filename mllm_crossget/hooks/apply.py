@@ -11,6 +11,7 @@ from mllm_crossget.families.family import (
     BertNames,
     Family,
     FeatureKind,
+    LayerNames,
     config_at,
     module_at,
     own_geometry,
@@ -20,7 +21,7 @@ from mllm_crossget.families.family import (
 from mllm_crossget.hooks.ground.alignment_tokens import AlignmentTokens
 from mllm_crossget.hooks.ground.cross_tokens import CrossTokens
 from mllm_crossget.hooks.ground.journal import Journal
-from mllm_crossget.hooks.ground.state import HANDLE, Handle, LanguageView, OwnTower, TowerState
+from mllm_crossget.hooks.ground.state import HANDLE, Handle, LanguageView, MergeState, OwnTower, TowerState
 from mllm_crossget.hooks.language.sized_model import hook_language_model
 from mllm_crossget.hooks.model.bare_tower import RaggedTower
 from mllm_crossget.hooks.model.dual_encoder import DualModel
@@ -40,6 +41,7 @@ from mllm_crossget.hooks.text.counts_per_text import RaggedTextEncoder, RaggedTe
 from mllm_crossget.hooks.text.first_token import hook_text
 from mllm_crossget.hooks.tower.counts_per_image import RaggedEncoder, RaggedLayer
 from mllm_crossget.hooks.tower.fixed_counts import hook_tower
+from mllm_crossget.hooks.tower.listening import hook_listener
 from mllm_crossget.hooks.tower.output_selection import hook_output
 from mllm_crossget.hooks.tower.pooling_head import hook_pooling
 from mllm_crossget.methods.method import Method, Place
@@ -69,6 +71,7 @@ def apply_method(
             if isinstance(geometry, MergeGeometry):
                 owner = module_at(model, family.features_owner or "")
                 handle.tower = hook_merge(journal, owner, method, family.modalities)
+                _hook_listener(model, handle, handle.tower)
             elif method.reduces_vision and method.place is Place.TOWER_OUTPUT:
                 _hook_output(model, handle, geometry)
             elif method.reduces_vision and family.tower is not None:
@@ -123,13 +126,29 @@ def _hook_encoder(model: Any, handle: Handle, path: str, place: str, geometry: T
 
 def _hook_output(model: Any, handle: Handle, geometry: TowerGeometry) -> None:
     """Hook the layer that is read, for a method that selects behind it."""
-    family, path = handle.family, handle.family.tower or ""
+    encoder, path, names = _vision_encoder(model, handle.family)
+    handle.encoder_path = path
+    handle.tower = hook_output(handle.journal, encoder, names, handle.method, geometry)
+
+
+def _hook_listener(model: Any, handle: Handle, state: MergeState) -> None:
+    """For a method behind the projector that wants to know what the tower attends to; checked before."""
+    geometry = handle.family.geometry(model.config)
+    if not handle.method.needs_salience or not isinstance(geometry, TowerGeometry):
+        return
+    encoder, _, names = _vision_encoder(model, handle.family)
+    layer = getattr(encoder, names.layers)[geometry.read - 1]
+    state.listener = hook_listener(handle.journal, layer, names, paid=geometry.prefix > 0)
+
+
+def _vision_encoder(model: Any, family: Family) -> tuple[nn.Module, str, LayerNames]:
+    """The module that holds the vision tower's layers, the path to it, and the names inside."""
+    path = family.tower or ""
     kind = tower_kind(
         config_at(model.config, family.vision_config).model_type, family.vision.kinds, type(model).__name__
     )
-    layers = getattr(module_at(module_at(model, path), kind.encoder), kind.names.layers)
-    handle.encoder_path = ".".join(filter(None, (path, kind.encoder)))
-    handle.tower = hook_output(handle.journal, layers, kind.names, handle.method, geometry)
+    encoder = module_at(module_at(model, path), kind.encoder)
+    return encoder, ".".join(filter(None, (path, kind.encoder))), kind.names
 
 
 def _hook_readers(model: Any, handle: Handle, norm: nn.Module) -> None:

@@ -28,6 +28,11 @@ class Method(ReductionConfig):
         needs_importance: wants ``Signals.importance``.
         needs_features: wants ``Signals.features``; not inside a tower's layers.
         needs_class_attention: wants ``Signals.class_attention``; at the output of a tower with a class token only.
+        needs_salience: wants ``Signals.salience``; not inside a tower's layers. Behind a projector, where every feature
+            is one of the tower's tokens.
+        needs_middle, needs_next_layer: want ``Signals.middle`` and ``Signals.following``; at a tower's output.
+        needs_text: wants ``Signals.text``; behind the projector. What is kept then depends on the question, so that
+            encoded images cannot be used again for the next one.
         selects_at_output: ``match_at_output`` can take any number of tokens away behind the layer that is read.
         proportional_attention: layers behind a merge weigh tokens by their size.
         moving_settings: fields that change while a model is trained, which a checkpoint gives back.
@@ -36,6 +41,10 @@ class Method(ReductionConfig):
     needs_importance: ClassVar[bool] = False
     needs_features: ClassVar[bool] = False
     needs_class_attention: ClassVar[bool] = False
+    needs_salience: ClassVar[bool] = False
+    needs_middle: ClassVar[bool] = False
+    needs_next_layer: ClassVar[bool] = False
+    needs_text: ClassVar[bool] = False
     proportional_attention: ClassVar[bool] = True
     moving_settings: ClassVar[tuple[str, ...]] = ()
 

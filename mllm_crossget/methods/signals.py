@@ -9,6 +9,32 @@ from torch import Tensor
 
 
 @dataclass
+class AskedText:
+    """What is asked about every image, for methods whose selection depends on it (``Method.needs_text``).
+
+    Attributes:
+        embeddings: (B, L, D) input embeddings of the language model, without gradient; D is that of the features.
+        alive: (B, L) True for tokens of the text; the others are padding.
+    """
+
+    embeddings: Tensor
+    alive: Tensor
+
+
+@dataclass
+class NextLayer:
+    """What the layer behind the one that is read makes of that one's tokens, all of its heads taken as a single one.
+
+    Attributes:
+        attention: (B, T) float32 of the class token to every token; of the mean query where a tower has none.
+        keys: (B, T, D) of every token, heads side by side.
+    """
+
+    attention: Tensor
+    keys: Tensor
+
+
+@dataclass
 class Signals:
     """What a method sees where every image keeps the same number of tokens.
 
@@ -23,6 +49,14 @@ class Signals:
         features: (B, T, D) the tokens themselves, without gradient; None if not asked for (``needs_features``).
         class_attention: (B, T) float32 attention that the class token pays, the mean over heads; None if not asked for
             (``needs_class_attention``).
+        salience: (B, T) float32 the same in towers with a class token; in others the attention received, the mean over
+            heads and queries. Behind a projector it is that of the layer that is read. None if not asked for
+            (``needs_salience``).
+        middle: (B, T) float32 attention received in the middle layer of those that run; None if not asked for
+            (``needs_middle``).
+        following: what the layer behind makes of the tokens; None if not asked for (``needs_next_layer``).
+        text: what is asked about the image; None if not asked for (``needs_text``).
+        depth: share of the tower's layers in front of this one.
     """
 
     keys: Tensor
@@ -31,6 +65,11 @@ class Signals:
     in_order: bool = False
     features: Tensor | None = None
     class_attention: Tensor | None = None
+    salience: Tensor | None = None
+    middle: Tensor | None = None
+    following: NextLayer | None = None
+    text: AskedText | None = None
+    depth: float = 0.0
 
 
 @dataclass

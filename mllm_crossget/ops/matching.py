@@ -35,6 +35,8 @@ class Match(NamedTuple):
         slot: (B, T) the output row every token ends up in.
         weight: (B, R, 2) shares of source and destination; None for a plain size-weighted mean.
         pruned: the sources are thrown away: neither their values nor their sizes enter the destination.
+        mix: (B, T-R, T) share of every token in every output row, instead of means along the pairs, which then say
+            sizes and places alone: for sums, and for tokens that enter several rows.
     """
 
     src: Tensor
@@ -43,6 +45,7 @@ class Match(NamedTuple):
     slot: Tensor
     weight: Tensor | None = None
     pruned: bool = False
+    mix: Tensor | None = None
 
 
 def complete_graph_soft_matching(
@@ -223,6 +226,11 @@ def random_matching(
     kept, slot = _layout(src, dst, tokens)
     src, dst, kept, slot = (part.expand(batch, -1) for part in (src, dst, kept, slot))
     return Match(src, dst, kept, slot)
+
+
+def hashed_order(tokens: int, seed: int, device: torch.device | None = None) -> Tensor:
+    """(tokens,) a random order that depends on ``seed`` and ``tokens`` alone, the same on every device."""
+    return _hashed(tokens, seed * 2654435761 + tokens * 40503, device).argsort(stable=True)
 
 
 def _check_r(r: int, tokens: int, protected: int) -> None:

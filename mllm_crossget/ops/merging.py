@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mllm_crossget.ops.dispatch import cpu_kernels
 from mllm_crossget.ops.matching import Match
+from mllm_crossget.ops.precision import without_autocast
 from mllm_crossget.ops.rows import select_rows
 
 
@@ -14,7 +15,8 @@ def merge(x_BTD: Tensor, size_BT: Tensor, match: Match) -> tuple[Tensor, Tensor]
     """Merge tokens (ToMe's size-weighted mean; CrossGET section 3.3 where the match carries weights).
 
     An output token is Σ c·size·x over its members, divided by the sum of their sizes. c is 1; with the weights (α, β)
-    of a pair it is 2α for a source and 1 + Σ(2β - 1) for a destination. Gradients flow through ``x`` alone. Sums run in
+    of a pair it is 2α for a source and 1 + Σ(2β - 1) for a destination. A match with ``mix`` says what every output
+    token is made of instead. Gradients flow through ``x`` alone. Sums run in
     float32, so half precision does not overflow; tokens that take part in no merge are copied as they are.
 
     Args:
@@ -26,6 +28,8 @@ def merge(x_BTD: Tensor, size_BT: Tensor, match: Match) -> tuple[Tensor, Tensor]
         (B, T-R, D) tokens in ``x``'s dtype and (B, T-R) sizes in float32.
     """
     size = size_BT.float()
+    if match.mix is not None:
+        return _mixed(x_BTD, size, match, match.mix)
     merges = bool(match.src.shape[1]) and not match.pruned
     if merges and _adds_in_place(x_BTD) and (kernels := cpu_kernels(x_BTD)):
         rows, sizes = kernels.merge_images(x_BTD, size, *match[:5])
@@ -55,6 +59,16 @@ def merge(x_BTD: Tensor, size_BT: Tensor, match: Match) -> tuple[Tensor, Tensor]
     merged = torch.where(first == places[..., None], merged, merged.detach().gather(1, first)).to(x_BTD.dtype)
     rows.index_copy_(0, row.flatten(), merged.flatten(0, 1))
     return kept, new_size
+
+
+def _mixed(x_BTD: Tensor, size: Tensor, match: Match, mix: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows as the match mixes them, in float32, and the sizes of what each stands for."""
+    with without_autocast(x_BTD.device):
+        mixed = mix.float() @ x_BTD.float()
+    kept_size = size.gather(1, match.kept)
+    if not match.pruned:
+        kept_size = kept_size.scatter_add(1, match.slot.gather(1, match.src), size.gather(1, match.src))
+    return mixed.to(x_BTD.dtype), kept_size
 
 
 def _adds_in_place(x_BTD: Tensor) -> bool:

@@ -68,6 +68,12 @@ def _shape_of_farthest_first(keys: Tensor, importance: Tensor, kept: int, shield
     return keys.new_empty(len(keys), kept, dtype=torch.int64)
 
 
+@torch.no_grad()
+def highest(scores_BT: Tensor, kept: int) -> Tensor:
+    """(B, kept) tokens with the highest scores, highest first. Equal scores: the lower index, on every device."""
+    return scores_BT.argsort(dim=1, descending=True, stable=True)[:, :kept]
+
+
 def keep_only(stays_BT: Tensor, kept: int) -> Match:
     """Every token that does not stay is thrown away.
 

@@ -39,6 +39,9 @@ TRACE = "trace"
 """A list that gets one ``LayerTrace`` per layer, or per step behind a projector."""
 RUNNING = "running"
 """True while features are being made that will be merged."""
+QUESTION = "question"
+"""What is asked about the images of a call, for methods that select by it: an ``AskedText`` by the name of the method
+that encodes them, a row for each image."""
 CALIBRATION = "calibration"
 """What finds the layers' thresholds while ``calibrate`` runs."""
 
@@ -137,11 +140,13 @@ class MergeState:
     Attributes:
         method, modalities: what to do, with which inputs.
         tower: whose share of tokens is kept here, where a tower in front of the projector's grid is reduced, else None.
+        listener: what hears the attention of the layer that is read, where the method wants it, else None.
     """
 
     method: Method
     modalities: tuple[Modality, ...]
     tower: TowerState | None = None
+    listener: Any = None
     schedules: dict[int, Schedule] = field(default_factory=dict)
 
     def schedule(self, tokens: int) -> Schedule:

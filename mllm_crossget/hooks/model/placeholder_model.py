@@ -45,6 +45,7 @@ from mllm_crossget.hooks.request.compact_call import (
 )
 from mllm_crossget.hooks.request.compaction import LAYOUT, Layout
 from mllm_crossget.hooks.request.placeholders import images_per_row, mismatch_explained, present
+from mllm_crossget.hooks.request.question import asking
 from mllm_crossget.hooks.request.token_sizes import joined_log_sizes, log_sizes_of_compact
 from mllm_crossget.hooks.request.user_view import PromptView, option_reader, shift_lengths, with_user_view
 from mllm_crossget.methods.capabilities import LossKind
@@ -146,7 +147,8 @@ def compact_forward(model: nn.Module, forward: Any, kwargs: dict[str, Any], colu
     # generate forgets what it has encoded itself
     ahead = nullcontext() if generating_log_sizes(model) is not None else forget_ahead(model, handle.family)
     counts_unknown = present(handle, kwargs) and not torch.compiler.is_compiling()
-    with ahead, mismatch_explained(model, handle, kwargs) if counts_unknown else nullcontext():
+    explained = mismatch_explained(model, handle, kwargs) if counts_unknown else nullcontext()
+    with ahead, explained, asking(model, handle, kwargs):
         if handle.size_bias:
             _give_log_sizes(model, handle, kwargs)
         return _with_alignment(model, forward, handle, kwargs)
@@ -175,7 +177,8 @@ def _forward_shrunk(model: nn.Module, forward: Any, handle: Handle, kwargs: dict
     same_columns = kwargs.get("labels") is None and shrunk.compaction.keeps_last(keep)
     if has_head:
         kwargs["logits_to_keep"] = keep if same_columns else 0
-    output = _with_alignment(model, forward, handle, kwargs)
+    with asking(model, handle, kwargs):  # images that were not encoded ahead
+        output = _with_alignment(model, forward, handle, kwargs)
     if not same_columns:
         full = shrunk.compaction.expand(getattr(output, column_wise))
         setattr(output, column_wise, _slice_logits(full, keep))

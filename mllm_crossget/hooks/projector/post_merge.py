@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from mllm_crossget.families.modality import Modality
 from mllm_crossget.hooks.ground.call_state import Lent, lent
 from mllm_crossget.hooks.ground.journal import Journal
-from mllm_crossget.hooks.ground.state import RUNNING, TRACE, LayerTrace, MergeState, TowerState
+from mllm_crossget.hooks.ground.state import QUESTION, RUNNING, TRACE, LayerTrace, MergeState, TowerState
 from mllm_crossget.hooks.projector.features import FeaturesMixin, encoded_ahead, features_of, with_features
 from mllm_crossget.hooks.projector.groups import Groups, groups_of_source, with_groups
+from mllm_crossget.hooks.tower.listening import HEARD
 from mllm_crossget.methods.method import Method, Place
-from mllm_crossget.methods.signals import Signals
+from mllm_crossget.methods.signals import AskedText, Signals
 from mllm_crossget.ops.importance import attention_importance
 from mllm_crossget.ops.merging import compose_source, merge
 
@@ -65,13 +66,40 @@ def hook_merge(
     return state
 
 
-def merge_features(features_BND: Tensor, companions: list[Tensor], state: MergeState) -> Merged:
+@dataclass
+class Seen:
+    """What a method that acts once sees of images beside their features. B images of n tokens.
+
+    Attributes:
+        salience: (B, n) see ``Signals``, or None.
+        text: what is asked about them, or None.
+    """
+
+    salience: Tensor | None = None
+    text: AskedText | None = None
+
+    def of(self, images: list[int]) -> Seen:
+        """The same of some of the images."""
+        text = self.text
+        return Seen(
+            None if self.salience is None else self.salience[images],
+            None if text is None else AskedText(text.embeddings[images], text.alive[images]),
+        )
+
+
+_NOTHING_SEEN = Seen()
+
+
+def merge_features(
+    features_BND: Tensor, companions: list[Tensor], state: MergeState, beside: Seen = _NOTHING_SEEN
+) -> Merged:
     """Merge the features of images of one size, each image by itself.
 
     Args:
         features_BND: (B, n, D) projected features.
         companions: (B, n, ·) features of the same cells from elsewhere (deepstack), merged along the same matches.
         state: the method, its counts, and where to trace.
+        beside: what a method that acts once wants of the images.
     """
     batch, tokens, width = features_BND.shape
     size = torch.ones(batch, tokens, dtype=torch.float32, device=features_BND.device)
@@ -84,8 +112,9 @@ def merge_features(features_BND: Tensor, companions: list[Tensor], state: MergeS
             one_head = keys[:, None]
             importance = attention_importance(one_head, one_head, width**0.5, size.log(), cross_token=False)
         seen = features.detach() if state.method.needs_features else None
+        signals = Signals(keys, importance, (), features=seen, salience=beside.salience, text=beside.text, depth=1.0)
         choose = state.method.match_at_output if step == schedule.output else state.method.match
-        match = choose(Signals(keys, importance, (), features=seen), removed)
+        match = choose(signals, removed)
         companions = [merge(other, size, match)[0] for other in companions]
         features, size = merge(features, size, match)
         kept, source = kept.gather(1, match.kept), compose_source(source, match)
@@ -137,14 +166,17 @@ def _merged(
         return stock(*args, **kwargs)
     if kwargs.get("return_dict") is False:  # a tuple does not say which of its entries are the features
         return _merged(owner, method, stock, args, {**kwargs, "return_dict": True}).to_tuple()
-    with Lent(RUNNING, True, state):
+    heard: list[Tensor] = []
+    with Lent(RUNNING, True, state), Lent(HEARD, heard, state.listener):
         output = stock(*args, **kwargs)
     modality = next(modality for modality in state.modalities if modality.encode == method)
     arguments = {**dict(zip(inspect.signature(stock).parameters, args, strict=False)), **kwargs}
-    return _merge_output(owner, state, modality, output, arguments)
+    return _merge_output(owner, state, modality, output, arguments, heard)
 
 
-def _merge_output(owner: nn.Module, state: MergeState, modality: Modality, output: Any, kwargs: dict[str, Any]) -> Any:
+def _merge_output(
+    owner: nn.Module, state: MergeState, modality: Modality, output: Any, kwargs: dict[str, Any], heard: list[Tensor]
+) -> Any:
     features = features_of(output)
     entries = list(features)  # a tensor (images, n, D) or a list of one (·, D) for each row or image
     if not entries:
@@ -155,7 +187,7 @@ def _merge_output(owner: nn.Module, state: MergeState, modality: Modality, outpu
         raise ValueError(f"{sum(sizes)} visual features for images of {runs} tokens: unknown structure")
     layers = getattr(output, "deepstack_features", None) or []
     packed = [part if isinstance(part, Tensor) else torch.cat(list(part)) for part in (entries, *layers)]
-    merged, kept, groups = _merge_runs(packed, runs, state)
+    merged, kept, groups = _merge_runs(packed, runs, state, _seen(state, modality, runs, heard))
     new_sizes = _sizes_after(sizes, runs, [len(cells) for cells in kept])
     split = [list(torch.split(values, new_sizes)) for values in merged]
     output = with_features(output, lambda old: torch.stack(split[0]) if isinstance(old, Tensor) else split[0])
@@ -169,13 +201,40 @@ def _merge_output(owner: nn.Module, state: MergeState, modality: Modality, outpu
     return output
 
 
+def _seen(state: MergeState, modality: Modality, runs: list[int], heard: list[Tensor]) -> Seen:
+    """What the method wants beside the features of so many images.
+
+    Raises:
+        ValueError: it wants the question, and the images come without a prompt, or several runs are one image.
+    """
+    method, seen = state.method, Seen()
+    if method.needs_salience:
+        seen.salience = torch.cat(heard)[:, -runs[0] :]
+    if method.needs_text:
+        seen.text = (lent(QUESTION, state) or {}).get(modality.encode)
+        if seen.text is None:
+            raise ValueError(
+                f"{type(method).__name__} selects by the question, and the images came without one: call forward or "
+                f"generate with the whole prompt, not {modality.encode}, or use a method that sees images alone"
+            )
+        if len(seen.text.alive) != len(runs):
+            raise ValueError(
+                f"{len(runs)} frames for {len(seen.text.alive)} {modality.name}s: {type(method).__name__} selects by "
+                "the question and does not serve frames; use a method that sees images alone"
+            )
+    return seen
+
+
 def _merge_runs(
-    flat: list[Tensor], runs: list[int], state: MergeState
+    flat: list[Tensor], runs: list[int], state: MergeState, seen: Seen
 ) -> tuple[list[Tensor], list[Tensor], list[Groups]]:
     """Merge the runs of packed features, all runs of one length at once; the order of the runs stays.
 
     Args:
         flat: (Σn, D) packed features, and companions of the same length.
+        runs: n of every image.
+        state: as ``merge_features``.
+        seen: of all images.
 
     Returns:
         The same, (Σk, D) each, the cells kept by each run, and what the features of each run stand for.
@@ -187,7 +246,7 @@ def _merge_runs(
     for length in sorted(set(runs)):
         members = [index for index, run in enumerate(runs) if run == length]
         first, *others = [torch.stack([part[index] for index in members]) for part in parts]
-        merged = merge_features(first, others, state)
+        merged = merge_features(first, others, state, seen.of(members))
         source = merged.source
         if state.method.prunes:  # what was thrown away is in no token
             own = torch.arange(merged.kept.shape[1], device=source.device).expand_as(merged.kept)

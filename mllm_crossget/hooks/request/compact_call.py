@@ -34,6 +34,7 @@ from mllm_crossget.hooks.request.placeholders import (
     present,
     token_of,
 )
+from mllm_crossget.hooks.request.question import asking
 from mllm_crossget.hooks.request.rope_positions import cells_that_stay, grid_positions, text_positions
 from mllm_crossget.hooks.request.token_sizes import joined_log_sizes
 from mllm_crossget.hooks.request.user_view import prompt_mask
@@ -206,12 +207,16 @@ def shrink_new_columns(
         past: (B,) real ones among the cached columns of the compact prompt, None for none.
     """
     left = bool((mask[:, -1] != 0).all())
-    images = {
-        token_of(model, modality): image_counts(model, handle, modality, kwargs) for modality in present(handle, kwargs)
-    }
     in_grid = handle.family.positions is Positions.GRID
     keeps_positions = keeps_positions_on(handle, layout)
-    groups = groups_of_call(model, handle, kwargs, images) if handle.size_bias or keeps_positions else None
+    with asking(model, handle, kwargs, ids, mask):
+        images = {
+            token_of(model, modality): image_counts(model, handle, modality, kwargs)
+            for modality in present(handle, kwargs)
+        }
+        groups = groups_of_call(model, handle, kwargs, images) if handle.size_bias or keeps_positions else None
+        if handle.method.needs_text and groups is None:  # encoded now, where what is asked is at hand
+            groups_of_call(model, handle, kwargs, images)
     compaction = plan_compaction(ids, mask, images, left, keeps_positions, groups)
     if past is not None and bool(past.any()):
         refuse_padding_in_a_state(model, compaction.compact(mask, 0))

@@ -22,6 +22,7 @@ from mllm_crossget.hooks.ground.vision_cache import Encoded, VisionCache, conten
 from mllm_crossget.hooks.projector.features import encoded_ahead
 from mllm_crossget.hooks.reuse.image_packing import Pieces, pieces_of
 from mllm_crossget.hooks.tower.encoder import SIZES
+from mllm_crossget.methods.method import Method
 
 if TYPE_CHECKING:
     from mllm_crossget.hooks.ground.state import Handle
@@ -43,6 +44,16 @@ def check_reuse(model: nn.Module, family: Family, wanted: bool | VisionCache | N
         "there is one, does not read features that get_image_features makes of the image alone (but through a Q-Former "
         f"or by cross-attention); model types that can: {able}. Leave reuse_vision out"
     )
+
+
+def refuse_reuse(method: Method, wanted: bool | VisionCache | None) -> None:
+    """Raise ``ValueError`` where encoded images are to be kept and the method selects their tokens by the question."""
+    if wanted is not None and wanted is not False and method.needs_text:
+        raise ValueError(
+            f"{type(method).__name__} selects tokens by the question, so an image that was encoded for one question is "
+            "of no use for the next: leave reuse_vision out or give reuse_vision=False, or use a method that sees "
+            "images alone"
+        )
 
 
 def use_cache(model: nn.Module, handle: Handle, wanted: bool | VisionCache) -> None:

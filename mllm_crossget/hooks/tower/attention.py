@@ -54,7 +54,8 @@ class AttentionSlot:
             different tokens; None: ``key_bias``.
         pruning_alive: (B, T) the tokens that are no dead rows, beside ``pruning_bias``.
         record_class: whether ``class_attention`` is wanted.
-        keys, importance, received, class_received, class_attention: what was recorded.
+        record_projections: whether ``projections`` are wanted, (B, T, D) queries and keys, heads side by side.
+        keys, importance, received, class_received, class_attention, projections: what was recorded.
     """
 
     key_bias: Tensor | None = None
@@ -67,11 +68,13 @@ class AttentionSlot:
     pruning_bias: Tensor | None = None
     pruning_alive: Tensor | None = None
     record_class: bool = False
+    record_projections: bool = False
     keys: Tensor | None = None
     importance: Tensor | None = None
     received: Tensor | None = None
     class_received: Tensor | None = None
     class_attention: Tensor | None = None
+    projections: tuple[Tensor, Tensor] | None = None
 
     def take(self) -> tuple[Tensor, Tensor | None]:
         """The recorded keys and importance."""
@@ -168,6 +171,8 @@ def reduced_attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if slot.record_keys:
         _record_keys(slot, query, key)
+    if slot.record_projections:
+        slot.projections = query.detach().transpose(1, 2).flatten(2), key.detach().transpose(1, 2).flatten(2)
     if slot.record_class:
         slot.class_attention = class_token_attention(query, key, scaling, slot.key_bias)
     # The tower's own configuration: a later set_attn_implementation is honoured. Not by the property: a configuration

@@ -70,7 +70,10 @@ class ReducedEncoder(nn.Module):
         if not state.ignores_mask:
             refuse_mask(attention_mask)
         schedule = state.schedule(inputs_embeds.shape[1])
-        steps = [(removed, layer == schedule.output) for layer, removed in enumerate(schedule.removals)]
+        steps = [
+            (removed, layer == schedule.output, layer / len(schedule.removals))
+            for layer, removed in enumerate(schedule.removals)
+        ]
         hidden, _ = run_tower(self, state, inputs_embeds, lambda index, hidden, size: steps[index])
         return BaseModelOutput(last_hidden_state=hidden)
 
@@ -86,6 +89,7 @@ class ReducedLayer(nn.Module):
         cross: Tensor | None = None,
         removed: int = 0,
         at_output: bool = False,
+        depth: float = 0.0,
     ) -> Taken:
         """One layer.
 
@@ -96,6 +100,7 @@ class ReducedLayer(nn.Module):
             cross: (D,) what makes the last token the layer's cross token, or None.
             removed: tokens to merge away here.
             at_output: whether that is done behind the layer, by the method's selection among all tokens.
+            depth: share of the tower's layers in front of this one.
 
         Returns:
             (B, T - removed, D) tokens, their sizes (or None), the match and (B, T) the new row of every old one (both
@@ -110,22 +115,28 @@ class ReducedLayer(nn.Module):
             cross_token=cross is not None,
             guide=-1 if state.cosine and cross is not None and method.needs_importance else None,
         )
-        step = partial(_match_and_merge, state, slot, removed, at_output) if removed else None
+        step = partial(_match_and_merge, state, slot, removed, at_output, depth) if removed else None
         behind = at_output or state.at_output
         return run_layer(self, state.names, slot, hidden_states, size, step, attention_mask, cross, at_output=behind)
 
 
 def _match_and_merge(
-    state: TowerState, slot: AttentionSlot, removed: int, at_output: bool, hidden: Tensor, size: Tensor | None
+    state: TowerState,
+    slot: AttentionSlot,
+    removed: int,
+    at_output: bool,
+    depth: float,
+    hidden: Tensor,
+    size: Tensor | None,
 ) -> Taken:
     """The step of a layer that removes tokens."""
     keys, importance = slot.take()
     protected = (0,) * state.geometry.prefix + ((hidden.shape[1] - 1,) if slot.cross_token else ())
     if at_output:
         keys = keys if state.view is None else state.view(hidden)
-        match = state.method.match_at_output(Signals(keys, importance, protected), removed)
+        match = state.method.match_at_output(Signals(keys, importance, protected, depth=depth), removed)
     else:
-        match = state.method.match(Signals(keys, importance, protected), removed)
+        match = state.method.match(Signals(keys, importance, protected, depth=depth), removed)
     hidden, size = merge(hidden, sizes_of(hidden, size), match)
     return hidden, size, match, match.slot
 

@@ -1,0 +1,89 @@
+"""What is asked about every image of a call, for methods that select by it (``Method.needs_text``).
+
+The question is read as the language model reads it: the input embeddings of the prompt's tokens. Nobody says where in a
+chat the question stands, so it is whatever follows the image in its row.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mllm_crossget.families.modality import Modality
+from mllm_crossget.hooks.ground.call_state import Lent
+from mllm_crossget.hooks.ground.state import QUESTION, Handle
+from mllm_crossget.hooks.request.placeholders import known_features, placeholders_of, present, token_of
+from mllm_crossget.methods.signals import AskedText
+
+_NOBODY_ANSWERS = -100  # the label of a token that is not learned
+
+
+def asking(
+    model: nn.Module, handle: Handle, kwargs: dict[str, Any], ids: Tensor | None = None, mask: Tensor | None = None
+) -> AbstractContextManager[Any]:
+    """A ``with`` block in which images are encoded with what is asked about them; of other methods, an empty one.
+
+    Args:
+        model: the accelerated model.
+        handle: of it.
+        kwargs: of the call, with its images.
+        ids: (B, columns) the new columns of the prompt, full or compact; those in ``kwargs`` if not given.
+        mask: (B, columns) of them.
+    """
+    if not handle.method.needs_text or not present(handle, kwargs) or handle.merging is None:
+        return nullcontext()
+    ids = kwargs["input_ids"] if ids is None else ids
+    mask = kwargs.get("attention_mask") if mask is None else mask
+    if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):  # prepared: images are encoded by then
+        return nullcontext()
+    alive = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask[:, -ids.shape[1] :] != 0
+    labels = kwargs.get("labels")
+    if labels is not None:  # what is to be learned is no question
+        alive = alive & (labels[:, -ids.shape[1] :] == _NOBODY_ANSWERS)
+    asked = {
+        modality.encode: _asked(model, handle, modality, kwargs, ids, alive)
+        for modality in present(handle, kwargs)
+        if kwargs.get(modality.pixels) is not None
+    }
+    return Lent(QUESTION, asked, handle.merging)
+
+
+@torch.no_grad()
+def _asked(
+    model: Any, handle: Handle, modality: Modality, kwargs: dict[str, Any], ids: Tensor, alive: Tensor
+) -> AskedText:
+    """The text behind every image."""
+    pictures = torch.zeros_like(alive)
+    for one in handle.family.modalities:
+        pictures |= ids == token_of(model, one)
+    text = alive & ~pictures
+    row, column = _last_places(ids == token_of(model, modality), _counts(model, handle, modality, kwargs, ids))
+    behind = torch.arange(ids.shape[1], device=ids.device) > column[:, None]
+    asked = text[row] & behind
+    asked = torch.where(asked.any(dim=1, keepdim=True), asked, text[row])  # the picture comes last: what is before it
+    order = (~asked).to(torch.uint8).argsort(dim=1, stable=True)[:, : max(1, int(asked.sum(dim=1).max()))]
+    words = ids.masked_fill(~text, 0)[row].gather(1, order)
+    return AskedText(model.get_input_embeddings()(words).detach(), asked.gather(1, order))
+
+
+def _counts(model: nn.Module, handle: Handle, modality: Modality, kwargs: dict[str, Any], ids: Tensor) -> list[int]:
+    """Placeholders of every image in the prompt, which is full or compact."""
+    full = placeholders_of(model, handle, modality, kwargs)
+    if int((ids == token_of(model, modality)).sum()) == sum(full):
+        return full
+    return known_features(model, handle, modality, kwargs) or full
+
+
+def _last_places(pictures: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
+    """(images,) row and column of every image's last placeholder; images stand in their order, row by row."""
+    places = pictures.flatten().nonzero()[:, 0]
+    last = torch.tensor(counts, device=places.device).cumsum(0) - 1
+    if len(places) != int(last[-1]) + 1:
+        raise ValueError(
+            f"the prompt holds {len(places)} image placeholders, the images of the call need {sum(counts)}"
+        )
+    last = places[last]
+    return last // pictures.shape[1], last % pictures.shape[1]
