@@ -5,6 +5,7 @@ Read ``method`` (what a method is), ``signals`` (what it sees), ``capabilities``
 """
 
 from mllm_crossget.config import Place
+from mllm_crossget.methods import rivals
 from mllm_crossget.methods.crossget import CrossGetConfig
 from mllm_crossget.methods.dynamic import DynamicMethod
 from mllm_crossget.methods.madtp import MadtpConfig
@@ -25,4 +26,5 @@ __all__ = [
     "SelectionMethod",
     "Signals",
     "ToMeConfig",
+    "rivals",
 ]

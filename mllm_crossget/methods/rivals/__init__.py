@@ -1,0 +1,40 @@
+"""Reducers of others, from their published formulas, on the same model and the same accounting as ours.
+
+One file each, named after the method. ``patches`` is what they have in common, ``relevance`` what those share that read
+the question. Each docstring says what its paper claims, where it acts, and where we differ from the published code.
+"""
+
+from mllm_crossget.methods.rivals.cdpruner import CdPrunerConfig
+from mllm_crossget.methods.rivals.divprune import DivPruneConfig
+from mllm_crossget.methods.rivals.fastervlm import FasterVlmConfig
+from mllm_crossget.methods.rivals.fsr import FsrConfig
+from mllm_crossget.methods.rivals.hiprune import HiPruneConfig
+from mllm_crossget.methods.rivals.hired import HiRedConfig
+from mllm_crossget.methods.rivals.holov import HoloVConfig
+from mllm_crossget.methods.rivals.pitome import PiToMeConfig
+from mllm_crossget.methods.rivals.pooling import PoolingConfig
+from mllm_crossget.methods.rivals.prumerge import PruMergeConfig, PruMergePlusConfig
+from mllm_crossget.methods.rivals.random_output import RandomOutputConfig
+from mllm_crossget.methods.rivals.scope import ScopeConfig
+from mllm_crossget.methods.rivals.uniform import UniformConfig
+from mllm_crossget.methods.rivals.visionzip import VisionZipConfig
+from mllm_crossget.methods.rivals.vispruner import VisPrunerConfig
+
+__all__ = [
+    "CdPrunerConfig",
+    "DivPruneConfig",
+    "FasterVlmConfig",
+    "FsrConfig",
+    "HiPruneConfig",
+    "HiRedConfig",
+    "HoloVConfig",
+    "PiToMeConfig",
+    "PoolingConfig",
+    "PruMergeConfig",
+    "PruMergePlusConfig",
+    "RandomOutputConfig",
+    "ScopeConfig",
+    "UniformConfig",
+    "VisPrunerConfig",
+    "VisionZipConfig",
+]

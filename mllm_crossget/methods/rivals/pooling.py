@@ -1,0 +1,36 @@
+"""Average pooling at the tower's output: means over blocks of the image's grid, whatever they show."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from mllm_crossget.config import register_method
+from mllm_crossget.methods.rivals.patches import Mixture, PatchMixture
+from mllm_crossget.methods.signals import Signals
+from mllm_crossget.ops.blocks import block_of_patches, middle_of_blocks
+
+
+@register_method
+@dataclass
+class PoolingConfig(PatchMixture):
+    """Average the patches of every block of the image's grid.
+
+    A baseline without a paper of its own, at the tower's output. Pooling layers cut a grid into equal windows, which
+    gives a square number of tokens; here blocks of nearly one size give any number (``ops.blocks``).
+
+    See ``ReductionConfig`` for the dial.
+    """
+
+    method: ClassVar[str] = "pooling"
+
+    def mixture(self, patches: Signals, kept: int) -> Mixture:
+        """The same blocks of every image; each stands in the place of its middle patch."""
+        (batch, count, _), device = patches.keys.shape, patches.keys.device
+        middle, block = (
+            torch.tensor(made(count, kept), device=device).expand(batch, -1)
+            for made in (middle_of_blocks, block_of_patches)
+        )
+        return Mixture(middle, block)

@@ -1,0 +1,34 @@
+"""Uniform choice: patches at equal distances. A baseline that knows nothing of the image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from mllm_crossget.config import register_method
+from mllm_crossget.methods.rivals.patches import PatchSelection
+from mllm_crossget.methods.signals import Signals
+from mllm_crossget.ops.blocks import middle_of_blocks
+
+
+@register_method
+@dataclass
+class UniformConfig(PatchSelection):
+    """Keep the patch in the middle of every block of the image's grid, and drop the others.
+
+    No paper claims it; benchmarks of pruning (UniPruneBench, 2025) find it and random choice surprisingly strong. It
+    acts at the tower's output. Others take every n-th patch of the sequence, which makes columns where n divides the
+    width of the grid; here the grid is cut into as many blocks as there are tokens (``ops.blocks``).
+
+    See ``ReductionConfig`` for the dial.
+    """
+
+    method: ClassVar[str] = "uniform"
+
+    def choose(self, patches: Signals, kept: int) -> Tensor:
+        """The same patches of every image."""
+        batch, count, _ = patches.keys.shape
+        return torch.tensor(middle_of_blocks(count, kept), device=patches.keys.device).expand(batch, -1)
