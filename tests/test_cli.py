@@ -101,7 +101,7 @@ def test_families(capsys: pytest.CaptureFixture[str]) -> None:
         (["inspect", GEOMETRY, "--keep_ratio", "0.5", "--r", "3"], "exactly one of"),
         (["inspect", GEOMETRY, "--visual_tokens", "577"], "more than the 576 tokens"),
         (["inspect", GEOMETRY, "--r", "1", "2"], "r lists 2 layers, the vision tower has 24"),
-        (["inspect", GEOMETRY, "--method", "nonsense"], "unknown method 'nonsense'; known methods: crossget"),
+        (["inspect", GEOMETRY, "--method", "nonsense"], "unknown method 'nonsense'; known methods: cdpruner, crossget"),
         (["inspect", "nonsense"], "is no built-in geometry"),
     ],
 )

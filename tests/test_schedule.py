@@ -14,6 +14,7 @@ from mllm_crossget.families.llava import geometry as llava_geometry
 from mllm_crossget.geometry import TowerCosts
 from mllm_crossget.schedule import MergeGeometry, TowerGeometry, make_schedule, ramp, removable
 from tests.helpers import reference
+from tests.helpers.methods import OWN
 from tests.helpers.tiny import tiny_llava
 
 LLAVA_15 = TowerGeometry(patches=576, prefix=1, layers=24, read=23)
@@ -62,7 +63,7 @@ def least_features(geometry: TowerGeometry, cross: bool) -> int:
 
 
 @PROPERTY
-@given(geometries(), st.integers(1, 201), st.sampled_from(method_names()))
+@given(geometries(), st.integers(1, 201), st.sampled_from(OWN))
 def test_visual_tokens_are_met_exactly_or_refused_with_the_least(geometry, target, name):
     target = min(target, geometry.placeholders)
     config = method_class(name)(visual_tokens=target)
@@ -118,7 +119,7 @@ def test_one_eighth_of_the_embedded_models_tokens():
 
 
 @PROPERTY
-@given(geometries(), st.floats(0.01, 0.999), st.sampled_from(method_names()))
+@given(geometries(), st.floats(0.01, 0.999), st.sampled_from(OWN))
 def test_keep_ratio_means_the_same_for_every_method(geometry, ratio, name):
     config = method_class(name)(keep_ratio=ratio)
     target = max(1, round(ratio * geometry.placeholders))

@@ -10,13 +10,13 @@ import copy
 import pytest
 import torch
 
-from mllm_crossget import CrossGetConfig, accelerate_mllm, accelerated, method_names, restore_mllm, trace_merges
+from mllm_crossget import CrossGetConfig, accelerate_mllm, accelerated, restore_mllm, trace_merges
 from tests.helpers.fingerprints import assert_identical, fingerprint
-from tests.helpers.methods import FIXED, prepare
+from tests.helpers.methods import FIXED, OWN, prepare
 from tests.helpers.tiny import pixels, prompt_batch, randomise_cross_tokens, tiny_llava
 
 TOWERS = ("clip", "siglip")
-CASES = [(method, tower) for method in method_names() for tower in TOWERS]
+CASES = [(method, tower) for method in OWN for tower in TOWERS]
 
 
 @pytest.mark.parametrize(("method", "tower"), CASES)
@@ -58,8 +58,8 @@ def test_twice_is_the_same_as_once(method, tower) -> None:
     assert_identical(fingerprint(model), before)
 
 
-@pytest.mark.parametrize("first", method_names())
-@pytest.mark.parametrize("second", method_names())
+@pytest.mark.parametrize("first", OWN)
+@pytest.mark.parametrize("second", OWN)
 def test_changing_the_method_leaves_no_trace_of_the_first(first, second) -> None:
     expected = fingerprint(prepare(tiny_llava(), method=second, visual_tokens=6))
     model = prepare(tiny_llava(), method=first, visual_tokens=9)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mllm_crossget import accelerate_mllm, method_names, restore_mllm
+from mllm_crossget import accelerate_mllm, restore_mllm
 from mllm_crossget.hooks import apply
 from mllm_crossget.hooks.ground.journal import Journal
 from tests.helpers.fingerprints import assert_identical, fingerprint
-from tests.helpers.methods import prepare
+from tests.helpers.methods import OWN, prepare
 from tests.helpers.tiny import randomise_cross_tokens, tiny_llava
 
 KINDS = ("set_attribute", "add_module", "swap_class")
@@ -43,7 +43,7 @@ def calls_of(kind: str, method: str, tower: str) -> int:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("method", "tower"), [(m, t) for m in method_names() for t in ("clip", "siglip")])
+@pytest.mark.parametrize(("method", "tower"), [(m, t) for m in OWN for t in ("clip", "siglip")])
 def test_an_error_at_every_step_of_a_first_acceleration(method, tower, kind) -> None:
     expected = fingerprint(tiny_llava(tower, layers=3, text_layers=2))
     accelerated = fingerprint(prepare(tiny_llava(tower, layers=3, text_layers=2), method=method))

@@ -26,7 +26,7 @@ from mllm_crossget import (
 )
 from mllm_crossget.config import method_class
 from tests.helpers.fingerprints import assert_identical, fingerprint
-from tests.helpers.methods import prepare
+from tests.helpers.methods import OWN, prepare
 from tests.helpers.small_files import (
     CONFIG,
     LAYERS,
@@ -73,7 +73,7 @@ def test_options_survive_a_file(config, tmp_path) -> None:
     assert ReductionConfig.from_pretrained(tmp_path) == config
 
 
-@pytest.mark.parametrize("method", method_names())
+@pytest.mark.parametrize("method", OWN)
 def test_small_files_make_a_fresh_model_the_same(method, tmp_path) -> None:
     model = learned(method, keep_ratio=0.4)
     paths = save_crossget(model, tmp_path)
@@ -107,7 +107,7 @@ def test_loading_replaces_what_an_accelerated_model_had(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("tower", ["clip", "siglip"])
-@pytest.mark.parametrize("method", method_names())
+@pytest.mark.parametrize("method", OWN)
 def test_stock_transformers_loads_the_checkpoint_without_a_word(method, tower, tmp_path) -> None:
     model = tiny_llava(tower)
     before = logits(model)

@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mllm_crossget import method_names
 from mllm_crossget.families import families
 from tests.helpers.families.cases import Case, all_cases
-from tests.helpers.methods import DYNAMIC, METHODS
+from tests.helpers.methods import DYNAMIC, METHODS, OWN
 from tests.helpers.round_trips import ADAPTERS, case_of, check, save
 
 ROOT = Path(__file__).parents[2]
@@ -35,7 +34,7 @@ def kinds(case: Case) -> list[tuple[str, str, torch.dtype]]:
 
 def test_a_llava_comes_back(tmp_path) -> None:
     case = case_of("llava-clip")
-    for number, method in enumerate(method_names()):
+    for number, method in enumerate(OWN):
         save(case, method, ADAPTERS[number % 2], torch.float32, tmp_path / f"{method}-{number}")
     check(case, sorted(tmp_path.iterdir()), back=False)
 

@@ -11,10 +11,13 @@ from mllm_crossget.config import method_class
 from mllm_crossget.hooks.ground.state import handle_of
 from tests.helpers.tiny import pixels, text_batch
 
-METHODS: dict[str, dict[str, Any]] = {name: {"method": name} for name in method_names()}
+RIVALS = [name for name in method_names() if ".rivals." in method_class(name).__module__]
+"""Methods of others: ``tests/methods`` runs them on a few families, not on all of them."""
+OWN = [name for name in method_names() if name not in RIVALS]
+METHODS: dict[str, dict[str, Any]] = {name: {"method": name} for name in OWN}
 METHODS["crossget-dynamic"] = {"method": "crossget", "dynamic": True}
 DYNAMIC = {name for name, settings in METHODS.items() if ReductionConfig.from_dict(settings).is_dynamic}
-FIXED = [name for name in method_names() if not method_class(name)().is_dynamic]
+FIXED = [name for name in OWN if not method_class(name)().is_dynamic]
 
 
 def prepare(model: nn.Module, *args: Any, **settings: Any) -> nn.Module:

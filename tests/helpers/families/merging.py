@@ -62,7 +62,7 @@ def merge_by_hand(model: nn.Module, features_ND: Tensor, companions: list[Tensor
             if method.method == "tome":
                 decision = reference.bipartite_matching(metric, removed, keep_order=True)
             else:
-                match = method.match(Signals(metric[None], None, ()), removed)
+                match = method.match(Signals(metric[None], None, (), depth=1.0), removed)
                 decision = reference.Decision(*(part[0].tolist() for part in match[:3]))
             merged = [reference.mean_merge(value, size, decision) for value in values]
         values, size = [value.float() for value, _ in merged], merged[0][1]
