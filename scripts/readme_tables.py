@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rivals_table import rivals_table
 from speed_tables import (
     compiled_line,
     frozen_table,
@@ -214,6 +215,7 @@ TABLES = {
     "positions": (positions_table, "two_images/training_free.json"),
     "two_images": (two_images_table, "two_images/summary.json"),
     "recovery": (recovery_table, "recovery/summary.json"),
+    "rivals": (rivals_table, "rivals/runs.jsonl"),
 }
 
 
