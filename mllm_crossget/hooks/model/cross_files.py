@@ -98,7 +98,8 @@ def write_pair(folder: Path, method: ReductionConfig, tensors: Mapping[str, Tens
     """Write settings and learned tokens (none: settings alone); returns the files' paths."""
     config, weights, named = folder / CONFIG_NAME, None, None
     if tensors:
-        data = save(dict(tensors), metadata={"format": "pt", "method": method.method})
+        # One entry: safetensors writes several in any order, and the name of the file follows from its bytes.
+        data = save(dict(tensors), metadata={"format": "pt"})
         digest = hashlib.sha256(data).hexdigest()
         named = {"file": f"{WEIGHTS_FOLDER}/{digest[:16]}.safetensors", "sha256": digest}
         weights = write_bytes(folder / named["file"], data)
