@@ -284,8 +284,8 @@ def _traced(handle: Handle, tower: str) -> Any:
     if tower == "video":
         return handle.own_towers[tower].state if tower in handle.own_towers else None
     if tower == "cells":
-        return handle.again
-    return handle.tower if tower == "vision" else handle.text_tower
+        return handle.second_merge
+    return (handle.tower or handle.merge) if tower == "vision" else handle.text_tower
 
 
 def _settings(

@@ -52,7 +52,7 @@ def merged_groups(model: nn.Module, pixel_values: Tensor) -> Tensor:
 def _merged_cells(model: nn.Module, handle: Any, pixel_values: Tensor, trace: list[LayerTrace]) -> Tensor:
     """(images, cells) token of every cell behind the projector; ``trace`` is under way."""
     owner: Any = module_at(base_model(model), handle.family.features_owner)
-    if handle.merging is handle.tower:
+    if handle.merge is not None:
         owner.get_image_features(pixel_values)
         return trace[-1].source
     with trace_merges(model, tower="cells") as cells:

@@ -70,8 +70,8 @@ def apply_method(
         if not method.is_identity:
             if isinstance(geometry, MergeGeometry):
                 owner = module_at(model, family.features_owner or "")
-                handle.tower = hook_merge(journal, owner, method, family.modalities)
-                _hook_listener(model, handle, handle.tower)
+                handle.merge = hook_merge(journal, owner, method, family.modalities)
+                _hook_listener(model, handle, handle.merge)
             elif method.reduces_vision and method.place is Place.TOWER_OUTPUT:
                 _hook_output(model, handle, geometry)
             elif method.reduces_vision and family.tower is not None:
@@ -189,8 +189,8 @@ def _add_alignment_tokens(model: Any, handle: Handle) -> None:
     if space is None or not path:
         return
     encoder: Any = module_at(model, path)
-    seen = isinstance(tower, TowerState)
-    layers = getattr(encoder, tower.names.layers if isinstance(tower, TowerState) else "layers")
+    seen = tower is not None
+    layers = getattr(encoder, "layers" if tower is None else tower.names.layers)
     text_count, text_width = _text_side(model, handle)
     tower_width = config_at(model.config, family.vision_config).hidden_size if seen else text_width
     width = space.width if space.maps else tower_width
@@ -209,7 +209,7 @@ def _add_alignment_tokens(model: Any, handle: Handle) -> None:
         handle.cross_tokens["alignment"] = made
     handle.journal.add_module(encoder, "alignment_tokens", handle.cross_tokens["alignment"])
     handle.cross_paths["alignment"] = f"{path}.alignment_tokens"
-    if isinstance(tower, TowerState):
+    if tower is not None:
         tower.alignment_width = width
     if handle.text_tower is not None:
         handle.text_tower.alignment_owner, handle.text_tower.alignment_width = encoder, width
@@ -264,7 +264,7 @@ def _hook_top(model: Any, handle: Handle) -> None:
             install_ragged_features(journal, owner, handle)
         elif handle.method.place is not Place.TOWER_LAYERS:
             _features_of_selection(model, handle).install(journal, owner, handle)
-        elif family.features is not FeatureKind.PLAIN or isinstance(handle.tower, TowerState):
+        elif family.features is not FeatureKind.PLAIN or handle.tower is not None:
             MIXINS[family.features].install(journal, owner, handle)
         elif counted:
             journal.swap_class(owner, ReducedFeatures)

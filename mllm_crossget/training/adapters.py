@@ -144,7 +144,7 @@ def prepare_quantized(model: nn.Module, *, gradient_checkpointing: bool = False)
     )
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            vars(module)["support_avx512bf16_for_cpu"] = False
     return model
 
 

@@ -35,6 +35,7 @@ from torch.utils.data import Dataset
 from mllm_crossget.atomic_files import append_lines, read_lines
 from mllm_crossget.families.family import config_at
 from mllm_crossget.field_types import check_type
+from mllm_crossget.hooks.ground.hosts import config_of
 from mllm_crossget.hooks.ground.state import base_model, handle_of
 from mllm_crossget.training.answers import unknown_words, with_end_marks
 from mllm_crossget.training.losses import IGNORE
@@ -121,7 +122,7 @@ class TrainingData(Dataset[dict[str, Tensor]]):
         self.bad: dict[str, str] = {}
         self.lengths, self.has_image = records.sketch()
         self.prompt_template = prompt_template
-        self.text_config = base_model(model).config.text_config if model is not None else None
+        self.text_config = config_of(base_model(model)).text_config if model is not None else None
         marked = "{% generation" in (processor.chat_template or "")
         end = processor.tokenizer.eos_token or ""
         self.template = processor.chat_template if marked else VICUNA_TEMPLATE.replace("</s>", end)

@@ -18,13 +18,14 @@ from mllm_crossget.api import accelerate_mllm
 from mllm_crossget.config import DIALS
 from mllm_crossget.embedded import WEIGHTS_FOLDER
 from mllm_crossget.families.family import module_at
+from mllm_crossget.hooks.ground.hosts import config_of
 from mllm_crossget.hooks.ground.state import Handle, handle_of, live_cross_tokens
 from mllm_crossget.methods.method import Method
 from mllm_crossget.training.adapters import lora_config, prepare_quantized, quantization_config
 from mllm_crossget.training.checkpoints import checkpoint_problem, last_complete_checkpoint
 from mllm_crossget.training.compute_budget import Budget, BudgetCallback, budget_of, method_for
 from mllm_crossget.training.data import Collator, Records, TrainingData, bad_samples, load_records
-from mllm_crossget.training.options import TrainerSettings, TrainOptions
+from mllm_crossget.training.options import TrainerSettings, TrainOptions, output_folder
 from mllm_crossget.training.same_run import (
     check_same_method,
     check_same_options,
@@ -51,7 +52,7 @@ def run(options: TrainOptions, method: Method, args: TrainerSettings) -> int:
         ValueError: settings, data, model or checkpoint that cannot be used, each with what to write instead.
         OSError: a checkpoint could not be written.
     """
-    check_output_folder(args.output_dir)
+    check_output_folder(output_folder(args))
     resume = resume_point(args)
     earlier = _earlier_run(options, args, resume)
     trainer = make_trainer(options, method, args, earlier)
@@ -82,7 +83,7 @@ def _earlier_run(options: TrainOptions, args: TrainerSettings, resume: str | Non
     Raises:
         ValueError: the options are others than those of the earlier run.
     """
-    folder = Path(args.output_dir)
+    folder = output_folder(args)
     automatic = args.resume_from_checkpoint in _AUTOMATIC
     earlier = resume or (str(folder) if automatic and last_step(folder) is not None else None)
     if earlier is not None:
@@ -132,7 +133,7 @@ def make_trainer(
     model = accelerate_mllm(model, method)
     model = prepare_for_tuning(model, options, args)
     data = [
-        _data(rows, processor, options, Path(args.output_dir), model) if rows is not None else None for rows in records
+        _data(rows, processor, options, output_folder(args), model) if rows is not None else None for rows in records
     ]
     return CrossGetTrainer(
         model=model,
@@ -175,11 +176,11 @@ def load_base(options: TrainOptions, args: TrainerSettings) -> tuple[nn.Module, 
     if options.bits != 16:
         compute = torch.bfloat16 if options.dtype == "auto" else getattr(torch, options.dtype)
         settings["quantization_config"] = quantization_config(options.bits, compute)
-    model = load_model(name, lambda: AutoModelForImageTextToText.from_pretrained(name, **settings))
+    model: nn.Module = load_model(name, lambda: AutoModelForImageTextToText.from_pretrained(name, **settings))
     processor = load_model(name, lambda: AutoProcessor.from_pretrained(name))
     if options.bits != 16:
-        model = prepare_quantized(model, gradient_checkpointing=args.gradient_checkpointing)
-    model.config.use_cache = False
+        model = prepare_quantized(model, gradient_checkpointing=bool(args.gradient_checkpointing))
+    config_of(model).use_cache = False
     return model, processor
 
 
@@ -217,7 +218,7 @@ def resume_point(args: TrainerSettings) -> str | None:
     if choice in (None, "", "no", "false", "False"):
         return None
     if choice in _AUTOMATIC:
-        return last_complete_checkpoint(args.output_dir)
+        return last_complete_checkpoint(output_folder(args))
     problem = checkpoint_problem(choice)
     if problem is not None:
         previous = last_complete_checkpoint(Path(choice).parent)
@@ -227,7 +228,7 @@ def resume_point(args: TrainerSettings) -> str | None:
 
 def _freeze_parts(model: nn.Module, handle: Handle, options: TrainOptions) -> None:
     if options.tuning in ("full", "bridge") and not options.vision_tower:
-        module_at(model, handle.family.tower).requires_grad_(False)
+        module_at(model, handle.family.tower or "").requires_grad_(False)
     if options.tuning == "bridge" and handle.family.language_model is not None:
         module_at(model, handle.family.language_model).requires_grad_(False)
 
@@ -270,7 +271,7 @@ def _start_deepspeed_on_cpu(args: TrainerSettings) -> None:
 
 
 def _report_bad_samples(trainer: CrossGetTrainer) -> None:
-    path = Path(trainer.args.output_dir) / BAD_SAMPLES_NAME
+    path = output_folder(trainer.args) / BAD_SAMPLES_NAME
     bad = bad_samples(path)
     if bad:
         _say(trainer, f"{len(bad)} bad samples were skipped; their ids and reasons are in {path}")

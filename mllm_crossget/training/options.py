@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from pathlib import Path
 
 from transformers import TrainingArguments
 
@@ -44,4 +45,15 @@ class TrainerSettings(TrainingArguments):
         super().__post_init__()
 
 
-__all__ = ["TrainOptions", "TrainerSettings"]
+def output_folder(args: TrainingArguments) -> Path:
+    """Where a run writes: ``output_dir``, which transformers fills in where it was not given.
+
+    Raises:
+        ValueError: arguments whose ``output_dir`` was taken away.
+    """
+    if args.output_dir is None:
+        raise ValueError("output_dir is None: give the folder that the run writes to")
+    return Path(args.output_dir)
+
+
+__all__ = ["TrainOptions", "TrainerSettings", "output_folder"]

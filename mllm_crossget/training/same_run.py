@@ -13,7 +13,7 @@ from typing import Any
 
 from mllm_crossget.config import CONFIG_NAME, ReductionConfig
 from mllm_crossget.methods.method import Method
-from mllm_crossget.training.options import TrainerSettings, TrainOptions
+from mllm_crossget.training.options import TrainerSettings, TrainOptions, output_folder
 
 OPTIONS_NAME = "train_options.json"
 _STATE_NAME = "trainer_state.json"
@@ -61,7 +61,7 @@ def check_same_method(method: Method, folder: str | Path) -> None:
 
 def finished_step(args: TrainerSettings, steps: int) -> int | None:
     """The step at which the folder's earlier run ended and wrote its result, if that is no less than ``steps``."""
-    step = last_step(args.output_dir)
+    step = last_step(output_folder(args))
     return step if step is not None and step >= steps else None
 
 

@@ -16,9 +16,9 @@ from transformers import AutoModelForImageTextToText, Trainer, TrainerState
 
 from mllm_crossget.atomic_files import write_text
 from mllm_crossget.checkpoint import load_crossget
-from mllm_crossget.config import method_class
 from mllm_crossget.costs.flops import model_flops
 from mllm_crossget.embedded import WEIGHTS_FOLDER
+from mllm_crossget.hooks.ground.hosts import config_of
 from mllm_crossget.hooks.ground.state import (
     IN_PARALLEL,
     Handle,
@@ -31,6 +31,7 @@ from mllm_crossget.hooks.model.cross_files import write_files
 from mllm_crossget.training.checkpoints import last_complete_checkpoint
 from mllm_crossget.training.compute_budget import BudgetCallback, take_settings
 from mllm_crossget.training.losses import alignment_term, distillation_loss, teacher_logits
+from mllm_crossget.training.options import output_folder
 from mllm_crossget.training.pairs import answers_apart, prompt_tokens_per_image
 from mllm_crossget.training.sampler import ModalityLengthSampler
 
@@ -61,6 +62,8 @@ class CrossGetTrainer(Trainer):
         >>> model = get_peft_model(model, lora_config(model))
         >>> CrossGetTrainer(model=model, args=args, train_dataset=data, data_collator=collator).train()
     """
+
+    model: nn.Module  # Trainer says that it may be None, which its own __init__ refuses
 
     def __init__(
         self,
@@ -154,7 +157,7 @@ class CrossGetTrainer(Trainer):
         return summary
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy != "group_by_length" or not hasattr(dataset, "lengths"):
             return super()._get_train_sampler(train_dataset)
         return ModalityLengthSampler(
@@ -169,12 +172,13 @@ class CrossGetTrainer(Trainer):
         try:
             super()._save(output_dir, state_dict)
         except SafetensorError as error:
-            raise OSError(f"the model could not be written to {output_dir or self.args.output_dir}: {error}") from error
+            folder = output_dir or output_folder(self.args)
+            raise OSError(f"the model could not be written to {folder}: {error}") from error
         if self.args.should_save and self._saves_adapter:
             state = None if state_dict is None else _cross_tokens_in(state_dict, _handle(self.model))
-            write_files(self.model, output_dir or self.args.output_dir, state)
+            write_files(self.model, output_dir or output_folder(self.args), state)
         elif self.args.should_save and _handle(self.model).method.is_identity:  # whose save_pretrained is the stock one
-            _handle(self.model).method.save_pretrained(output_dir or self.args.output_dir)
+            _handle(self.model).method.save_pretrained(output_dir or output_folder(self.args))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         try:
@@ -182,7 +186,7 @@ class CrossGetTrainer(Trainer):
         except (OSError, RuntimeError, SafetensorError) as error:
             raise OSError(
                 f"the checkpoint of step {self.state.global_step} could not be written ({error}); is the disk full? "
-                f"The last complete one is {last_complete_checkpoint(self.args.output_dir)}"
+                f"The last complete one is {last_complete_checkpoint(output_folder(self.args))}"
             ) from error
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -206,10 +210,10 @@ class CrossGetTrainer(Trainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """``README.md`` with the run's settings and metrics, in place of the stub that PEFT writes."""
         if self.is_world_process_zero():
-            base = kwargs.get("finetuned_from") or base_model(self.model).config._name_or_path
+            base = kwargs.get("finetuned_from") or config_of(base_model(self.model))._name_or_path
             data = str(kwargs.get("dataset") or "own data")
             text = model_card(self, base, Path(data).name if Path(data).exists() else data)  # no path of this machine
-            write_text(Path(self.args.output_dir) / "README.md", text)
+            write_text(output_folder(self.args) / "README.md", text)
 
     @property
     def _saves_adapter(self) -> bool:
@@ -220,7 +224,7 @@ def flops_saved(model: nn.Module, text_tokens: int) -> float:
     """Share of a forward pass's FLOPs that the reduction saves, for one image and ``text_tokens`` tokens of text."""
     config, handle = base_model(model).config, _handle(model)
     reduced = model_flops(config, handle.method, text_tokens=text_tokens)
-    untouched = model_flops(config, method_class(handle.method.method)(keep_ratio=1.0), text_tokens=text_tokens)
+    untouched = model_flops(config, type(handle.method)(keep_ratio=1.0), text_tokens=text_tokens)
     return 1 - reduced.total / untouched.total
 
 
@@ -332,7 +336,7 @@ def _base_and_its_loading(base: str, kind: str) -> tuple[str, str]:
     return f"A local model ({name})", f'from transformers import {kind}; base_model = {kind}.from_pretrained("{name}")'
 
 
-def model_card(trainer: Trainer, base: str, dataset: Any) -> str:
+def model_card(trainer: CrossGetTrainer, base: str, dataset: Any) -> str:
     """A model card with the run's metrics, in the hub's format."""
     handle = _handle(trainer.model)
     final = next((entry for entry in reversed(trainer.state.log_history) if "task_loss" in entry), {})
@@ -348,7 +352,7 @@ pipeline_tag: image-text-to-text
 tags: [llava, token-merging, crossget]
 ---
 
-# {Path(trainer.args.output_dir).name}
+# {output_folder(trainer.args).name}
 
 {base} with {handle.schedule.features} instead of {handle.schedule.placeholders} visual tokens per image, fine-tuned on
 {dataset} for {trainer.state.global_step} steps.

@@ -21,8 +21,9 @@ from mllm_crossget.families.family import families
 from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.hooks.ground.state import Handle
 from mllm_crossget.hooks.projector.post_merge import MergedFeatures, MergedVideoFeatures, hook_merge, kept_cells
-from mllm_crossget.hooks.request.compact_call import empty_layout, shrink_new_columns
+from mllm_crossget.hooks.request.compact_call import compact, empty_layout
 from mllm_crossget.hooks.request.placeholders import image_counts
+from mllm_crossget.hooks.request.prompt_call import PromptCall
 from mllm_crossget.schedule import make_schedule
 from tests.helpers.families.case_grid import BUILDS
 from tests.helpers.methods import FIXED
@@ -100,7 +101,7 @@ def test_random_images(model_type: str, method: str) -> None:
         geometry = family.geometry(_published_like(config, model_type, side))
         assert geometry.cells == cells
         handle = Handle(chosen, family, geometry, make_schedule(chosen, geometry), journal, {})
-        handle.again = hook_merge(journal, owner, chosen, family.modalities)
+        handle.second_merge = hook_merge(journal, owner, chosen, family.modalities)
         kwargs = {"pixel_values": pixels_of(rows, side, by_row), **padded(rows_of([[cells] * n for n in rows], case))}
         counts = image_counts(owner, handle, modality, kwargs)
         output = owner.get_image_features(kwargs["pixel_values"])
@@ -132,10 +133,9 @@ def _published_like(config: SimpleNamespace, model_type: str, side: int) -> Simp
 
 def _placeholders_left(owner: nn.Module, handle: Handle, kwargs: dict) -> int:
     ids, mask = kwargs["input_ids"], kwargs["attention_mask"]
-    compact = dict(kwargs)
     handle = replace(handle, method=replace(handle.method, positions="contiguous", size_bias=False))
-    shrink_new_columns(owner, handle, compact, ids, mask, empty_layout(ids), 0)
-    return int((compact["input_ids"] == IMAGE_TOKEN).sum())
+    call = PromptCall(owner, handle, kwargs, ids, mask, empty_layout(ids), torch.zeros(len(ids)))
+    return int((compact(call).arguments["input_ids"] == IMAGE_TOKEN).sum())
 
 
 @pytest.mark.parametrize("model_type", sorted(BUILDS))

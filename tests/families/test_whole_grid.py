@@ -58,7 +58,7 @@ def test_nothing_merged_is_the_stock_model(model_type: str) -> None:
     stock = features_of(model)
     assert stock.shape[1] == TOKENS
     accelerate_mllm(model, ToMeConfig(r=0))
-    assert handle_of(model).again is not None
+    assert handle_of(model).second_merge is not None
     torch.testing.assert_close(features_of(model), stock)
     restore_mllm(model)
     assert torch.equal(features_of(model), stock)

@@ -62,7 +62,8 @@ class AlignmentTokens(nn.Module):
 
         At zero neither side moves the other: the alignment loss would have no gradient.
         """
-        maps = [one for several in (self.maps, self.text_maps) if several is not None for one in several]
+        several = [one for maps in (self.maps, self.text_maps) if maps is not None for one in maps]
+        maps = [one for one in several if isinstance(one, nn.Linear)]
         if not maps or any(bool(parameter.any()) for one in maps for parameter in one.parameters()):
             return False
         generator = torch.Generator().manual_seed(1)

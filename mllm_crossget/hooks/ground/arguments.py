@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar, cast
+
+_Asked = ParamSpec("_Asked")
+_Answer = TypeVar("_Answer")
 
 
-@functools.cache
+def kept_per_class(make: Callable[_Asked, _Answer]) -> Callable[_Asked, _Answer]:
+    """``functools.cache`` with the function's own types: mypy takes classes of modules for unhashable."""
+    return cast(Callable[_Asked, _Answer], functools.cache(make))
+
+
+@kept_per_class
 def positional_names(model_class: type, method: str = "forward") -> tuple[str, ...]:
     """Parameter names of a model class's method, in order, without ``self``."""
     return tuple(inspect.signature(getattr(model_class, method)).parameters)[1:]

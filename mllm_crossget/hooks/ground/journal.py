@@ -12,7 +12,10 @@ from typing import Any
 
 from torch import nn
 
+from mllm_crossget.hooks.ground.arguments import kept_per_class
+
 _MISSING = "<attribute was not there>"
+
 _MADE_OF = "_mllm_crossget_made_of"
 _CAPTURING = "_output_capturing_hooks_installed"  # in transformers' models
 
@@ -120,20 +123,20 @@ def _write(target: Any, name: str, value: Any) -> None:
         target.__dict__[name] = value
 
 
-def _set_class(module: nn.Module, kind: type) -> None:
+def _set_class(module: nn.Module, kind: type[nn.Module]) -> None:
     """Give a module another class. Its own ``forward`` goes first: done again after an interrupt, nothing is missed."""
     _rebind_forward(module, type(module), kind)
     module.__class__ = kind
 
 
-def _rebind_forward(module: nn.Module, old: type, new: type) -> None:
+def _rebind_forward(module: nn.Module, old: type[nn.Module], new: type[nn.Module]) -> None:
     """accelerate keeps a bound ``forward`` in the instance, which would hide the class's: point it at the new class."""
     for name in ("forward", "_old_forward"):
         if getattr(module.__dict__.get(name), "__func__", None) is old.forward:
             module.__dict__[name] = new.forward.__get__(module)
 
 
-@functools.cache
+@kept_per_class
 def mixed_class(original: type, mixin: type) -> type:
     """A subclass (mixin, original) that looks like ``original`` to everything that goes by names.
 

@@ -7,7 +7,7 @@ in front of the first layer.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -94,7 +94,7 @@ class TowerState:
         cosine: whether the importance is the cosine with the cross token's query (CrossGET's CLIP flavour).
         keeps_sizes: whether a pooling head behind the encoder wants the token sizes.
         alignment_width: of the encoder's alignment tokens; 0 if it has none.
-        ignores_mask: whether what calls the encoder has seen to it that its mask hides nothing.
+        ignores_mask: True if the caller has verified that the mask is all ones.
         view: features of the tokens behind the layer that is read, which a selection at its output compares; None: the
             layer's keys are compared.
         at_output: whether a layer that removes tokens does so behind its MLP, in what it returns, and not in front of
@@ -139,7 +139,7 @@ class MergeState:
 
     Attributes:
         method, modalities: what to do, with which inputs.
-        tower: whose share of tokens is kept here, where a tower in front of the projector's grid is reduced, else None.
+        tower: the reduced tower in front of the projector, whose share of tokens is kept here too; None without one.
         listener: what hears the attention of the layer that is read, where the method wants it, else None.
     """
 
@@ -215,10 +215,11 @@ class Handle:
         cross_paths: where they are registered in the model, by place.
         encoder_path: path to the module that holds the vision layers.
         text_path: path to the module that writes text cross tokens, "" where there is none.
-        tower: state of the hooked vision tower or of the merging behind the projector, None while ``keep_ratio=1``.
-        own_towers: towers that single modalities have beside it, by the modality's name.
-        again: state of the second merging, behind pooled frames, resized grids and projectors of the whole grid, or
-            None.
+        tower: state of the hooked vision tower; None where none is reduced, as while ``keep_ratio=1``.
+        merge: state of the merging behind the projector in models whose tower is not reduced, or None.
+        own_towers: towers that single modalities have beside the vision tower, by the modality's name.
+        second_merge: state of the merging behind a reduced tower: of pooled frames, resized grids and what a projector
+            of the whole grid makes; or None.
         text_encoder_path, text_tower: the same for a text tower.
         vision_cache: encoded images for the next question about them, or None.
         adapter: what putting on an adapter that was saved with the settings has changed, or None.
@@ -233,9 +234,10 @@ class Handle:
     cross_paths: dict[str, str] = field(default_factory=dict)
     encoder_path: str = ""
     text_path: str = ""
-    tower: TowerState | MergeState | None = None
+    tower: TowerState | None = None
+    merge: MergeState | None = None
     own_towers: dict[str, OwnTower] = field(default_factory=dict)
-    again: MergeState | None = None
+    second_merge: MergeState | None = None
     text_encoder_path: str = ""
     text_tower: TextTowerState | None = None
     vision_cache: VisionCache | None = None
@@ -243,7 +245,7 @@ class Handle:
 
     @property
     def keeps_positions(self) -> bool:
-        """Whether image tokens and text keep positions of the full prompt that a grid does not give them anyway."""
+        """True if tokens are to keep their positions in the full prompt; with positions in a grid they always do."""
         return (
             self.method.keeps_positions and bool(self.family.modalities) and self.family.positions is not Positions.GRID
         )
@@ -251,14 +253,23 @@ class Handle:
     @property
     def size_bias(self) -> bool:
         """Whether token sizes reach the language model's attention."""
-        return self.method.weighs_sizes and bool(self.family.modalities) and self.tower is not None
+        reduced = self.tower is not None or self.merge is not None
+        return self.method.weighs_sizes and bool(self.family.modalities) and reduced
+
+    @property
+    def tower_geometry(self) -> TowerGeometry:
+        """The geometry of a vision tower. Raises ``TypeError`` where images are merged behind the projector alone."""
+        if not isinstance(self.geometry, TowerGeometry):
+            raise TypeError(f"family {self.family.key!r} merges behind its projector: no tower's geometry is known")
+        return self.geometry
 
     @property
     def merging(self) -> MergeState | None:
         """State of the merging of every image's features behind the projector, or None."""
-        if isinstance(self.tower, MergeState):
-            return self.tower
-        return self.again if isinstance(self.geometry, TowerGeometry) and self.geometry.cells is not None else None
+        if self.merge is not None:
+            return self.merge
+        has_cells = isinstance(self.geometry, TowerGeometry) and self.geometry.cells is not None
+        return self.second_merge if has_cells else None
 
 
 def base_model(model: nn.Module) -> nn.Module:
@@ -309,7 +320,7 @@ def _inside(model: nn.Module) -> nn.Module | None:
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         return model.module
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-        inner: nn.Module = model.get_base_model()
+        inner: nn.Module = cast(Any, model).get_base_model()
         return inner
     return None
 

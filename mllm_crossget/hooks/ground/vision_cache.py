@@ -161,5 +161,5 @@ def content_key(tensors: Iterable[Tensor], words: Any = None) -> bytes:
     digest = hashlib.blake2b(repr(words).encode(), digest_size=32)
     for tensor in tensors:
         digest.update(f"|{tensor.dtype}{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.digest()

@@ -81,7 +81,7 @@ def biased_attention(
     """transformers' attention interface: the module's own implementation, with a ``KeyBias`` under ``KEYWORD``."""
     bias: KeyBias | None = kwargs.pop(KEYWORD, None)
     implementation = vars(module.__dict__[_OWN_CONFIG])[_FIELD] or "eager"
-    eager = vars(sys.modules[type(module).__module__]).get("eager_attention_forward")
+    eager: Any = vars(sys.modules[type(module).__module__]).get("eager_attention_forward")
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
     takes_no_mask = "flash" in implementation or implementation == "flex_attention"
     if takes_no_mask and not set_aside(module):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from mllm_crossget.hooks.ground.arguments import kept_per_class
 from mllm_crossget.ops.alignment import alignment_loss
 
 
@@ -49,7 +49,7 @@ def add_alignment_loss(
     return aligned_output(type(output))(**dict(output.items()), alignment_loss=loss)
 
 
-@functools.cache
+@kept_per_class
 def aligned_output(output_class: type) -> type:
     """The output's class with one more field; a real dataclass, as DDP and FSDP rebuild outputs by their fields."""
     field = ("alignment_loss", Tensor | None, dataclasses.field(default=None))

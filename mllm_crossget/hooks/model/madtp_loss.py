@@ -115,7 +115,7 @@ def module_layers(model: nn.Module, handle: Handle) -> Any:
     """The layers of the vision tower."""
     if handle.tower is None:
         raise RuntimeError("the vision tower is not hooked")
-    return getattr(module_at(model, handle.encoder_path), vars(handle.tower)["names"].layers)
+    return getattr(module_at(model, handle.encoder_path), handle.tower.names.layers)
 
 
 def image_features(found: list[Tensor], layers: int) -> Tensor:

@@ -30,6 +30,8 @@ from mllm_crossget.hooks.model.saved_model import SavedModel
 from mllm_crossget.hooks.projector.features import forget_ahead
 from mllm_crossget.hooks.request.compact_call import (
     cached_columns,
+    compact,
+    compact_for_generate,
     empty_layout,
     follow_layout,
     is_full_prompt,
@@ -39,12 +41,11 @@ from mllm_crossget.hooks.request.compact_call import (
     refuse_inputs,
     refuse_other_features,
     require_ids,
-    shrink_for_generate,
-    shrink_new_columns,
     whole_mask,
 )
 from mllm_crossget.hooks.request.compaction import LAYOUT, Layout
 from mllm_crossget.hooks.request.placeholders import images_per_row, mismatch_explained, present
+from mllm_crossget.hooks.request.prompt_call import PromptCall
 from mllm_crossget.hooks.request.question import asking
 from mllm_crossget.hooks.request.token_sizes import joined_log_sizes, log_sizes_of_compact
 from mllm_crossget.hooks.request.user_view import PromptView, option_reader, shift_lengths, with_user_view
@@ -111,15 +112,16 @@ class ReducedModel(SavedModel):
         kwargs.setdefault("attention_mask", whole_mask(user_ids, layout, cache, option))
         with forget_ahead(self, handle.family):
             with torch.no_grad():
-                shrunk = shrink_for_generate(self, handle, kwargs, layout)
-            if shrunk is None:
+                made = compact_for_generate(self, handle, kwargs, layout)
+            if made is None:
                 return super().generate(**kwargs)
+            kwargs, compact_layout = made
             view = PromptView(user_ids, kwargs["input_ids"].shape[1])
             shift_lengths(kwargs, option, user_ids.shape[1] - view.compact_length)
             with_user_view(kwargs, view, option)
-            with generating(self, shrunk.layout.log_sizes):
+            with generating(self, compact_layout.log_sizes):
                 output = _without_layout(cache, super().generate, kwargs)
-        return _user_output(output, view, shrunk.layout, cache)
+        return _user_output(output, view, compact_layout, cache)
 
 
 def compact_forward(model: nn.Module, forward: Any, kwargs: dict[str, Any], column_wise: str) -> Any:
@@ -169,7 +171,8 @@ def _forward_shrunk(model: nn.Module, forward: Any, handle: Handle, kwargs: dict
     old_mask = layout.compact_mask(mask[:, :old]) if old else mask[:, :0]
     if keeps_positions_on(handle, layout) and kwargs.get("position_ids") is None:
         kwargs["position_ids"] = positions_of_columns(handle, ids, mask.shape[1])
-    shrunk = shrink_new_columns(model, handle, kwargs, ids, mask[:, old:], layout, 0, old_mask.sum(dim=1))
+    shrunk = compact(PromptCall(model, handle, kwargs, ids, mask[:, old:], layout, old_mask.sum(dim=1)))
+    kwargs = shrunk.arguments
     kwargs["attention_mask"] = torch.cat([old_mask, kwargs["attention_mask"]], dim=1)
     sizes = joined_log_sizes(layout, old_mask.shape[1], shrunk.layout.log_sizes, kwargs["input_ids"].shape[1])
     if sizes is not None:

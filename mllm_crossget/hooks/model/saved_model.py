@@ -8,11 +8,12 @@ from typing import Any
 
 from huggingface_hub import HfApi
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, modeling_utils
 
 from mllm_crossget.atomic_files import TEMPORARY_PATTERN
 from mllm_crossget.families.family import module_at
+from mllm_crossget.hooks.ground.hosts import GeneratingModel
 from mllm_crossget.hooks.ground.state import HANDLE
 from mllm_crossget.hooks.model.cross_files import (
     LEGACY_WEIGHTS_NAME,
@@ -24,7 +25,7 @@ from mllm_crossget.hooks.model.cross_files import (
 _FOR_UPLOADS = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr")
 
 
-class SavedModel(nn.Module):
+class SavedModel(GeneratingModel):
     """Mixin for every top-level model."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mllm_crossget.families.family import module_at
 from mllm_crossget.hooks.ground.call_state import Lent
 from mllm_crossget.hooks.ground.running_calls import alone
-from mllm_crossget.hooks.ground.state import CALIBRATION, Handle, MergeState, TowerState, base_model, handle_of
+from mllm_crossget.hooks.ground.state import CALIBRATION, Handle, base_model, handle_of
 from mllm_crossget.hooks.tower.counts_per_image import recorded_sizes
 from mllm_crossget.methods.capabilities import PerImage
 from mllm_crossget.methods.dynamic import NOTHING
@@ -115,13 +115,13 @@ def calibrate(model: nn.Module, images: Any = None, processor: Any = None, *, te
 
 def _on_images(model: nn.Module, handle: Handle, method: PerImage, pixels: Tensor) -> list[float]:
     state = handle.tower
-    if not isinstance(state, TowerState):
+    if state is None:
         raise ValueError(f"{method} leaves the vision tower alone; calibrate it on texts")
     tower = module_at(base_model(model), handle.family.tower or "")
     encoder = module_at(base_model(model), handle.encoder_path)
     with _calibrating(tower, state) as calibration, recorded_sizes(encoder) as sizes:
         tower(pixels)
-    _check_average(handle, method, sizes[handle.geometry.read - 1])
+    _check_average(handle, method, sizes[handle.tower_geometry.read - 1])
     return calibration.thresholds
 
 
@@ -149,7 +149,7 @@ def _calibrating(module: nn.Module, state: Any) -> Iterator[Calibration]:
 
 def _checked(model: nn.Module) -> tuple[Handle, PerImage]:
     handle = handle_of(model)
-    if handle is None or not handle.method.is_dynamic or isinstance(handle.tower, MergeState):
+    if handle is None or not handle.method.is_dynamic or handle.merge is not None:
         settings = "not accelerated" if handle is None else f"accelerated with {handle.method}"
         raise ValueError(
             f"the model is {settings}; calibrate finds the thresholds of a dynamic method: call "
@@ -190,7 +190,7 @@ def _pixels(images: Any, processor: Any) -> Tensor:
 
 
 def _check_average(handle: Handle, method: PerImage, size: Tensor) -> None:
-    geometry, asked = handle.geometry, handle.schedule.features
+    geometry, asked = handle.tower_geometry, handle.schedule.features
     features = (size > 0).sum(dim=1) - (geometry.prefix if geometry.drops_prefix else 0)
     found = features.clamp_max(geometry.placeholders).float().mean().item()
     if abs(found - asked) > max(_TOLERANCE * asked, 0.5):

@@ -8,7 +8,6 @@ depends on the image) are kept for the stock code's own call, so that nothing is
 from __future__ import annotations
 
 import ast
-import functools
 import inspect
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +20,9 @@ from torch import Tensor, nn
 
 from mllm_crossget.families.family import Family, module_at
 from mllm_crossget.families.modality import Modality
+from mllm_crossget.hooks.ground.arguments import kept_per_class
 from mllm_crossget.hooks.ground.call_state import Lent, lent
+from mllm_crossget.hooks.ground.hosts import FeaturesOwner
 from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.hooks.ground.state import Handle
 from mllm_crossget.hooks.projector.groups import Groups, groups_of_source, source_of_trace, with_groups
@@ -34,7 +35,7 @@ _RECORDED = ("output_hidden_states", "output_attentions")  # which stock models 
 _PLACES = "_mllm_crossget_places"
 
 
-class FeaturesMixin(nn.Module):
+class FeaturesMixin(FeaturesOwner):
     """Base of the mixins for the owner of ``get_image_features``.
 
     Class attributes:
@@ -100,7 +101,7 @@ class TowerFeatures(ReducedFeatures):
     def install(cls, journal: Journal, owner: nn.Module, handle: Handle) -> None:
         """See ``FeaturesMixin.install``."""
         journal.set_attribute(
-            owner, _PLACES, TowerPlaces.of(handle, handle.encoder_path, handle.schedule, handle.geometry)
+            owner, _PLACES, TowerPlaces.of(handle, handle.encoder_path, handle.schedule, handle.tower_geometry)
         )
         journal.swap_class(owner, cls)
 
@@ -173,10 +174,10 @@ def ahead_of(model: nn.Module, family: Family, modality: Modality, kwargs: dict[
     return output
 
 
-@functools.cache
+@kept_per_class
 def _hands_on_keywords(kind: type[nn.Module], encode: str) -> bool:
-    """Whether the stock ``forward`` calls its method ``encode`` with ``**kwargs``, read off its own lines: then what is
-    to be recorded of the tower reaches it."""
+    """True if the stock ``forward`` calls its method ``encode`` with ``**kwargs``, as its source says: the tower then
+    gets ``output_hidden_states`` and ``output_attentions``."""
     try:
         lines = textwrap.dedent(inspect.getsource(inspect.unwrap(kind.forward)))
     except (OSError, TypeError):  # no source at hand

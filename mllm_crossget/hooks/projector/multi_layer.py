@@ -27,7 +27,7 @@ class ConcatenatedFeatures(ReducedFeatures):
     def install(cls, journal: Journal, owner: nn.Module, handle: Handle) -> None:
         """See ``ReducedFeatures.install``."""
         journal.set_attribute(
-            owner, _PLACES, TowerPlaces.of(handle, handle.encoder_path, handle.schedule, handle.geometry)
+            owner, _PLACES, TowerPlaces.of(handle, handle.encoder_path, handle.schedule, handle.tower_geometry)
         )
         journal.swap_class(owner, cls)
         align_states(journal, owner, handle)

@@ -36,7 +36,7 @@ class VideoGridFeatures(GridFeatures):
     def install(cls, journal: Journal, owner: nn.Module, handle: Any) -> None:
         """See ``ReducedFeatures.install``."""
         super().install(journal, owner, handle)
-        again = handle.again = MergeState(_same_share(handle), ())
+        again = handle.second_merge = MergeState(_same_share(handle), ())
         journal.set_attribute(owner, _AGAIN, again)
         resampler = getattr(owner, "vision_resampler", None)  # LLaVA-NeXT-Video's pooling of frames
         if resampler is not None:

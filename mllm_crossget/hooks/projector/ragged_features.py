@@ -31,7 +31,7 @@ class _Places:
 
 def install_ragged_features(journal: Journal, owner: nn.Module, handle: Handle) -> None:
     """Make ``get_image_features`` of ``owner`` give each image its own number of features."""
-    geometry = handle.geometry
+    geometry = handle.tower_geometry
     path = handle.encoder_path.removeprefix(f"{handle.family.features_owner}.")
     dropped = geometry.prefix if geometry.drops_prefix else 0
     journal.set_attribute(owner, _PLACES, _Places(path, geometry.read, dropped, geometry.placeholders))

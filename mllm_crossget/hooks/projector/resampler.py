@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mllm_crossget.families.family import module_at
 from mllm_crossget.hooks.ground.call_state import Lent, lent
 from mllm_crossget.hooks.ground.journal import Journal
-from mllm_crossget.hooks.ground.state import Handle, TowerState
+from mllm_crossget.hooks.ground.state import Handle
 from mllm_crossget.hooks.projector.features import ReducedFeatures
 from mllm_crossget.methods.method import Place
 
@@ -46,7 +46,7 @@ class ResampledFeatures(ReducedFeatures):
         journal.set_attribute(owner, _PATHS, paths)
         journal.swap_class(owner, cls)
         journal.swap_class(module_at(owner, paths[0]), CroppedTower)
-        if isinstance(handle.tower, TowerState):
+        if handle.tower is not None:
             handle.tower.ignores_mask = True
         resampler = module_at(owner, paths[1])
         journal.swap_class(resampler, cls.resampler)
@@ -59,6 +59,8 @@ class ResampledFeatures(ReducedFeatures):
 
 class CroppedTower(nn.Module):
     """Mixin for a tower with ``patch_attention_mask``: (B, rows, columns), True where a patch belongs to the image."""
+
+    config: Any
 
     def forward(self, pixel_values: Tensor, patch_attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         """As the original on every image without its padding; outputs are padded with zeros at the end.

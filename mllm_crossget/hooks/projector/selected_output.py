@@ -22,9 +22,10 @@ class SelectedFeatures(ReducedFeatures):
     @classmethod
     def install(cls, journal: Journal, owner: nn.Module, handle: Handle) -> None:
         """See ``FeaturesMixin.install``."""
-        geometry: Any = handle.geometry
-        names = vars(handle.tower)["names"]
-        path = f"{handle.encoder_path}.{names.layers}.{geometry.read - 1}"
+        geometry = handle.tower_geometry
+        if handle.tower is None:
+            raise RuntimeError(f"the tower of family {handle.family.key!r} is not hooked")
+        path = f"{handle.encoder_path}.{handle.tower.names.layers}.{geometry.read - 1}"
         dropped = geometry.prefix if geometry.drops_prefix else 0
         journal.set_attribute(owner, _PLACE, (path.removeprefix(f"{handle.family.features_owner}."), dropped))
         journal.swap_class(owner, cls)

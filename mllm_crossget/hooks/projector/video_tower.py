@@ -26,7 +26,7 @@ class TwoTowersFeatures(ReducedFeatures):
     @classmethod
     def install(cls, journal: Journal, owner: nn.Module, handle: Handle) -> None:
         """See ``ReducedFeatures.install``."""
-        places = {"image": TowerPlaces.of(handle, handle.encoder_path, handle.schedule, handle.geometry)}
+        places = {"image": TowerPlaces.of(handle, handle.encoder_path, handle.schedule, handle.tower_geometry)}
         for name, tower in handle.own_towers.items():
             places[name] = TowerPlaces.of(handle, tower.encoder_path, tower.schedule, tower.state.geometry)
         journal.set_attribute(owner, _TOWERS, places)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mllm_crossget.families.family import module_at
 from mllm_crossget.hooks.ground.journal import Journal
-from mllm_crossget.hooks.ground.state import Handle, LayerTrace, TowerState
+from mllm_crossget.hooks.ground.state import Handle, LayerTrace
 from mllm_crossget.hooks.projector.post_merge import MergedFeatures, hook_merge
 from mllm_crossget.hooks.tower.fixed_counts import kept_trace, trace_of
 from mllm_crossget.methods.method import Place
@@ -37,9 +37,9 @@ class WholeGridFeatures(MergedFeatures):
     @classmethod
     def install(cls, journal: Journal, owner: nn.Module, handle: Handle) -> None:
         """See ``ReducedFeatures.install``."""
-        if not isinstance(handle.tower, TowerState):
+        if handle.tower is None:
             raise RuntimeError(f"family {handle.family.key!r} has no tower in front of its projector's grid")
-        handle.again = hook_merge(journal, owner, handle.method, handle.family.modalities, handle.tower)
+        handle.second_merge = hook_merge(journal, owner, handle.method, handle.family.modalities, handle.tower)
         prefix = f"{handle.family.features_owner}."
         tower, encoder = (str(path).removeprefix(prefix) for path in (handle.family.tower, handle.encoder_path))
         journal.set_attribute(owner, _ENCODER, encoder)

@@ -1,12 +1,12 @@
 """From the user's keyword arguments to compact ones: which columns are new, which are cached, what travels along.
 
-Everything works on the dictionary of keyword arguments of ``forward`` or ``generate``, in place.
+``compact`` and ``compact_for_generate`` answer with new arguments. ``follow_layout``, for steps on a compact cache,
+changes those it is given.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mllm_crossget.families.family import Positions, module_at
 from mllm_crossget.families.modality import Modality
+from mllm_crossget.hooks.ground.hosts import config_of
 from mllm_crossget.hooks.ground.kv_cache import cache_in
 from mllm_crossget.hooks.ground.state import Handle
 from mllm_crossget.hooks.request.compaction import (
@@ -34,6 +35,7 @@ from mllm_crossget.hooks.request.placeholders import (
     present,
     token_of,
 )
+from mllm_crossget.hooks.request.prompt_call import CompactCall, PromptCall
 from mllm_crossget.hooks.request.question import asking
 from mllm_crossget.hooks.request.rope_positions import cells_that_stay, grid_positions, text_positions
 from mllm_crossget.hooks.request.token_sizes import joined_log_sizes
@@ -54,14 +56,6 @@ _SHAPES = {
     5: "(images, tiles or frames, channels, height, width)",
 }
 _PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
-
-
-@dataclass
-class Shrunk:
-    """One prompt after shrinking: the compaction of its new columns (None: nothing dropped) and the layout so far."""
-
-    compaction: Compaction | None
-    layout: Layout
 
 
 def refuse_inputs(kwargs: dict[str, Any]) -> None:
@@ -96,7 +90,7 @@ def _check_pixels(model: nn.Module, handle: Handle, modality: Modality, pixels: 
             f"{modality.pixels} must be a float tensor {_SHAPES[modality.ndim[0]]}, got {kind}; use the model's "
             "processor"
         )
-    device = next(module_at(model, handle.family.tower).parameters()).device
+    device = next(module_at(model, handle.family.tower or "").parameters()).device
     if pixels.device != device and device.type != "meta" and not hasattr(model, "_hf_hook"):
         raise ValueError(
             f"{modality.pixels} are on {pixels.device}, the vision tower on {device}; move one of them with .to"
@@ -173,7 +167,7 @@ def _check_positions(model: nn.Module, handle: Handle, modality: Modality, kwarg
 
 
 def _pad_id(model: nn.Module) -> int:
-    pad = getattr(model.config.get_text_config(), "pad_token_id", None)
+    pad = getattr(config_of(model).get_text_config(), "pad_token_id", None)
     return 0 if pad is None or pad < 0 else pad
 
 
@@ -188,82 +182,65 @@ def cached_columns(cache: Any) -> int:
     return 0 if cache is None else int(cache.get_seq_length())
 
 
-def shrink_new_columns(
-    model: nn.Module,
-    handle: Handle,
-    kwargs: dict[str, Any],
-    ids: Tensor,
-    mask: Tensor,
-    layout: Layout,
-    old: int,
-    past: Tensor | None = None,
-) -> Shrunk:
-    """Replace ``input_ids``, ``attention_mask`` and their companions in ``kwargs`` by compact ones.
+def compact(call: PromptCall) -> CompactCall:
+    """``input_ids``, ``attention_mask`` and their companions with fewer image placeholders; nothing is changed.
 
-    Args:
-        ids, mask: (B, new) the columns that are not in the cache yet.
-        layout: of the cached columns.
-        old: cached columns of the compact prompt; companions get zeros there, which stock code slices off.
-        past: (B,) real ones among the cached columns of the compact prompt, None for none.
+    Raises:
+        ValueError: placeholders that do not fit the images, packed sequences, or padding behind cached columns that
+            layers with linear attention cannot skip.
     """
-    left = bool((mask[:, -1] != 0).all())
-    in_grid = handle.family.positions is Positions.GRID
+    model, handle, layout, ids, mask = call.model, call.handle, call.layout, call.ids, call.mask
     keeps_positions = keeps_positions_on(handle, layout)
-    with asking(model, handle, kwargs, ids, mask):
+    with asking(model, handle, call.arguments, ids, mask):
         images = {
-            token_of(model, modality): image_counts(model, handle, modality, kwargs)
-            for modality in present(handle, kwargs)
+            token_of(model, modality): image_counts(model, handle, modality, call.arguments)
+            for modality in present(handle, call.arguments)
         }
-        groups = groups_of_call(model, handle, kwargs, images) if handle.size_bias or keeps_positions else None
+        groups = groups_of_call(model, handle, call.arguments, images) if handle.size_bias or keeps_positions else None
         if handle.method.needs_text and groups is None:  # encoded now, where what is asked is at hand
-            groups_of_call(model, handle, kwargs, images)
-    compaction = plan_compaction(ids, mask, images, left, keeps_positions, groups)
-    if past is not None and bool(past.any()):
+            groups_of_call(model, handle, call.arguments, images)
+    compaction = plan_compaction(ids, mask, images, bool((mask[:, -1] != 0).all()), keeps_positions, groups)
+    if bool(call.past.any()):
         refuse_padding_in_a_state(model, compaction.compact(mask, 0))
-    deltas = None
-    if in_grid:
-        deltas = _place_in_grid(model, handle, kwargs, ids, mask, images, compaction, layout, old, past)
-    removed = layout.removed + ids.shape[1] - outer_padding(mask).sum(dim=1) - compaction.real.sum(dim=1)
-    kwargs["input_ids"] = compaction.compact(ids, _pad_id(model))
-    kwargs["attention_mask"] = compaction.compact(mask, 0)
+    made = {
+        **call.arguments,
+        "input_ids": compaction.compact(ids, _pad_id(model)),
+        "attention_mask": compaction.compact(mask, 0),
+    }
     for name in _TOKEN_TYPES:
-        if kwargs.get(name) is not None:
-            kwargs[name] = _prepend_zeros(compaction.compact(kwargs[name][:, -ids.shape[1] :], 0), old)
-    if kwargs.get("position_ids") is not None and deltas is None:
-        positions = kwargs["position_ids"][:, -ids.shape[1] :].expand(ids.shape[0], -1)
-        _refuse_packed_positions(positions, mask)
-        compacted = compaction.compact_positions(positions)
-        if not keeps_positions:
-            compacted = compacted - layout.removed[:, None] * compaction.real
-        kwargs["position_ids"] = _prepend_zeros(compacted, old)
-    if kwargs.get("labels") is not None:
-        kwargs["labels"] = compaction.compact(kwargs["labels"], -100)
+        if made.get(name) is not None:
+            made[name] = _prepend_zeros(compaction.compact(made[name][:, -ids.shape[1] :], 0), call.offset)
+    positions, deltas = _compact_positions(call, images, compaction, keeps_positions)
+    if positions is not None:
+        made["position_ids"] = _prepend_zeros(positions, call.offset)
+    if made.get("labels") is not None:
+        made["labels"] = compaction.compact(made["labels"], -100)
+    removed = layout.removed + ids.shape[1] - outer_padding(mask).sum(dim=1) - compaction.real.sum(dim=1)
     sizes = compaction.log_sizes if handle.size_bias else None
-    return Shrunk(compaction, Layout(layout.length, layout.mask, layout.ids, removed, deltas, keeps_positions, sizes))
+    known = Layout(layout.length, layout.mask, layout.ids, removed, deltas, keeps_positions, sizes)
+    return CompactCall(made, compaction, known)
 
 
-def _place_in_grid(
-    model: nn.Module,
-    handle: Handle,
-    kwargs: dict[str, Any],
-    ids: Tensor,
-    mask: Tensor,
-    images: dict[int, list[tuple[int, int]]],
-    compaction: Compaction,
-    layout: Layout,
-    old: int,
-    past: Tensor | None,
-) -> Tensor:
-    """Write the positions of the compact columns into ``kwargs`` and return the deltas for the layout."""
-    kept = {}
-    for modality in present(handle, kwargs):
-        cells = cells_that_stay(model, handle.family, modality, kwargs)
-        counts = images[token_of(model, modality)]
-        kept[token_of(model, modality)] = [(n, own) for (n, _), own in zip(counts, cells, strict=True)]
-    past = layout.removed.new_zeros(len(ids)) if past is None else past
-    positions, deltas = grid_positions(model, handle.family, kwargs, ids, mask, kept, compaction, past, layout.deltas)
-    kwargs["position_ids"] = _prepend_zeros(positions, old)
-    return deltas
+def _compact_positions(
+    call: PromptCall, images: dict[int, list[tuple[int, int]]], compaction: Compaction, keeps_positions: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Positions of the compact columns, None where the model makes them; and ``Layout.deltas`` of those in a grid."""
+    if call.handle.family.positions is Positions.GRID:
+        kept = {}
+        for modality in present(call.handle, call.arguments):
+            cells = cells_that_stay(call.model, call.handle.family, modality, call.arguments)
+            counts = images[token_of(call.model, modality)]
+            kept[token_of(call.model, modality)] = [(n, own) for (n, _), own in zip(counts, cells, strict=True)]
+        return grid_positions(call, kept, compaction)
+    given = call.arguments.get("position_ids")
+    if given is None:
+        return None, None
+    positions = given[:, -call.ids.shape[1] :].expand(call.ids.shape[0], -1)
+    _refuse_packed_positions(positions, call.mask)
+    compacted = compaction.compact_positions(positions)
+    if not keeps_positions:
+        compacted = compacted - call.layout.removed[:, None] * compaction.real
+    return compacted, None
 
 
 def _prepend_zeros(values: Tensor, columns: int) -> Tensor:
@@ -280,7 +257,8 @@ def _refuse_packed_positions(positions: Tensor, mask: Tensor) -> None:
 
 
 def keeps_positions_on(handle: Handle, layout: Layout | None) -> bool:
-    """Whether columns get the full prompt's positions: as those in the cache did, whatever the settings are by now."""
+    """True if new columns get their positions in the full prompt: as the columns in the cache; without a cache, as the
+    settings say."""
     return layout.keeps_positions if layout is not None and layout.length else handle.keeps_positions
 
 
@@ -312,8 +290,7 @@ def follow_layout(handle: Handle, layout: Layout, kwargs: dict[str, Any]) -> Non
     if layout.keeps_positions:
         if kwargs.get("position_ids") is None:
             kwargs["position_ids"] = positions_of_columns(handle, ids, columns)
-    elif layout.deltas is not None:  # the user's positions are those of the full prompt, as the model's own
-        deltas = layout.for_rows(ids.shape[0]).deltas
+    elif (deltas := layout.for_rows(ids.shape[0]).deltas) is not None:  # the user's positions are the full prompt's
         if kwargs.get("position_ids") is None and mask.ndim == 2:
             kwargs["position_ids"] = text_positions(kwargs["attention_mask"], deltas)[..., -ids.shape[1] :]
     elif kwargs.get("position_ids") is not None:
@@ -341,11 +318,16 @@ def whole_mask(ids: Tensor, layout: Layout | None, cache: Any, option: Any) -> T
     return mask if ids.shape[1] > covered else torch.cat([mask.new_ones(len(ids), covered), mask], dim=1)
 
 
-def shrink_for_generate(
+def compact_for_generate(
     model: nn.Module, handle: Handle, kwargs: dict[str, Any], layout: Layout | None
-) -> Shrunk | None:
-    """Compact ``generate``'s inputs in place; None if the prompt is compact already."""
-    user_ids, mask, cache = kwargs["input_ids"], kwargs["attention_mask"], cache_in(kwargs)
+) -> tuple[dict[str, Any], Layout] | None:
+    """``generate``'s arguments in compact columns, and the layout of them all; None if the prompt is compact already.
+
+    Args:
+        kwargs: the user's arguments, with ``input_ids`` and ``attention_mask``.
+        layout: of the columns in the cache, None for no cache.
+    """
+    user_ids, cache = kwargs["input_ids"], cache_in(kwargs)
     mask = mask_2d(kwargs, user_ids, 0)
     if mask.shape[1] < user_ids.shape[1]:
         raise ValueError(f"attention_mask has {mask.shape[1]} columns, input_ids has {user_ids.shape[1]}")
@@ -354,38 +336,41 @@ def shrink_for_generate(
     repeats_all = user_ids.shape[1] == mask.shape[1]  # else the ids are the new columns alone
     new_ids = user_ids[:, covered:] if repeats_all else user_ids
     new_mask = mask[:, mask.shape[1] - new_ids.shape[1] :]
-    shrunk = Shrunk(None, known)
     cached_ids, cached_mask = _columns_in_cache(known, user_ids if repeats_all else None, mask, covered)
-    keeps_positions = keeps_positions_on(handle, layout)
-    if present(handle, kwargs) and not is_full_prompt(model, handle, {**kwargs, "input_ids": new_ids}):
+    has_images = bool(present(handle, kwargs))
+    if has_images and not is_full_prompt(model, handle, {**kwargs, "input_ids": new_ids}):
         return None
-    if keeps_positions and kwargs.get("position_ids") is None:
-        kwargs["position_ids"] = positions_of_mask(mask)
-    if present(handle, kwargs):
-        shrunk = shrink_new_columns(
-            model, handle, kwargs, new_ids, new_mask, known, cached_ids.shape[1] if repeats_all else 0,
-            cached_mask.sum(dim=1),
-        )  # fmt: skip
-        new_ids, new_mask = kwargs["input_ids"], kwargs["attention_mask"]
-    elif keeps_positions:
-        kwargs["position_ids"] = kwargs["position_ids"][:, -new_ids.shape[1] :]
-    elif kwargs.get("position_ids") is not None and known.deltas is None:
-        kwargs["position_ids"] = kwargs["position_ids"][:, -new_ids.shape[1] :] - known.removed[:, None]
+    made, new_sizes = dict(kwargs), None
+    if keeps_positions_on(handle, layout) and made.get("position_ids") is None:
+        made["position_ids"] = positions_of_mask(mask)
+    if has_images:
+        offset = cached_ids.shape[1] if repeats_all else 0
+        call = PromptCall(model, handle, made, new_ids, new_mask, known, cached_mask.sum(dim=1), offset)
+        compacted = compact(call)
+        made, known, new_sizes = compacted.arguments, compacted.layout, compacted.layout.log_sizes
+        new_ids, new_mask = made["input_ids"], made["attention_mask"]
+    elif made.get("position_ids") is not None:
+        made["position_ids"] = _positions_of_new_text(handle, layout, known, made["position_ids"], new_ids.shape[1])
     compact_mask = torch.cat([cached_mask, new_mask], dim=1)
-    if known.deltas is not None and kwargs.get("position_ids") is None:
-        kwargs["position_ids"] = text_positions(compact_mask, known.deltas)
-    positions = kwargs.get("position_ids")
-    if positions is not None:  # prefill in chunks slices them by the cache's length
-        kwargs["position_ids"] = _prepend_zeros(positions, compact_mask.shape[1] - positions.shape[-1])
+    if known.deltas is not None and made.get("position_ids") is None:
+        made["position_ids"] = text_positions(compact_mask, known.deltas)
+    if made.get("position_ids") is not None:  # prefill in chunks slices them by the cache's length
+        positions = made["position_ids"]
+        made["position_ids"] = _prepend_zeros(positions, compact_mask.shape[1] - positions.shape[-1])
     compact_ids = torch.cat([cached_ids, new_ids], dim=1)
-    kwargs["input_ids"] = compact_ids if repeats_all else new_ids
-    kwargs["attention_mask"] = compact_mask
-    sizes = joined_log_sizes(known, cached_ids.shape[1], shrunk.layout.log_sizes if shrunk.compaction else None,
-                             new_ids.shape[1])  # fmt: skip
-    shrunk.layout = dataclasses.replace(
-        shrunk.layout, length=mask.shape[1], mask=compact_mask, ids=compact_ids, log_sizes=sizes
-    )
-    return shrunk
+    made |= {"input_ids": compact_ids if repeats_all else new_ids, "attention_mask": compact_mask}
+    before = (layout or empty_layout(user_ids)).for_rows(len(user_ids))
+    sizes = joined_log_sizes(before, cached_ids.shape[1], new_sizes, new_ids.shape[1])
+    return made, dataclasses.replace(known, length=mask.shape[1], mask=compact_mask, ids=compact_ids, log_sizes=sizes)
+
+
+def _positions_of_new_text(
+    handle: Handle, layout: Layout | None, known: Layout, positions: Tensor, columns: int
+) -> Tensor:
+    """The user's positions of new columns without images, in the compact prompt's counting."""
+    if keeps_positions_on(handle, layout):
+        return positions[:, -columns:]
+    return positions if known.deltas is not None else positions[:, -columns:] - known.removed[:, None]
 
 
 def _columns_in_cache(layout: Layout, ids: Tensor | None, mask: Tensor, covered: int) -> tuple[Tensor, Tensor]:

@@ -6,10 +6,14 @@ compaction.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from mllm_crossget.hooks.ground.hosts import config_of
 
 LAYOUT = "_mllm_crossget_layout"
 TRUNCATED = (
@@ -109,11 +113,12 @@ class Layout:
             )
         if rows == known:
             return self
-        mask, ids, removed, deltas, sizes = (
-            None if part is None else part.repeat_interleave(rows // known, dim=0)
-            for part in (self.mask, self.ids, self.removed, self.deltas, self.log_sizes)
-        )
-        return Layout(self.length, mask, ids, removed, deltas, self.keeps_positions, sizes)
+        changes: dict[str, Any] = {
+            field.name: value.repeat_interleave(rows // known, dim=0)
+            for field in dataclasses.fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return dataclasses.replace(self, **changes)
 
     def compact_mask(self, mask_BL: Tensor) -> Tensor:
         """The user's mask over all columns so far, in compact columns."""
@@ -212,7 +217,7 @@ def _places(
 
 def refuse_padding_in_a_state(model: nn.Module, mask: Tensor) -> None:
     """Layers with linear attention keep a state that padding behind cached columns would change."""
-    if "linear_attention" in getattr(model.config.get_text_config(), "layer_types", ()) and bool((mask == 0).any()):
+    if "linear_attention" in getattr(config_of(model).get_text_config(), "layer_types", ()) and bool((mask == 0).any()):
         raise ValueError(
             f"the new columns beside the KV cache hold {mask.count_nonzero(dim=1).tolist()} tokens after merging, and "
             "layers with linear attention cannot skip the padding that shorter rows would need there: give rows of one "

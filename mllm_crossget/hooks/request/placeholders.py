@@ -76,8 +76,8 @@ def known_features(model: nn.Module, handle: Handle, modality: Modality, kwargs:
     if modality.counts is not None:
         return None
     tokens, kept = _tokens_of_size(model, handle, modality, kwargs), handle.schedule.features
-    if handle.again is not None and tokens != handle.schedule.placeholders:
-        kept = handle.again.schedule(tokens).features
+    if handle.second_merge is not None and tokens != handle.schedule.placeholders:
+        kept = handle.second_merge.schedule(tokens).features
     return [kept] * len(kwargs[modality.pixels])
 
 
@@ -131,7 +131,7 @@ def _kept_of_part(handle: Handle, modality: Modality, tokens: int) -> int:
     """Features of a frame of ``tokens`` placeholders."""
     if modality.name in handle.own_towers:
         return handle.own_towers[modality.name].schedule.features
-    return tokens if handle.again is None else handle.again.schedule(tokens).features
+    return tokens if handle.second_merge is None else handle.second_merge.schedule(tokens).features
 
 
 def _merged_counts(merging: MergeState, placeholders: list[int]) -> list[int]:

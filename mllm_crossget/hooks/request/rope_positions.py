@@ -19,6 +19,7 @@ from mllm_crossget.families.modality import Modality
 from mllm_crossget.hooks.projector.features import ahead_of
 from mllm_crossget.hooks.projector.post_merge import kept_cells
 from mllm_crossget.hooks.request.compaction import Compaction
+from mllm_crossget.hooks.request.prompt_call import PromptCall
 
 _GRIDS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
 
@@ -42,36 +43,27 @@ def cells_that_stay(model: nn.Module, family: Family, modality: Modality, kwargs
 
 
 def grid_positions(
-    model: Any,
-    family: Family,
-    kwargs: dict[str, Any],
-    ids: Tensor,
-    mask: Tensor,
-    kept: dict[int, list[tuple[int, Tensor]]],
-    compaction: Compaction,
-    past: Tensor,
-    deltas: Tensor | None,
+    call: PromptCall, kept: dict[int, list[tuple[int, Tensor]]], compaction: Compaction
 ) -> tuple[Tensor, Tensor]:
     """Positions of the compact columns.
 
     Args:
-        kwargs: the call's arguments, still full-length.
-        ids, mask: (B, L) new columns of the user's prompt.
+        call: the full-length call.
         kept: by placeholder token, (n, cells that stay) of every image in order.
         compaction: which columns stay: of every image the last ones.
-        past: (B,) real columns in the cache, compact.
-        deltas: (B,) position minus compact column of the text in the cache, None for none.
 
     Returns:
-        (4, B, C) columns counted without gaps, then time, height and width; and the new (B,) deltas.
+        (4, B, C) columns counted without gaps, then time, height and width; and the new (B,) position minus compact
+        column of the text behind them.
     """
-    owner: Any = module_at(model, family.features_owner or "")
-    positions = _full_positions(owner, kwargs, ids, mask)
-    if kwargs.get("position_ids") is None:
+    owner: Any = module_at(call.model, call.handle.family.features_owner or "")
+    past, deltas = call.past, call.layout.deltas
+    positions = _full_positions(owner, call.arguments, call.ids, call.mask)
+    if call.arguments.get("position_ids") is None:
         positions = positions + (past if deltas is None else past + deltas)[:, None]
-    following = positions.amax(dim=0).masked_fill(mask == 0, -1).amax(dim=1) + 1
+    following = positions.amax(dim=0).masked_fill(call.mask == 0, -1).amax(dim=1) + 1
     for token, images in kept.items():
-        _move_to_the_last(positions, ids == token, images)
+        _move_to_the_last(positions, call.ids == token, images)
     real = compaction.real
     compact = positions.gather(2, compaction.index.expand(3, -1, -1)).masked_fill(~real, 0)
     columns = _columns(real, past)

@@ -21,12 +21,10 @@ def joined_log_sizes(known: Layout, cached: int, new: Tensor | None, columns: in
         new: (B, columns) of the new columns, or None.
     """
     old = known.log_sizes
-    if old is None and new is None:
-        return None
-    rows = len(old if new is None else new)
-    some = old if new is None else new
-    before = some.new_zeros(rows, cached) if old is None else nn.functional.pad(old, (0, cached - old.shape[1]))
-    return torch.cat([before, some.new_zeros(rows, columns) if new is None else new], dim=1)
+    if old is not None:
+        before = nn.functional.pad(old, (0, cached - old.shape[1]))
+        return torch.cat([before, before.new_zeros(len(before), columns) if new is None else new], dim=1)
+    return None if new is None else torch.cat([new.new_zeros(len(new), cached), new], dim=1)
 
 
 def log_sizes_of_compact(model: nn.Module, handle: Handle, kwargs: dict[str, Any]) -> Tensor | None:

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from mllm_crossget.families.family import Family, families, module_at
 from mllm_crossget.hooks.ground.call_state import lent
 from mllm_crossget.hooks.ground.cross_tokens import RECORD
-from mllm_crossget.hooks.ground.state import CALIBRATION, RUNNING, TRACE, MergeState, TowerState
+from mllm_crossget.hooks.ground.hosts import FeaturesOwner
+from mllm_crossget.hooks.ground.state import CALIBRATION, RUNNING, TRACE
 from mllm_crossget.hooks.ground.vision_cache import Encoded, VisionCache, content_key
 from mllm_crossget.hooks.projector.features import encoded_ahead
-from mllm_crossget.hooks.reuse.image_packing import Pieces, pieces_of
+from mllm_crossget.hooks.reuse.image_packing import ImageCall, image_call
 from mllm_crossget.hooks.tower.encoder import SIZES
 from mllm_crossget.methods.method import Method
 
@@ -70,17 +71,17 @@ def use_cache(model: nn.Module, handle: Handle, wanted: bool | VisionCache) -> N
         handle.journal.swap_class(owner, ReusedFeatures)
 
 
-class ReusedFeatures(nn.Module):
+class ReusedFeatures(FeaturesOwner):
     """Mixin for the owner of ``get_image_features``."""
 
     def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
         """As the original. Where an image was known, the output holds features alone: hidden states are None."""
         stock, handle = super().get_image_features, self.__dict__[_REUSE]
-        pieces = _pieces(self, handle, stock, args, kwargs)
-        if pieces is None:
+        call = _image_call(self, handle, stock, args, kwargs)
+        if call is None:
             return stock(*args, **kwargs)
         handle.vision_cache.belongs_to(_maker(self, handle))
-        return _reused(handle.vision_cache, pieces, stock)
+        return _reused(handle.vision_cache, call, stock)
 
     def train(self, mode: bool = True) -> Any:
         """As the original; going to training forgets every image."""
@@ -90,10 +91,10 @@ class ReusedFeatures(nn.Module):
         return super().train(mode)
 
 
-def _reused(cache: VisionCache, pieces: Pieces, stock: Callable[..., Any]) -> Any:
+def _reused(cache: VisionCache, call: ImageCall, stock: Callable[..., Any]) -> Any:
     """The output of a call, of which only images that are not in the cache are encoded, each of them once."""
-    words = _words(pieces)
-    keys = [content_key(pieces.content(image), words) for image in range(len(pieces))]
+    words = _words(call)
+    keys = [content_key(call.content(image), words) for image in range(len(call))]
     known: dict[bytes, Encoded] = {}
     missing: dict[bytes, int] = {}
     for image, key in enumerate(keys):
@@ -104,23 +105,23 @@ def _reused(cache: VisionCache, pieces: Pieces, stock: Callable[..., Any]) -> An
         else:
             missing[key] = image
     if len(missing) == len(keys):
-        output = stock(**pieces.arguments)
+        output = stock(**call.arguments)
         if hasattr(output, "pooler_output"):
-            for key, entry in zip(keys, pieces.split(output, len(keys)), strict=True):
+            for key, entry in zip(keys, call.split(output, len(keys)), strict=True):
                 cache.keep(key, entry)
         return output
     if missing:
-        images = pieces.encodable(list(missing.values()))
-        made = pieces.split(stock(**pieces.select(images)), len(images))
+        images = call.encodable(list(missing.values()))
+        made = call.split(stock(**call.select(images)), len(images))
         for image, entry in zip(images, made, strict=True):
             known[keys[image]] = entry
             cache.keep(keys[image], entry)
-    return pieces.join([known[key] for key in keys])
+    return call.join([known[key] for key in keys])
 
 
-def _pieces(
+def _image_call(
     owner: nn.Module, handle: Handle, stock: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Pieces | None:
+) -> ImageCall | None:
     """The images of a call whose features may come from the cache, or None."""
     if handle.vision_cache is None or torch.compiler.is_compiling() or _is_watched(owner, handle):
         return None
@@ -132,7 +133,7 @@ def _pieces(
         return None
     if torch.is_grad_enabled() and _needs_gradient(owner, handle, arguments):
         return None
-    return pieces_of(owner, arguments, ("return_dict", "use_cache", *_READ))
+    return image_call(owner, arguments, ("return_dict", "use_cache", *_READ))
 
 
 def _is_watched(owner: nn.Module, handle: Handle) -> bool:
@@ -140,11 +141,12 @@ def _is_watched(owner: nn.Module, handle: Handle) -> bool:
     tower = handle.tower
     if owner.training or any(child.training for child in _vision_side(owner, handle)):
         return True
-    if any(lent(TRACE, state) is not None for state in (tower, handle.again) if state is not None):
+    states = (tower, handle.merge, handle.second_merge)
+    if any(lent(TRACE, state) is not None for state in states if state is not None):
         return True
-    if isinstance(tower, MergeState):
-        return lent(RUNNING, tower) is not None
-    if not isinstance(tower, TowerState):
+    if handle.merge is not None:
+        return lent(RUNNING, handle.merge) is not None
+    if tower is None:
         return False
     encoder = module_at(owner, handle.encoder_path.removeprefix(f"{handle.family.features_owner}."))
     asked = (lent(CALIBRATION, tower), lent(RECORD, encoder), lent(SIZES, encoder))
@@ -164,12 +166,12 @@ def _needs_gradient(owner: nn.Module, handle: Handle, arguments: dict[str, Any])
     return any(tensor.requires_grad for tensor in tensors)
 
 
-def _words(pieces: Pieces) -> tuple[Any, ...]:
+def _words(call: ImageCall) -> tuple[Any, ...]:
     """What holds for a whole call and tells its features apart."""
-    device = pieces.values.device
-    chosen = {name: value for name, value in pieces.arguments.items() if name in _READ}
+    device = call.values.device
+    chosen = {name: value for name, value in call.arguments.items() if name in _READ}
     autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-    return (type(pieces).__name__, str(device), autocast, sorted(chosen.items()))
+    return (type(call).__name__, str(device), autocast, sorted(chosen.items()))
 
 
 def _maker(owner: Any, handle: Handle) -> Hashable:

@@ -35,7 +35,7 @@ class Form:
     packed: bool
 
 
-class Pieces(ABC):
+class ImageCall(ABC):
     """The images of one call.
 
     Args:
@@ -108,18 +108,18 @@ class Pieces(ABC):
         return features
 
 
-class Rows(Pieces):
+class Rows(ImageCall):
     """(images, channels, height, width): every row is an image, a tile or a frame; ``pixel_mask`` has rows, too."""
 
     def __len__(self) -> int:
         return len(self.values)
 
     def content(self, image: int) -> list[Tensor]:
-        """See ``Pieces``."""
+        """See ``ImageCall``."""
         return [self.host[image], *(values[image] for values in self._masks().values())]
 
     def select(self, images: list[int]) -> dict[str, Any]:
-        """See ``Pieces``."""
+        """See ``ImageCall``."""
         rows = {self.pixels: self.values, **self._masks()}
         return {**self.arguments, **{name: values[images] for name, values in rows.items()}}
 
@@ -128,7 +128,7 @@ class Rows(Pieces):
         return {} if mask is None else {"pixel_mask": mask}
 
 
-class Tiles(Pieces):
+class Tiles(ImageCall):
     """Images cut into tiles, (images, most tiles, ...) or (all tiles, ...), with ``image_sizes``.
 
     In LLaVA-OneVision an image that is not alone in its row (``batch_num_images``) is not cut.
@@ -147,7 +147,7 @@ class Tiles(Pieces):
         return len(self.sizes)
 
     def content(self, image: int) -> list[Tensor]:
-        """See ``Pieces``."""
+        """See ``ImageCall``."""
         return [self._own(self.host, image), self.sizes[image], torch.tensor(self.cut[image])]
 
     def encodable(self, images: list[int]) -> list[int]:
@@ -158,7 +158,7 @@ class Tiles(Pieces):
         return whole + [image for image in images if self.cut[image]]
 
     def select(self, images: list[int]) -> dict[str, Any]:
-        """See ``Pieces``; in the order of ``encodable``."""
+        """See ``ImageCall``; in the order of ``encodable``."""
         chosen = {self.pixels: torch.cat([self._own(self.values, image) for image in images])}
         chosen["image_sizes"] = self.sizes[images]
         rows = self.arguments.get("batch_num_images")
@@ -175,7 +175,7 @@ class Tiles(Pieces):
         return values[start : start + self.tiles[image]]
 
 
-class Packed(Pieces):
+class Packed(ImageCall):
     """(all patches, values) with the grid of every image in ``image_grid_thw`` (Qwen-VL)."""
 
     def __init__(self, owner: Any, arguments: dict[str, Any], pixels: str) -> None:
@@ -187,11 +187,11 @@ class Packed(Pieces):
         return len(self.lengths)
 
     def content(self, image: int) -> list[Tensor]:
-        """See ``Pieces``."""
+        """See ``ImageCall``."""
         return [self._own(self.host, image), self.grids[image]]
 
     def select(self, images: list[int]) -> dict[str, Any]:
-        """See ``Pieces``."""
+        """See ``ImageCall``."""
         own = torch.cat([self._own(self.values, image) for image in images])
         return {**self.arguments, self.pixels: own, "image_grid_thw": self.grids[images]}
 
@@ -200,7 +200,7 @@ class Packed(Pieces):
         return values[start : start + self.lengths[image]]
 
 
-class PaddedRows(Pieces):
+class PaddedRows(ImageCall):
     """(rows, most images, channels, height, width), images of zeros where a row has fewer (Idefics).
 
     Features are a list with all images of a row one behind the other, as many of every image. An image is the same one
@@ -217,12 +217,12 @@ class PaddedRows(Pieces):
         return len(self.places)
 
     def content(self, image: int) -> list[Tensor]:
-        """See ``Pieces``."""
+        """See ``ImageCall``."""
         mask = self.arguments.get("pixel_attention_mask")
         return [self.host[self.places[image]], *([] if mask is None else [mask[self.places[image]]])]
 
     def select(self, images: list[int]) -> dict[str, Any]:
-        """See ``Pieces``; all images in one row."""
+        """See ``ImageCall``; all images in one row."""
         rows, columns = zip(*(self.places[image] for image in images), strict=True)
         names = [name for name in (self.pixels, "pixel_attention_mask") if name in self.arguments]
         return {**self.arguments, **{name: self.arguments[name][list(rows), list(columns)][None] for name in names}}
@@ -238,7 +238,7 @@ class PaddedRows(Pieces):
         return [torch.cat([empty, *(next(rest) for _ in range(count))]) for count in self.of_rows]
 
 
-_ARGUMENTS: dict[type[Pieces], tuple[str, ...]] = {
+_ARGUMENTS: dict[type[ImageCall], tuple[str, ...]] = {
     Rows: ("pixel_mask",),
     Tiles: ("image_sizes", "batch_num_images"),
     Packed: ("image_grid_thw",),
@@ -246,7 +246,7 @@ _ARGUMENTS: dict[type[Pieces], tuple[str, ...]] = {
 }
 
 
-def pieces_of(owner: Any, arguments: dict[str, Any], words: tuple[str, ...]) -> Pieces | None:
+def image_call(owner: Any, arguments: dict[str, Any], words: tuple[str, ...]) -> ImageCall | None:
     """The images of a call, or None where there are none, or arguments that are not known.
 
     Args:
@@ -258,7 +258,7 @@ def pieces_of(owner: Any, arguments: dict[str, Any], words: tuple[str, ...]) -> 
     values = arguments.get(pixels or "")
     if not isinstance(values, Tensor) or values.numel() == 0:
         return None
-    kind: type[Pieces] = Rows if values.ndim == 4 else PaddedRows
+    kind: type[ImageCall] = Rows if values.ndim == 4 else PaddedRows
     if "image_sizes" in arguments:
         kind = Tiles
     elif "image_grid_thw" in arguments:

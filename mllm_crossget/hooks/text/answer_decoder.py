@@ -1,10 +1,10 @@
 """A text decoder that cross-attends to the states of a reduced text encoder (question answering with BLIP).
 
-The decoder gets the tokens that are left, and their sizes in the place of the question's mask, which its generate
-repeats for beams as it does the states. Its cross-attention adds the log sizes to the logits, minus infinity for what
-fills a row up: as if a merged token stood there as often as it has tokens. The stock decoder does not look at the mask
-of the question, and so attends to its padding too; behind a reduced encoder it does not, so that no answer depends on
-the other questions of a batch.
+The decoder gets the tokens that are left, and a mask that is 0 for what fills a row up. Encoder and decoder share the
+token sizes for the length of a call; the decoder repeats them where its generate has repeated the rows (beams, several
+answers). Its cross-attention adds the log sizes to the logits: as if a merged token stood there as often as it has
+tokens. The stock decoder does not look at the mask of the question, and so attends to its padding too; behind a reduced
+encoder it does not, so that no answer depends on the other questions of a batch.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mllm_crossget.families.family import BertNames, TextTower, module_at
 from mllm_crossget.hooks.ground.arguments import positional_names
 from mllm_crossget.hooks.ground.call_state import Lent, lent
+from mllm_crossget.hooks.ground.hosts import GeneratingModel
 from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.hooks.text.bert_text import CALL, SIZES
 
@@ -25,6 +26,7 @@ _BIAS = "_mllm_crossget_bias"
 _LOG_SIZES = "log sizes"
 _KEYWORD = "crossget_bias"
 _MASK = "encoder_attention_mask"
+_STATES = "encoder_hidden_states"
 
 
 def hook_question(journal: Journal, model: nn.Module, tower: TextTower, names: BertNames, weighs: bool) -> None:
@@ -50,7 +52,7 @@ def hook_question(journal: Journal, model: nn.Module, tower: TextTower, names: B
         journal.swap_class(layer, AnsweringLayer)
 
 
-class AskedModel(nn.Module):
+class AskedModel(GeneratingModel):
     """Mixin for the whole model: encoder and decoder share what is known of one call."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -64,18 +66,18 @@ class AskedModel(nn.Module):
             return super().generate(*args, **kwargs)
 
 
-class AnsweringHead(nn.Module):
-    """Mixin for the decoder with its head: puts the sizes in the place of the question's mask."""
+class AnsweringHead(GeneratingModel):
+    """Mixin for the decoder with its head: its mask of the question hides what fills a row up."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the original."""
         if args:
             kwargs.update(zip(positional_names(type(self)), args, strict=False))
-        return super().forward(**_with_sizes(self, kwargs))
+        return super().forward(**_with_mask(self, kwargs))
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As the original."""
-        return super().generate(*args, **_with_sizes(self, kwargs))
+        return super().generate(*args, **_with_mask(self, kwargs))
 
 
 class AnsweringDecoder(nn.Module):
@@ -85,8 +87,8 @@ class AnsweringDecoder(nn.Module):
         """As the original."""
         if args:
             kwargs.update(zip(positional_names(type(self)), args, strict=False))
-        sizes = kwargs.get(_MASK)
-        if lent(CALL, self) is not None and sizes is not None:
+        sizes = _sizes_of_rows(self, kwargs.get(_STATES))
+        if sizes is not None:
             bias = sizes.log() if self.__dict__[_BIAS] else (sizes > 0).log()
             kwargs[_KEYWORD] = bias.clamp_min(torch.finfo(torch.float16).min)[:, None, None]
         return super().forward(**kwargs)
@@ -104,7 +106,7 @@ class AnsweringLayer(nn.Module):
 
 
 class BiasedCrossing(nn.Module):
-    """Mixin for a cross-attention that adds what stands in ``encoder_attention_mask`` to its logits."""
+    """Mixin for a cross-attention that adds the log sizes to its logits: its mask is additive."""
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Any:
         """As the original."""
@@ -118,7 +120,15 @@ def _call(model: nn.Module) -> Lent:
     return Lent(CALL, {}, *[module_at(model, path) for path in model.__dict__[_MODULES]])
 
 
-def _with_sizes(decoder: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The sizes are taken away once: what ``generate`` hands on was repeated for the beams."""
+def _with_mask(decoder: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    sizes = _sizes_of_rows(decoder, kwargs.get(_STATES))
+    return kwargs if sizes is None else {**kwargs, _MASK: (sizes > 0).long()}
+
+
+def _sizes_of_rows(decoder: nn.Module, states: Tensor | None) -> Tensor | None:
+    """(B, T) sizes of the question's tokens, repeated as the (B, T, D) states are; None outside of a whole call."""
     call: dict[str, Tensor] = lent(CALL, decoder) or {}
-    return {**kwargs, _MASK: call.pop(SIZES)} if SIZES in call else kwargs
+    if states is None or SIZES not in call:
+        return None
+    sizes = call[SIZES]
+    return sizes.repeat_interleave(len(states) // len(sizes), dim=0).to(states.device)

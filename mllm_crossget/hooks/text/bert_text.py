@@ -65,6 +65,12 @@ def hook_text_encoder(
 class BertAttention(nn.Module):
     """Mixin for a self-attention that computes its own map (BLIP's BERT): through the interface."""
 
+    query: nn.Linear
+    key: nn.Linear
+    value: nn.Linear
+    dropout: nn.Dropout
+    num_attention_heads: int
+
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:

@@ -9,6 +9,7 @@ State travels as positional arguments through the layers and back, so gradient c
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -95,6 +96,8 @@ class ReducedTextModel(nn.Module):
 
 class ReducedTextEncoder(nn.Module):
     """Mixin for a text encoder: the loop of ``hooks.text.encoder``, with the cross token that a layer writes."""
+
+    cross_tokens: Callable[[], Tensor]  # ``CrossTokens``, or PEFT's wrapper around it
 
     def forward(self, inputs_embeds: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> BaseModelOutput:
         """(B, T, D) embeddings in, (B, T, D) states in the columns of the input in ``last_hidden_state`` out."""

@@ -20,7 +20,7 @@ from mllm_crossget.hooks.text.clip_text import KEYWORD, layer_names, text_state
 from mllm_crossget.hooks.text.rows import Texts, compact, in_columns
 from mllm_crossget.hooks.tower.attention import AttentionSlot
 from mllm_crossget.hooks.tower.counts_per_image import record_features
-from mllm_crossget.hooks.tower.encoder import own_rows, run_layers
+from mllm_crossget.hooks.tower.encoder import own_rows, run_layers, sizes_of
 from mllm_crossget.hooks.tower.layer import Taken, carry_out, run_layer
 from mllm_crossget.methods.capabilities import PerText
 from mllm_crossget.methods.signals import RaggedSignals
@@ -50,6 +50,7 @@ class RaggedTextEncoder(nn.Module):
         least = int(texts.end.max()) + 2
 
         def call(layer: nn.Module, index: int, hidden: Tensor, size: Tensor | None) -> Taken:
+            size = sizes_of(hidden, size)
             calibrates = lent(CALIBRATION, state) is not None
             wanted = [state.schedule(tokens).tokens[index + 1] for tokens in starts] if calibrates else None
             alignment = _alignment(self, state, hidden, size, index)
@@ -60,6 +61,8 @@ class RaggedTextEncoder(nn.Module):
         hidden, _, source = run_layers(layers, hidden, size, own_rows(hidden), call, traces)
         if reference:
             return BaseModelOutput(last_hidden_state=nn.functional.pad(hidden, (0, 0, 0, columns - hidden.shape[1])))
+        if source is None:
+            raise RuntimeError("the layers did not say where the tokens have gone")
         return BaseModelOutput(last_hidden_state=in_columns(hidden, source, place, texts.real, columns))
 
 
@@ -98,7 +101,8 @@ class RaggedTextLayer(nn.Module):
         bias = text_bias(size, state.tower.causal, hidden_states.dtype)
         slot = AttentionSlot(record_keys=True, pruning_prefix=1, pruning_bias=bias, pruning_alive=size > 0)
 
-        def step(hidden: Tensor, size: Tensor) -> Taken:
+        def step(hidden: Tensor, size: Tensor | None) -> Taken:
+            size = sizes_of(hidden, size)
             return carry_out(_choose(state, method, slot, size, alignment, index, least, wanted), hidden, size)
 
         return run_layer(self, layer_names(state), slot, hidden_states, size, step, bias[:, None])

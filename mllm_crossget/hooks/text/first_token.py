@@ -6,6 +6,7 @@ argument, so gradient checkpointing can replay a layer and two forwards may prec
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +58,8 @@ def hook_text(
 class GuidedModel(nn.Module):
     """Mixin for a text side: finds the first real token of every row's text and hands it to the layers."""
 
+    cross_tokens: Callable[[], Tensor]  # ``CrossTokens``, or PEFT's wrapper around it
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the original; cached decode steps are not touched."""
         if args:
@@ -89,12 +92,13 @@ class GuidedLayer(nn.Module):
         return super().forward(hidden_states, *args, **kwargs)
 
 
-def _first_tokens(model: nn.Module, kwargs: dict[str, Any]) -> FirstTokens | None:
+def _first_tokens(model: GuidedModel, kwargs: dict[str, Any]) -> FirstTokens | None:
     embeds, ids, cache = kwargs.get("inputs_embeds"), kwargs.get("input_ids"), cache_in(kwargs)
-    tokens = embeds if embeds is not None else ids
+    tokens: Tensor | None = embeds if embeds is not None else ids
     if tokens is None:
         return None
     batch, length = tokens.shape[:2]
+    device = tokens.device
     queries = kwargs.get("query_embeds")
     if queries is not None and tokens is ids:  # a Q-Former puts them in front of the text itself
         length += queries.shape[1]
@@ -103,7 +107,7 @@ def _first_tokens(model: nn.Module, kwargs: dict[str, Any]) -> FirstTokens | Non
     if length == 1 and not is_empty:  # a decode step: the first token is in the cache
         return None
     skip = model.__dict__[_SKIP]
-    column, found = _text_column(kwargs.get("attention_mask"), skip, batch, tokens.device)
+    column, found = _text_column(kwargs.get("attention_mask"), skip, batch, device)
     index = column - past
     valid = found & (index >= 0) & (index < length)
     return FirstTokens(index, valid, model.cross_tokens(), {})

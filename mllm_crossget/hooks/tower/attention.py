@@ -105,6 +105,13 @@ def hook_attention(journal: Journal, attention: nn.Module, fused: bool = False) 
 class FusedAttention(nn.Module):
     """Mixin for an attention with one ``qkv`` projection that computes its own map (BLIP): through the interface."""
 
+    qkv: nn.Linear
+    projection: nn.Linear
+    dropout: nn.Dropout
+    num_heads: int
+    head_dim: int
+    scale: float
+
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """(B, T, D) tokens in, (B, T, D) and the (B, H, T, T) map out."""
         batch, tokens, width = hidden_states.shape

@@ -53,6 +53,8 @@ def run_layers(
         if source is not None and slot is not None:
             source = slot.gather(1, source)
         for trace in traces:
+            if source is None:
+                raise RuntimeError("a trace tells where every token has gone: give source")
             trace.append(LayerTrace(decided, sizes_of(hidden, size), source))
     return hidden, size, source
 
@@ -131,7 +133,7 @@ def last_token(hidden: Tensor, size: Tensor | None) -> Tensor:
 
 def refuse_tracing() -> None:
     """Raise ``ValueError`` inside ``torch.jit.trace``, where counts of tokens are tensors and no longer integers."""
-    if torch.jit.is_tracing():
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]  # torch does not list it
         raise ValueError(
             "torch.jit.trace cannot record an accelerated vision tower, whose numbers of tokens are computed: use "
             "torch.compile, or restore_mllm(model) first"

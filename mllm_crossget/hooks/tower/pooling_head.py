@@ -35,13 +35,18 @@ class PoolingTower(nn.Module):
 
 
 class WeightedPooling(nn.Module):
-    """Mixin for an attention pooling head with ``probe``, ``attention``, ``layernorm`` and ``mlp``."""
+    """Mixin for an attention pooling head."""
+
+    probe: nn.Parameter
+    attention: nn.MultiheadAttention
+    layernorm: nn.LayerNorm
+    mlp: nn.Module
 
     def forward(self, hidden_state: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(B, T, D) -> (B, D); as the original where nothing was merged."""
         state: TowerState = self.__dict__[_STATE]
-        pooled: list[Tensor | None] = lent(POOLED, state) or [None]
-        size = pooled.pop()
+        left: list[Tensor | None] = lent(POOLED, state) or [None]
+        size = left.pop()
         weighs = state.method.proportional_attention
         if size is None or not (weighs or bool((size == 0).any())):
             return super().forward(hidden_state, *args, **kwargs)

@@ -182,6 +182,6 @@ for model_type in QWEN_VISION:
             loss=loss,
             generates=True,
             expected=expected,
-            schedule=lambda model: handle_of(model).tower.schedule(4),  # groups of one size, the smallest first
+            schedule=lambda model: handle_of(model).merge.schedule(4),  # groups of one size, the smallest first
         )
     )
