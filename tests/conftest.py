@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -19,6 +21,49 @@ pytest.register_assert_rewrite("tests.helpers")
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # the models are tiny: more threads only wait for one another
     config.addinivalue_line("filterwarnings", "error:::transformers")
+
+
+_HERE = Path(__file__).parent
+# Minutes in few tests: they begin while the other process has work left for as long. Then the largest files.
+_FIRST = ("training", "test_contributing.py", "api", "families/test_matrix.py", "hooks", "robustness", "benchmark")
+# What they check is ours alone, or the newest transformers is enough for it.
+_ANY_TRANSFORMERS = (
+    "golden/test_steps.py",
+    "golden/test_pruning.py",
+    "ops",
+    "test_architecture.py",
+    "test_cli_mistakes.py",
+    "test_contributing.py",
+    "test_layout.py",
+    "test_moved.py",
+    "test_readme.py",
+    "test_schedule.py",
+    "test_scripts.py",
+    "costs/test_published_flops.py",
+)
+
+
+def _lies_in(item: pytest.Item, places: tuple[str, ...]) -> int | None:
+    """Number of the first of the files and folders that a test lies in, or None."""
+    return next((number for number, place in enumerate(places) if item.path.is_relative_to(_HERE / place)), None)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        number = _lies_in(item, _FIRST)
+        return len(_FIRST) if number is None else number
+
+    items.sort(key=place)
+    for item in items:
+        if _lies_in(item, _ANY_TRANSFORMERS) is not None:
+            item.add_marker(pytest.mark.any_transformers)
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported by now stays: Python need not look through it for garbage after every few models."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 100)
 
 
 @pytest.fixture(autouse=True)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.helpers.processes import Child
+from tests.helpers.runs_in_processes import pytest_in
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ("adding-a-method", "adding-a-family")
@@ -59,17 +59,12 @@ def test_the_recipe_works(page: str, tmp_path: Path) -> None:
     follow(page, tmp_path)
     assert commands(page), f"docs/{page}.md has no pytest command"
     for words in commands(page):
-        done = subprocess.run(
-            [sys.executable, "-m", *words, "-n", "0", "-p", "no:cacheprovider"],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            # without Numba, which would compile its kernels anew for the copy
-            env={**os.environ, "PYTHONPATH": str(tmp_path), "MLLM_CROSSGET_FUSED_MATCHING": "0"},
-            check=False,
-        )
-        assert done.returncode == 0, f"docs/{page}.md: {shlex.join(words)}\n{done.stdout[-4000:]}{done.stderr[-2000:]}"
-        assert re.search(r"\d+ passed", done.stdout)
+        # without Numba, which would compile its kernels anew for the copy
+        plain = {"MLLM_CROSSGET_FUSED_MATCHING": "0"}
+        child = Child(pytest_in, str(tmp_path), words[1:], output=tmp_path / "said.txt", environment=plain)
+        code = child.end(800)
+        assert code == 0, f"docs/{page}.md: {shlex.join(words)}\n{child.said()[-6000:]}"
+        assert re.search(r"\d+ passed", child.said())
 
 
 @pytest.mark.parametrize("page", PAGES)

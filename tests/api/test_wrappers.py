@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -18,6 +16,8 @@ from tests.helpers.families.cases import all_cases
 from tests.helpers.fingerprints import assert_identical, fingerprint
 from tests.helpers.interrupts import interrupted
 from tests.helpers.methods import METHODS, prepare
+from tests.helpers.processes import Child
+from tests.helpers.runs_in_processes import pickled_answer
 from tests.helpers.tiny import prompt_batch, randomise_cross_tokens, tiny_llava
 
 
@@ -128,12 +128,9 @@ def test_a_pickled_model_answers_in_another_process(tmp_path) -> None:
     torch.save(accelerate_mllm(model), tmp_path / "model")
     with torch.no_grad():
         torch.save((batch, model(**batch).logits), tmp_path / "answer")
-    code = "import sys, torch\ntorch.set_num_threads(1)\ntorch.set_grad_enabled(False)\n"
-    code += "model, (batch, logits) = (torch.load(path, weights_only=False) for path in sys.argv[1:])\n"
-    code += "assert torch.equal(model(**batch).logits, logits)"
-    words = [sys.executable, "-c", code, str(tmp_path / "model"), str(tmp_path / "answer")]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    files = (str(tmp_path / "model"), str(tmp_path / "answer"))
+    child = Child(pickled_answer, *files, output=tmp_path / "said.txt")
+    assert child.end() == 0, child.said()[-2000:]
 
 
 @pytest.mark.parametrize("case", all_cases(), ids=lambda case: case.name)

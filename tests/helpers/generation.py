@@ -12,8 +12,9 @@ from tests.helpers.methods import prepare
 from tests.helpers.oracle import Oracle
 from tests.helpers.tiny import tiny_llava
 
+ENCODES_IMAGES_FIRST = hasattr(GenerationMixin, "_prepare_multimodal_encoder_kwargs_for_generation")
 encodes_images_first = pytest.mark.skipif(
-    not hasattr(GenerationMixin, "_prepare_multimodal_encoder_kwargs_for_generation"),
+    not ENCODES_IMAGES_FIRST,
     reason="this transformers repeats pixels image by image, hands them to text assistants and does not chunk them: "
     "the untouched model is wrong here, too",
 )

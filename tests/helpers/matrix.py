@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from torch import nn
@@ -16,6 +17,20 @@ CASES = all_cases()
 
 def takes(case: Case, method: str) -> bool:
     return method not in case.skip_methods and (families()[case.model_type].dynamic or method not in DYNAMIC)
+
+
+@functools.lru_cache(maxsize=8)
+def shared(name: str, method: str, positions: str | None = None) -> nn.Module:
+    """``learned``, made once for tests that run one after the other and leave it as it is."""
+    case = next(case for case in CASES if case.name == name)
+    settings = {} if positions is None else {"positions": positions}
+    return learned(case, method, **settings)
+
+
+@functools.lru_cache(maxsize=2)
+def shared_stock(name: str) -> nn.Module:
+    """The case's untouched model, likewise."""
+    return next(case for case in CASES if case.name == name).build("sdpa")
 
 
 def learned(case: Case, method: str, attention: str = "sdpa", **settings: Any) -> nn.Module:

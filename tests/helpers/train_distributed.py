@@ -88,9 +88,12 @@ def run(backend, folder, processes, steps=50, text_only=0):
         (folder / "losses.json").write_text(json.dumps({"kind": kind, **{n: losses(trainer, n) for n in names}}))
 
 
-if __name__ == "__main__":
-    chosen, output, *numbers = sys.argv[1:]
+def main(chosen, output, *numbers):
     run(chosen, output, int(os.environ.get("WORLD_SIZE", "1")), *map(int, numbers))
     if torch.distributed.is_initialized():  # gloo may abort a process that leaves without saying goodbye
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,46 +12,13 @@ from safetensors.torch import load_file
 
 from mllm_crossget.training import checkpoint_problem, last_complete_checkpoint
 from mllm_crossget.training.finetune import resume_point
+from tests.helpers.processes import Child
+from tests.helpers.runs_in_processes import slow_training
 from tests.helpers.toy import ToySamples, losses, toy_arguments, toy_model, toy_trainer
-
-ROOT = Path(__file__).parents[2]
-# LoRA dropout draws random numbers: a resume that restored no generator state would be seen.
-SCRIPT = """
-import sys, time, torch
-from transformers import TrainerCallback
-from mllm_crossget.training import last_complete_checkpoint
-from tests.helpers.toy import ToySamples, toy_model, toy_trainer
-torch.set_num_threads(1)
-folder, pause = sys.argv[1], float(sys.argv[2])
-class Slow(TrainerCallback):
-    def on_step_end(self, args, state, control, **kwargs):
-        print(state.global_step, flush=True)
-        time.sleep(pause)
-trainer = toy_trainer(folder, toy_model(dropout=0.1), ToySamples(32, 4), max_steps=12, save_strategy="steps",
-    save_steps=4, save_total_limit=2, gradient_accumulation_steps=2, train_sampling_strategy="group_by_length",
-    enable_jit_checkpoint=True)
-trainer.add_callback(Slow())
-trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
-print("end", trainer.state.global_step, flush=True)
-"""
 
 
 def start(folder, pause):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(folder), str(pause)], cwd=ROOT, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-
-
-def wait_for_step(process, step):
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        line = process.stdout.readline()
-        if line.strip() == str(step):
-            return
-        assert line or process.poll() is None, "the run ended early"
-    raise AssertionError(f"step {step} was not reached in time")
+    return Child(slow_training, str(folder), pause, output=folder / "said.txt")
 
 
 def state_of(folder):
@@ -74,31 +36,30 @@ def same(first, second):
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
-    process = start(folder, 0)
-    assert process.wait(timeout=180) == 0
+    assert start(folder, 0).end() == 0
     return state_of(folder)
 
 
 def test_killed_run_goes_on_bit_for_bit(tmp_path, uninterrupted):
-    process = start(tmp_path, 0.05)
-    wait_for_step(process, 6)
-    process.kill()
-    process.wait(timeout=60)
+    run = start(tmp_path, 0.05)
+    run.wait_for_line("6")
+    run.process.kill()
+    assert run.end() == -signal.SIGKILL
     assert last_complete_checkpoint(tmp_path).endswith("checkpoint-4")
-    assert start(tmp_path, 0).wait(timeout=180) == 0
+    assert start(tmp_path, 0).end() == 0
     same(state_of(tmp_path), uninterrupted)
 
 
 def test_sigterm_saves_and_ends_cleanly(tmp_path, uninterrupted):
-    process = start(tmp_path, 1.2)
-    wait_for_step(process, 5)
-    process.send_signal(signal.SIGTERM)
-    output = process.stdout.read()
-    assert process.wait(timeout=60) == 0
-    stopped = int(output.split("end ")[1])
+    run = start(tmp_path, 1.2)
+    run.wait_for_line("5")
+    run.process.terminate()  # SIGTERM
+    assert run.end() == 0
+    stopped = int(next(line for line in run.said().splitlines() if line.startswith("end ")).split()[1])
     assert 5 < stopped < 12
-    assert last_complete_checkpoint(tmp_path).endswith(f"checkpoint-{stopped}")
-    assert start(tmp_path, 0).wait(timeout=180) == 0
+    saved = int(last_complete_checkpoint(tmp_path).rpartition("-")[2])
+    assert saved in (stopped - 1, stopped)  # in front of the optimizer's step it is the step before that is saved
+    assert start(tmp_path, 0).end() == 0
     same(state_of(tmp_path), uninterrupted)
 
 

@@ -10,7 +10,7 @@ from transformers import StaticCache
 from transformers.generation import CompileConfig
 
 from mllm_crossget import accelerate_mllm
-from tests.helpers.generation import Case
+from tests.helpers.generation import FEATURES, Case, make_case
 from tests.helpers.oracle import assert_says
 from tests.helpers.tiny import prompt_batch, randomise_cross_tokens, tiny_llava
 
@@ -37,6 +37,14 @@ def counting_backend():
         return graph.forward
 
     return graphs, backend
+
+
+@pytest.fixture(params=[("crossget", "contiguous"), ("crossget", "original"), ("crossget-dynamic", "contiguous"),
+                        ("tome", "contiguous")], ids="-".join)  # fmt: skip
+def any_case(request: pytest.FixtureRequest) -> Case:
+    """What the language model's layers do differently: a cross token or none, either positions, counts per image."""
+    method, positions = request.param
+    return make_case(method, visual_tokens=FEATURES, positions=positions)
 
 
 def test_compiled_decode_with_a_static_cache_is_one_unbroken_graph(any_case: Case) -> None:
