@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def slow_training(folder: str, pause: float) -> None:
-    """Twelve steps that go on from the folder's last checkpoint; prints each, and sleeps behind it.
+    """Twelve steps that go on from the folder's last checkpoint; prints each, and sleeps behind the fifth and later.
 
     LoRA dropout draws random numbers: a resume that restored no generator state would be seen.
     """
@@ -21,7 +21,7 @@ def slow_training(folder: str, pause: float) -> None:
     class Slow(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             print(state.global_step, flush=True)
-            time.sleep(pause)
+            time.sleep(pause if state.global_step >= 5 else 0)
 
     trainer = toy_trainer(folder, toy_model(dropout=0.1), ToySamples(32, 4), max_steps=12, save_strategy="steps",
         save_steps=4, save_total_limit=2, gradient_accumulation_steps=2, train_sampling_strategy="group_by_length",

@@ -41,7 +41,7 @@ def uninterrupted(tmp_path_factory):
 
 
 def test_killed_run_goes_on_bit_for_bit(tmp_path, uninterrupted):
-    run = start(tmp_path, 0.05)
+    run = start(tmp_path, 1)
     run.wait_for_line("6")
     run.process.kill()
     assert run.end() == -signal.SIGKILL
@@ -51,14 +51,13 @@ def test_killed_run_goes_on_bit_for_bit(tmp_path, uninterrupted):
 
 
 def test_sigterm_saves_and_ends_cleanly(tmp_path, uninterrupted):
-    run = start(tmp_path, 1.2)
+    run = start(tmp_path, 5)  # transformers asks for the checkpoint 3 s after the signal: within this pause
     run.wait_for_line("5")
     run.process.terminate()  # SIGTERM
     assert run.end() == 0
     stopped = int(next(line for line in run.said().splitlines() if line.startswith("end ")).split()[1])
-    assert 5 < stopped < 12
-    saved = int(last_complete_checkpoint(tmp_path).rpartition("-")[2])
-    assert saved in (stopped - 1, stopped)  # in front of the optimizer's step it is the step before that is saved
+    assert 5 <= stopped < 12
+    assert last_complete_checkpoint(tmp_path).endswith(f"checkpoint-{stopped}")
     assert start(tmp_path, 0).end() == 0
     same(state_of(tmp_path), uninterrupted)
 
