@@ -186,12 +186,17 @@ def test_tiles_of_another_size(dial: dict[str, Any], of_patches: dict[int, int],
 @grids
 @torch.no_grad()
 def test_a_compiled_model_says_the_same(model_type: str) -> None:
-    """Also where the mask of patches cannot be looked at, and where the tower alone is wrapped."""
+    """Also where the mask of patches cannot be looked at, and where the tower alone is wrapped. The whole model takes
+    twice as long to compile, and what stands behind the features is the same in all families: two of them."""
     build, batch_of = BUILDS[model_type]
     model = accelerate_mllm(build(), ToMeConfig(keep_ratio=0.5))
-    batch = batch_of(model)
-    expected, features = model(**batch).logits, features_of(model)
-    torch.testing.assert_close(torch.compile(model, backend="eager")(**batch).logits, expected)
+    features = features_of(model)
+    if model_type in ("idefics3", "internvl"):
+        batch = batch_of(model)
+        expected = model(**batch).logits
+        torch.testing.assert_close(torch.compile(model, backend="eager")(**batch).logits, expected)
+    else:
+        torch.testing.assert_close(torch.compile(features_of, backend="eager")(model), features)
     path = families()[model_type].tower
     owner, name = module_at(model, path.rpartition(".")[0]), path.rpartition(".")[2]
     setattr(owner, name, torch.compile(getattr(owner, name), backend="eager"))
