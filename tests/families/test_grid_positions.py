@@ -233,7 +233,7 @@ def test_random_sizes_end_to_end(model_type: str) -> None:
         accelerate_mllm(model, method=draw.choice(FIXED), **dial)
         batch = batch_from(grids, case)
         model(**batch)
-        kept = handle_of(model).tower.schedule
+        kept = handle_of(model).merge.schedule
         lengths = [
             int(real) - sum(cells_of(grid) - kept(cells_of(grid)).features for grid in row)
             for real, row in zip(batch["attention_mask"].sum(dim=1), grids, strict=True)
