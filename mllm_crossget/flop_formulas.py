@@ -22,9 +22,13 @@ def layer_flops(entering: int, inside: int, width: int, inner: int) -> int:
     return attention + 2 * linear_flops(inside, width, inner)
 
 
+_GATED_TOWERS = ("gemma4_vision", "pixtral")
+
+
 def mlp_width(vision: Any) -> int:
-    """Width inside the MLP of a vision tower."""
-    return getattr(vision, "intermediate_size", None) or int(vision.hidden_size * vision.mlp_ratio)
+    """Width inside the MLP of a vision tower, of two matrices; a gated one, of three, counts as half as wide again."""
+    width: int = getattr(vision, "intermediate_size", None) or int(vision.hidden_size * vision.mlp_ratio)
+    return width * 3 // 2 if getattr(vision, "model_type", "") in _GATED_TOWERS else width
 
 
 def vit_flops(vision: Any, tokens: int) -> int:

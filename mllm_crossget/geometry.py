@@ -57,6 +57,8 @@ class TowerGeometry:
         cells: tokens per image behind a projector that makes them of the whole grid of patches, so that tokens are
             copied back to their patches in front of it and its cells are merged again behind it; None where the
             tower's tokens themselves go on.
+        fixed: whether every image has that many patches; otherwise they are the example that tables show, each image
+            gets a schedule of its own, and ``visual_tokens`` is a limit that small images stay below.
         costs: what tells ``schedule="auto"`` how late tokens may leave; None where it is as "constant".
     """
 
@@ -66,6 +68,7 @@ class TowerGeometry:
     read: int
     drops_prefix: bool = True
     cells: int | None = None
+    fixed: bool = True
     costs: TowerCosts | None = field(default=None, compare=False)
 
     @property

@@ -5,6 +5,7 @@ Integers only. ``schedule.make_schedule`` calls these and makes counts of them.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -215,15 +216,25 @@ def clipped(
 def _even_removals(wanted: Wanted, every: int, shares: Sequence[Fraction]) -> list[int]:
     geometry, needed = wanted.geometry, wanted.needed
     for share in shares:
-        for per_layer in range(needed + 1):
-            removals, left, tokens = [], needed, wanted.start
-            for layer in range(geometry.read):
-                removed = min(per_layer, removable(tokens, wanted.protected, share), left) if layer % every == 0 else 0
-                removals.append(removed)
-                tokens, left = tokens - removed, left - removed
-            if left == 0:
-                return removals + [0] * (geometry.layers - geometry.read)
+
+        def reaches(per_layer: int, share: Fraction = share) -> bool:
+            return sum(_at_most(wanted, every, share, per_layer)) == needed
+
+        # The more a layer may remove, the fewer tokens are left behind every layer: halving the range finds the least.
+        per_layer = bisect_left(range(needed + 1), True, key=reaches)
+        if per_layer <= needed:
+            return _at_most(wanted, every, share, per_layer) + [0] * (geometry.layers - geometry.read)
     raise ValueError(_unreachable(wanted, every))
+
+
+def _at_most(wanted: Wanted, every: int, share: Fraction, per_layer: int) -> list[int]:
+    """Removals of the layers that are read, of so many tokens each until all that have to leave have left."""
+    removals, left, tokens = [], wanted.needed, wanted.start
+    for layer in range(wanted.geometry.read):
+        removed = min(per_layer, removable(tokens, wanted.protected, share), left) if layer % every == 0 else 0
+        removals.append(removed)
+        tokens, left = tokens - removed, left - removed
+    return removals
 
 
 def _unreachable(wanted: Wanted, every: int) -> str:

@@ -55,7 +55,7 @@ class Schedule:
 def acting_geometry(config: ReductionConfig, geometry: Geometry) -> Geometry:
     """What a method's counts are about: a tower, or the features behind the projector where the method acts there."""
     if config.place is Place.PROJECTOR and isinstance(geometry, TowerGeometry):
-        return MergeGeometry(geometry.placeholders)
+        return MergeGeometry(geometry.placeholders, geometry.fixed)
     return geometry
 
 
@@ -92,7 +92,7 @@ def make_schedule(config: ReductionConfig, geometry: Geometry) -> Schedule:
     if geometry.cells is not None:
         made = Schedule(removals, tokens, geometry.cells, features, cross, drop_cross=cross)
         again = behind_grid(config, geometry, patches_left(made, geometry))
-        return replace(made, features=make_schedule(again, MergeGeometry(geometry.cells)).features)
+        return replace(made, features=make_schedule(again, MergeGeometry(geometry.cells, geometry.fixed)).features)
     drop_cross = cross and (features > geometry.placeholders or _drops_cross(config, geometry))
     return Schedule(removals, tokens, geometry.placeholders, features - drop_cross, cross, drop_cross, output)
 
@@ -250,9 +250,7 @@ def _one_step(tokens: int, left: int) -> Schedule:
 
 def _merge_schedule(config: ReductionConfig, geometry: MergeGeometry) -> Schedule:
     _refuse_layer_dials(config, "the tokens of this model are merged behind its projector")
-    wanted = config.visual_tokens
-    too_many = wanted is not None and wanted > geometry.tokens and not geometry.fixed
-    target = geometry.tokens if too_many else _target(config, geometry)
+    target = _target(config, geometry)
     if config.place is not Place.TOWER_LAYERS:
         return _one_step(geometry.tokens, target)
     if config.selects_at_output and config.schedule_kind in ("auto", "output"):
@@ -283,6 +281,8 @@ def _removals_per_layer(r: int | list[int], geometry: TowerGeometry) -> list[int
 def _target(config: ReductionConfig, geometry: Geometry) -> int:
     if config.visual_tokens is None:
         return max(1, round((config.keep_ratio or 1.0) * geometry.placeholders))
+    if config.visual_tokens > geometry.placeholders and not geometry.fixed:
+        return geometry.placeholders
     if config.visual_tokens > geometry.placeholders:
         raise ValueError(
             f"visual_tokens={config.visual_tokens} is more than the {geometry.placeholders} tokens of an image; "

@@ -43,6 +43,20 @@ def follow(page: str, root: Path) -> None:
             path.write_text(code)
 
 
+def without_the_example(page: str, root: Path) -> None:
+    """Take what the page describes out of a copy: a recipe's example may be part of the package, as the page has it."""
+    for title, code in recipe(page).items():
+        path, shipped = root / title.removeprefix(_ADDED), ROOT / title.removeprefix(_ADDED)
+        if title.startswith(_ADDED):
+            text = path.read_text()
+            for name in re.findall(r"^from mllm_crossget\.\w+ import (\w+)$", code, flags=re.M):
+                text = re.sub(rf'^    "?{name}"?,\n', "", text, flags=re.M)
+            path.write_text(text)
+        elif shipped.exists():
+            assert shipped.read_text() == code, f"docs/{page}.md: {title} is another one in the package"
+            path.unlink()
+
+
 def spans(page: str) -> list[str]:
     """What stands in backticks in a page, outside of code blocks."""
     text = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(), flags=re.M | re.S)
@@ -56,6 +70,7 @@ def test_the_recipe_works(page: str, tmp_path: Path) -> None:
     for part in ("mllm_crossget", "tests"):
         shutil.copytree(ROOT / part, tmp_path / part, ignore=skip)
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    without_the_example(page, tmp_path)
     follow(page, tmp_path)
     assert commands(page), f"docs/{page}.md has no pytest command"
     for words in commands(page):

@@ -10,7 +10,9 @@ model returns, and its lengths for everything that is not named here):
   T_(L-1) tokens, as a layer attends before it merges; ``last_hidden_state`` has T_L. Images of several sizes in one
   call are padded with zeros behind their own tokens. A tower whose tokens are merged behind the projector alone is as
   it was; in front of a projector of the whole grid, ``get_image_features`` returns states of all patches, each of them
-  that of the token it is in (attention maps are the reduced ones).
+  that of the token it is in (attention maps are the reduced ones). A tower that takes images of any size in one call,
+  in front of such a projector, gives states of all patches always, zeros at padding; its attention maps are those of
+  every image (or of images of one size) by itself, layer by layer.
 - What reads the tower with cross-attention (Q-Former, BLIP's text models): keys of T_L tokens, queries as before.
 - Text tower of a dual encoder, text encoder of BLIP: as the vision tower, of the longest text without padding; its
   ``last_hidden_state`` has the columns of ``input_ids`` (in BLIP it is the last entry of ``hidden_states`` as well).

@@ -34,11 +34,6 @@ _CODEBOOK = (
 )
 
 REFUSED = {
-    "mistral3": Refusal(
-        "its tower packs all images into one sequence with a block mask and positions from the patch grid, and squares "
-        "of patches are merged by that grid",
-        "class Mistral3PatchMerger",
-    ),
     "mllama": Refusal(
         "the language model cross-attends to tiles, with a mask that has a fixed number of patches for each; there are "
         "no placeholders that could be fewer",
@@ -68,16 +63,6 @@ REFUSED = {
         "its tower rotates queries and keys by their place in the patch grid and shuffles squares of it into channels, "
         f"so merged tokens have no place; {_NOT_WRITTEN}, and it projects in forward, behind get_image_features",
         "def vision_apply_rotary_emb(",
-    ),
-    "lfm2_vl": Refusal(
-        "its tower's tokens are unpadded and reshaped to each image's patch grid in front of the projector, which "
-        f"shuffles squares of it into channels; {_NOT_WRITTEN}",
-        "channels * self.factor**2",
-    ),
-    "gemma4": Refusal(
-        "its tower pools patches by their place in the grid, which merged tokens no longer have, and gives the images' "
-        f"features packed into one row; {_NOT_WRITTEN}",
-        "def _avg_pool_by_positions(",
     ),
     "gemma4_unified": Refusal(
         "it has no vision tower: a few matrices take patches of pixels to the width of the language model",

@@ -16,8 +16,9 @@ class LayerNames:
     """Attribute names inside an encoder (``layers``) and inside its pre-norm layers.
 
     ``fused`` tells that the attention multiplies ``qkv`` itself and does not use transformers' attention interface.
-    ``scale1``, ``scale2``: factors of what attention and MLP add (LayerScale), ``dropout``: of what the MLP adds; ""
-    where a layer has none.
+    ``scale1``, ``scale2``: factors of what attention and MLP add (LayerScale), ``after1``, ``after2``: norms of it,
+    ``dropout``: of what the MLP adds; "" where a layer has none. ``rotary``: tables of the tokens' positions, each
+    (B, T, ·), -> keyword arguments by which the attention takes them; None where positions are added to the patches.
     """
 
     layers: str = "layers"
@@ -29,13 +30,16 @@ class LayerNames:
     scale1: str = ""
     scale2: str = ""
     dropout: str = ""
+    after1: str = ""
+    after2: str = ""
+    rotary: Callable[[tuple[Tensor, ...]], dict[str, Any]] | None = None
     inner: ClassVar[str] = ""
 
     @property
     def parts(self) -> tuple[str, ...]:
         """What a layer must have."""
         named = (self.norm1, self.attention, self.norm2, self.mlp, self.scale1, self.scale2, self.dropout)
-        return tuple(filter(None, named))
+        return tuple(filter(None, (*named, self.after1, self.after2)))
 
 
 @dataclass(frozen=True)

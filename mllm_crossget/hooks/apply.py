@@ -30,7 +30,7 @@ from mllm_crossget.hooks.model.madtp_loss import hook_heard
 from mllm_crossget.hooks.model.placeholder_model import AlignedModel, ReducedModel
 from mllm_crossget.hooks.projector.features import FeaturesMixin, ReducedFeatures
 from mllm_crossget.hooks.projector.kinds import MIXINS
-from mllm_crossget.hooks.projector.post_merge import MergedFeatures, hook_merge
+from mllm_crossget.hooks.projector.post_merge import MergedFeatures, MergedVideoFeatures, hook_merge
 from mllm_crossget.hooks.projector.ragged_features import install_ragged_features
 from mllm_crossget.hooks.projector.readers import RaggedCrossAttention, RaggedReader, hook_reader
 from mllm_crossget.hooks.projector.selected_output import SelectedFeatures
@@ -287,8 +287,10 @@ def _features_of_selection(model: Any, handle: Handle) -> type[FeaturesMixin]:
     anyway has its own."""
     if handle.method.place is Place.TOWER_OUTPUT:
         return SelectedFeatures
-    merges_there = isinstance(handle.family.geometry(model.config), MergeGeometry)
-    return MIXINS[handle.family.features] if merges_there else MergedFeatures
+    if isinstance(handle.family.geometry(model.config), MergeGeometry):
+        return MIXINS[handle.family.features]
+    videos = any(modality.encode == "get_video_features" for modality in handle.family.modalities)
+    return MergedVideoFeatures if videos else MergedFeatures
 
 
 def _cross_tokens(handle: Handle, place: str, layers: nn.ModuleList, width: int) -> nn.Module:

@@ -41,8 +41,8 @@ def test_towers_of_timm(model_type: str) -> None:
 
 def test_a_real_model_is_refused_and_left_alone() -> None:
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(CONFIG_MAPPING["mistral3"]())
+        model = AutoModelForImageTextToText.from_config(CONFIG_MAPPING["mllama"]())
     before = set(vars(model))
-    with pytest.raises(ValueError, match=r"'mistral3'\) is not supported: its tower packs all images"):
+    with pytest.raises(ValueError, match=r"'mllama'\) is not supported: the language model cross-attends"):
         accelerate_mllm(model)
     assert set(vars(model)) == before

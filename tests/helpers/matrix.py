@@ -16,7 +16,8 @@ CASES = all_cases()
 
 
 def takes(case: Case, method: str) -> bool:
-    return method not in case.skip_methods and (families()[case.model_type].dynamic or method not in DYNAMIC)
+    wanted = method not in case.skip_methods and (not case.methods or method in case.methods)
+    return wanted and (families()[case.model_type].dynamic or method not in DYNAMIC)
 
 
 @functools.lru_cache(maxsize=8)

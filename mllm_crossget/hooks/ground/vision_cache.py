@@ -22,22 +22,21 @@ class Encoded:
     Attributes:
         features: (k, D) what the language model gets.
         companions: (k, ·) further features of the same tokens, one for each layer that has some (deepstack).
-        cells: (k,) the grid's cells that were kept, where positions need them.
-        groups: (k,) token sizes and (k,) places of what the features stand for, or None.
+        cells: of every part of it, (k,) the grid's cells that were kept, where positions need them.
+        groups: of every part of it, (k,) token sizes and (k,) places of what the features stand for.
         form: how an output that holds it is written; the same for every image of a model.
     """
 
     features: Tensor
     companions: tuple[Tensor, ...] = ()
-    cells: Tensor | None = None
+    cells: tuple[Tensor, ...] = ()
     form: Any = None
-    groups: Any = None
+    groups: tuple[Any, ...] = ()
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All of its tensors."""
-        cells = () if self.cells is None else (self.cells,)
-        return (self.features, *self.companions, *cells, *(self.groups or ()))
+        return (self.features, *self.companions, *self.cells, *(part for group in self.groups for part in group))
 
     @property
     def size(self) -> int:
@@ -47,8 +46,8 @@ class Encoded:
     def copied(self) -> Encoded:
         """The same with tensors of its own, which belong to no graph and to no larger tensor."""
         features, *companions = (tensor.detach().clone() for tensor in (self.features, *self.companions))
-        cells = None if self.cells is None else self.cells.detach().clone()
-        groups = None if self.groups is None else type(self.groups)(*(part.clone() for part in self.groups))
+        cells = tuple(part.detach().clone() for part in self.cells)
+        groups = tuple(type(group)(*(part.clone() for part in group)) for group in self.groups)
         return Encoded(features, tuple(companions), cells, self.form, groups)
 
 

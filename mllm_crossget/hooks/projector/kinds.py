@@ -5,6 +5,11 @@ from __future__ import annotations
 from mllm_crossget.families.feature_kind import FeatureKind
 from mllm_crossget.hooks.projector.features import FeaturesMixin, TowerFeatures
 from mllm_crossget.hooks.projector.multi_layer import ConcatenatedFeatures
+from mllm_crossget.hooks.projector.packed_grid import (
+    PackedGridFeatures,
+    PaddedGridFeatures,
+    PaddedGridVideoFeatures,
+)
 from mllm_crossget.hooks.projector.pooled_tiles import LimitedGridFeatures, VideoGridFeatures
 from mllm_crossget.hooks.projector.post_merge import MergedFeatures, MergedVideoFeatures
 from mllm_crossget.hooks.projector.resampler import CountedResamplerFeatures, MaskedResamplerFeatures
@@ -20,6 +25,9 @@ MIXINS: dict[FeatureKind, type[FeaturesMixin]] = {
     FeatureKind.VIDEO_GRID: VideoGridFeatures,
     FeatureKind.LIMITED_GRID: LimitedGridFeatures,
     FeatureKind.WHOLE_GRID: WholeGridFeatures,
+    FeatureKind.PADDED_GRID: PaddedGridFeatures,
+    FeatureKind.PADDED_GRID_VIDEOS: PaddedGridVideoFeatures,
+    FeatureKind.PACKED_GRID: PackedGridFeatures,
     FeatureKind.MASKED_RESAMPLER: MaskedResamplerFeatures,
     FeatureKind.COUNTED_RESAMPLER: CountedResamplerFeatures,
     FeatureKind.TWO_TOWERS: TwoTowersFeatures,

@@ -52,6 +52,7 @@ _READ = (
 _TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 _SHAPES = {
     2: "(patches, values)",
+    3: "(images, patches, values)",
     4: "(images, channels, height, width)",
     5: "(images, tiles or frames, channels, height, width)",
 }

@@ -216,12 +216,13 @@ def _places(
 
 
 def refuse_padding_in_a_state(model: nn.Module, mask: Tensor) -> None:
-    """Layers with linear attention keep a state that padding behind cached columns would change."""
-    if "linear_attention" in getattr(config_of(model).get_text_config(), "layer_types", ()) and bool((mask == 0).any()):
+    """Layers with linear attention or a convolution keep a state that padding behind cached columns would change."""
+    kinds = getattr(config_of(model).get_text_config(), "layer_types", None) or ()
+    if not {"linear_attention", "conv"}.isdisjoint(kinds) and bool((mask == 0).any()):
         raise ValueError(
             f"the new columns beside the KV cache hold {mask.count_nonzero(dim=1).tolist()} tokens after merging, and "
-            "layers with linear attention cannot skip the padding that shorter rows would need there: give rows of one "
-            "length, one row at a time, or the whole conversation without the cache"
+            "layers with linear attention or a convolution cannot skip the padding that shorter rows would need there: "
+            "give rows of one length, one row at a time, or the whole conversation without the cache"
         )
 
 

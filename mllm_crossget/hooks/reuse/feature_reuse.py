@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from mllm_crossget.hooks.ground.state import Handle
 
 _REUSE = "_mllm_crossget_reuse"
-_READ = ("vision_feature_layer", "vision_feature_layers", "vision_feature_select_strategy", "vision_aspect_ratio")
+_READ = ("vision_feature_layer", "vision_feature_layers", "vision_feature_select_strategy", "vision_aspect_ratio",
+         "downsample_mode")  # fmt: skip
 _ADAPTER_STATE = ("_disable_adapters", "_active_adapter", "merged_adapters")
 
 

@@ -7,7 +7,7 @@ said here; the weights, and what else holds for a whole call, is not (``hooks.re
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +17,13 @@ from torch import Tensor
 from mllm_crossget.families.tile_packing import tile_counts
 from mllm_crossget.hooks.ground.vision_cache import Encoded
 from mllm_crossget.hooks.projector.features import features_of
-from mllm_crossget.hooks.projector.groups import Groups, groups_of, with_groups
+from mllm_crossget.hooks.projector.groups import groups_of, with_groups
 from mllm_crossget.hooks.projector.post_merge import kept_cells, with_kept_cells
 
 _PIXELS = ("pixel_values", "pixel_values_images")
 _DEEPSTACK = "deepstack_features"
+_BY_ROW = ("pixel_mask", "image_sizes", "image_position_ids", "spatial_shapes", "pixel_attention_mask",
+           "high_res_pixel_values")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,8 @@ class ImageCall(ABC):
         companions = [layer.split(sizes) if isinstance(layer, Tensor) else list(layer) for layer in layers]
         packed = bool(layers) and isinstance(layers[0], Tensor)
         form = Form(type(output), isinstance(features, Tensor), len(layers), packed)
-        cells: Sequence[Tensor | None] = kept_cells(output) or [None] * images
-        groups: Sequence[Groups | None] = groups_of(output) or [None] * images
+        cells = _parts_of(kept_cells(output), len, sizes)
+        groups = _parts_of(groups_of(output), lambda group: len(group.size), sizes)
         return [
             Encoded(entry, tuple(layer[index] for layer in companions), cells[index], form, groups[index])
             for index, entry in enumerate(entries)
@@ -92,10 +94,10 @@ class ImageCall(ABC):
         output.pooler_output = features  # set as transformers' models do: older outputs have no such field
         if layers:
             output.deepstack_features = [torch.cat(layer) if form.packed else layer for layer in layers]
-        cells = [entry.cells for entry in entries if entry.cells is not None]
+        cells = [part for entry in entries for part in entry.cells]
         if cells:
             with_kept_cells(output, cells)
-        groups = [entry.groups for entry in entries if entry.groups is not None]
+        groups = [part for entry in entries for part in entry.groups]
         return with_groups(output, groups) if groups else output
 
     def _images_of(self, features: Any, images: int) -> list[Tensor]:
@@ -108,24 +110,37 @@ class ImageCall(ABC):
         return features
 
 
+def _parts_of(parts: Sequence[Any] | None, length: Callable[[Any], int], sizes: list[int]) -> list[tuple[Any, ...]]:
+    """The parts (an image, or each of its tiles by itself) that make up images of so many features."""
+    left, found = iter(parts or ()), []
+    for size in sizes:
+        own: list[Any] = []
+        while parts and sum(map(length, own)) < size:
+            own.append(next(left))
+        found.append(tuple(own))
+    return found
+
+
 class Rows(ImageCall):
-    """(images, channels, height, width): every row is an image, a tile or a frame; ``pixel_mask`` has rows, too."""
+    """(images, ...): every row is an image, a tile or a frame; masks, sizes and positions (``_BY_ROW``) have rows, too.
+
+    Where images of several sizes are padded to one, an image is the same one if it is padded alike.
+    """
 
     def __len__(self) -> int:
         return len(self.values)
 
     def content(self, image: int) -> list[Tensor]:
         """See ``ImageCall``."""
-        return [self.host[image], *(values[image] for values in self._masks().values())]
+        return [self.host[image], *(values[image] for values in self._beside().values())]
 
     def select(self, images: list[int]) -> dict[str, Any]:
         """See ``ImageCall``."""
-        rows = {self.pixels: self.values, **self._masks()}
+        rows = {self.pixels: self.values, **self._beside()}
         return {**self.arguments, **{name: values[images] for name, values in rows.items()}}
 
-    def _masks(self) -> dict[str, Tensor]:
-        mask = self.arguments.get("pixel_mask")
-        return {} if mask is None else {"pixel_mask": mask}
+    def _beside(self) -> dict[str, Tensor]:
+        return {name: torch.as_tensor(self.arguments[name]) for name in _BY_ROW if name in self.arguments}
 
 
 class Tiles(ImageCall):
@@ -200,6 +215,60 @@ class Packed(ImageCall):
         return values[start : start + self.lengths[image]]
 
 
+class PackedColumns(ImageCall):
+    """(1, channels, patch size, all patches' columns) with the grid of every image in ``target_sizes`` (MiniCPM-V)."""
+
+    def __init__(self, owner: Any, arguments: dict[str, Any], pixels: str) -> None:
+        super().__init__(owner, arguments, pixels)
+        self.grids: Tensor = arguments["target_sizes"]
+        self.lengths: list[int] = (self.grids.prod(-1) * self.values.shape[2]).tolist()
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def content(self, image: int) -> list[Tensor]:
+        """See ``ImageCall``."""
+        return [self._own(self.host, image), self.grids[image]]
+
+    def select(self, images: list[int]) -> dict[str, Any]:
+        """See ``ImageCall``."""
+        own = torch.cat([self._own(self.values, image) for image in images], dim=-1)
+        return {**self.arguments, self.pixels: own, "target_sizes": self.grids[images]}
+
+    def _own(self, values: Tensor, image: int) -> Tensor:
+        start = sum(self.lengths[:image])
+        return values[..., start : start + self.lengths[image]]
+
+
+class WithTiles(ImageCall):
+    """(images, channels, height, width) with the tiles of all images, so many of each, beside them (DeepSeek-OCR)."""
+
+    def __init__(self, owner: Any, arguments: dict[str, Any], pixels: str) -> None:
+        super().__init__(owner, arguments, pixels)
+        counts = arguments.get("num_local_patches")
+        self.tiles = [0] * len(self.values) if counts is None else [int(count) for count in counts]
+        self.local: Tensor = arguments.get("pixel_values_local", self.values[:0])
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def content(self, image: int) -> list[Tensor]:
+        """See ``ImageCall``."""
+        return [self.host[image], self._own(image)]
+
+    def select(self, images: list[int]) -> dict[str, Any]:
+        """See ``ImageCall``."""
+        chosen = {**self.arguments, self.pixels: self.values[images]}
+        local = torch.cat([self._own(image) for image in images])
+        chosen["pixel_values_local"] = local if len(local) else None
+        chosen["num_local_patches"] = [self.tiles[image] for image in images]
+        return chosen
+
+    def _own(self, image: int) -> Tensor:
+        start = sum(self.tiles[:image])
+        return self.local[start : start + self.tiles[image]]
+
+
 class PaddedRows(ImageCall):
     """(rows, most images, channels, height, width), images of zeros where a row has fewer (Idefics).
 
@@ -239,9 +308,11 @@ class PaddedRows(ImageCall):
 
 
 _ARGUMENTS: dict[type[ImageCall], tuple[str, ...]] = {
-    Rows: ("pixel_mask",),
+    Rows: _BY_ROW,
     Tiles: ("image_sizes", "batch_num_images"),
     Packed: ("image_grid_thw",),
+    PackedColumns: ("target_sizes",),
+    WithTiles: ("pixel_values_local", "num_local_patches"),
     PaddedRows: ("pixel_attention_mask",),
 }
 
@@ -258,13 +329,17 @@ def image_call(owner: Any, arguments: dict[str, Any], words: tuple[str, ...]) ->
     values = arguments.get(pixels or "")
     if not isinstance(values, Tensor) or values.numel() == 0:
         return None
-    kind: type[ImageCall] = Rows if values.ndim == 4 else PaddedRows
-    if "image_sizes" in arguments:
+    kind: type[ImageCall] = Rows if values.ndim in (3, 4) else PaddedRows
+    if "image_sizes" in arguments and hasattr(owner.config, "image_grid_pinpoints"):
         kind = Tiles
     elif "image_grid_thw" in arguments:
         kind = Packed
+    elif "target_sizes" in arguments:
+        kind = PackedColumns
+    elif "num_local_patches" in arguments:
+        kind = WithTiles
     known = {pixels, *_ARGUMENTS[kind], *words}
-    if not arguments.keys() <= known or (kind is Tiles and not hasattr(owner.config, "image_grid_pinpoints")):
+    if not arguments.keys() <= known:
         return None
     if kind is Packed and bool((arguments["image_grid_thw"][:, 0] != 1).any()):
         return None  # frames: their cells are kept frame by frame

@@ -26,13 +26,15 @@ _KEYWORD = "crossget_text"
 
 @dataclass
 class FirstTokens:
-    """Where and what to write in one forward: (B,) positions, (B,) which rows, (layers, D) vectors, and the detached
-    states found there, by layer (kept by index, so that a replayed layer writes the same entry)."""
+    """Where and what to write in one forward: (B,) positions among ``length`` tokens, (B,) which rows, (layers, D)
+    vectors, and the detached states found there, by layer (kept by index, so that a replayed layer writes the same
+    entry)."""
 
     index: Tensor
     valid: Tensor
     vectors: Tensor
     found: dict[int, Tensor]
+    length: int = 0
 
 
 def hook_text(
@@ -85,6 +87,9 @@ class GuidedLayer(nn.Module):
             layer = self.__dict__[_STATE]
             device = hidden_states.device
             index, valid = first.index.to(device), first.valid.to(device)
+            dropped = first.length - hidden_states.shape[1]
+            if dropped:  # Gemma 4's last layers get the last tokens alone where these are all that is read
+                index, valid = index - dropped, valid & (index >= dropped)
             if self.training:
                 rows = index.clamp(0, hidden_states.shape[1] - 1)[:, None, None].expand(-1, 1, hidden_states.shape[-1])
                 first.found[layer] = hidden_states.detach().gather(1, rows)[:, 0]
@@ -110,14 +115,15 @@ def _first_tokens(model: GuidedModel, kwargs: dict[str, Any]) -> FirstTokens | N
     column, found = _text_column(kwargs.get("attention_mask"), skip, batch, device)
     index = column - past
     valid = found & (index >= 0) & (index < length)
-    return FirstTokens(index, valid, model.cross_tokens(), {})
+    return FirstTokens(index, valid, model.cross_tokens(), {}, length)
 
 
 def _text_column(mask: Any, skip: int, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """(B,) column of the first real token behind ``skip`` real ones, and whether there is one, from whatever form of
     mask transformers hands over."""
-    if isinstance(mask, dict):  # one mask per kind of layer; all hide the same padding
-        mask = next((part for part in mask.values() if part is not None), None)
+    if isinstance(mask, dict):  # one mask per kind of layer; all hide the same padding, and None hides nothing
+        parts = list(mask.values())
+        mask = None if any(part is None for part in parts) else mask.get("full_attention", parts[0])
     if mask is None:
         column = torch.full((batch,), skip, dtype=torch.int64, device=device)
         return column, torch.ones_like(column, dtype=torch.bool)

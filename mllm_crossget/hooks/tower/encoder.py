@@ -16,10 +16,12 @@ from mllm_crossget.hooks.ground.call_state import lent
 from mllm_crossget.hooks.ground.cross_tokens import RECORD
 from mllm_crossget.hooks.ground.state import TRACE, LayerTrace, TowerState
 from mllm_crossget.hooks.tower.layer import Taken
+from mllm_crossget.ops.matching import Match
 
 # Lent to an encoder (``ground.call_state``): lists that get an entry per layer.
 FORWARD = "forward"
 SIZES = "sizes"
+STATES = "states"
 # Lent to its state: a list that gets the sizes behind the last layer.
 POOLED = "pooled"
 
@@ -64,6 +66,7 @@ def run_tower(
     state: TowerState,
     embeds: Tensor,
     arguments: Callable[[int, Tensor, Tensor | None], tuple[Any, ...]],
+    tables: tuple[Tensor, ...] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """All layers of a vision tower, with the cross token as the last one where there is one.
 
@@ -72,6 +75,8 @@ def run_tower(
         embeds: (B, N, D).
         arguments: (index of the layer, its input, sizes there) -> what the layer gets behind tokens, mask, sizes and
             cross token.
+        tables: of the rotary positions of all tokens, the cross token's last, (B, N, ·) each; a merged token keeps that
+            of the token that stays. None where attention takes none.
 
     Returns:
         (B, T, D) tokens and (B, T) their sizes, None if nothing was merged.
@@ -82,13 +87,19 @@ def run_tower(
         vectors = encoder.cross_tokens().unbind()
     record: list[Tensor] | None = lent(RECORD, encoder)
     sizes: list[Tensor] | None = lent(SIZES, encoder)
+    states: list[Tensor] | None = lent(STATES, encoder)
     written: list[Tensor] = []
 
     def call(layer: nn.Module, index: int, hidden: Tensor, size: Tensor | None) -> Taken:
+        nonlocal tables
         cross = None if vectors is None else vectors[index].to(hidden)
         if cross is not None and record is not None:
             written.append(last_token(hidden, size).detach() + cross)
-        taken: Taken = layer(hidden, None, size, cross, *arguments(index, hidden, size))
+        placed = () if tables is None else (tables,)
+        taken: Taken = layer(hidden, None, size, cross, *arguments(index, hidden, size), *placed)
+        tables = None if tables is None else _tables_left(tables, taken[2])
+        if states is not None:
+            states.append(taken[0])
         if sizes is not None:
             sizes.append(sizes_of(*taken[:2]))
         return taken
@@ -102,6 +113,16 @@ def run_tower(
     if pooled is not None:
         pooled.append(size)
     return hidden, size
+
+
+def _tables_left(tables: tuple[Tensor, ...], decided: Any) -> tuple[Tensor, ...]:
+    """Tables of the tokens that are left behind a layer."""
+    if decided is None:
+        return tables
+    if not isinstance(decided, Match):
+        raise RuntimeError(f"a {type(decided).__name__} does not say which tokens keep their positions")
+    kept = decided.kept[..., None]
+    return tuple(table.gather(1, kept.expand(-1, -1, table.shape[-1])) for table in tables)
 
 
 def own_rows(hidden: Tensor) -> Tensor:

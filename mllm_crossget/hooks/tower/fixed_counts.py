@@ -21,7 +21,7 @@ from mllm_crossget.hooks.tower.encoder import FORWARD, refuse_mask, refuse_traci
 from mllm_crossget.hooks.tower.layer import Taken, run_layer
 from mllm_crossget.methods.method import Method, Signals
 from mllm_crossget.ops.merging import merge
-from mllm_crossget.schedule import TowerGeometry
+from mllm_crossget.schedule import Schedule, TowerGeometry
 
 _STATE = "_mllm_crossget_tower"
 
@@ -60,6 +60,12 @@ def tower_state(encoder: nn.Module) -> TowerState:
     return encoder.__dict__[_STATE]
 
 
+def steps_of(schedule: Schedule) -> list[tuple[int, bool, float]]:
+    """What ``ReducedLayer`` is told, layer by layer: tokens to remove, whether at its output, and its depth."""
+    layers = len(schedule.removals)
+    return [(removed, layer == schedule.output, layer / layers) for layer, removed in enumerate(schedule.removals)]
+
+
 class ReducedEncoder(nn.Module):
     """Mixin for an encoder: the loop of ``hooks.tower.encoder``, with as many tokens to remove as the schedule says."""
 
@@ -69,11 +75,7 @@ class ReducedEncoder(nn.Module):
         state = tower_state(self)
         if not state.ignores_mask:
             refuse_mask(attention_mask)
-        schedule = state.schedule(inputs_embeds.shape[1])
-        steps = [
-            (removed, layer == schedule.output, layer / len(schedule.removals))
-            for layer, removed in enumerate(schedule.removals)
-        ]
+        steps = steps_of(state.schedule(inputs_embeds.shape[1]))
         hidden, _ = run_tower(self, state, inputs_embeds, lambda index, hidden, size: steps[index])
         return BaseModelOutput(last_hidden_state=hidden)
 
@@ -90,6 +92,7 @@ class ReducedLayer(nn.Module):
         removed: int = 0,
         at_output: bool = False,
         depth: float = 0.0,
+        tables: tuple[Tensor, ...] | None = None,
     ) -> Taken:
         """One layer.
 
@@ -101,6 +104,7 @@ class ReducedLayer(nn.Module):
             removed: tokens to merge away here.
             at_output: whether that is done behind the layer, by the method's selection among all tokens.
             depth: share of the tower's layers in front of this one.
+            tables: of the tokens' rotary positions, (B, T, ·) each, or None.
 
         Returns:
             (B, T - removed, D) tokens, their sizes (or None), the match and (B, T) the new row of every old one (both
@@ -117,7 +121,7 @@ class ReducedLayer(nn.Module):
         )
         step = partial(_match_and_merge, state, slot, removed, at_output, depth) if removed else None
         behind = at_output or state.at_output
-        return run_layer(self, state.names, slot, hidden_states, size, step, attention_mask, cross, at_output=behind)
+        return run_layer(self, state.names, slot, hidden_states, size, step, attention_mask, cross, behind, tables)
 
 
 def _match_and_merge(

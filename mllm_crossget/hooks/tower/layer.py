@@ -39,8 +39,10 @@ def run_layer(
     mask: Tensor | None = None,
     cross: Tensor | None = None,
     at_output: bool = False,
+    tables: tuple[Tensor, ...] | None = None,
 ) -> Taken:
-    """A pre-norm layer: norm, attention, LayerScale, residual, **step**, norm, MLP, dropout, LayerScale, residual.
+    """A pre-norm layer: norm, attention, norm, LayerScale, residual, **step**, norm, MLP, norm, dropout, LayerScale,
+    residual; without what it has not.
 
     Args:
         layer: a hooked layer.
@@ -52,11 +54,16 @@ def run_layer(
         mask: additive mask of the attention; None for none.
         cross: (D,) added to the last token, which is thereby the layer's cross token; None without one.
         at_output: whether the step is taken behind the MLP, on what the layer returns.
+        tables: of the tokens' rotary positions, (B, T, ·) each; None where the attention takes none.
     """
     attention = getattr(layer, names.attention)
     masked = {} if mask is None else {"attention_mask": mask}  # not every attention takes one
+    if tables is not None and names.rotary is not None:
+        masked |= names.rotary(tables)
     with OpenSlot(slot), CrossInPlace(hidden, cross) as tokens:
         attended = attention(getattr(layer, names.norm1)(tokens), **masked)[0]
+        if names.after1:
+            attended = getattr(layer, names.after1)(attended)
         hidden = tokens + _scaled(layer, names.scale1, attended)
     return _with_step(hidden, size, step, partial(_mlp, layer, names), at_output)
 
@@ -113,6 +120,8 @@ def _with_step(
 
 def _mlp(layer: nn.Module, names: LayerNames, hidden: Tensor) -> Tensor:
     added = getattr(layer, names.mlp)(getattr(layer, names.norm2)(hidden))
+    if names.after2:
+        added = getattr(layer, names.after2)(added)
     if names.dropout:
         added = getattr(layer, names.dropout)(added)
     return hidden + _scaled(layer, names.scale2, added)

@@ -1,10 +1,10 @@
-"""CLIP and SigLIP dual encoders, with ragged captions, and CLIP's towers with their projections."""
+"""CLIP, MetaCLIP 2 and SigLIP dual encoders, with ragged captions, and CLIP's towers with their projections."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
+from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection, MetaClip2Config, MetaClip2Model
 
 from mllm_crossget.ops.contrastive import contrastive_loss
 from tests.helpers.families.cases import Batch, Case, add_case
@@ -59,6 +59,34 @@ for kind in ("clip", "siglip"):
             skip_methods={"madtp": "its text tower is not causal"} if kind == "siglip" else {},
         )
     )
+
+
+def tiny_metaclip(attention: str) -> nn.Module:
+    """CLIP's tiny model in MetaCLIP's classes, with the same weights."""
+    clip = tiny_dual("clip", attention=attention)
+    parts = {name: getattr(clip.config, name).to_dict() for name in ("text_config", "vision_config")}
+    for part in parts.values():
+        del part["model_type"]
+    config = MetaClip2Config(**parts, projection_dim=clip.config.projection_dim)
+    config._attn_implementation = attention
+    model = MetaClip2Model(config)
+    model.load_state_dict(clip.state_dict())
+    return model.eval()
+
+
+add_case(
+    Case(
+        name="metaclip_2",
+        model_type="metaclip_2",
+        build=tiny_metaclip,
+        batch=batch,
+        row=row,
+        answers=answers,
+        dial={"keep_ratio": 0.5, "text_keep_ratio": 0.5},
+        loss=loss,
+        methods=("crossget", "madtp"),
+    )
+)
 
 add_case(
     Case(

@@ -40,6 +40,8 @@ class Case:
         sizes_differ: images of the batch run through the tower in several sizes, the schedule's first.
         schedule: accelerated model -> counts of the batch's first image, where they are not those of the configuration.
         skip_methods: methods that the family refuses, with the reason.
+        methods: the methods that it is tested with, where all of its code but its data is that of another case; empty:
+            all methods.
         has_vision: whether there is a vision tower whose merges can be traced.
     """
 
@@ -56,6 +58,7 @@ class Case:
     sizes_differ: bool = False
     schedule: Callable[[nn.Module], Schedule] | None = None
     skip_methods: dict[str, str] = field(default_factory=dict)
+    methods: tuple[str, ...] = ()
     has_vision: bool = True
 
 

@@ -49,6 +49,9 @@ def merge_by_hand(model: nn.Module, features_ND: Tensor, companions: list[Tensor
     method = handle_of(model).method
     values = [features_ND, *companions]
     size, cells = torch.ones(len(features_ND)), list(range(len(features_ND)))
+    if method.selects_at_output and method.schedule_kind != "constant":  # one choice among all
+        decision = chosen_by_hand(features_ND, target_of(model, len(features_ND)))
+        return [reference.mean_merge(value, size, decision)[0].float() for value in values], decision.kept
     for removed in steps(len(features_ND), target_of(model, len(features_ND))):
         metric = values[0]
         if method.method == "crossget":
@@ -68,6 +71,25 @@ def merge_by_hand(model: nn.Module, features_ND: Tensor, companions: list[Tensor
         values, size = [value.float() for value, _ in merged], merged[0][1]
         cells = [cells[place] for place in decision.kept]
     return values, cells
+
+
+def chosen_by_hand(features_ND: Tensor, count: int) -> reference.Decision:
+    """The feature that the others attend to most, then always the one least like those that stay; every other one goes
+    into the most similar of them. Equal values: the lower index."""
+    features = features_ND.double()
+    scaled = (features / features.square().mean(dim=1, keepdim=True).sqrt())[None]
+    attention = reference.attention_map(scaled, scaled, features.shape[1] ** -0.5, torch.zeros(len(features)))
+    importance = reference.attention_importance(attention, cross_token=False)
+    unit = features / features.norm(dim=1, keepdim=True)
+    alike = (unit @ unit.T).tolist()
+    stays = [max(range(len(features)), key=lambda token: (float(importance[token]), -token))]
+    while len(stays) < count:
+        rest = [token for token in range(len(features)) if token not in stays]
+        stays.append(min(rest, key=lambda token: (max(alike[token][other] for other in stays), token)))
+    kept = sorted(stays)
+    src = [token for token in range(len(features)) if token not in stays]
+    dst = [max(kept, key=lambda one, row=alike[token]: (row[one], -one)) for token in src]
+    return reference.Decision(src, dst, kept)
 
 
 def compacted(ids: list[int], token: int, runs: list[tuple[int, int]]) -> list[int]:
@@ -92,12 +114,14 @@ def expected_tokens(
     model: nn.Module,
     rows: list[Row],
     features: Callable[[nn.Module, Row], list[Tensor]],
+    stacked: bool = True,
     **options: Any,
 ) -> list[list[int]]:
     """New tokens of every row, from a stock model on a hand-compacted prompt and hand-merged features.
 
     Args:
         features: (stock model, row) -> (n, D) features of every tile of a row.
+        stacked: see ``handed_out``.
     """
     found = []
     for row in rows:
@@ -116,22 +140,29 @@ def expected_tokens(
         if handle_of(model).size_bias:
             sizes = kept_log_sizes(row["input_ids"][0, columns].tolist(), token, [group.size for group in groups])
         compact |= pixels
-        with handed_out(stock.model, images), weighed(stock, sizes):
+        with handed_out(stock.model, images, stacked), weighed(stock, sizes):
             output = stock.generate(**compact, **options)
         found += output[:, len(columns) :].tolist()
     return found
 
 
-PIXELS = ("pixel_values", "pixel_attention_mask", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
+PIXELS = (
+    "pixel_values", "pixel_attention_mask", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "image_sizes",
+    "image_position_ids", "spatial_shapes", "target_sizes", "high_res_pixel_values", "pixel_values_local",
+    "num_local_patches",
+)  # fmt: skip
 
 
 @contextmanager
-def handed_out(owner: nn.Module, images: list[Tensor]) -> Iterator[None]:
-    """The owner's ``get_image_features`` gives ready features of one row, whatever it is asked for."""
+def handed_out(owner: nn.Module, images: list[Tensor], stacked: bool = True) -> Iterator[None]:
+    """The owner's ``get_image_features`` gives ready features of one row, whatever it is asked for: of equal tiles one
+    tensor, or ``stacked=False`` a list."""
 
     def get_image_features(pixel_values: Tensor, *args: Any, **kwargs: Any) -> BaseModelOutputWithPooling:
-        beams = pixel_values[..., 0, 0, 0].numel() // len(images)  # before 5.23 the pixels are repeated
-        return BaseModelOutputWithPooling(pooler_output=torch.stack(images * beams))
+        given = pixel_values[..., 0, 0, 0].numel() if pixel_values.ndim > 3 else len(pixel_values)
+        given = max(given, len(images))  # all side by side
+        features = images * (given // len(images))  # before 5.23 the pixels are repeated
+        return BaseModelOutputWithPooling(pooler_output=torch.stack(features) if stacked else features)
 
     owner.get_image_features = get_image_features
     try:

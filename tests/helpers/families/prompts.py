@@ -154,24 +154,30 @@ def kept_log_sizes(compact: list[int], token: int, sizes: Sequence[Tensor]) -> T
 @contextmanager
 def weighed(stock: nn.Module, log_sizes: Tensor | None) -> Iterator[None]:
     """A stock model whose language model adds these to the logits of its first keys."""
+    total = 0  # columns of the sequence with the present queries
+
+    def count(text: nn.Module, args: tuple, kwargs: dict) -> None:
+        nonlocal total
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        new = kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+        total = new.shape[1] + (0 if cache is None else int(cache.get_seq_length()))
 
     def weigh(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         mask, queries = kwargs["attention_mask"], args[0].shape[1]
-        cache = kwargs.get("cache", kwargs.get("past_key_values"))
-        past = 0 if cache is None else cache.get_seq_length(layer.self_attn.layer_idx)
         if mask is None:
-            mask = torch.ones(1, 1, queries, past + queries, dtype=torch.bool).tril(past)
+            mask = torch.ones(1, 1, queries, total, dtype=torch.bool).tril(total - queries)
         if mask.dtype == torch.bool:
             mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
-        bias = torch.nn.functional.pad(log_sizes, (0, max(0, past + queries - log_sizes.shape[1])))
-        bias = bias[:, -mask.shape[-1] :] if mask.shape[-1] <= past + queries else bias  # a sliding window's last keys
+        bias = torch.nn.functional.pad(log_sizes, (0, max(0, total - log_sizes.shape[1])))
+        bias = bias[:, -mask.shape[-1] :] if mask.shape[-1] <= total else bias  # a sliding window's last keys
         return args, {**kwargs, "attention_mask": mask + bias[:, None, None].to(mask.dtype)}
 
     text = module_at(stock, families_of(stock).language_model)
     hooks = []
-    if log_sizes is not None:  # a layer with linear attention has no keys to weigh
-        keyed = [layer for layer in text.layers if not hasattr(layer, "linear_attn")]
+    if log_sizes is not None:  # a layer with linear attention or a convolution has no keys to weigh
+        keyed = [layer for layer in text.layers if hasattr(layer, "self_attn")]
         hooks = [layer.register_forward_pre_hook(weigh, with_kwargs=True) for layer in keyed]
+        hooks.append(text.register_forward_pre_hook(count, with_kwargs=True))
     try:
         yield
     finally:

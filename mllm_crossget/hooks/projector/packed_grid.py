@@ -1,0 +1,260 @@
+"""Towers of images of any size, packed into one row or padded to one length, in front of a grid of cells.
+
+The stock tower keeps images apart by a mask. Here every image runs without its neighbours and without padding: how far
+it is reduced depends on its own size, and no token merges with padding. Its tokens are copied back to their patches
+behind the last layer, in the layout in which the stock tower goes on (it may pool patches by their place), and cells
+are merged again behind the projector, as for every projector of the whole grid (``hooks.projector.whole_grid``).
+
+Where the attention rotates queries and keys by the place in the grid, a merged token keeps the place of the token that
+stays, and a cross token stands where the middle patch of its image does.
+
+Shapes: B images, n patches of one image, N patches of a row, D width of the tower.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
+
+from mllm_crossget.families.family import module_at
+from mllm_crossget.hooks.ground.call_state import Lent, lent
+from mllm_crossget.hooks.ground.journal import Journal
+from mllm_crossget.hooks.ground.state import Handle
+from mllm_crossget.hooks.projector.post_merge import MergedFeatures, MergedVideoFeatures, hook_merge
+from mllm_crossget.hooks.tower.encoder import STATES, refuse_tracing, run_tower
+from mllm_crossget.hooks.tower.fixed_counts import kept_trace, steps_of, tower_state, trace_of
+from mllm_crossget.methods.method import Place
+from mllm_crossget.ops.merging import unmerge
+
+_ENCODER = "_mllm_crossget_encoder"
+_GRIDS = "grids"
+_WHOLE = "whole"
+
+Tables = tuple[Tensor, ...] | None
+
+
+class GridEncoder(nn.Module):
+    """Base of the mixins for an encoder: images of one size in, the same number of states out."""
+
+    def run_images(self, embeds: Tensor, tables: Tables, middle: Tensor) -> Tensor:
+        """(B, n, D) patches of images of one size -> (B, n, D), every patch with the state of the token that it is in.
+
+        Args:
+            tables: of their rotary positions, (B, n, ·) each, or None.
+            middle: (B,) the patch in the middle of each image, where a cross token stands.
+        """
+        state, patches = tower_state(self), embeds.shape[1]
+        schedule = state.schedule(patches)
+        steps = steps_of(schedule)
+        if tables is not None and schedule.cross:
+            tables = tuple(torch.cat([table, _rows(table, middle)], dim=1) for table in tables)
+        states: list[Tensor] = []
+        whole: list[list[Tensor]] | None = lent(_WHOLE, self)
+        with kept_trace(self), Lent(STATES, None if whole is None else states, self):
+            hidden, _ = run_tower(self, state, embeds, lambda index, hidden, size: steps[index], tables)
+            layers = trace_of(self)
+        if whole is not None:
+            pairs = zip(states, layers, strict=True)
+            whole.append([embeds, *(unmerge(tokens, layer.source[:, :patches]) for tokens, layer in pairs)])
+        return unmerge(hidden, layers[-1].source[:, :patches])
+
+
+class PaddedGridEncoder(GridEncoder):
+    """For an encoder of rows that are padded behind their patches, with a mask of them (Gemma 4, SigLIP 2)."""
+
+    def forward(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None = None,
+        pixel_position_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutput:
+        """As the original; padding has states of zeros.
+
+        Args:
+            inputs_embeds: (B, N, D).
+            attention_mask: (B, N) True for patches, or (B, 1, N, N) as attention takes it; None: there is no padding.
+            pixel_position_ids: (B, N, 2) places in the grid, where they are rotated by these.
+        """
+        refuse_tracing()
+        lengths = _lengths(inputs_embeds, attention_mask)
+        tables: Tables = None
+        if pixel_position_ids is not None:
+            encoder: Any = self
+            tables = encoder.rotary_emb(inputs_embeds, pixel_position_ids)
+        parts, order = [], []
+        for length in sorted(set(lengths)):
+            rows = [row for row, other in enumerate(lengths) if other == length]
+            order += rows
+            own = None if tables is None else tuple(table[rows, :length] for table in tables)
+            middle = _middle_of(pixel_position_ids, rows, length, inputs_embeds)
+            made = self.run_images(inputs_embeds[rows, :length], own, middle) if length else inputs_embeds[rows, :0]
+            parts.append(nn.functional.pad(made, (0, 0, 0, inputs_embeds.shape[1] - length)))
+        places = torch.tensor(order, device=inputs_embeds.device).argsort()
+        whole: list[list[Tensor]] | None = lent(_WHOLE, self)
+        if whole:
+            missing = [inputs_embeds.shape[1] - images[0].shape[1] for images in whole]
+            layers = [[nn.functional.pad(state, (0, 0, 0, more)) for state in images]
+                      for images, more in zip(whole, missing, strict=True)]  # fmt: skip
+            whole[:] = [[torch.cat(states)[places] for states in zip(*layers, strict=True)]]
+        return BaseModelOutput(last_hidden_state=torch.cat(parts)[places])
+
+
+class PackedGridEncoder(GridEncoder):
+    """For an encoder of all images in one row, with a mask of blocks (Pixtral)."""
+
+    def forward(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutput:
+        """As the original, image by image. ``inputs_embeds``: (1, N, D), ``position_embeddings``: (N, ·) each."""
+        refuse_tracing()
+        grids: Sequence[tuple[int, int]] = lent(_GRIDS, self) or ()
+        if sum(rows * columns for rows, columns in grids) != inputs_embeds.shape[1]:
+            raise ValueError(
+                f"the encoder got {inputs_embeds.shape[1]} patches of images with {list(grids)} rows and columns; call "
+                "the vision tower, which says how large images are"
+            )
+        states, start = [], 0
+        for rows, columns in grids:
+            own = slice(start, start + rows * columns)
+            tables = None if position_embeddings is None else tuple(table[None, own] for table in position_embeddings)
+            middle = torch.tensor([rows // 2 * columns + columns // 2], device=inputs_embeds.device)
+            states.append(self.run_images(inputs_embeds[:, own], tables, middle))
+            start = own.stop
+        whole: list[list[Tensor]] | None = lent(_WHOLE, self)
+        if whole:
+            whole[:] = [[torch.cat(layer, dim=1) for layer in zip(*whole, strict=True)]]
+        # Pixtral's, from transformers 5.23 on: the features become one of its fields
+        made = vars(sys.modules[type(self).__module__]).get("BaseModelOutputWithPooling", BaseModelOutput)
+        return made(last_hidden_state=torch.cat(states, dim=1))
+
+
+class WholeStates(nn.Module):
+    """Mixin for a tower with such an encoder: its hidden states are those of all patches, as the stock model's."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the original."""
+        wanted = kwargs.pop("output_hidden_states", None)
+        wanted = getattr(self.config, "output_hidden_states", False) if wanted is None else wanted
+        if wanted is False:
+            return super().forward(*args, output_hidden_states=False, **kwargs)
+        as_tuple = kwargs.pop("return_dict", getattr(self.config, "return_dict", True)) is False
+        whole: list[list[Tensor]] = []
+        with Lent(_WHOLE, whole, module_at(self, self.__dict__[_ENCODER])):
+            output = super().forward(*args, output_hidden_states=False, return_dict=True, **kwargs)
+        (states,) = whole
+        if output.last_hidden_state.shape != states[-1].shape:  # pooled: the stock model's last state is that
+            states[-1] = output.last_hidden_state
+        output.hidden_states = _selected(states, wanted)
+        return output.to_tuple() if as_tuple else output
+
+
+class PackedTower(WholeStates):
+    """The same for a tower with ``image_sizes``, which its encoder is told."""
+
+    def forward(self, pixel_values: Tensor, image_sizes: Any = None, **kwargs: Any) -> Any:
+        """As the original. ``image_sizes``: (images, 2) height and width in pixels; None: all of the tensor's."""
+        sizes = [tuple(pixel_values.shape[-2:])] * len(pixel_values) if image_sizes is None else image_sizes
+        tower: Any = self
+        grids = [(int(height) // tower.patch_size, int(width) // tower.patch_size) for height, width in sizes]
+        with Lent(_GRIDS, grids, module_at(self, self.__dict__[_ENCODER])):
+            return super().forward(pixel_values, image_sizes=image_sizes, **kwargs)
+
+
+def _install(cls: Any, journal: Journal, owner: nn.Module, handle: Handle) -> None:
+    if handle.tower is None:
+        raise RuntimeError(f"family {handle.family.key!r} has no tower in front of its projector's grid")
+    handle.second_merge = hook_merge(journal, owner, handle.method, handle.family.modalities, handle.tower)
+    journal.swap_class(owner, cls)
+    path, prefix = str(handle.family.tower), f"{handle.family.features_owner}."
+    tower: Any = module_at(owner, path.removeprefix(prefix))
+    tower = getattr(tower, "_orig_mod", tower)  # under torch.compile's wrapper
+    encoder = handle.encoder_path.removeprefix(f"{path}.")
+    journal.set_attribute(tower, _ENCODER, encoder)
+    journal.swap_class(tower, cls.tower)
+    journal.swap_class(module_at(tower, encoder), cls.encoder)
+
+
+_REFUSED: Mapping[Place, str] = {
+    Place.TOWER_OUTPUT: "features are made of the whole grid of patches; methods that act behind the projector can "
+    "choose among these"
+}
+
+
+class PaddedGridFeatures(MergedFeatures):
+    """Mixin for the owner of ``get_image_features``, for images that are padded to one length."""
+
+    refused: ClassVar[Mapping[Place, str]] = _REFUSED
+    tower: ClassVar[type[nn.Module]] = WholeStates
+    encoder: ClassVar[type[nn.Module]] = PaddedGridEncoder
+
+    @classmethod
+    def install(cls, journal: Journal, owner: nn.Module, handle: Handle) -> None:
+        """See ``FeaturesMixin.install``."""
+        _install(cls, journal, owner, handle)
+
+
+class PaddedGridVideoFeatures(MergedVideoFeatures):
+    """The same for models with videos: every frame is an image."""
+
+    refused: ClassVar[Mapping[Place, str]] = _REFUSED
+    tower: ClassVar[type[nn.Module]] = WholeStates
+    encoder: ClassVar[type[nn.Module]] = PaddedGridEncoder
+
+    @classmethod
+    def install(cls, journal: Journal, owner: nn.Module, handle: Handle) -> None:
+        """See ``FeaturesMixin.install``."""
+        _install(cls, journal, owner, handle)
+
+
+class PackedGridFeatures(PaddedGridFeatures):
+    """The same for images that are packed into one row."""
+
+    tower: ClassVar[type[nn.Module]] = PackedTower
+    encoder: ClassVar[type[nn.Module]] = PackedGridEncoder
+
+
+def _rows(table: Tensor, row: Tensor) -> Tensor:
+    """(B, 1, ·) one row of every image's table."""
+    return table.gather(1, row[:, None, None].expand(-1, 1, table.shape[-1]))
+
+
+def _middle_of(positions: Tensor | None, rows: list[int], length: int, like: Tensor) -> Tensor:
+    """(B,) the patch nearest to the mean of the places of an image's patches."""
+    if positions is None or not length:
+        return torch.zeros(len(rows), dtype=torch.int64, device=like.device)
+    own = positions[rows, :length].float()
+    return (own - own.mean(dim=1, keepdim=True)).square().sum(dim=-1).argmin(dim=1)
+
+
+def _lengths(embeds: Tensor, mask: Tensor | None) -> list[int]:
+    """Patches of every image. Raises ``ValueError`` for padding that stands in front of a patch."""
+    if mask is None:
+        return [embeds.shape[1]] * len(embeds)
+    if mask.ndim == 4:
+        mask = mask[:, 0, 0] if mask.dtype == torch.bool else mask[:, 0, 0] == 0
+    real = mask.bool()
+    lengths = real.sum(dim=1)
+    if not torch.equal(torch.arange(real.shape[1], device=real.device) < lengths[:, None], real):
+        raise ValueError(
+            "padding stands between the patches of an image; pass pixel_values and what says where padding is as the "
+            "model's processor makes them, or restore_mllm(model) first"
+        )
+    return [int(length) for length in lengths.tolist()]
+
+
+def _selected(states: list[Tensor], wanted: Any) -> tuple[Tensor | None, ...]:
+    """All states, or None where only some were asked for."""
+    if wanted is True:
+        return tuple(states)
+    chosen = {index % len(states) for index in ([wanted] if isinstance(wanted, int) else wanted)}
+    return tuple(state if index in chosen else None for index, state in enumerate(states))
