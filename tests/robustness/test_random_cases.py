@@ -128,6 +128,11 @@ def calibrate_if_asked(model: nn.Module) -> None:
         )
 
 
+def same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Bit for bit, and NaN where the other has it: eager attention in float64 gives that for padding."""
+    return torch.equal(one.nan_to_num(1e9), other.nan_to_num(1e9))
+
+
 def close(one: torch.Tensor, other: torch.Tensor) -> None:
     torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
@@ -147,18 +152,18 @@ def check_llava(model: dict, settings: dict, images: list[int], options: dict, s
         logits = accelerated(**batch).logits
         for row, (compact, wanted) in enumerate(oracle.logits(accelerated, batch)):
             close(logits[row, compact.columns], wanted)
-        said = accelerated.generate(**batch, **options)[:, batch["input_ids"].shape[1] :].tolist()
-        assert [strip_end(row) for row in said] == [
-            strip_end(row) for row in oracle.new_tokens(accelerated, batch, **options)
-        ]
-        if settings.get("keep_ratio") == 1.0:
-            assert torch.equal(logits, stock)
+        if handle_of(accelerated).method.is_identity:
+            assert same(logits, stock)
+        if side == "left":  # on the right, pads stand between a prompt and its answer, as in the untouched model
+            said = accelerated.generate(**batch, **options)[:, batch["input_ids"].shape[1] :].tolist()
+            wanted = oracle.new_tokens(accelerated, batch, **options)
+            assert list(map(strip_end, said)) == list(map(strip_end, wanted))
         restore_mllm(accelerated)
         assert_untouched(accelerated, state, names)
-        assert torch.equal(accelerated(**batch).logits, stock)
+        assert same(accelerated(**batch).logits, stock)
 
 
-@in_parts(short=14, long=5000)
+@in_parts(short=12, long=5000)
 def test_a_random_llava_says_what_compacted_rows_say(examples: int, part: int) -> None:
     explore(
         check_llava,
@@ -184,16 +189,17 @@ def check_family(case: Case, settings: dict, attention: str, beams: int, seed: i
         before, state, names = case.answers(model, batch), state_of(model), shape_of(model)
         if not accelerated_or_refused(model, settings):
             return
-        together = case.answers(model, batch) if all(torch.isfinite(row).all() for row in before) else []
+        says_something = all(torch.isfinite(row).all() for row in before)  # InstructBLIP's eager padding does not
+        together = case.answers(model, batch) if says_something else []
         for index, row in enumerate(together):
             assert torch.isfinite(row).all()
             (alone,) = case.answers(model, case.row(batch, index))
             torch.testing.assert_close(row, alone, atol=1e-4, rtol=1e-4)
-        if case.generates:
+        if case.generates and says_something:
             check_generate(case, model, batch, {"max_new_tokens": 4, "do_sample": False, "num_beams": beams})
         restore_mllm(model)
         assert_untouched(model, state, names)
-        assert all(torch.equal(a, b) for a, b in zip(case.answers(model, batch), before, strict=True))
+        assert all(map(same, case.answers(model, batch), before))
 
 
 def check_generate(case: Case, model: nn.Module, batch: dict, options: dict) -> None:
@@ -210,7 +216,7 @@ def new_tokens(model: nn.Module, batch: dict, options: dict) -> list[list[int]]:
     return [strip_end(row, pad) for row in model.generate(**batch, **options)[:, prompt:].tolist()]
 
 
-@in_parts(short=14, long=5000)
+@in_parts(short=12, long=5000)
 def test_a_random_model_of_any_family(examples: int, part: int) -> None:
     explore(
         check_family,
