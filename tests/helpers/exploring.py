@@ -71,7 +71,7 @@ def redrawn(batch: dict[str, Any], seed_number: int) -> dict[str, Any]:
     """A batch with other pixels."""
     generator = torch.Generator().manual_seed(seed_number)
     return {
-        name: torch.randn(value.shape, generator=generator)
+        name: torch.randn(value.shape, generator=generator) * (value != 0)  # tiles of zeros are no tiles
         if isinstance(value, torch.Tensor) and value.is_floating_point()
         else value
         for name, value in batch.items()
