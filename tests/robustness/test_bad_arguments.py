@@ -1,7 +1,7 @@
 """Values of wrong kinds for every argument of every public function, drawn from the signatures.
 
-Each call works, or raises ``ValueError`` or ``TypeError`` from a line that says what is wrong: no error of an attribute or
-an index that happened to be looked up first. A model that was given is afterwards what it was.
+Each call works, or raises ``ValueError`` or ``TypeError`` from a line that says what is wrong: no error of an
+attribute or an index that happened to be looked up first. A model that was given is afterwards what it was.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import mllm_crossget
-from mllm_crossget import VisionCache, accelerate_mllm, method_names
+from mllm_crossget import accelerate_mllm, method_names
 from mllm_crossget.config import method_class
 from tests.helpers.fingerprints import assert_identical, fingerprint
 from tests.helpers.methods import prepare
@@ -29,7 +29,13 @@ WRONG: dict[str, Any] = {
     "tensor": torch.zeros(2), "ints": torch.zeros(1, 1, dtype=torch.int64), "module": torch.nn.Linear(1, 1),
     "path": Path("/nonexistent/folder"),
 }  # fmt: skip
-PYTHONS_OWN = ("object is not", "object has no attribute", "not supported between", "unsupported operand", "os.PathLike")
+PYTHONS_OWN = (
+    "object is not",
+    "object has no attribute",
+    "not supported between",
+    "unsupported operand",
+    "os.PathLike",
+)
 METHODS = {name: method_class(name) for name in method_names()}
 IMAGES = torch.rand(4, 8, generator=torch.Generator().manual_seed(0))
 

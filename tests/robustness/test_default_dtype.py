@@ -1,4 +1,4 @@
-"""``torch.set_default_dtype`` says what new tensors are made of, not what a model computes with: nothing depends on it."""
+"""``torch.set_default_dtype`` says what new tensors are made of, not what a model computes with."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Damaged and hostile files: each is loaded, or refused with a ``ValueError`` or ``OSError`` that leaves the model as it
-was. Nothing in them is executed, and a load that succeeds leaves finite weights."""
+"""Damaged and hostile files: each is loaded, or refused with a ``ValueError`` or ``OSError`` that leaves the model as
+it was. Nothing in them is executed, and a load that succeeds leaves finite weights."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.helpers.tiny import randomise_cross_tokens, tiny_llava
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT's own look-up
 METHODS = ("crossget", "madtp", "tome")
 VALUES: tuple[Any, ...] = (
-    None, True, -1, 0, 3, 1e400, float("nan"), 10**400, "", "x", "../../etc/passwd", [], [[]], {}, {"a": 1}, "0.5", [0.1],
+    None, True, -1, 0, 3, 1e400, float("nan"), 10**400, "", "x", "../../etc", [], [[]], {}, {"a": 1}, "0.5", [0.1],
 )  # fmt: skip
 
 
@@ -61,7 +61,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def damage(data: bytes, choose: random.Random, canary: str) -> bytes:
     """Other bytes: bits turned over, cut, doubled, filled with zeros, or something else altogether."""
-    kind = choose.choice(["flip", "flip", "header", "cut", "splice", "zeros", "text", "pickle", "json", "json", "empty"])
+    kind = choose.choice(
+        ["flip", "flip", "header", "cut", "splice", "zeros", "text", "pickle", "json", "json", "empty"]
+    )
     if kind == "json" and data[:1] == b"{":
         return json.dumps(mutated(json.loads(data), choose)).encode()
     place = choose.randrange(len(data)) if data else 0
@@ -132,10 +134,13 @@ def check_file(root: Path, scratch: Path, kind: str, start: str | None, seed: in
     try:
         (load_official_cross_tokens if kind == "official" else load_crossget)(model, folder)
     except (ValueError, OSError) as error:
-        assert str(error).strip()
-        assert_same(state_of(model), before)
+        said = str(error)
     else:
+        said = None
         assert all(torch.isfinite(value).all() for _, value in model.state_dict().items())
+    if said is not None:
+        assert said.strip()
+        assert_same(state_of(model), before)
     assert not canary.exists()
 
 

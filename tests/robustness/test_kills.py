@@ -1,5 +1,5 @@
-"""A process that is killed in mid-save, folders that take no file, disks that are full: the files are the old or the new
-ones, and the error is an ``OSError`` that names the path. Real kills, permissions and limits, in child processes."""
+"""A process that is killed in mid-save, folders that take no file, disks that are full: the files are the old or the
+new ones, and the error is an ``OSError`` that names the path. Real kills, permissions and limits, in child processes."""
 
 from __future__ import annotations
 
@@ -178,8 +178,8 @@ def test_a_training_that_is_killed_goes_on(tmp_path: Path) -> None:
     turns = [{"from": "human", "value": "<image>\nhow many?"}, {"from": "gpt", "value": "three"}]
     (tmp_path / "data.json").write_text(json.dumps([{"image": "a.png", "conversations": turns}] * 4))
     words = [sys.executable, "-m", "mllm_crossget", "train", "--model", "embedded", "--train_data",
-             str(tmp_path / "data.json"), "--output_dir", str(tmp_path / "out"), "--max_steps", "30", "--save_steps", "1",
-             "--per_device_train_batch_size", "1", "--use_cpu", "true", "--lora_r", "2", "--report_to", "none",
+             str(tmp_path / "data.json"), "--output_dir", str(tmp_path / "out"), "--max_steps", "30",
+             "--save_steps", "1", "--per_device_train_batch_size", "1", "--use_cpu", "true", "--lora_r", "2", "--report_to", "none",
              "--disable_tqdm", "true"]  # fmt: skip
     wait, environment = random.Random(SEED), {**os.environ, "OMP_NUM_THREADS": "1"}
     for _ in range(40):

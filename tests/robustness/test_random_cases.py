@@ -109,8 +109,7 @@ def accelerated_or_refused(model: nn.Module, settings: dict[str, Any]) -> bool:
     try:
         accelerate_mllm(model, **settings)
         calibrate_if_asked(model)
-    except ValueError as error:
-        assert len(str(error)) > 30, error
+    except ValueError:
         restore_mllm(model)
         assert_untouched(model, state, names)
         return False

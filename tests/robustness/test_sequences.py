@@ -251,9 +251,9 @@ def restore(pair: Pair) -> None:
 
 
 STEPS = [
-    accelerate, accelerate, accelerate, calibrate_it, learn, learn, change_attention, change_type, train_or_not, save, load,
-    add_and_merge, copy_deeply, pickle_it, checkpoint_activations, reuse, trace, generate, backward, resize, compile_tower,
-    within, stock_for_a_while, refuse, restore,
+    accelerate, accelerate, accelerate, calibrate_it, learn, learn, change_attention, change_type, train_or_not, save,
+    load, add_and_merge, copy_deeply, pickle_it, checkpoint_activations, reuse, trace, generate, backward, resize,
+    compile_tower, within, stock_for_a_while, refuse, restore,
 ]  # fmt: skip
 
 
