@@ -180,9 +180,18 @@ def test_a_training_that_is_killed_goes_on(tmp_path: Path) -> None:
     Image.new("RGB", (96, 96), (200, 9, 9)).save(tmp_path / "a.png")
     turns = [{"from": "human", "value": "<image>\nhow many?"}, {"from": "gpt", "value": "three"}]
     (tmp_path / "data.json").write_text(json.dumps([{"image": "a.png", "conversations": turns}] * 4))
-    options = {"model": "embedded", "train_data": tmp_path / "data.json", "output_dir": tmp_path / "out",
-               "max_steps": 30, "save_steps": 1, "per_device_train_batch_size": 1, "use_cpu": "true", "lora_r": 2, "report_to": "none",
-               "disable_tqdm": "true"}  # fmt: skip
+    options = {
+        "model": "embedded",
+        "train_data": tmp_path / "data.json",
+        "output_dir": tmp_path / "out",
+        "max_steps": 30,
+        "save_steps": 1,
+        "per_device_train_batch_size": 1,
+        "use_cpu": "true",
+        "lora_r": 2,
+        "report_to": "none",
+        "disable_tqdm": "true",
+    }
     words = [sys.executable, "-m", "mllm_crossget", "train"]
     words += [word for name, value in options.items() for word in (f"--{name}", str(value))]
     wait, environment = random.Random(SEED), {**os.environ, "OMP_NUM_THREADS": "1"}
