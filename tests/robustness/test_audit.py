@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,8 +38,13 @@ def sources() -> list[Path]:
     return [*sorted(PACKAGE.rglob("*.py")), *sorted(SCRIPTS.glob("*.py"))]
 
 
+@functools.cache
+def tree(file: Path) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(file.read_text())))
+
+
 def nodes(file: Path, kind: type[ast.AST]) -> Iterator[Any]:
-    return (node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, kind))
+    return (node for node in tree(file) if isinstance(node, kind))
 
 
 def imported(file: Path) -> set[str]:
