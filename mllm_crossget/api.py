@@ -13,6 +13,7 @@ from mllm_crossget import families as _registered_families  # noqa: F401 - regis
 from mllm_crossget import methods as _registered_methods  # noqa: F401 - registers them
 from mllm_crossget.config import ReductionConfig, method_class
 from mllm_crossget.families.family import Family
+from mllm_crossget.field_types import check_type
 from mllm_crossget.hooks.apply import apply_method
 from mllm_crossget.hooks.ground.call_state import Lent
 from mllm_crossget.hooks.ground.running_calls import alone
@@ -296,6 +297,7 @@ def _settings(
     r: int | list[int] | None,
     options: dict[str, Any],
 ) -> Method:
+    check_type("method", method, str | None)
     dials = {"keep_ratio": keep_ratio, "visual_tokens": visual_tokens, "r": r}
     given = {name: value for name, value in {"method": method, **dials, **options}.items() if value is not None}
     if config is not None:

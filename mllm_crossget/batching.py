@@ -38,6 +38,10 @@ def compact_lengths(model: nn.Module, inputs: Request, *, exact: bool = False) -
     Raises:
         ValueError: placeholders that do not fit the images.
     """
+    check_type("model", model, nn.Module)
+    check_type("exact", exact, bool)
+    if not _is_request(inputs):
+        raise TypeError("expected what the processor returns, a mapping with input_ids of shape (rows, columns)")
     ids = inputs["input_ids"]
     mask = inputs.get("attention_mask")
     mask = torch.ones_like(ids) if mask is None else mask
@@ -85,8 +89,11 @@ class CompactBatchSampler(Sampler[list[int]]):
         bounds = {"max_tokens": max_tokens, "max_rows": max_rows}
         if max_tokens is None and max_rows is None:
             raise ValueError("give max_tokens (rows times longest row), max_rows, or both")
-        for name, bound in {**bounds, "new_tokens": new_tokens}.items():
+        for name, bound in bounds.items():
             check_type(name, bound, int | None)
+        check_type("new_tokens", new_tokens, int)
+        if isinstance(lengths, (str, bytes)) or not hasattr(lengths, "__iter__"):
+            raise TypeError(f"lengths must be integers, one per request, got {type(lengths).__name__}")
         wrong = {name: bound for name, bound in bounds.items() if bound is not None and bound < 1}
         if wrong:
             raise ValueError(f"bounds must be at least 1, got {wrong}")
@@ -145,6 +152,9 @@ def join_requests(requests: Iterable[Request], pad_token_id: int = 0) -> dict[st
         ValueError: no request, or one without a mask.
     """
     requests = _listed(requests)
+    check_type("pad_token_id", pad_token_id, int)
+    if not 0 <= pad_token_id < 2**63:
+        raise ValueError(f"pad_token_id must be a token's id, got {str(pad_token_id)[:40]}")
     if not requests:
         raise ValueError("no requests to join")
     if any("attention_mask" not in request for request in requests):
@@ -197,7 +207,11 @@ def generate_in_batches(
         >>> answers = generate_in_batches(model, requests, max_tokens=16_384, max_new_tokens=64)
         >>> processor.batch_decode(answers, skip_special_tokens=True)
     """
+    check_type("model", model, nn.Module)
+    check_type("exact_lengths", exact_lengths, bool)
     target: Any = base_model(model)
+    if not hasattr(target, "generate"):
+        raise ValueError(f"{type(target).__name__} has no generate; give a model that answers")
     requests = _listed(requests)
     settings = options.get("generation_config") or target.generation_config
     chosen = {name: options.get(name, getattr(settings, name, None)) for name in _READ_HERE}
@@ -235,10 +249,16 @@ def _listed(requests: Iterable[Request]) -> list[Request]:
     """An iterator is used up after one look, so it is read once."""
     if isinstance(requests, Mapping) or hasattr(requests, "input_ids"):
         raise TypeError("expected a list of requests, got one request; write [request]")
+    if not isinstance(requests, Iterable):
+        raise TypeError(f"expected a list of requests, got {type(requests).__name__}")
     listed = list(requests)
-    if not all(isinstance(request, Mapping) and "input_ids" in request for request in listed):
+    if not all(map(_is_request, listed)):
         raise TypeError("a request is no mapping with input_ids; pass what the processor returns")
     return listed
+
+
+def _is_request(request: Any) -> bool:
+    return isinstance(request, Mapping) and getattr(request.get("input_ids"), "ndim", 0) == 2
 
 
 def _until_end(tokens: Tensor, ends: Sequence[int | None], pad: int | None) -> Tensor:

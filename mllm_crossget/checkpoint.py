@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping
+from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +23,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from mllm_crossget.api import accelerate_mllm
 from mllm_crossget.config import CONFIG_NAME, ReductionConfig, find_file, method_class, read_settings
+from mllm_crossget.field_types import check_type
 from mllm_crossget.hooks.ground.state import Handle, base_model, handle_of, live_cross_tokens, wrapped_by_peft
 from mllm_crossget.hooks.model.cross_files import (
     LEGACY_WEIGHTS_NAME,
@@ -58,6 +60,8 @@ def save_crossget(model: nn.Module, save_directory: str | Path) -> list[Path]:
         ValueError: the model is not accelerated.
         OSError: a file cannot be written; what was there is as it was.
     """
+    check_type("model", model, nn.Module)
+    check_type("save_directory", save_directory, str | PathLike)
     _handle(model)
     return write_files(model, Path(save_directory).expanduser())
 
@@ -89,6 +93,10 @@ def load_crossget(
         OSError: a file cannot be read. After any error the model is as it was.
         RuntimeError: another thread is inside the model.
     """
+    check_type("model", model, nn.Module)
+    check_type("name_or_path", name_or_path, str | PathLike)
+    check_type("adapter", adapter, bool)
+    check_type("config", config, ReductionConfig | None)
     folder = Path(name_or_path).expanduser()
     name_or_path = folder if folder.is_dir() else name_or_path
     chosen, tensors, path = _read_saved(name_or_path, config, hub_kwargs)
@@ -155,6 +163,9 @@ def load_official_cross_tokens(model: Model, path: str | Path, config: Reduction
     Raises:
         ValueError: no such file, a damaged one, no cross tokens in it, or another geometry; the model is unchanged.
     """
+    check_type("model", model, nn.Module)
+    check_type("path", path, str | PathLike)
+    check_type("config", config, ReductionConfig | None)
     file = Path(path).expanduser()
     file = file / OFFICIAL_WEIGHTS_NAME if file.is_dir() else file
     if not file.is_file():

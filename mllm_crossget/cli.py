@@ -14,6 +14,7 @@ import os
 import re
 import sys
 import types
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,6 +175,7 @@ def parse_command(name: str, command: Command, words: Sequence[str]) -> tuple[An
         SystemExit: ``--help``, or words that the parser does not know.
     """
     words, from_file = _read_file(words) if command.takes_file else (list(words), {})
+    _refuse_repeated(words)
     kinds = [_imported(command.options)]
     if command.takes_method:
         kinds.append(method_class(_method_name(words, from_file.get("method", _DEFAULT_METHOD))))
@@ -195,6 +197,14 @@ def parse_command(name: str, command: Command, words: Sequence[str]) -> tuple[An
     _set_defaults(parser, from_file)
     values = vars(parser.parse_args(_with_leading_option(kinds[0], words)))
     return tuple(_built(kind, values, taken if index == 1 else {}, from_file) for index, kind in enumerate(kinds))
+
+
+def _refuse_repeated(words: Sequence[str]) -> None:
+    """The parser would take the last of two values and drop the first without a word."""
+    names = Counter(word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--"))
+    twice = [name for name, times in names.items() if times > 1]
+    if twice:
+        raise ValueError(f"{twice[0].replace('-', '_').replace('__', '--', 1)} is given twice; leave one out")
 
 
 def _told_early(name: str, kinds: Sequence[type], words: Sequence[str], from_file: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
+from mllm_crossget.field_types import check_type, checked_count, checked_removals
 from mllm_crossget.geometry import TowerCosts, TowerGeometry
 
 _HALF = Fraction(1, 2)
@@ -17,6 +18,7 @@ _HALF = Fraction(1, 2)
 # may exceed, those that lose less could not be made up for: more tokens would stay than asked for.
 _AVERAGE = Fraction(2, 5)
 _MOST = Fraction(3, 4)
+_MOST_IN_A_RAMP = 1_000_000
 # What ``schedule="auto"`` may spend in the tower: of the cost of even removals, and of what these save there.
 SLACK = Fraction(3, 100)
 SPENT = Fraction(3, 4)
@@ -39,14 +41,21 @@ def ramp(layers: int, r: int | list[int], inflect: float = 0.0) -> list[int]:
         ``layers`` integers, cut off (not rounded) as in the reference.
 
     Raises:
-        ValueError: a list longer than ``layers``, or ``inflect`` outside [-1, 1].
+        ValueError: a list longer than ``layers``, numbers outside their range.
+        TypeError: other types.
     """
+    check_type("inflect", inflect, float)
+    if checked_count("layers", layers, least=1) > _MOST_IN_A_RAMP:
+        raise ValueError(f"layers must be at most {_MOST_IN_A_RAMP}, got {str(layers)[:40]}")
     if not -1 <= inflect <= 1:
         raise ValueError(f"inflect must be in [-1, 1], got {inflect!r}; 0 removes the same in every layer")
+    r = checked_removals("r", r)
     if isinstance(r, list):
         if len(r) > layers:
             raise ValueError(f"r lists {len(r)} layers, the tower has {layers}; give at most {layers} integers")
         return r + [0] * (layers - len(r))
+    if r > _MOST_IN_A_RAMP:
+        raise ValueError(f"r must be at most {_MOST_IN_A_RAMP}, got {str(r)[:40]}")
     first = int(r * (1.0 - inflect))
     step = (2 * r - first - first) / max(1, layers - 1)
     return [int(first + step * layer) for layer in range(layers)]

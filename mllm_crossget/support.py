@@ -173,7 +173,7 @@ def check_dials(method: Method, family: Family, model: Any) -> None:
         )
     if method.is_dynamic:
         _refuse_fixed_counts(model, family)
-        _check_thresholds(method, family.geometry(model.config))
+        _check_thresholds(method, family, model.config)
     if method.positions is not None and not method.is_published:
         _check_positions(method, family, model)
     if method.size_bias and not method.is_published and not family.modalities:
@@ -275,14 +275,23 @@ def _output_problem(method: Method, family: Family, model: Any) -> str | None:
     return None
 
 
-def _check_thresholds(method: Method, geometry: Any) -> None:
-    """Raise ``ValueError`` for more thresholds than there are layers: the last ones would not be used."""
-    given = () if method.per_image is None else method.per_image.threshold or ()
-    if isinstance(geometry, TowerGeometry) and len(given) > geometry.layers:
-        raise ValueError(
-            f"threshold lists {len(given)} layers, the vision tower has {geometry.layers}: give one number per layer, "
-            "as calibrate finds them"
-        )
+def _check_thresholds(method: Method, family: Family, config: Any) -> None:
+    """Raise ``ValueError`` unless there is a threshold for every layer, or none: others would not be used, and layers
+    without one would remove nothing."""
+    of_images = () if method.per_image is None else method.per_image.threshold or ()
+    of_texts = getattr(method.per_text, "text_threshold", None) or ()
+    vision = family.geometry(config)
+    layers = vision.layers if isinstance(vision, TowerGeometry) else 0
+    text_layers = family.text_tower.geometry(config).layers if family.text_tower is not None else 0
+    for name, tower, given, wanted in (
+        ("threshold", "vision", of_images, layers),
+        ("text_threshold", "text", of_texts, text_layers),
+    ):
+        if given and wanted and len(given) != wanted:
+            raise ValueError(
+                f"{name} lists {len(given)} layers, the {tower} tower has {wanted}: give one number per layer, as "
+                "calibrate finds them"
+            )
 
 
 def _check_own_tower(method: Method, name: str, geometry: TowerGeometry) -> None:

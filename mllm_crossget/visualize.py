@@ -127,8 +127,8 @@ def draw_groups(image: Image.Image, groups: Tensor, scale: int = 3) -> Image.Ima
     pixels = torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8).view(side, 8, side, 8, 3).float()
     patches = pixels.mean(dim=(1, 3)).reshape(side * side, 3)
     count = int(groups.max()) + 1
-    members = torch.zeros(count).index_add_(0, groups, torch.ones(groups.numel())).clamp_min(1)
-    means = torch.zeros(count, 3).index_add_(0, groups, patches) / members[:, None]
+    members = groups.bincount(minlength=count).clamp_min(1)
+    means = patches.new_zeros(count, 3).index_add_(0, groups, patches) / members[:, None]
     cell = max(4, image.width * scale // side)
     canvas = Image.new("RGB", (side * cell, side * cell))
     draw = ImageDraw.Draw(canvas)

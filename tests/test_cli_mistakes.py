@@ -45,6 +45,8 @@ CASES = [
     (["train", "--model", "embedded", "--train_data", "d.json", "--budget", "0.8", "--r", "3"], "would not be used"),
     (["train", "--model", "embedded", "--train_data", "d.json", "--calibration_every", "3"], "calibration_every"),
     (["train", "--model", "embedded", "--train_data", "d.json", "--image_folder", "gone"], "gone does not exist"),
+    (["train", "--model", "embedded", "--lora_r", "2", "--lora-r=4"], "--lora_r is given twice"),
+    (["inspect", "llava-1.5-7b", "--r", "1", "--r", "2"], "--r is given twice"),
     (["show", "--images", "missing.jpg"], "missing.jpg cannot be read: there is no such file"),
     (["show", "--images", "bad.jpg"], "bad.jpg cannot be read"),
     (["show", "--images", "."], "cannot be read"),

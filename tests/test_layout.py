@@ -36,7 +36,7 @@ ARROWS: dict[str, set[str]] = {
     "moved": set(),
     "user_files": set(),
     "geometry": {"flop_formulas"},
-    "removals": {"geometry"},
+    "removals": {"field_types", "geometry"},
     "schedule": {"config", "geometry", "removals"},
     "flop_formulas": set(),
     "language_flops": {"flop_formulas"},

@@ -232,7 +232,7 @@ def match_images(
     importance = _array(importance_BT)
     shielded = _NOBODY if shielded_BT is None else _array(shielded_BT)
     places, weight = np.empty((batch, r + 2 * tokens), np.int64), np.empty((batch, r, 2), np.float32)
-    maps = torch.empty(min(batch, groups[0].stop), matched, matched)
+    maps = torch.empty(min(batch, groups[0].stop), matched, matched, dtype=torch.float32)
     for part in groups:
         group, products = (keys, maps) if len(groups) == 1 else (keys[part], maps[: min(part.stop, batch) - part.start])
         torch.bmm(group, group.mT, out=products)

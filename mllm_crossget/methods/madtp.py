@@ -24,6 +24,8 @@ from mllm_crossget.methods.signals import RaggedSignals
 from mllm_crossget.ops.pruning import alignment_threshold, token_alignment
 from mllm_crossget.ops.ragged import Step, lowest, pooling_step
 
+_MOST = 1_000_000  # of alignment tokens, and of their width
+
 
 @register_method
 @dataclass
@@ -219,3 +221,5 @@ def _check_integer(name: str, value: Any, least: int) -> None:
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
+    if value > _MOST:
+        raise ValueError(f"{name} must be at most {_MOST}, got {str(value)[:40]}")

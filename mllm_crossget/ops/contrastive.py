@@ -36,7 +36,7 @@ def contrastive_loss(
     cosines = F.normalize(image_BE.float(), dim=-1) @ F.normalize(text_BE.float(), dim=-1).mT
     logits = cosines * logit_scale
     if image_ids_B is None:
-        targets = torch.eye(len(logits), device=logits.device)
+        targets = torch.eye(len(logits), dtype=logits.dtype, device=logits.device)
     else:
         same = (image_ids_B[:, None] == image_ids_B).to(device=logits.device, dtype=logits.dtype)
         targets = same / same.sum(dim=1, keepdim=True)

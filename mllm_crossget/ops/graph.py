@@ -195,7 +195,7 @@ class SimilarityTiles:
     def best(self) -> Tensor:
         """See ``Graph``."""
         along_rows = []
-        along_columns = torch.full(self._every.shape, -torch.inf, device=self._every.device)
+        along_columns = torch.full(self._every.shape, -torch.inf, dtype=torch.float32, device=self._every.device)
         for _, tile in self._tiles(self._every):
             along_rows.append(tile.amax(dim=-1))
             along_columns = torch.maximum(along_columns, tile.amax(dim=-2))

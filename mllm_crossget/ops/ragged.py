@@ -33,7 +33,7 @@ def reduce_tokens(x_BTD: Tensor, step: Step) -> Tensor:
     batch, _, width = x_BTD.shape
     rows = step.size.shape[1]
     offset = torch.arange(0, batch * rows, rows, device=x_BTD.device)[:, None]
-    parts = (x_BTD.float() * step.share[..., None]).flatten(0, 1)
+    parts = (x_BTD.float() * step.share.float()[..., None]).flatten(0, 1)
     out = torch.zeros(batch * rows, width, dtype=torch.float32, device=x_BTD.device)
     return out.index_add(0, (step.slot + offset).flatten(), parts).view(batch, rows, width).to(x_BTD.dtype)
 
@@ -69,7 +69,7 @@ def merge_step(similarity_BTT: Tensor, importance_BT: Tensor, size_BT: Tensor, l
     slot, count = _rows_of(size_BT, leaving_BT)
     target = torch.where(real, slot.gather(1, dst), slot.gather(1, src))
     slot = slot.scatter(1, src, target)
-    size = torch.zeros(len(slot), int(count.max()), device=slot.device).scatter_add(1, slot, size_BT)
+    size = size_BT.new_zeros(len(slot), int(count.max())).scatter_add(1, slot, size_BT)
     return Step(slot, size_BT * coefficient / size.gather(1, slot), size)
 
 
@@ -87,7 +87,7 @@ def pooling_step(importance_BT: Tensor, size_BT: Tensor, leaving_BT: Tensor) -> 
     slot, count = _rows_of(size_BT, leaving_BT)
     pooled = leaving_BT.any(dim=1)
     slot = torch.where(leaving_BT, count[:, None], slot)
-    size = torch.zeros(len(slot), int((count + pooled).max()), device=slot.device).scatter_add(1, slot, size_BT)
+    size = size_BT.new_zeros(len(slot), int((count + pooled).max())).scatter_add(1, slot, size_BT)
     weight = importance_BT * leaving_BT
     weight = weight / (weight.sum(dim=1, keepdim=True) + _TINY)
     return Step(slot, torch.where(leaving_BT, weight, (size_BT > 0).to(weight.dtype)), size)

@@ -20,7 +20,7 @@ from mllm_crossget import (
 )
 from mllm_crossget.config import CONFIG_NAME, method_class
 from mllm_crossget.field_types import check_type
-from tests.helpers.tiny import tiny_llava
+from tests.helpers.tiny import tiny_dual, tiny_llava
 
 WRONG = {"bool": "false", "int": 2.5, "float": "0.5", "str": 7, "list": {"a": 1}}
 
@@ -112,8 +112,13 @@ def test_what_fits() -> None:
         check_type("x", "a", int | list[int] | None)
 
 
-def test_more_thresholds_than_layers() -> None:
+@pytest.mark.parametrize("more", [-1, 1])
+def test_thresholds_for_another_number_of_layers(more) -> None:
     model = tiny_llava()
     layers = model.config.vision_config.num_hidden_layers
-    with pytest.raises(ValueError, match=f"threshold lists {layers + 1} layers, the vision tower has {layers}"):
-        accelerate_mllm(model, CrossGetConfig(dynamic=True, threshold=[0.1] * (layers + 1)))
+    with pytest.raises(ValueError, match=f"threshold lists {layers + more} layers, the vision tower has {layers}"):
+        accelerate_mllm(model, CrossGetConfig(dynamic=True, threshold=[0.1] * (layers + more)))
+    dual = tiny_dual("clip", layers=4)
+    settings = MadtpConfig(keep_ratio=0.5, text_keep_ratio=0.5, text_threshold=[0.1] * (4 + more))
+    with pytest.raises(ValueError, match=f"text_threshold lists {4 + more} layers, the text tower has"):
+        accelerate_mllm(dual, settings)

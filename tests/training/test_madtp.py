@@ -74,7 +74,7 @@ def batch_of(rows):
 
 
 def test_loss_against_the_slow_version_and_its_gradients() -> None:
-    model = madtp(lora=False, threshold=[-2.0])  # nothing leaves: every layer's input can be read from a plain run
+    model = madtp(lora=False, threshold=[-2.0] * 4)  # nothing leaves: every layer's input can be read from a plain run
     tokens = live_cross_tokens(model)["alignment"]
     assert tokens.draw_maps()
     model.train()
@@ -127,7 +127,7 @@ def test_rows_have_the_loss_that_they_have_alone() -> None:
 @pytest.mark.parametrize("kind", ["instructblip", "instructblipvideo"])
 def test_an_instruction_is_compared_in_the_q_former(kind) -> None:
     """Behind its queries, without padding, its first token and what the language model reads; frame by frame."""
-    model = accelerate_mllm(tiny_blip2(kind, "llama"), MadtpConfig(keep_ratio=0.5, threshold=[-2.0], **SIZES))
+    model = accelerate_mllm(tiny_blip2(kind, "llama"), MadtpConfig(keep_ratio=0.5, threshold=[-2.0] * 4, **SIZES))
     tokens = live_cross_tokens(model)["alignment"]
     assert tokens.draw_maps()
     batch = blip2_batch(model, rows=2)
@@ -149,12 +149,12 @@ def test_an_instruction_is_compared_in_the_q_former(kind) -> None:
 
 
 def test_no_loss_without_weight_image_or_training() -> None:
-    model = madtp(lora=False, threshold=[0.9])
+    model = madtp(lora=False, threshold=[0.9] * 4)
     ids, mask = batch_of([[5, 6]])
     images = pixels(model, 1)
     assert not hasattr(model.eval()(input_ids=ids, attention_mask=mask, pixel_values=images), "alignment_loss")
     assert model.train()(input_ids=torch.tensor([[1, 5, 6]])).alignment_loss == 0
-    silent = madtp(lora=False, threshold=[0.9], alignment_weight=0.0).train()
+    silent = madtp(lora=False, threshold=[0.9] * 4, alignment_weight=0.0).train()
     assert not hasattr(silent(input_ids=ids, attention_mask=mask, pixel_values=images), "alignment_loss")
 
 

@@ -44,7 +44,7 @@ class AlignmentTokens(nn.Module):
         device: Any = None,
     ) -> None:
         super().__init__()
-        start = torch.randn(count, width, generator=torch.Generator().manual_seed(0))
+        start = torch.randn(count, width, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
         self.tokens = nn.Parameter(start.to(device=device, dtype=dtype))
         kind = {"dtype": dtype, "device": device}
         self.maps = _zero_maps(layers, tower_width, width, kind) if maps else None
@@ -68,7 +68,7 @@ class AlignmentTokens(nn.Module):
             return False
         generator = torch.Generator().manual_seed(1)
         for one in maps:
-            one.weight.copy_(torch.randn(one.weight.shape, generator=generator) * _SPREAD)
+            one.weight.copy_(torch.randn(one.weight.shape, generator=generator, dtype=torch.float32) * _SPREAD)
         return True
 
 

@@ -60,7 +60,7 @@ def with_guidance(model: Any, forward: Any, handle: Handle, kwargs: dict[str, An
         return output
     if side is None or not found or not inputs:
         known = next(value for value in output.values() if isinstance(value, Tensor))
-        loss = torch.zeros((), device=known.device)
+        loss = torch.zeros((), dtype=torch.float32, device=known.device)
     else:
         images = image_features(found, len(module_layers(model, handle)))
         find = _columns_behind_queries if side.keyword else _text_columns

@@ -89,7 +89,7 @@ class AnsweringDecoder(nn.Module):
             kwargs.update(zip(positional_names(type(self)), args, strict=False))
         sizes = _sizes_of_rows(self, kwargs.get(_STATES))
         if sizes is not None:
-            bias = sizes.log() if self.__dict__[_BIAS] else (sizes > 0).log()
+            bias = sizes.log() if self.__dict__[_BIAS] else (sizes > 0).float().log()
             kwargs[_KEYWORD] = bias.clamp_min(torch.finfo(torch.float16).min)[:, None, None]
         return super().forward(**kwargs)
 

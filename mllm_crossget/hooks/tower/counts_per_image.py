@@ -142,7 +142,7 @@ def _slot(state: TowerState, size: Tensor | None, cross: bool, reduces: bool) ->
     method = _dynamic(state)
     bias = weights = None
     if size is not None:
-        bias = size.log() if method.proportional_attention else (size > 0).log()
+        bias = size.log() if method.proportional_attention else (size > 0).float().log()
         weights = ragged_query_weights(size > 0, cross)
     return AttentionSlot(
         key_bias=bias,
