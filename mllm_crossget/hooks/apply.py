@@ -242,7 +242,7 @@ def _hook_language(model: Any, handle: Handle) -> None:
     tokens = _cross_tokens(handle, "text", layers, config_at(model.config, side.config).hidden_size)
     handle.text_path = side.model
     handle.cross_paths["text"] = f"{side.model}.cross_tokens"
-    hook_text(handle.journal, language_model, layers, tokens, side.skip)
+    hook_text(handle.journal, language_model, layers, tokens, side.skip, merges=handle.text_tower is not None)
 
 
 def _weigh_sizes(model: Any, handle: Handle) -> None:

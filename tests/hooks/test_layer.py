@@ -16,6 +16,7 @@ from transformers import (
     InstructBlipVideoVisionModel,
     InstructBlipVisionModel,
     JanusVisionModel,
+    MetaClip2VisionModel,
 )
 from transformers.models.idefics2.modeling_idefics2 import Idefics2VisionTransformer
 
@@ -45,12 +46,15 @@ NO_AUTO_CLASS = {
     "instructblipvideo_vision_model": InstructBlipVideoVisionModel,
     "idefics2_vision": Idefics2VisionTransformer,
     "janus_vision_model": JanusVisionModel,
+    "metaclip_2_vision_model": MetaClip2VisionModel,
 }
 ALONE = (FeatureKind.MERGED, FeatureKind.MERGED_VIDEOS)  # their towers run as they are
+# Theirs take images of all sizes: tests/families/test_packed_grid.py.
+SIZED = (FeatureKind.PADDED_GRID, FeatureKind.PADDED_GRID_VIDEOS, FeatureKind.PACKED_GRID)
 TOWERS = {
     kind.model_type: kind
     for family in families().values()
-    if family.features not in ALONE
+    if family.features not in (*ALONE, *SIZED)
     for kind in family.vision.kinds
 }
 KINDS = [

@@ -13,15 +13,16 @@ import torch
 from hypothesis import strategies as st
 from torch import nn
 
-from mllm_crossget import accelerate_mllm, calibrate, method_names, restore_mllm
+from mllm_crossget import accelerate_mllm, calibrate, restore_mllm
 from mllm_crossget.config import method_class
 from mllm_crossget.hooks.ground.state import handle_of
 from tests.helpers.exploring import SEED, explore, in_double, in_parts, redrawn, shaken
 from tests.helpers.families.cases import Case, all_cases
+from tests.helpers.methods import OWN as OURS
 from tests.helpers.oracle import Oracle, strip_end
 from tests.helpers.tiny import pixels, prompt_batch, randomise_cross_tokens, text_batch, tiny_llava
 
-METHODS = method_names()
+METHODS = OURS
 DIALS = st.one_of(
     st.fixed_dictionaries({"keep_ratio": st.floats(0.05, 1.0)}),
     st.fixed_dictionaries({"visual_tokens": st.integers(1, 30)}),

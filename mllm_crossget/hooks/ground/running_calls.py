@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.modules.module import _global_forward_pre_hooks, register_module_forward_pre_hook
 
 
 class _Change:
@@ -30,7 +30,6 @@ class _Change:
 
 _LOCK = threading.RLock()
 _CHANGES: list[_Change] = []
-_HOOKS: list[Any] = []  # the hook that makes calls wait, while there is a change
 
 
 @contextmanager
@@ -73,18 +72,26 @@ def _close(model: nn.Module, change: _Change) -> None:
                 "thread change it"
             )
         _CHANGES.append(change)
-        if not _HOOKS:
-            _HOOKS.append(register_module_forward_pre_hook(_wait))
+        if not _hooks():
+            register_module_forward_pre_hook(_wait)
 
 
 def _open(change: _Change) -> None:
     with _LOCK:
         if change in _CHANGES:
             _CHANGES.remove(change)
-        while _HOOKS and not _CHANGES:
-            _HOOKS[-1].remove()
-            _HOOKS.pop()
+        if not _CHANGES:
+            for key in _hooks():
+                _global_forward_pre_hooks.pop(key, None)
         change.over.set()
+
+
+def _hooks() -> list[int]:
+    """Keys of the hook that makes calls wait while there is a change.
+
+    It is looked up where torch keeps it: an interrupt may have hit before its handle was returned.
+    """
+    return [key for key, hook in _global_forward_pre_hooks.items() if hook is _wait]
 
 
 def _wait(module: nn.Module, args: Any) -> None:

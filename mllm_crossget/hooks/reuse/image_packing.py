@@ -112,6 +112,8 @@ class ImageCall(ABC):
 
 def _parts_of(parts: Sequence[Any] | None, length: Callable[[Any], int], sizes: list[int]) -> list[tuple[Any, ...]]:
     """The parts (an image, or each of its tiles by itself) that make up images of so many features."""
+    if parts is not None and len(parts) == len(sizes):
+        return [(part,) for part in parts]
     left, found = iter(parts or ()), []
     for size in sizes:
         own: list[Any] = []

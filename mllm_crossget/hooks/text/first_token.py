@@ -21,14 +21,15 @@ from mllm_crossget.hooks.ground.kv_cache import cache_in, name_cache
 
 _STATE = "_mllm_crossget_text"
 _SKIP = "_mllm_crossget_skip"
+_MERGES = "_mllm_crossget_merges"
 _KEYWORD = "crossget_text"
 
 
 @dataclass
 class FirstTokens:
-    """Where and what to write in one forward: (B,) positions among ``length`` tokens, (B,) which rows, (layers, D)
-    vectors, and the detached states found there, by layer (kept by index, so that a replayed layer writes the same
-    entry)."""
+    """Where and what to write in one forward: (B,) positions, (B,) which rows, (layers, D) vectors, and the detached
+    states found there, by layer (kept by index, so that a replayed layer writes the same entry). ``length``: tokens
+    that the positions are among; 0 where layers merge tokens behind the first one, which leaves it where it is."""
 
     index: Tensor
     valid: Tensor
@@ -38,7 +39,12 @@ class FirstTokens:
 
 
 def hook_text(
-    journal: Journal, language_model: nn.Module, layers: nn.ModuleList, cross_tokens: nn.Module, skip: int = 0
+    journal: Journal,
+    language_model: nn.Module,
+    layers: nn.ModuleList,
+    cross_tokens: nn.Module,
+    skip: int = 0,
+    merges: bool = False,
 ) -> None:
     """Make the text side write its cross tokens; every change is written into ``journal``.
 
@@ -48,9 +54,11 @@ def hook_text(
         layers: its layers.
         cross_tokens: one vector per layer.
         skip: real tokens in front of the text that are no text.
+        merges: whether its layers merge tokens.
     """
     journal.add_module(language_model, "cross_tokens", cross_tokens)
     journal.set_attribute(language_model, _SKIP, skip)
+    journal.set_attribute(language_model, _MERGES, merges)
     for index, layer in enumerate(layers):
         journal.set_attribute(layer, _STATE, index)
         journal.swap_class(layer, GuidedLayer)
@@ -88,7 +96,7 @@ class GuidedLayer(nn.Module):
             device = hidden_states.device
             index, valid = first.index.to(device), first.valid.to(device)
             dropped = first.length - hidden_states.shape[1]
-            if dropped:  # Gemma 4's last layers get the last tokens alone where these are all that is read
+            if dropped > 0:  # Gemma 4's last layers get the last tokens alone where these are all that is read
                 index, valid = index - dropped, valid & (index >= dropped)
             if self.training:
                 rows = index.clamp(0, hidden_states.shape[1] - 1)[:, None, None].expand(-1, 1, hidden_states.shape[-1])
@@ -115,7 +123,7 @@ def _first_tokens(model: GuidedModel, kwargs: dict[str, Any]) -> FirstTokens | N
     column, found = _text_column(kwargs.get("attention_mask"), skip, batch, device)
     index = column - past
     valid = found & (index >= 0) & (index < length)
-    return FirstTokens(index, valid, model.cross_tokens(), {}, length)
+    return FirstTokens(index, valid, model.cross_tokens(), {}, 0 if model.__dict__[_MERGES] else length)
 
 
 def _text_column(mask: Any, skip: int, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
