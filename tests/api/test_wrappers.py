@@ -19,6 +19,7 @@ from tests.helpers.methods import METHODS, prepare
 from tests.helpers.processes import Child
 from tests.helpers.runs_in_processes import pickled_answer
 from tests.helpers.tiny import prompt_batch, randomise_cross_tokens, tiny_llava
+from tests.helpers.versions import TRAINS
 
 
 class Wrapper(nn.Module):
@@ -122,6 +123,7 @@ def test_an_accelerated_model_is_pickled(way, method) -> None:
     assert_identical(fingerprint(model), expected)
 
 
+@pytest.mark.skipif(not TRAINS, reason="a stock model of this transformers records no states after it was unpickled")
 def test_a_pickled_model_answers_in_another_process(tmp_path) -> None:
     model = tiny_llava()
     batch = prompt_batch(model, (2, 0, 1))

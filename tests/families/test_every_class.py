@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from mllm_crossget import accelerate_mllm, unsupported_reason
 from mllm_crossget.hooks.ground.state import handle_of
 from tests.helpers.families.cases import Case, all_cases
+from tests.helpers.versions import TRAINS
 
 BY_TYPE = {case.model_type: case for case in all_cases() if ":" not in case.model_type}
 
@@ -22,7 +23,13 @@ def models_of(case: Case) -> Iterator[nn.Module]:
     classes = vars(sys.modules[f"transformers.models.{case_folder(config)}"]).values()
     for kind in {one for one in classes if isinstance(one, type) and issubclass(one, PreTrainedModel)}:
         if kind.config_class is type(config) and "forward" in vars(kind):
-            yield kind(config)
+            try:
+                model = kind(config)
+            except AttributeError:  # older transformers have classes that cannot be built from their own configuration
+                if TRAINS:
+                    raise
+                continue
+            yield model
 
 
 def case_folder(config: object) -> str:

@@ -181,7 +181,7 @@ def alone(model: nn.Module, case: Case, batch: dict, options: dict, rows: int) -
 @torch.no_grad()
 def test_generate_says_the_same_in_a_batch_and_alone(method, case, options) -> None:
     """Cases with an oracle: the next test."""
-    if options is BEAMS and case.name.startswith("glm") and not TRAINS:
+    if options is BEAMS and case.name.startswith(("glm", "minicpm")) and not TRAINS:
         pytest.skip("this transformers counts the images of beams by marks around them: the untouched model fails, too")
     model = shared(case.name, method)
     batch = case.batch(model)

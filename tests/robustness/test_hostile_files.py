@@ -20,10 +20,15 @@ from torch import nn
 
 from mllm_crossget import accelerate_mllm, load_crossget, load_official_cross_tokens, save_crossget
 from mllm_crossget.hooks.ground.state import handle_of
-from mllm_crossget.training import lora_config
 from tests.helpers.exploring import SEED, explore, in_parts
 from tests.helpers.small_files import official_state
 from tests.helpers.tiny import randomise_cross_tokens, tiny_llava
+from tests.helpers.versions import TRAINS
+
+if not TRAINS:
+    pytest.skip("adapters are made by mllm_crossget.training, which needs newer transformers", allow_module_level=True)
+
+from mllm_crossget.training import lora_config
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT's own look-up
 METHODS = ("crossget", "madtp", "tome")

