@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from mllm_crossget import (
     save_crossget,
 )
 from mllm_crossget.api import unreduced
+from mllm_crossget.hooks.ground import running_calls
 from mllm_crossget.hooks.ground.state import handle_of, live_cross_tokens
 from mllm_crossget.training import load_finetuned, lora_config
 from tests.helpers.fingerprints import assert_identical, fingerprint
@@ -183,6 +185,15 @@ def test_an_interrupt_while_accelerated_is_left_gives_everything_back(runs) -> N
         assert torch.equal(logits(model), before), at
 
 
+@pytest.fixture
+def guard_open_again() -> Iterator[None]:
+    """An interrupt at the first line of the guard's ``finally`` leaves it closed for other threads: a known gap."""
+    yield
+    for change in tuple(running_calls._CHANGES):
+        running_calls._open(change)
+
+
+@pytest.mark.usefixtures("guard_open_again")
 @pytest.mark.parametrize("what", ["accelerate", "load", "official"])
 def test_an_interrupt_while_other_threads_are_let_in_again_undoes_the_change(what, runs, tmp_path) -> None:
     torch.save(official_state(), tmp_path / "cross_tokens.bin")
