@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
-from mllm_crossget import ReductionConfig, accelerate_mllm, calibrate, method_names
+from mllm_crossget import CrossGetConfig, ReductionConfig, accelerate_mllm, calibrate, method_names
 from mllm_crossget.config import method_class
 from mllm_crossget.hooks.ground.state import handle_of
 from tests.helpers.tiny import pixels, text_batch
@@ -18,6 +18,12 @@ METHODS: dict[str, dict[str, Any]] = {name: {"method": name} for name in OWN}
 METHODS["crossget-dynamic"] = {"method": "crossget", "dynamic": True}
 DYNAMIC = {name for name, settings in METHODS.items() if ReductionConfig.from_dict(settings).is_dynamic}
 FIXED = [name for name in OWN if not method_class(name)().is_dynamic]
+
+
+class WithoutCrossTokens(CrossGetConfig):
+    """CrossGET whose tower holds no token of its own, so that the stock tower is its oracle."""
+
+    uses_cross_tokens: ClassVar[bool] = False
 
 
 def prepare(model: nn.Module, *args: Any, **settings: Any) -> nn.Module:

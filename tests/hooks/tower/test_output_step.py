@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import pytest
 import torch
 
-from mllm_crossget import CrossGetConfig, accelerate_mllm, trace_merges
+from mllm_crossget import accelerate_mllm, trace_merges
 from tests.helpers import reference
+from tests.helpers.methods import WithoutCrossTokens
 from tests.helpers.tiny import pixels, tiny_llava
-
-
-class WithoutCrossTokens(CrossGetConfig):
-    """CrossGET whose tower holds no token of its own, so that the stock tower is its oracle."""
-
-    uses_cross_tokens: ClassVar[bool] = False
 
 
 def signals_of(tower: torch.nn.Module, images: torch.Tensor, read: int) -> tuple[torch.Tensor, ...]:

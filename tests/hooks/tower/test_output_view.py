@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import pytest
 import torch
 from torch import nn
 
-from mllm_crossget import CrossGetConfig, accelerate_mllm
+from mllm_crossget import accelerate_mllm
 from mllm_crossget.families import families
 from mllm_crossget.families.family import module_at
 from tests.helpers.families.cases import Case, all_cases
+from tests.helpers.methods import WithoutCrossTokens
 
 SEEN = [case for case in all_cases() if families()[case.model_type].vision.view]
-
-
-class WithoutCrossTokens(CrossGetConfig):
-    """CrossGET whose tower holds no token of its own, so that the stock tower is its oracle."""
-
-    uses_cross_tokens: ClassVar[bool] = False
 
 
 @torch.no_grad()
