@@ -223,14 +223,18 @@ def accelerated(model: Model, config: ReductionConfig | None = None, **settings:
         accelerate_mllm(model, config, **settings)
         yield model
     finally:
-        try:
-            with alone(before.model, "leaving accelerated"):
-                before.give_back()
-        except Exception:  # another thread is inside the model, which stays accelerated
-            raise
-        except BaseException:  # an interrupt, perhaps before anything was given back
+        _leave(before)
+
+
+def _leave(before: Before) -> None:
+    try:
+        with alone(before.model, "leaving accelerated"):
             before.give_back()
-            raise
+    except Exception:  # another thread is inside the model, which stays accelerated
+        raise
+    except BaseException:  # an interrupt, perhaps before anything was given back
+        before.give_back()
+        raise
 
 
 @contextmanager

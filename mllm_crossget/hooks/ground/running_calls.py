@@ -3,14 +3,18 @@
 Calls under way are found on the stacks of the threads, so that calls of a stock model count too, and a call pays
 nothing for it. A call that begins during a change waits at the first module it enters; if there is one, the change is
 taken back, and the call goes on in the model that it was made for.
+
+An interrupt can hit between any two lines, also in the clean-up of a change. A change is therefore over, too, when the
+function that made it is no longer on the stack of its thread.
 """
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -20,19 +24,36 @@ from torch.nn.modules.module import _global_forward_pre_hooks, register_module_f
 
 
 class _Change:
-    """A change under way: of which modules (by ``id``), by which thread."""
+    """A change under way: of which modules (by ``id``), by which thread and function."""
 
     def __init__(self, model: nn.Module, what: str) -> None:
         self.what, self.thread = what, threading.get_ident()
         self.modules = {id(module) for module in model.modules()}
+        self.function = _calling_function()
         self.over = threading.Event()
 
+    def was_left(self) -> bool:
+        """Whether the function that made the change has ended without saying that the change is over."""
+        # Twice: a generator that yields during the search hides the frames below it.
+        return not any(self.function in _stack(sys._current_frames().get(self.thread)) for _ in range(2))
 
-_LOCK = threading.RLock()
-_CHANGES: list[_Change] = []
+    def wait(self, module: nn.Module, args: Any) -> None:
+        """Hook before every module: a call of a module that is being changed goes on when the change is over."""
+        del args
+        if torch.compiler.is_compiling():
+            return
+        if self.thread == threading.get_ident():
+            _open_what_was_left()
+        elif id(module) in self.modules:
+            while not self.over.wait(_SECONDS_BETWEEN_LOOKS):
+                _open_what_was_left()
 
 
-@contextmanager
+_SECONDS_BETWEEN_LOOKS = 0.1
+_CHANGES: list[_Change] = []  # no lock: an interrupt could leave it held
+
+
+@contextlib.contextmanager
 def alone(model: nn.Module, what: str) -> Iterator[Callable[[], None]]:
     """Keep the calls of other threads out of a model for the length of a ``with`` block, which changes it.
 
@@ -46,9 +67,9 @@ def alone(model: nn.Module, what: str) -> Iterator[Callable[[], None]]:
     Raises:
         RuntimeError: another thread is inside the model, or changes it.
     """
+    _open_what_was_left()
     change = _Change(model, what)
-    outer = next((one for one in _CHANGES if id(model) in one.modules), None)
-    if outer is not None and outer.thread == change.thread:
+    if any(one.thread == change.thread and id(model) in one.modules for one in _CHANGES):
         yield lambda: None
         return
     try:
@@ -56,52 +77,35 @@ def alone(model: nn.Module, what: str) -> Iterator[Callable[[], None]]:
         _refuse_calls(change)
         yield lambda: _refuse_calls(change)
     finally:
-        try:
-            _open(change)
-        except BaseException:  # an interrupt is raised when that is done
-            _open(change)
-            raise
+        _open(change)
 
 
 def _close(model: nn.Module, change: _Change) -> None:
-    with _LOCK:
-        other = next((one for one in _CHANGES if id(model) in one.modules), None)
-        if other is not None:
-            raise RuntimeError(
-                f"{change.what} while another of the process's threads is in {other.what} of the same model: let one "
-                "thread change it"
-            )
-        _CHANGES.append(change)
-        if not _hooks():
-            register_module_forward_pre_hook(_wait)
+    _CHANGES.append(change)
+    earlier = next(one for one in _CHANGES if one is change or id(model) in one.modules)
+    if earlier is not change:
+        raise RuntimeError(
+            f"{change.what} while another of the process's threads is in {earlier.what} of the same model: let one "
+            "thread change it"
+        )
+    register_module_forward_pre_hook(change.wait)
 
 
 def _open(change: _Change) -> None:
-    with _LOCK:
-        if change in _CHANGES:
-            _CHANGES.remove(change)
-        if not _CHANGES:
-            for key in _hooks():
-                _global_forward_pre_hooks.pop(key, None)
-        change.over.set()
+    # Twice does no harm. The hook is looked up where torch keeps it: an interrupt may have hit before its handle was
+    # returned. It goes first: a change that is left in the list is found again, a hook would not be.
+    for key, hook in tuple(_global_forward_pre_hooks.items()):
+        if hook == change.wait:
+            _global_forward_pre_hooks.pop(key, None)
+    with contextlib.suppress(ValueError):
+        _CHANGES.remove(change)
+    change.over.set()
 
 
-def _hooks() -> list[int]:
-    """Keys of the hook that makes calls wait while there is a change.
-
-    It is looked up where torch keeps it: an interrupt may have hit before its handle was returned.
-    """
-    return [key for key, hook in _global_forward_pre_hooks.items() if hook is _wait]
-
-
-def _wait(module: nn.Module, args: Any) -> None:
-    """A call of a module that is being changed goes on when the change is over."""
-    del args
-    if torch.compiler.is_compiling():
-        return
+def _open_what_was_left() -> None:
     for change in tuple(_CHANGES):
-        if change.thread != threading.get_ident() and id(module) in change.modules:
-            change.over.wait()
+        if change.was_left():
+            _open(change)
 
 
 def _refuse_calls(change: _Change) -> None:
@@ -117,9 +121,29 @@ def _refuse_calls(change: _Change) -> None:
 
 def _is_inside(frame: FrameType | None, modules: set[int]) -> bool:
     """Whether one of the functions on a stack is a method of one of the modules."""
-    while frame is not None:
-        code = frame.f_code
-        if code.co_argcount and code.co_varnames[0] == "self" and id(frame.f_locals.get("self")) in modules:
+    for one in _stack(frame):
+        code = one.f_code
+        if code.co_argcount and code.co_varnames[0] == "self" and id(one.f_locals.get("self")) in modules:
             return True
-        frame = frame.f_back
     return False
+
+
+def _calling_function() -> FrameType:
+    """The innermost function of this thread that stays on its stack for the length of a ``with`` block.
+
+    The generator of a context manager does not: it sleeps while the block runs.
+    """
+    ours = {__file__, contextlib.__file__}
+    frame = sys._getframe()
+    while frame.f_back is not None and (
+        frame.f_code.co_filename in ours or frame.f_code.co_flags & inspect.CO_GENERATOR
+    ):
+        frame = frame.f_back
+    return frame
+
+
+def _stack(frame: FrameType | None) -> Iterator[FrameType]:
+    """A frame and those that called it, innermost first."""
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
