@@ -32,7 +32,7 @@ from mllm_crossget.hooks.projector.features import FeaturesMixin, ReducedFeature
 from mllm_crossget.hooks.projector.kinds import MIXINS
 from mllm_crossget.hooks.projector.post_merge import MergedFeatures, MergedVideoFeatures, hook_merge
 from mllm_crossget.hooks.projector.ragged_features import install_ragged_features
-from mllm_crossget.hooks.projector.readers import RaggedCrossAttention, RaggedReader, hook_reader
+from mllm_crossget.hooks.projector.readers import RaggedCrossAttention, RaggedReader, hook_padding, hook_reader
 from mllm_crossget.hooks.projector.selected_output import SelectedFeatures
 from mllm_crossget.hooks.text.answer_decoder import hook_question
 from mllm_crossget.hooks.text.bert_text import hook_text_encoder
@@ -99,7 +99,7 @@ def _hook_vision(model: Any, handle: Handle, geometry: TowerGeometry) -> None:
             handle.own_towers[modality.name] = OwnTower(made[0], make_schedule(handle.method, own), made[1])
     if family.text_tower is not None and family.text_tower.appends and hasattr(tower, "head"):
         hook_pooling(handle.journal, tower, handle.tower)
-    if handle.method.is_dynamic:
+    if handle.method.is_dynamic and (family.readers or family.cross_attentions is not None):
         _hook_readers(model, handle, tower.post_layernorm)
 
 
@@ -152,13 +152,14 @@ def _vision_encoder(model: Any, family: Family) -> tuple[nn.Module, str, LayerNa
 
 
 def _hook_readers(model: Any, handle: Handle, norm: nn.Module) -> None:
-    """What cross-attends to the tower leaves dead rows out."""
+    """What cross-attends to the tower leaves padding out, which comes out of the norm behind the last layer."""
+    hook_padding(handle.journal, norm)
     for path in handle.family.readers:
-        hook_reader(handle.journal, module_at(model, path), norm, RaggedReader)
+        hook_reader(handle.journal, module_at(model, path), RaggedReader)
     if handle.family.cross_attentions is not None:
         layers, inside = handle.family.cross_attentions
         for layer in module_at(model, layers).children():
-            hook_reader(handle.journal, module_at(layer, inside), norm, RaggedCrossAttention)
+            hook_reader(handle.journal, module_at(layer, inside), RaggedCrossAttention)
 
 
 def _hook_text_tower(model: Any, handle: Handle) -> None:

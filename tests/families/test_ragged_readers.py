@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mllm_crossget import CrossGetConfig, MadtpConfig, accelerate_mllm, calibrate, restore_mllm, trace_merges
-from mllm_crossget.hooks.projector.readers import dead_rows
+from mllm_crossget.hooks.projector.readers import padding_rows
 from tests.helpers.tiny import PAD, pixels, randomise_cross_tokens
 from tests.helpers.tiny_blip import blip2_batch, blip_batch, row_of, tiny_blip, tiny_blip2
 
@@ -94,15 +94,15 @@ def strip_end(row: list[int], pad: int) -> list[int]:
     return row
 
 
-def test_dead_rows_are_told_by_the_norm() -> None:
+def test_padding_is_rows_of_zeros_behind_the_last_norm() -> None:
     model = ready("blip", "crossget")
     with torch.no_grad():
         model.vision_model.post_layernorm.bias.normal_()
         with trace_merges(model) as trace:
             states = model.vision_model(pixels(model, 8, seed=7)).last_hidden_state
-    dead = dead_rows(states, model.vision_model.post_layernorm)
-    assert torch.equal(dead, trace[-1].size == 0)
-    assert dead.any()
+    padding = padding_rows(states)
+    assert torch.equal(padding, trace[-1].size == 0)
+    assert padding.any()
     reading = [type(module).forward for module in model.modules()]
     restore_mllm(model)
     assert [type(module).forward for module in model.modules()] != reading

@@ -1,8 +1,8 @@
 """Text models and Q-Formers that cross-attend to a tower whose images have different numbers of tokens.
 
-What is behind an image's tokens must get no attention. The models make a mask of ones for whatever the tower returns;
-dead rows are told apart by their value: they leave the encoder as zeros and the tower's last norm as that norm's bias.
-So nothing has to be handed over, and images may be repeated for beams, cached for later steps, or encoded ahead.
+What is behind an image's tokens must get no attention. The models make a mask of ones for whatever the tower returns,
+so padding is written as rows of zeros, which no norm of a token gives, and read back from the rows themselves. So
+nothing else has to be handed over, and images may be repeated for beams, cached for later steps, or encoded ahead.
 """
 
 from __future__ import annotations
@@ -15,35 +15,50 @@ from torch import Tensor, nn
 from mllm_crossget.hooks.ground.arguments import positional_names
 from mllm_crossget.hooks.ground.journal import Journal
 
-_NORM = "_mllm_crossget_last_norm"
+
+def hook_padding(journal: Journal, norm: nn.Module) -> None:
+    """Make the norm behind a tower's last layer keep rows of zeros, which it would turn into its bias."""
+    journal.swap_class(norm, PaddedNorm)
 
 
-def hook_reader(journal: Journal, reader: nn.Module, norm: nn.Module, mixin: type) -> None:
-    """Make a module with ``encoder_hidden_states`` leave out dead rows.
+def hook_reader(journal: Journal, reader: nn.Module, mixin: type) -> None:
+    """Make a module with ``encoder_hidden_states`` give padding no attention.
 
     Args:
         journal: where the changes are written.
         reader: the text model or Q-Former, or a cross-attention.
-        norm: what the tower's tokens went through last.
         mixin: ``RaggedReader`` or ``RaggedCrossAttention``.
     """
-    journal.set_attribute(reader, _NORM, norm)
     journal.swap_class(reader, mixin)
+
+
+def padding_rows(states: Tensor) -> Tensor:
+    """(B, T) True for rows of zeros, of states (B, T, D)."""
+    return ~states.detach().any(dim=-1)
+
+
+class PaddedNorm(nn.Module):
+    """Mixin for the norm that a tower's tokens go through last."""
+
+    def forward(self, states: Tensor) -> Tensor:
+        """As the original; rows of zeros stay rows of zeros."""
+        normed: Tensor = super().forward(states)
+        return normed.masked_fill(padding_rows(states)[..., None], 0)
 
 
 class RaggedReader(nn.Module):
     """Mixin for a module that cross-attends to the tower's tokens."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the original, without attention to dead rows."""
+        """As the original, without attention to padding."""
         if args:
             kwargs.update(zip(positional_names(type(self)), args, strict=False))
         states = kwargs.get("encoder_hidden_states")
         if isinstance(states, Tensor):
-            dead = dead_rows(states, self.__dict__[_NORM])
-            if bool(dead.any()):
+            padding = padding_rows(states)
+            if bool(padding.any()):
                 mask = kwargs.get("encoder_attention_mask")
-                alive = (~dead).to(torch.long)
+                alive = (~padding).to(torch.long)
                 kwargs["encoder_attention_mask"] = alive if mask is None else mask.to(alive.device) * alive
         return super().forward(**kwargs)
 
@@ -53,22 +68,15 @@ class RaggedCrossAttention(nn.Module):
     does not read for images, so that the model's ``encoder_attention_mask`` has no effect."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the original, without attention to dead rows."""
+        """As the original, without attention to padding."""
         if args:
             kwargs.update(zip(positional_names(type(self)), args, strict=False))
         states = kwargs.get("encoder_hidden_states")
         if isinstance(states, Tensor):
-            dead = dead_rows(states, self.__dict__[_NORM])
-            if bool(dead.any()):
-                bias = torch.zeros(dead.shape, dtype=states.dtype, device=states.device)
-                bias = bias.masked_fill(dead, torch.finfo(states.dtype).min)[:, None, None]
+            padding = padding_rows(states)
+            if bool(padding.any()):
+                bias = torch.zeros(padding.shape, dtype=states.dtype, device=states.device)
+                bias = bias.masked_fill(padding, torch.finfo(states.dtype).min)[:, None, None]
                 mask = kwargs.get("encoder_attention_mask")
                 kwargs["encoder_attention_mask"] = bias if mask is None else bias + mask.to(bias)
         return super().forward(**kwargs)
-
-
-@torch.no_grad()
-def dead_rows(states: Tensor, norm: Any) -> Tensor:
-    """(B, T) True for rows that are what the norm makes of zeros."""
-    zeros = torch.zeros(1, 1, states.shape[-1], dtype=norm.weight.dtype, device=norm.weight.device)
-    return (states == norm(zeros).to(device=states.device, dtype=states.dtype)).all(dim=-1)
