@@ -287,7 +287,7 @@ def trace_merges(model: nn.Module, *, tower: str = "vision") -> Iterator[list[La
 def _traced(handle: Handle, tower: str) -> Any:
     """State of the tower of that name, or None while nothing is reduced there."""
     if tower == "video":
-        return handle.own_towers[tower].state if tower in handle.own_towers else None
+        return handle.modality_towers[tower].state if tower in handle.modality_towers else None
     if tower == "cells":
         return handle.second_merge
     return (handle.tower or handle.merge) if tower == "vision" else handle.text_tower

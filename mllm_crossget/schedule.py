@@ -91,8 +91,8 @@ def make_schedule(config: ReductionConfig, geometry: Geometry) -> Schedule:
     features = tokens[geometry.read] - (geometry.prefix if geometry.drops_prefix else 0)
     if geometry.cells is not None:
         made = Schedule(removals, tokens, geometry.cells, features, cross, drop_cross=cross)
-        again = behind_grid(config, geometry, patches_left(made, geometry))
-        return replace(made, features=make_schedule(again, MergeGeometry(geometry.cells, geometry.fixed)).features)
+        behind = behind_grid(config, geometry, patches_left(made, geometry))
+        return replace(made, features=make_schedule(behind, MergeGeometry(geometry.cells, geometry.fixed)).features)
     drop_cross = cross and (features > geometry.placeholders or _drops_cross(config, geometry))
     return Schedule(removals, tokens, geometry.placeholders, features - drop_cross, cross, drop_cross, output)
 

@@ -17,8 +17,8 @@ from mllm_crossget.families.family import (
     config_at,
     families,
     family_of,
+    modality_geometry,
     module_at,
-    own_geometry,
     refused_families,
     text_side_of,
     tower_kind,
@@ -206,7 +206,7 @@ def check_dials(method: Method, family: Family, model: Any) -> None:
         make_schedule(method, family.geometry(model.config))
         for modality in family.modalities:
             if modality.geometry is not None:
-                _check_own_tower(method, modality.name, own_geometry(family, modality, model.config))
+                _check_own_tower(method, modality.name, modality_geometry(family, modality, model.config))
     elif method.reduces_vision:
         raise ValueError(
             f"{type(model).__name__} has no vision tower: give text_keep_ratio or text_r instead of keep_ratio, "

@@ -101,10 +101,10 @@ class Before:
             return
         self.handle.journal.rollback()  # of which an interrupt may have left something
         apply_method(self.model, self.handle.family, self.handle.geometry, self.method, dict(self.tokens))
-        again: Handle = vars(self.model)[HANDLE]
+        handle: Handle = vars(self.model)[HANDLE]
         if self.cache is not None:
             self.cache.clear()
-            use_cache(self.model, again, self.cache)
+            use_cache(self.model, handle, self.cache)
 
 
 @contextmanager

@@ -292,9 +292,9 @@ def _grid_parts(
 ) -> tuple[int, int, int, int]:
     """Likewise where the projector makes its cells of the whole grid: all of them, and their merging."""
     dial = behind_grid(method, geometry, patches_left(schedule, geometry))
-    again = make_schedule(dial, MergeGeometry(geometry.placeholders, geometry.fixed))
+    behind = make_schedule(dial, MergeGeometry(geometry.placeholders, geometry.fixed))
     projector = family.connector_flops(config, schedule.placeholders) if family.connector_flops else 0
-    merging = _merging(config.get_text_config().hidden_size, again, method)
+    merging = _merging(config.get_text_config().hidden_size, behind, method)
     return parts[0], parts[1], parts[2] + merging, projector
 
 

@@ -261,7 +261,7 @@ class Family:
         return self.docs.exact
 
 
-def own_geometry(family: Family, modality: Modality, config: Any) -> TowerGeometry:
+def modality_geometry(family: Family, modality: Modality, config: Any) -> TowerGeometry:
     """Geometry of the tower of its own that a modality has. Raises ``TypeError`` for one without."""
     if modality.geometry is None:
         raise TypeError(f"{modality.name} have no tower of their own")

@@ -13,15 +13,15 @@ from mllm_crossget.families.family import (
     FeatureKind,
     LayerNames,
     config_at,
+    modality_geometry,
     module_at,
-    own_geometry,
     text_side_of,
     tower_kind,
 )
 from mllm_crossget.hooks.ground.alignment_tokens import AlignmentTokens
 from mllm_crossget.hooks.ground.cross_tokens import CrossTokens
 from mllm_crossget.hooks.ground.journal import Journal
-from mllm_crossget.hooks.ground.state import HANDLE, Handle, LanguageView, MergeState, OwnTower, TowerState
+from mllm_crossget.hooks.ground.state import HANDLE, Handle, LanguageView, MergeState, ModalityTower, TowerState
 from mllm_crossget.hooks.language.sized_model import hook_language_model
 from mllm_crossget.hooks.model.bare_tower import RaggedTower
 from mllm_crossget.hooks.model.dual_encoder import DualModel
@@ -94,9 +94,9 @@ def _hook_vision(model: Any, handle: Handle, geometry: TowerGeometry) -> None:
     handle.encoder_path, handle.tower = _hook_encoder(model, handle, family.tower or "", "vision", geometry)
     for modality in family.modalities:
         if modality.tower and modality.geometry is not None:
-            own = own_geometry(family, modality, model.config)
+            own = modality_geometry(family, modality, model.config)
             made = _hook_encoder(model, handle, modality.tower, modality.name, own)
-            handle.own_towers[modality.name] = OwnTower(made[0], make_schedule(handle.method, own), made[1])
+            handle.modality_towers[modality.name] = ModalityTower(made[0], make_schedule(handle.method, own), made[1])
     if family.text_tower is not None and family.text_tower.appends and hasattr(tower, "head"):
         hook_pooling(handle.journal, tower, handle.tower)
     if handle.method.is_dynamic and (family.readers or family.cross_attentions is not None):

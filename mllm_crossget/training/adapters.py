@@ -66,7 +66,7 @@ def lora_config(
     target = base_model(model)
     places = [*language_layers_of(handle.family, target.config)]
     if vision_tower:
-        places += [handle.encoder_path, *(tower.encoder_path for tower in handle.own_towers.values())]
+        places += [handle.encoder_path, *(tower.encoder_path for tower in handle.modality_towers.values())]
     places += [handle.family.projector or ""] if projector == "lora" else []
     pattern = "|".join(_linear_layers(target, place) for place in places)
     saved = learned_modules(handle) if cross_tokens else []

@@ -150,9 +150,9 @@ def test_gradient_checkpointing_changes_no_gradient(method, case) -> None:
     crossed = [name for name in expected if "cross_tokens" in name]
     assert bool(crossed) == handle_of(model).schedule.cross
     absent = [  # the tower of a modality that is not in the batch: in the graph, with a gradient of zero
-        handle_of(model).own_towers[modality.name].encoder_path
+        handle_of(model).modality_towers[modality.name].encoder_path
         for modality in families()[case.model_type].modalities
-        if modality.name in handle_of(model).own_towers and modality.pixels not in batch
+        if modality.name in handle_of(model).modality_towers and modality.pixels not in batch
     ]
     learning = [name for name in crossed if not name.startswith(tuple(absent))]
     assert all(expected[name].abs().sum() > 0 for name in learning)

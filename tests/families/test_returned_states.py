@@ -139,7 +139,7 @@ def of_towers_read(handle: Handle, stock: Shapes) -> Iterator[tuple[str, Any]]:
     for its states. Tokens that were copied back to a whole grid are as many as before."""
     if isinstance(handle.geometry, MergeGeometry) or handle.geometry.cells is not None:
         return
-    own = {f"{name}_outputs.": tower.schedule.tokens for name, tower in handle.own_towers.items()}
+    own = {f"{name}_outputs.": tower.schedule.tokens for name, tower in handle.modality_towers.items()}
     for prefix in ("image_outputs.", "video_outputs."):
         tokens = own.get(prefix, handle.schedule.tokens)
         if f"{prefix}last_hidden_state" in stock:

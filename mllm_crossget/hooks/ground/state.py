@@ -190,7 +190,7 @@ class TextTowerState:
 
 
 @dataclass
-class OwnTower:
+class ModalityTower:
     """The tower of one modality beside the vision tower (videos of VideoLlava).
 
     Attributes:
@@ -217,7 +217,7 @@ class Handle:
         text_path: path to the module that writes text cross tokens, "" where there is none.
         tower: state of the hooked vision tower; None where none is reduced, as while ``keep_ratio=1``.
         merge: state of the merging behind the projector in models whose tower is not reduced, or None.
-        own_towers: towers that single modalities have beside the vision tower, by the modality's name.
+        modality_towers: towers that single modalities have beside the vision tower, by the modality's name.
         second_merge: state of the merging behind a reduced tower: of pooled frames, resized grids and what a projector
             of the whole grid makes; or None.
         text_encoder_path, text_tower: the same for a text tower.
@@ -236,7 +236,7 @@ class Handle:
     text_path: str = ""
     tower: TowerState | None = None
     merge: MergeState | None = None
-    own_towers: dict[str, OwnTower] = field(default_factory=dict)
+    modality_towers: dict[str, ModalityTower] = field(default_factory=dict)
     second_merge: MergeState | None = None
     text_encoder_path: str = ""
     text_tower: TextTowerState | None = None

@@ -272,7 +272,7 @@ def _recording(model: nn.Module, handle: Handle, kwargs: dict[str, Any]) -> Abst
     if not _aligns(model, handle):
         return nullcontext(([], []))
     first = next((modality.name for modality in present(handle, kwargs)), "")
-    own = handle.own_towers.get(first)
+    own = handle.modality_towers.get(first)
     encoder_path = handle.encoder_path if own is None else own.encoder_path
     return recorded_cross_tokens(module_at(model, encoder_path), module_at(model, handle.text_path))
 
@@ -299,7 +299,9 @@ def _with_alignment(model: nn.Module, forward: Any, handle: Handle, kwargs: dict
     output = add_alignment_loss(
         output, vision[0] if vision else None, text[0] if text else None, towards, rows, loss.kl, cell
     )
-    if handle.own_towers:  # DDP wants a gradient of every tower's cross tokens, also where a batch has images alone
+    if (
+        handle.modality_towers
+    ):  # DDP wants a gradient of every tower's cross tokens, also where a batch has images alone
         for path in handle.cross_paths.values():
             output.alignment_loss = output.alignment_loss + 0 * module_at(model, path)().sum()
     return output

@@ -26,7 +26,7 @@ from mllm_crossget.methods.method import Method
 from mllm_crossget.ops.merging import unmerge
 from mllm_crossget.schedule import at_share
 
-_AGAIN = "_mllm_crossget_again"
+_SECOND_MERGE = "_mllm_crossget_second_merge"
 
 
 class VideoGridFeatures(GridFeatures):
@@ -36,12 +36,12 @@ class VideoGridFeatures(GridFeatures):
     def install(cls, journal: Journal, owner: nn.Module, handle: Any) -> None:
         """See ``ReducedFeatures.install``."""
         super().install(journal, owner, handle)
-        again = handle.second_merge = MergeState(_same_share(handle), ())
-        journal.set_attribute(owner, _AGAIN, again)
+        merge = handle.second_merge = MergeState(_same_share(handle), ())
+        journal.set_attribute(owner, _SECOND_MERGE, merge)
         resampler = getattr(owner, "vision_resampler", None)  # LLaVA-NeXT-Video's pooling of frames
         if resampler is not None:
             journal.set_attribute(resampler, PLACES, owner.__dict__[PLACES])
-            journal.set_attribute(resampler, _AGAIN, again)
+            journal.set_attribute(resampler, _SECOND_MERGE, merge)
             journal.swap_class(resampler, ReducedPooling)
 
     def get_video_features(self, *args: Any, **kwargs: Any) -> Any:
@@ -84,7 +84,7 @@ class LimitedGridFeatures(VideoGridFeatures):
             grid = stock([unmerge(tokens, source)], image_sizes[index : index + 1], *args, **kwargs)[0][0]
             base = place(tokens[:1], source[:1], layout[: places.patches], newline, places, trace_of(self))
             is_newline = (layout == NEWLINE).to(grid.device)[places.patches :]
-            cells, groups = _merged_grid(grid[places.patches :], is_newline, self.__dict__[_AGAIN])
+            cells, groups = _merged_grid(grid[places.patches :], is_newline, self.__dict__[_SECOND_MERGE])
             packed.append(torch.cat([base, cells]))
             joined = joined_groups([trace_of(self).groups.pop(), groups], [places.patches, len(is_newline)])
             trace_of(self).groups.append(joined)
@@ -110,7 +110,7 @@ def _pooled(module: nn.Module, stock: Any, image_features: Tensor) -> Tensor:
     """(frames, tokens, D) of a reduced tower -> (frames, cells that are left, D)."""
     if not trace_of(module):
         return stock(image_features)
-    merged = merge_features(stock(unmerge(image_features, sources_of(module))), [], module.__dict__[_AGAIN])
+    merged = merge_features(stock(unmerge(image_features, sources_of(module))), [], module.__dict__[_SECOND_MERGE])
     groups = groups_of_source(merged.source, merged.features.shape[1])
     trace_of(module).groups += [(frame, merged.source.shape[1]) for frame in groups]
     return merged.features

@@ -27,7 +27,7 @@ class TwoTowersFeatures(ReducedFeatures):
     def install(cls, journal: Journal, owner: nn.Module, handle: Handle) -> None:
         """See ``ReducedFeatures.install``."""
         places = {"image": TowerPlaces.of(handle, handle.encoder_path, handle.schedule, handle.tower_geometry)}
-        for name, tower in handle.own_towers.items():
+        for name, tower in handle.modality_towers.items():
             places[name] = TowerPlaces.of(handle, tower.encoder_path, tower.schedule, tower.state.geometry)
         journal.set_attribute(owner, _TOWERS, places)
         journal.swap_class(owner, cls)

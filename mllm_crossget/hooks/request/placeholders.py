@@ -129,8 +129,8 @@ def _counted(model: nn.Module, modality: Modality, frames: int, kept: Callable[[
 
 def _kept_of_part(handle: Handle, modality: Modality, tokens: int) -> int:
     """Features of a frame of ``tokens`` placeholders."""
-    if modality.name in handle.own_towers:
-        return handle.own_towers[modality.name].schedule.features
+    if modality.name in handle.modality_towers:
+        return handle.modality_towers[modality.name].schedule.features
     return tokens if handle.second_merge is None else handle.second_merge.schedule(tokens).features
 
 

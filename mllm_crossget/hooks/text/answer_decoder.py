@@ -19,7 +19,7 @@ from mllm_crossget.hooks.ground.arguments import positional_names
 from mllm_crossget.hooks.ground.call_state import Lent, lent
 from mllm_crossget.hooks.ground.hosts import GeneratingModel
 from mllm_crossget.hooks.ground.journal import Journal
-from mllm_crossget.hooks.text.bert_text import CALL, SIZES
+from mllm_crossget.hooks.text.bert_text import ANSWER_CALL, SIZES
 
 _MODULES = "_mllm_crossget_question_modules"
 _BIAS = "_mllm_crossget_bias"
@@ -117,7 +117,7 @@ class BiasedCrossing(nn.Module):
 
 
 def _call(model: nn.Module) -> Lent:
-    return Lent(CALL, {}, *[module_at(model, path) for path in model.__dict__[_MODULES]])
+    return Lent(ANSWER_CALL, {}, *[module_at(model, path) for path in model.__dict__[_MODULES]])
 
 
 def _with_mask(decoder: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def _with_mask(decoder: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 def _sizes_of_rows(decoder: nn.Module, states: Tensor | None) -> Tensor | None:
     """(B, T) sizes of the question's tokens, repeated as the (B, T, D) states are; None outside of a whole call."""
-    call: dict[str, Tensor] = lent(CALL, decoder) or {}
+    call: dict[str, Tensor] = lent(ANSWER_CALL, decoder) or {}
     if states is None or SIZES not in call:
         return None
     sizes = call[SIZES]

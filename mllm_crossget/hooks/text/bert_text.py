@@ -36,7 +36,7 @@ from mllm_crossget.hooks.tower.layer import Taken, run_post_norm_layer
 from mllm_crossget.methods.method import Method
 from mllm_crossget.schedule import TextGeometry
 
-CALL = "question"
+ANSWER_CALL = "answer_call"
 """Lent to the encoder and to the decoder that reads it (``ground.call_state``): a dictionary of one call."""
 SIZES = "sizes"
 _STATE = "_mllm_crossget_text_encoder"
@@ -128,7 +128,7 @@ class ReducedBertEncoder(nn.Module):
 
         run = run_texts(state, getattr(self, _names(state).layers), hidden_states, texts, call)
         hidden = run.hidden
-        asked: dict[str, Tensor] | None = lent(CALL, self)
+        asked: dict[str, Tensor] | None = lent(ANSWER_CALL, self)
         if asked is not None:
             asked[SIZES] = _sizes(run.size, run.columns, hidden)
         else:
