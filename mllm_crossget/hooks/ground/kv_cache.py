@@ -20,8 +20,8 @@ def cache_in(arguments: dict[str, Any]) -> Any:
     return arguments.get(CACHE)
 
 
-def name_cache(arguments: dict[str, Any]) -> None:
-    """Give the cache among a call's keyword arguments, in place, the name that the stock code has for it.
+def with_named_cache(arguments: dict[str, Any]) -> dict[str, Any]:
+    """A call's keyword arguments, in which the cache has the name that the stock code has for it.
 
     Raises:
         ValueError: it was given under both names.
@@ -29,10 +29,10 @@ def name_cache(arguments: dict[str, Any]) -> None:
     given = [name for name in _NAMES if name in arguments]
     if len(given) > 1 and all(arguments[name] is not None for name in given):
         raise ValueError("got cache and past_key_values, which are two names of one argument; give one of them")
-    for name in given:
-        value = arguments.pop(name)
-        if value is not None or CACHE not in arguments:
-            arguments[CACHE] = value
+    if not given:
+        return arguments
+    value = next((arguments[name] for name in given if arguments[name] is not None), None)
+    return {**{name: one for name, one in arguments.items() if name not in given}, CACHE: value}
 
 
 def cache_from(output: Any) -> Any:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mllm_crossget.hooks.ground.arguments import positional_names
 from mllm_crossget.hooks.ground.journal import Journal
-from mllm_crossget.hooks.ground.kv_cache import cache_from, cache_in, name_cache
+from mllm_crossget.hooks.ground.kv_cache import cache_from, cache_in, with_named_cache
 from mllm_crossget.hooks.language.key_bias import KEYWORD, KeyBias, attention_modules, hook_language_attention
 
 COLUMNS = "crossget_log_sizes"
@@ -58,7 +58,7 @@ class SizedLanguageModel(nn.Module):
         """As the original. ``crossget_log_sizes``: (B, C) log token sizes of the sequence's first C columns."""
         if args:
             kwargs.update(zip(positional_names(type(self)), args, strict=False))
-        name_cache(kwargs)
+        kwargs = with_named_cache(kwargs)
         given: Tensor | None = kwargs.pop(COLUMNS, None)
         cache = cache_in(kwargs)
         sizes = given if given is not None else log_sizes_on(cache)

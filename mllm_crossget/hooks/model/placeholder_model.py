@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mllm_crossget.families.family import module_at
 from mllm_crossget.hooks.ground.arguments import positional_names
 from mllm_crossget.hooks.ground.cross_tokens import recorded_cross_tokens
-from mllm_crossget.hooks.ground.kv_cache import cache_from, cache_in, name_cache
+from mllm_crossget.hooks.ground.kv_cache import cache_from, cache_in, with_named_cache
 from mllm_crossget.hooks.ground.state import HANDLE, Handle, refuse_replica
 from mllm_crossget.hooks.language.sized_model import (
     COLUMNS,
@@ -33,7 +33,7 @@ from mllm_crossget.hooks.request.compact_call import (
     compact,
     compact_for_generate,
     empty_layout,
-    follow_layout,
+    followed_layout,
     is_full_prompt,
     keeps_positions_on,
     mask_2d,
@@ -48,7 +48,7 @@ from mllm_crossget.hooks.request.placeholders import images_per_row, mismatch_ex
 from mllm_crossget.hooks.request.prompt_call import PromptCall
 from mllm_crossget.hooks.request.question import asking
 from mllm_crossget.hooks.request.token_sizes import joined_log_sizes, log_sizes_of_compact
-from mllm_crossget.hooks.request.user_view import PromptView, option_reader, shift_lengths, with_user_view
+from mllm_crossget.hooks.request.user_view import PromptView, option_reader, with_shifted_lengths, with_user_view
 from mllm_crossget.methods.capabilities import LossKind
 
 COMPACT = "crossget_compact"
@@ -96,7 +96,7 @@ class ReducedModel(SavedModel):
         """As the original: full-length prompts in, full-length sequences out."""
         kwargs.update(zip(positional_names(type(self), "generate"), args, strict=False))
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
-        name_cache(kwargs)
+        kwargs = with_named_cache(kwargs)
         handle: Handle = self.__dict__[HANDLE]
         option = option_reader(self, kwargs)
         cache = cache_in(kwargs)
@@ -117,8 +117,8 @@ class ReducedModel(SavedModel):
                 return super().generate(**kwargs)
             kwargs, compact_layout = made
             view = PromptView(user_ids, kwargs["input_ids"].shape[1])
-            shift_lengths(kwargs, option, user_ids.shape[1] - view.compact_length)
-            with_user_view(kwargs, view, option)
+            kwargs = with_shifted_lengths(kwargs, option, user_ids.shape[1] - view.compact_length)
+            kwargs = with_user_view(kwargs, view, option)
             with generating(self, compact_layout.log_sizes):
                 output = _without_layout(cache, super().generate, kwargs)
         return _user_output(output, view, compact_layout, cache)
@@ -130,10 +130,10 @@ def compact_forward(model: nn.Module, forward: Any, kwargs: dict[str, Any], colu
     Args:
         model: the accelerated model.
         forward: of the model, or of the part of it that has no head.
-        kwargs: of the call; changed in place.
+        kwargs: of the call.
         column_wise: the field of the output that gets the user's columns back, zeros where one was dropped.
     """
-    name_cache(kwargs)
+    kwargs = with_named_cache(kwargs)
     handle: Handle = model.__dict__[HANDLE]
     refuse_other_features(handle, model.config, kwargs)
     cache = cache_in(kwargs)
@@ -145,19 +145,18 @@ def compact_forward(model: nn.Module, forward: Any, kwargs: dict[str, Any], colu
         with forget_ahead(model, handle.family), _recording(model, handle, kwargs), recording(model, handle):
             return _forward_shrunk(model, forward, handle, kwargs, column_wise)
     if layout is not None:
-        follow_layout(handle, layout, kwargs)
+        kwargs = followed_layout(handle, layout, kwargs)
     # generate forgets what it has encoded itself
     ahead = nullcontext() if generating_log_sizes(model) is not None else forget_ahead(model, handle.family)
     counts_unknown = present(handle, kwargs) and not torch.compiler.is_compiling()
     explained = mismatch_explained(model, handle, kwargs) if counts_unknown else nullcontext()
     with ahead, explained, asking(model, handle, kwargs):
-        if handle.size_bias:
-            _give_log_sizes(model, handle, kwargs)
+        kwargs = _with_log_sizes(model, handle, kwargs)
         return _with_alignment(model, forward, handle, kwargs)
 
 
 def _forward_shrunk(model: nn.Module, forward: Any, handle: Handle, kwargs: dict[str, Any], column_wise: str) -> Any:
-    ids, cache = kwargs["input_ids"], cache_in(kwargs)
+    kwargs, ids, cache = dict(kwargs), kwargs["input_ids"], cache_in(kwargs)
     layout = (getattr(cache, LAYOUT, None) or empty_layout(ids)).for_rows(len(ids))
     mask = mask_2d(kwargs, ids, cached_columns(cache) + layout.shift)
     if mask.shape[1] < ids.shape[1]:
@@ -202,16 +201,15 @@ def _was_emptied(cache: Any, kwargs: dict[str, Any]) -> bool:
     return several and not torch.compiler.is_compiling() and cached_columns(cache) == 0
 
 
-def _give_log_sizes(model: nn.Module, handle: Handle, kwargs: dict[str, Any]) -> None:
-    """Token sizes for a forward on a prompt that is compact already: inside ``generate``, or the user's own."""
+def _with_log_sizes(model: nn.Module, handle: Handle, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments with token sizes for a prompt that is compact already: inside ``generate``, or the user's own."""
     if not handle.size_bias:
-        return
+        return kwargs
     sizes, cache = generating_log_sizes(model), cache_in(kwargs)
     if sizes is None and present(handle, kwargs) and log_sizes_on(cache) is None:
         sizes = log_sizes_of_compact(model, handle, kwargs)
         sizes = None if sizes is None else nn.functional.pad(sizes, (cached_columns(cache), 0))
-    if sizes is not None:
-        kwargs[COLUMNS] = sizes
+    return kwargs if sizes is None else {**kwargs, COLUMNS: sizes}
 
 
 def _slice_logits(logits: Tensor, keep: int | Tensor) -> Tensor:

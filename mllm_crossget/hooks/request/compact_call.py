@@ -1,7 +1,6 @@
 """From the user's keyword arguments to compact ones: which columns are new, which are cached, what travels along.
 
-``compact`` and ``compact_for_generate`` answer with new arguments. ``follow_layout``, for steps on a compact cache,
-changes those it is given.
+``compact``, ``compact_for_generate`` and, for steps on a compact cache, ``followed_layout`` answer with new arguments.
 """
 
 from __future__ import annotations
@@ -274,8 +273,10 @@ def mask_2d(kwargs: dict[str, Any], ids: Tensor, past: int) -> Tensor:
     return mask
 
 
-def follow_layout(handle: Handle, layout: Layout, kwargs: dict[str, Any]) -> None:
-    """A later forward on a compact cache (a decode loop written by hand): translate mask and positions, in place."""
+def followed_layout(handle: Handle, layout: Layout, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a later forward on a compact cache (a decode loop written by hand), mask and positions
+    translated."""
+    kwargs = dict(kwargs)
     ids, cache = kwargs["input_ids"], cache_in(kwargs)
     columns = cached_columns(cache) + layout.shift + ids.shape[1]
     mask = kwargs.get("attention_mask")
@@ -297,6 +298,7 @@ def follow_layout(handle: Handle, layout: Layout, kwargs: dict[str, Any]) -> Non
     elif kwargs.get("position_ids") is not None:
         removed = layout.for_rows(ids.shape[0]).removed
         kwargs["position_ids"] = kwargs["position_ids"] - removed[:, None].to(kwargs["position_ids"])
+    return kwargs
 
 
 def positions_of_columns(handle: Handle, ids: Tensor, columns: int) -> Tensor:

@@ -70,8 +70,9 @@ class _FullPromptStreamer(BaseStreamer):
         self.inner.end()
 
 
-def with_user_view(kwargs: dict[str, Any], view: PromptView, option: Callable[[str], Any]) -> None:
-    """Wrap, in place, every user object among ``generate``'s arguments that looks at token ids."""
+def with_user_view(kwargs: dict[str, Any], view: PromptView, option: Callable[[str], Any]) -> dict[str, Any]:
+    """``generate``'s arguments, in which every user object that looks at token ids is wrapped."""
+    kwargs = dict(kwargs)
     if kwargs.get("logits_processor") is not None:
         kwargs["logits_processor"] = LogitsProcessorList(
             _FullPromptProcessor(item, view) for item in kwargs["logits_processor"]
@@ -87,19 +88,23 @@ def with_user_view(kwargs: dict[str, Any], view: PromptView, option: Callable[[s
         samples = 1 if (option("num_beams") or 1) > 1 else (option("num_return_sequences") or 1)
         repeats = 1 if _SAMPLES_SHARE_A_GROUP else samples
         kwargs["prefix_allowed_tokens_fn"] = lambda group, ids: allowed(group, view.row(group // repeats, ids))
+    return kwargs
 
 
-def shift_lengths(kwargs: dict[str, Any], option: Callable[[str], Any], shift: int) -> None:
-    """Translate absolute lengths, in place: the user counts ``shift`` more prompt columns than the model sees."""
+def with_shifted_lengths(kwargs: dict[str, Any], option: Callable[[str], Any], shift: int) -> dict[str, Any]:
+    """``generate``'s arguments with shorter absolute lengths: the user counts ``shift`` more prompt columns than the
+    model sees."""
+    kwargs = dict(kwargs)
     for name, newer in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
         value = option(name)
         if not value or option(newer) is not None:
             continue
         if kwargs.get("generation_config") is not None and kwargs.get(name) is None:
-            kwargs["generation_config"] = copy.deepcopy(kwargs["generation_config"])
-            setattr(kwargs["generation_config"], name, value - shift)
+            own = kwargs["generation_config"] = copy.deepcopy(kwargs["generation_config"])
+            setattr(own, name, value - shift)
         else:
             kwargs[name] = value - shift
+    return kwargs
 
 
 def option_reader(model: Any, kwargs: dict[str, Any]) -> Callable[[str], Any]:

@@ -26,7 +26,7 @@ from mllm_crossget.families.family import BertNames, TextTower
 from mllm_crossget.hooks.ground.arguments import positional_names
 from mllm_crossget.hooks.ground.call_state import lent
 from mllm_crossget.hooks.ground.journal import Journal
-from mllm_crossget.hooks.ground.kv_cache import CACHE, cache_in, name_cache
+from mllm_crossget.hooks.ground.kv_cache import CACHE, cache_in, with_named_cache
 from mllm_crossget.hooks.ground.state import TextTowerState
 from mllm_crossget.hooks.text.encoder import run_texts
 from mllm_crossget.hooks.text.rows import Columns, Texts, attention_slot, in_columns, match_and_merge, tokens_of_rows
@@ -96,7 +96,7 @@ class ReducedBert(nn.Module):
         """
         if args:
             kwargs.update(zip(positional_names(type(self)), args, strict=False))
-        name_cache(kwargs)
+        kwargs = with_named_cache(kwargs)
         kwargs[_KEYWORD] = _texts(kwargs)
         kwargs["attention_mask"] = None
         return super().forward(**kwargs)

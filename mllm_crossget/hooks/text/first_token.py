@@ -17,7 +17,7 @@ from mllm_crossget.hooks.ground.arguments import positional_names
 from mllm_crossget.hooks.ground.call_state import lent
 from mllm_crossget.hooks.ground.cross_tokens import RECORD, write_token
 from mllm_crossget.hooks.ground.journal import Journal
-from mllm_crossget.hooks.ground.kv_cache import cache_in, name_cache
+from mllm_crossget.hooks.ground.kv_cache import cache_in, with_named_cache
 
 _STATE = "_mllm_crossget_text"
 _SKIP = "_mllm_crossget_skip"
@@ -74,7 +74,7 @@ class GuidedModel(nn.Module):
         """As the original; cached decode steps are not touched."""
         if args:
             kwargs.update(zip(positional_names(type(self)), args, strict=False))
-        name_cache(kwargs)
+        kwargs = with_named_cache(kwargs)
         first = _first_tokens(self, kwargs)
         if first is None:
             return super().forward(**kwargs)
