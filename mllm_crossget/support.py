@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from mllm_crossget import families as _registered_families  # noqa: F401 - registers them
 from mllm_crossget import methods as _registered_methods  # noqa: F401 - registers them
@@ -118,6 +119,15 @@ def _served_inside(model: nn.Module) -> str | None:
     return None
 
 
+def _whole_model(model: nn.Module) -> str:
+    """What to pass instead of a part of a model, which ``AutoModel`` loads too."""
+    config: Any = model.config
+    whole = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type)
+    if whole is None or whole == type(model).__name__:
+        return "pass the full model, as from_pretrained makes it"
+    return f"pass the full model, as {whole}.from_pretrained or AutoModelForImageTextToText loads it"
+
+
 def _check_structure(model: nn.Module, family: Family, tower: bool) -> None:
     """Everything that the hooks rely on is there, in the layers of the ``tower`` too if they are hooked. Raises
     ``ValueError`` that names what is missing."""
@@ -130,9 +140,7 @@ def _check_structure(model: nn.Module, family: Family, tower: bool) -> None:
         try:
             module_at(model, path)
         except AttributeError as error:
-            raise ValueError(
-                f"{type(model).__name__} has no {path!r}; pass the full model, as from_pretrained makes it"
-            ) from error
+            raise ValueError(f"{type(model).__name__} has no {path!r}; {_whole_model(model)}") from error
     if tower and family.tower is not None:
         vision_type = config_at(model.config, family.vision_config).model_type
         kind = tower_kind(vision_type, family.vision.kinds, type(model).__name__)

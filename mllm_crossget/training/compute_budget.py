@@ -22,6 +22,7 @@ from mllm_crossget.config import ReductionConfig
 from mllm_crossget.costs.budget import counts_of, dial_for_savings, measured_flops
 from mllm_crossget.costs.flops import model_flops
 from mllm_crossget.families.family import module_at
+from mllm_crossget.hooks.ground.running_calls import alone
 from mllm_crossget.hooks.ground.state import Handle, base_model, handle_of
 from mllm_crossget.hooks.model.thresholds import calibrate
 from mllm_crossget.hooks.tower.counts_per_image import recorded_sizes
@@ -218,7 +219,8 @@ def take_settings(model: nn.Module, folder: str | Path) -> None:
 
 def _set_method(model: nn.Module, method: Method) -> None:
     handle: Any = handle_of(model)
-    handle.method = handle.tower.method = method
+    with alone(base_model(model), "BudgetCallback"):
+        handle.method = handle.tower.method = method
 
 
 def _method(model: nn.Module) -> Method:

@@ -32,6 +32,7 @@ def test_a_part_of_a_model_is_named(part: str) -> None:
     assert type(given).__name__ in reason
     with pytest.raises(ValueError, match=type(given).__name__):
         accelerate_mllm(given)
+    assert ("LlavaForConditionalGeneration.from_pretrained" in reason) == (part == "inner")
 
 
 @pytest.mark.parametrize(
