@@ -32,7 +32,10 @@ _FIRST = ("training", "test_contributing.py", "api", "families/test_matrix.py", 
 _ANY_TRANSFORMERS = (
     "golden/test_steps.py",
     "golden/test_pruning.py",
+    "api/test_field_types.py",
+    "methods",
     "ops",
+    "robustness/test_bad_arguments.py",
     "test_architecture.py",
     "test_cli_mistakes.py",
     "test_contributing.py",
@@ -45,9 +48,18 @@ _ANY_TRANSFORMERS = (
 )
 
 
+_LESSER = ("tome", "random")
+
+
 def _lies_in(item: pytest.Item, places: tuple[str, ...]) -> int | None:
     """Number of the first of the files and folders that a test lies in, or None."""
     return next((number for number, place in enumerate(places) if item.path.is_relative_to(_HERE / place)), None)
+
+
+def _repeats_hooks(item: pytest.Item) -> bool:
+    """True for a family with ToMe or random dropping, which use hooks of CrossGET and MADTP and less of them."""
+    given = getattr(item, "callspec", None)
+    return _lies_in(item, ("families",)) is not None and given is not None and given.params.get("method") in _LESSER
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -57,7 +69,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     items.sort(key=place)
     for item in items:
-        if _lies_in(item, _ANY_TRANSFORMERS) is not None:
+        if _lies_in(item, _ANY_TRANSFORMERS) is not None or _repeats_hooks(item):
             item.add_marker(pytest.mark.any_transformers)
 
 
