@@ -1,4 +1,4 @@
-"""MADTP's learned tokens that images and texts are compared with, and the maps of a model's layers towards them."""
+"""MADTP's alignment tokens, which images and texts are compared with, and the linear maps into their space."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from torch import Tensor, nn
 
 from mllm_crossget.ops.alignment_attention import alignment_scores
 
-_SPREAD = 0.02  # of maps that begin to learn: what transformers starts linear layers with
+_SPREAD = 0.02  # standard deviation of the maps' first weights: transformers' default for linear layers
 
 
 class AlignmentTokens(nn.Module):
-    """K learned vectors, and linear maps of a tower's and a text side's layers into their space.
+    """K learned vectors, and linear maps that bring the layers of a tower and of a text side into their space.
 
-    The maps start at zero: untrained, all scores are zero and steer nothing. The tokens start as N(0, 1), as published,
-    from a seed of their own. A module with a ``forward`` and not bare parameters, so that PEFT
+    The maps start at zero: before training all scores are zero and have no effect. The tokens start as N(0, 1), as
+    published, from a seed of their own. This is a module with a ``forward`` and not bare parameters, so that PEFT
     (``modules_to_save=["alignment_tokens"]``), FSDP and DeepSpeed treat it like any other layer.
 
     Args:
         count: K.
-        width: of the tokens; the tower's without maps.
-        layers: of the tower.
-        tower_width: of the tower's tokens.
-        maps: False compares the tower's tokens themselves.
-        text_maps: maps for a text side: one per layer (published for CLIP), or one that its layers share; 0 for a model
-            without text, or whose text is as wide as the alignment tokens and has no map.
-        text_width: of the text's tokens.
+        width: channels of the K tokens; without maps it is the tower's width.
+        layers: number of layers of the tower.
+        tower_width: channels of the tower's tokens.
+        maps: False compares the tower's tokens directly, without a map.
+        text_maps: number of maps for a text side: one per layer (published for CLIP), or one that its layers share. 0
+            for a model without text, and for a text side that is as wide as the alignment tokens and has no map.
+        text_width: channels of the text's tokens.
         dtype, device: of the parameters.
     """
 
@@ -51,16 +51,17 @@ class AlignmentTokens(nn.Module):
         self.text_maps = _zero_maps(text_maps, text_width, width, kind) if text_maps else None
 
     def forward(self, hidden_BND: Tensor, layer: int, text: bool = False) -> tuple[Tensor, Tensor]:
-        """A layer's input -> (B, N, K) ``ops.alignment_scores`` and (B, N, width) the tokens that they are made of."""
+        """A layer's input -> (B, N, K) ``ops.alignment_scores``, and the (B, N, width) mapped tokens behind the
+        scores."""
         maps = self.text_maps if text else self.maps
         mapped = hidden_BND if maps is None else maps[min(layer, len(maps) - 1)](hidden_BND)
         return alignment_scores(mapped, self.tokens), mapped
 
     @torch.no_grad()
     def draw_maps(self) -> bool:
-        """Give maps that are all zero small random weights, from a seed of their own; whether that was done.
+        """Give maps that are all zero small random weights, from a seed of their own. True if it did.
 
-        At zero neither side moves the other: the alignment loss would have no gradient.
+        With maps at zero the alignment loss has no gradient.
         """
         several = [one for maps in (self.maps, self.text_maps) if maps is not None for one in maps]
         maps = [one for one in several if isinstance(one, nn.Linear)]

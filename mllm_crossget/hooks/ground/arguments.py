@@ -1,4 +1,4 @@
-"""Helpers for arguments that a stock method takes by position or by name."""
+"""Helpers for the arguments of stock methods, which callers give by position or by name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _Answer = TypeVar("_Answer")
 
 
 def kept_per_class(make: Callable[_Asked, _Answer]) -> Callable[_Asked, _Answer]:
-    """``functools.cache`` with the function's own types: mypy takes classes of modules for unhashable."""
+    """``functools.cache`` that keeps the function's types: mypy wrongly takes module classes for unhashable."""
     return cast(Callable[_Asked, _Answer], functools.cache(make))
 
 

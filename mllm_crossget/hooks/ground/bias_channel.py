@@ -1,4 +1,4 @@
-"""A bias of the keys in one more channel of the heads, for attention kernels that take no mask.
+"""A key bias as one more channel of every head, for attention kernels that take no mask.
 
 Shapes: B batch, H heads, Q queries, K keys, D channels of a head.
 """
@@ -9,15 +9,16 @@ import torch
 from torch import Tensor, nn
 
 _MULTIPLE = 8  # head widths of fused kernels are multiples of this
-_LOWEST = -6e4  # a dead key's; not -inf, which kernels make NaN of, and every half precision holds it
+_LOWEST = -6e4  # bias of a dead key: kernels turn -inf into NaN, and this number fits every half precision
 
 
 def with_bias_channel(
     query: Tensor, key: Tensor, value: Tensor, bias_BK: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values whose logits have the bias: (q·k + 1·bias / scaling)·scaling = q·k·scaling + bias.
+    """Queries, keys and values that add the key bias to the logits: (q·k + 1·bias / scaling)·scaling = q·k·scaling +
+    bias.
 
-    Heads are filled up with zeros to eight more channels. The output has the values' channels first.
+    Heads get eight more channels, zeros apart from the bias. The first D channels of the output are the usual ones.
 
     Args:
         query: (B, H, Q, D).

@@ -1,9 +1,9 @@
-"""What belongs to a call and is neither its argument nor its output: seen by the thread of that call alone.
+"""Values of one call that are neither arguments nor outputs; only the thread of that call sees them.
 
-Stock code stands between the modules that pass such a value on, and hands no argument of ours through. A
+Our modules pass such values to each other past stock code, which forwards none of our arguments. The store is a
 ``threading.local`` and not a ``ContextVar``: ``torch.compile`` reads and writes the first inside a graph, with guards,
-and refuses the second. A forward never leaves its thread; a layer that is replayed in a backward pass, in whatever
-thread, opens what it needs anew, because its arguments say it.
+and refuses the second. A forward stays in one thread. A layer that is replayed in a backward pass, possibly in another
+thread, gets such values through its arguments and lends them again.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any
 
 
 class _Thread(threading.local):
-    """Set in ``__init__``, so that every thread has the attribute itself: the compiler cannot guard a class's."""
+    """The attribute is set in ``__init__``, so that every thread has its own: the compiler cannot guard a class
+    attribute."""
 
     def __init__(self) -> None:
         self.innermost: Lent | None = None
@@ -25,12 +26,13 @@ _THREAD = _Thread()
 class Lent:
     """Lends a value to modules (or their states) for the length of a ``with`` block, in this thread.
 
-    A block inside another one hides its value. A class: entering a generator takes several times as long.
+    An inner block hides the value of an outer one. This is a class because a generator takes several times as long to
+    enter.
 
     Args:
-        kind: what it is.
-        value: what ``lent`` returns, and the block's ``as``.
-        owners: told apart by identity.
+        kind: name of the value.
+        value: what ``lent`` returns, and what ``as`` binds.
+        owners: the modules or states; compared by identity.
     """
 
     __slots__ = ("around", "kind", "owners", "value")
@@ -49,14 +51,14 @@ class Lent:
         if inner is self:
             _THREAD.innermost = self.around
             return
-        while inner is not None:  # blocks of the user need not be nested
+        while inner is not None:  # blocks that the user opens need not be nested
             if inner.around is self:
                 inner.around = self.around
             inner = inner.around
 
 
 def lent(kind: str, owner: Any) -> Any:
-    """What the thread's innermost block has lent to an owner; None outside of any."""
+    """The value that this thread's innermost block lends to an owner; None outside of all blocks."""
     block = _THREAD.innermost
     while block is not None:
         if block.kind == kind:

@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from mllm_crossget.hooks.ground.call_state import Lent, lent
 
 RECORD = "cross tokens"
-"""Lent to an encoder and a text side (``ground.call_state``): a list of what they write."""
+"""Lent to an encoder and a text side (``ground.call_state``): the list of the cross tokens that they write."""
 
 
 @contextmanager
 def recorded_cross_tokens(encoder: nn.Module, language_model: nn.Module) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
     """Collect the cross tokens that both sides write during one training forward.
 
-    Yields two lists, of the vision encoder and of the language model, to which a forward in this thread appends
-    (layers, B, D). Inside another such block the outer one's lists go on: images may be encoded in front of the forward
-    that reads them.
+    Yields two lists, one for the vision encoder and one for the language model. A forward in this thread appends
+    (layers, B, D) to each. A block inside another one yields the outer block's lists, because images may be encoded
+    before the forward that reads them.
     """
     if lent(RECORD, encoder) is not None:
         yield lent(RECORD, encoder), lent(RECORD, language_model)
@@ -33,8 +33,8 @@ def recorded_cross_tokens(encoder: nn.Module, language_model: nn.Module) -> Iter
 class CrossTokens(nn.Module):
     """One learned vector per layer (CrossGET's ``cross_image`` / ``cross_text``), zero-initialised.
 
-    A module with a ``forward`` and not a bare parameter, so that PEFT (``modules_to_save=["cross_tokens"]``), FSDP and
-    DeepSpeed treat it like any other layer.
+    This is a module with a ``forward`` and not a bare parameter, so that PEFT (``modules_to_save=["cross_tokens"]``),
+    FSDP and DeepSpeed treat it like any other layer.
     """
 
     def __init__(self, layers: int, width: int, dtype: torch.dtype | None = None, device: Any = None):

@@ -1,7 +1,7 @@
-"""What mixins expect of the class that they are put in front of: methods that they reach through ``super()``.
+"""The methods that mixins call through ``super()``, on the class that they are put in front of.
 
-Only a type checker sees the methods. At run time these classes are empty: a method here would stand in front of the
-model's own. Attributes that a mixin reads are annotated in the mixin itself, which makes none.
+Only a type checker sees the methods. At run time these classes are empty, because a method here would hide the model's
+own. Attributes that a mixin reads are annotated in the mixin, which does not create them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 
 
 class FeaturesOwner(nn.Module):
-    """What makes the features of images and videos: ``LlavaModel`` and its relatives."""
+    """The module that makes the features of images and videos, such as ``LlavaModel``."""
 
     if TYPE_CHECKING:
 
@@ -35,5 +35,5 @@ class GeneratingModel(nn.Module):
 
 
 def config_of(model: nn.Module) -> PreTrainedConfig:
-    """The configuration of a transformers model, of which ``nn.Module`` does not know."""
+    """The configuration of a transformers model; ``nn.Module`` does not declare it."""
     return cast(PreTrainedConfig, model.config)

@@ -1,4 +1,4 @@
-"""Changes to a model, written down so that they can be undone bit for bit. Knows nothing of what the changes mean."""
+"""A record of changes to a model, by which they are undone bit for bit. It does not know what the changes mean."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _THREAD = _Thread()
 
 
 def set_aside(module: Any) -> bool:
-    """Whether the changes to a module are to have no effect in this thread now (``Journal.suspended``)."""
+    """True if the changes to a module have no effect in this thread at the moment (``Journal.suspended``)."""
     aside = _THREAD.aside
     return aside is not None and module in aside
 
@@ -39,7 +39,7 @@ def set_aside(module: Any) -> bool:
 class Journal:
     """A list of changes to modules. ``rollback`` takes them back, last one first.
 
-    Holds plain references and no closures, so that ``copy.deepcopy`` of a model copies its journal correctly.
+    It holds plain references and no closures, so that ``copy.deepcopy`` of a model copies its journal correctly.
     """
 
     def __init__(self) -> None:
@@ -69,10 +69,10 @@ class Journal:
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """Changed modules compute as they did before, for the length of a ``with`` block, in this thread alone.
+        """Changed modules compute as before the changes, inside a ``with`` block and in this thread alone.
 
-        Nothing is written: their methods of ``mixed_class`` hand over to the original's, and attention functions of
-        ours to the model's own.
+        No module is changed for it: methods of ``mixed_class`` call the original's method, and our attention functions
+        call the model's own.
         """
         around = _THREAD.aside
         modules = frozenset(target for _, target, _, _ in self._entries if isinstance(target, nn.Module))
@@ -85,8 +85,8 @@ class Journal:
     def rollback(self) -> None:
         """Undo every change; the journal is empty afterwards.
 
-        An entry leaves when it is undone, and undoing it twice is harmless: after an interrupt (Ctrl-C) another call
-        goes on where this one stopped.
+        An entry is removed once it is undone, and undoing it twice is harmless. After an interrupt (Ctrl-C) another
+        call goes on where this one stopped.
         """
         while self._entries:
             _undo(self._entries[-1])
@@ -124,7 +124,8 @@ def _write(target: Any, name: str, value: Any) -> None:
 
 
 def _set_class(module: nn.Module, kind: type[nn.Module]) -> None:
-    """Give a module another class. Its own ``forward`` goes first: done again after an interrupt, nothing is missed."""
+    """Give a module another class. Its own ``forward`` is changed first, so that a repetition after an interrupt is
+    complete."""
     _rebind_forward(module, type(module), kind)
     module.__class__ = kind
 
@@ -138,15 +139,15 @@ def _rebind_forward(module: nn.Module, old: type[nn.Module], new: type[nn.Module
 
 @kept_per_class
 def mixed_class(original: type, mixin: type) -> type:
-    """A subclass (mixin, original) that looks like ``original`` to everything that goes by names.
+    """A subclass (mixin, original) that looks like ``original`` to code that looks classes up by name.
 
     transformers finds hidden-state hooks, device maps and sharding policies by class name, and reads the signatures of
-    ``forward`` and ``generate``: names and signatures stay those of the original. Building another model with the class
-    of an accelerated one (``type(model).from_pretrained``) gives an instance of the original.
+    ``forward`` and ``generate``. Names and signatures therefore stay those of the original. Building another model with
+    the class of an accelerated one (``type(model).from_pretrained``) gives an instance of the original.
     """
 
     def new(kind: type, *args: Any, **kwargs: Any) -> Any:
-        if not args and not kwargs:  # copies are filled in afterwards
+        if not args and not kwargs:  # a copy, whose attributes are set afterwards
             return object.__new__(kind)
         return original(*args, **kwargs)
 
@@ -169,7 +170,7 @@ def mixed_class(original: type, mixin: type) -> type:
 
 
 def made_of(kind: type) -> tuple[type, ...]:
-    """A class that can be imported, and the mixins that were put in front of it, in order."""
+    """The importable class behind a mixed class, then the mixins that were put in front of it, in order."""
     found: tuple[type, ...] = vars(kind).get(_MADE_OF, (kind,))
     return found
 
@@ -180,10 +181,10 @@ def class_of(original: type, *mixins: type) -> type:
 
 
 def _reduce(module: Any, protocol: Any) -> tuple[Any, ...]:
-    """How an instance of a mixed class is pickled: no module holds that class under its name.
+    """How an instance of a mixed class is pickled; the class itself is in no module and cannot be imported.
 
-    The hooks that transformers leaves behind where hidden states were asked for cannot be pickled. It installs them
-    again when it misses them: a twin with the same tensors is pickled without them.
+    transformers leaves hooks behind where hidden states were asked for, and these cannot be pickled. A twin with the
+    same tensors and without the hooks is pickled instead; transformers installs the hooks again when they are missing.
     """
     if any(_captures(hook) for part in module.modules() for hook in part._forward_hooks.values()):
         tensors = [*module.parameters(), *module.buffers()]

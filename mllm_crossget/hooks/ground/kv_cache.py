@@ -1,6 +1,6 @@
 """The KV cache under both of its names: transformers calls it ``cache`` from 5.24 on, and ``past_key_values`` before.
 
-An accelerated model takes either from its user under every version.
+An accelerated model accepts both names under every version.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from typing import Any
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 _NAMES = ("cache", "past_key_values")
-# What stock code calls it, as an argument and in outputs.
+# The installed version's name for the cache, as an argument and in outputs.
 CACHE: str = next(name for name in _NAMES if name in {field.name for field in fields(BaseModelOutputWithPast)})
 
 
 def cache_in(arguments: dict[str, Any]) -> Any:
-    """The cache among the keyword arguments of a call, by the stock code's name for it; None if there is none."""
+    """The KV cache among a call's keyword arguments, under the installed version's name; None if there is none."""
     return arguments.get(CACHE)
 
 
 def with_named_cache(arguments: dict[str, Any]) -> dict[str, Any]:
-    """A call's keyword arguments, in which the cache has the name that the stock code has for it.
+    """A call's keyword arguments, with the KV cache renamed to the installed version's name.
 
     Raises:
         ValueError: it was given under both names.
@@ -36,5 +36,5 @@ def with_named_cache(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def cache_from(output: Any) -> Any:
-    """The cache in what a forward or ``generate`` returns; None if it holds none."""
+    """The KV cache in the output of a forward or of ``generate``; None if there is none."""
     return getattr(output, CACHE, None)

@@ -1,6 +1,6 @@
-"""What other libraries (PEFT) change in a tree of modules, found by comparison, so that it can be taken back.
+"""Changes that other libraries (PEFT) make to a tree of modules, found by comparison, so that they can be undone.
 
-Knows nothing of what the changes mean. Tensors' values are not compared.
+This module does not know what the changes mean. Values of tensors are not compared.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from torch import nn
 
 
 class _Missing:
-    """Nothing was there. A class, not an instance: copies and pickles of it are the same."""
+    """Marks a missing entry. It is used as a class, not as an instance, because copies and pickles of a class are
+    identical."""
 
 
 _MISSING = _Missing
@@ -25,7 +26,7 @@ class TreeState:
 
     Attributes:
         modules: every module, its class, its attributes, and its tables of submodules, parameters and buffers.
-        learns: every parameter, and whether it asks for gradients.
+        learns: every parameter, and its ``requires_grad``.
     """
 
     modules: list[tuple[nn.Module, type, dict[str, Any], dict[str, dict[str, Any]]]]
@@ -33,7 +34,7 @@ class TreeState:
 
     @classmethod
     def of(cls, root: nn.Module) -> TreeState:
-        """The state of a module and all in it."""
+        """The state of a module and all its submodules."""
         modules = [
             (module, type(module), dict(vars(module)), {table: dict(vars(module)[table]) for table in _TABLES})
             for module in root.modules()
@@ -43,12 +44,12 @@ class TreeState:
 
 @dataclass
 class TreeChange:
-    """What was changed since a ``TreeState``, in the modules that were there then.
+    """The changes since a ``TreeState``, in the modules that it holds.
 
     Attributes:
         entries: (dictionary, key, old value, new value).
         classes: (module, old class, new class).
-        learns: (parameter, whether it asked for gradients before).
+        learns: (parameter, its ``requires_grad`` before).
     """
 
     entries: list[tuple[dict[str, Any], str, Any, Any]] = field(default_factory=list)
@@ -75,15 +76,15 @@ class TreeChange:
                 self.entries.append((now, name, was, present))
 
     def without_attribute(self, name: str) -> TreeChange:
-        """The same change but for one attribute of the modules, which stays as it is."""
+        """The same change without one attribute of the modules, which then stays as it is."""
         return TreeChange([one for one in self.entries if one[1] != name], self.classes, self.learns)
 
     def replaced_modules(self) -> dict[int, nn.Module]:
-        """Modules that others took the place of, by the identity of these."""
+        """Modules that were replaced, by the ``id`` of their replacements."""
         return {id(new): old for _, _, old, new in self.entries if isinstance(old, nn.Module)}
 
     def undo(self) -> None:
-        """Take back what is still there; what was changed again since stays. Doing it twice is harmless."""
+        """Undo the changes, except where an entry was changed again since. Doing it twice is harmless."""
         for table, name, was, present in reversed(self.entries):
             _exchange(table, name, present, was)
         for module, kind, changed in self.classes:
@@ -93,7 +94,7 @@ class TreeChange:
             parameter.requires_grad_(learned)
 
     def redo(self) -> None:
-        """The change once more, where ``undo`` has taken it back."""
+        """Make the changes again that ``undo`` has undone."""
         for table, name, was, present in self.entries:
             _exchange(table, name, was, present)
         for module, kind, changed in self.classes:
@@ -104,7 +105,7 @@ class TreeChange:
 
 
 def _exchange(table: dict[str, Any], name: str, expected: Any, value: Any) -> None:
-    """Another value for a key, if it has the expected one."""
+    """Replace the value of a key if it is the expected one."""
     if table.get(name, _MISSING) is not expected:
         return
     if value is _MISSING:

@@ -1,11 +1,11 @@
-"""Nobody changes a model while another thread is inside one of its calls.
+"""Protection against changing a model while another thread is inside one of its calls.
 
-Calls under way are found on the stacks of the threads, so that calls of a stock model count too, and a call pays
-nothing for it. A call that begins during a change waits at the first module it enters; if there is one, the change is
-taken back, and the call goes on in the model that it was made for.
+Running calls are found on the stacks of the threads. Calls of a stock model are found too, and calls cost nothing
+extra. A call that begins during a change waits at the first module it enters. The change is then undone, and the call
+goes on with the unchanged model.
 
-An interrupt can hit between any two lines, also in the clean-up of a change. A change is therefore over, too, when the
-function that made it is no longer on the stack of its thread.
+An interrupt can hit between any two lines, also in the clean-up of a change. A change therefore also counts as over
+when the function that made it is no longer on the stack of its thread.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.nn.modules.module import _global_forward_pre_hooks, register_module_f
 
 
 class _Change:
-    """A change under way: of which modules (by ``id``), by which thread and function."""
+    """A running change: the modules (by ``id``), the thread and the function that makes it."""
 
     def __init__(self, model: nn.Module, what: str) -> None:
         self.what, self.thread = what, threading.get_ident()
@@ -33,12 +33,12 @@ class _Change:
         self.over = threading.Event()
 
     def was_left(self) -> bool:
-        """Whether the function that made the change has ended without saying that the change is over."""
-        # Twice: a generator that yields during the search hides the frames below it.
+        """True if the function that made the change has ended without closing the change."""
+        # Searched twice, because a generator that yields during the search hides the frames below it.
         return not any(self.function in _stack(sys._current_frames().get(self.thread)) for _ in range(2))
 
     def wait(self, module: nn.Module, args: Any) -> None:
-        """Hook before every module: a call of a module that is being changed goes on when the change is over."""
+        """Forward pre-hook of every module: a call of a module that is being changed waits until the change is over."""
         del args
         if torch.compiler.is_compiling():
             return
@@ -50,19 +50,19 @@ class _Change:
 
 
 _SECONDS_BETWEEN_LOOKS = 0.1
-_CHANGES: list[_Change] = []  # no lock: an interrupt could leave it held
+_CHANGES: list[_Change] = []  # without a lock, which an interrupt could leave held
 
 
 @contextlib.contextmanager
 def alone(model: nn.Module, what: str) -> Iterator[Callable[[], None]]:
-    """Keep the calls of other threads out of a model for the length of a ``with`` block, which changes it.
+    """Keep calls of other threads out of a model during a ``with`` block that changes it.
 
-    Yields a function that raises where a call has begun meanwhile. The block calls it last, and takes the change back
-    if it raises. A block of the same thread inside another one asks nothing.
+    Yields a function that raises if a call has begun since. The block calls it last, and undoes the change if it
+    raises. A block inside another one of the same thread checks nothing.
 
     Args:
-        model: without wrappers.
-        what: the change, for the message.
+        model: the model without wrappers.
+        what: name of the change, for the error message.
 
     Raises:
         RuntimeError: another thread is inside the model, or changes it.
@@ -92,8 +92,8 @@ def _close(model: nn.Module, change: _Change) -> None:
 
 
 def _open(change: _Change) -> None:
-    # Twice does no harm. The hook is looked up where torch keeps it: an interrupt may have hit before its handle was
-    # returned. It goes first: a change that is left in the list is found again, a hook would not be.
+    # Doing it twice is harmless. The hook is looked up in torch's table, because an interrupt may have hit before its
+    # handle was returned. It is removed first: a change left in the list is found again, a hook would not be.
     for key, hook in tuple(_global_forward_pre_hooks.items()):
         if hook == change.wait:
             _global_forward_pre_hooks.pop(key, None)
@@ -120,7 +120,7 @@ def _refuse_calls(change: _Change) -> None:
 
 
 def _is_inside(frame: FrameType | None, modules: set[int]) -> bool:
-    """Whether one of the functions on a stack is a method of one of the modules."""
+    """True if a function on the stack is a method of one of the modules."""
     for one in _stack(frame):
         code = one.f_code
         if code.co_argcount and code.co_varnames[0] == "self" and id(one.f_locals.get("self")) in modules:
@@ -131,7 +131,7 @@ def _is_inside(frame: FrameType | None, modules: set[int]) -> bool:
 def _calling_function() -> FrameType:
     """The innermost function of this thread that stays on its stack for the length of a ``with`` block.
 
-    The generator of a context manager does not: it sleeps while the block runs.
+    The generator of a context manager does not stay there: it is suspended while the block runs.
     """
     ours = {__file__, contextlib.__file__}
     frame = sys._getframe()
@@ -143,7 +143,7 @@ def _calling_function() -> FrameType:
 
 
 def _stack(frame: FrameType | None) -> Iterator[FrameType]:
-    """A frame and those that called it, innermost first."""
+    """A frame and its callers, innermost first."""
     while frame is not None:
         yield frame
         frame = frame.f_back

@@ -1,4 +1,4 @@
-"""A bounded store of encoded images, keyed by content. Knows nothing of models."""
+"""A bounded store of encoded images, keyed by content. It does not depend on a model."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ class Encoded:
     """One encoded image.
 
     Attributes:
-        features: (k, D) what the language model gets.
-        companions: (k, ·) further features of the same tokens, one for each layer that has some (deepstack).
-        cells: of every part of it, (k,) the grid's cells that were kept, where positions need them.
-        groups: of every part of it, (k,) token sizes and (k,) places of what the features stand for.
-        form: how an output that holds it is written; the same for every image of a model.
+        features: (k, D) features for the language model.
+        companions: (k, ·) further features of the same tokens, one entry per layer that adds some (deepstack).
+        cells: for every part of the image, (k,) cells of the grid that were kept, where positions need them.
+        groups: for every part of the image, (k,) token sizes and (k,) places of the placeholders that each feature
+            stands for.
+        form: structure of the output that the features are returned in; the same for every image of a model.
     """
 
     features: Tensor
@@ -44,7 +45,7 @@ class Encoded:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors)
 
     def copied(self) -> Encoded:
-        """The same with tensors of its own, which belong to no graph and to no larger tensor."""
+        """A copy with tensors of its own, detached from any graph and from larger tensors."""
         features, *companions = (tensor.detach().clone() for tensor in (self.features, *self.companions))
         cells = tuple(part.detach().clone() for part in self.cells)
         groups = tuple(type(group)(*(part.clone() for part in group)) for group in self.groups)
@@ -52,8 +53,8 @@ class Encoded:
 
 
 class VisionCache:
-    """Features of images that were encoded before; those not asked for the longest time are thrown out first. Threads
-    may share it.
+    """Features of images that were encoded before; the least recently used ones are dropped first. Threads may share
+    it.
 
     Give one to ``accelerate_mllm(model, ..., reuse_vision=VisionCache(max_bytes=...))`` to choose its size. It stays on
     the device where the features were made.
@@ -94,11 +95,11 @@ class VisionCache:
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> VisionCache:
-        """A copy of a model starts with an empty cache: its weights are others."""
+        """A copy of a model starts with an empty cache, because its weights may change independently."""
         return VisionCache(self.max_bytes)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """So does a pickled one."""
+        """An unpickled model starts with an empty cache too."""
         return VisionCache, (self.max_bytes,)
 
     @property
@@ -113,14 +114,15 @@ class VisionCache:
             self._used = 0
 
     def belongs_to(self, maker: Hashable) -> None:
-        """Forget every image unless ``maker``, whatever stands for the weights, is the one that they were made by."""
+        """Forget every image unless ``maker``, an identity of the weights, is the one that the images were encoded
+        with."""
         with self._lock:
             if maker != self._made_by:
                 self.clear()
                 self._made_by = maker
 
     def find(self, key: bytes) -> Encoded | None:
-        """The image of a key, which is from now on the last one to be thrown out; None if it is not known."""
+        """The image of a key, which becomes the most recently used one; None if it is not in the cache."""
         with self._lock:
             entry = self._entries.get(key)
             if entry is None:
@@ -131,12 +133,12 @@ class VisionCache:
             return entry
 
     def count_hit(self) -> None:
-        """An image that is in the same batch twice."""
+        """Count a hit for an image that is in the same batch twice."""
         with self._lock:
             self.hits += 1
 
     def keep(self, key: bytes, entry: Encoded) -> None:
-        """Copy an image into the cache; the images that were asked for the longest ago make room."""
+        """Copy an image into the cache; the least recently used images are dropped to make room."""
         size = entry.size
         if size > self.max_bytes:
             return
@@ -151,11 +153,11 @@ class VisionCache:
 
 
 def content_key(tensors: Iterable[Tensor], words: Any = None) -> bytes:
-    """A key that two different contents do not share: 256 bits of BLAKE2b over types, shapes and every byte.
+    """A key that differs for different contents: 256 bits of BLAKE2b over types, shapes and every byte.
 
     Args:
         tensors: of any type; read on the CPU.
-        words: whatever else tells contents apart; its ``repr`` counts.
+        words: anything else that distinguishes contents; its ``repr`` enters the key.
     """
     digest = hashlib.blake2b(repr(words).encode(), digest_size=32)
     for tensor in tensors:

@@ -1,6 +1,6 @@
-"""From the user's keyword arguments to compact ones: which columns are new, which are cached, what travels along.
+"""From the user's keyword arguments to compact ones: new columns, cached columns, and arguments of the same length.
 
-``compact``, ``compact_for_generate`` and, for steps on a compact cache, ``followed_layout`` answer with new arguments.
+``compact``, ``compact_for_generate`` and, for steps on a compact cache, ``followed_layout`` return new arguments.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from mllm_crossget.hooks.request.token_sizes import joined_log_sizes
 from mllm_crossget.hooks.request.user_view import prompt_mask
 from mllm_crossget.schedule import acting_geometry
 
-# Arguments of a call that choose which features are read.
+# Arguments of a call that choose the features of the tower.
 _READ = (
     "vision_feature_layer",
     "vision_feature_layers",
@@ -59,7 +59,7 @@ _PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
 
 
 def refuse_inputs(kwargs: dict[str, Any]) -> None:
-    """Raise ``ValueError`` for prompts that hide where the placeholders are."""
+    """Raise ``ValueError`` for prompts that do not show where the placeholders are."""
     if kwargs.get("inputs_embeds") is not None:
         raise ValueError(
             "inputs_embeds given: an accelerated model must see which positions are image placeholders; pass input_ids "
@@ -73,7 +73,7 @@ def refuse_inputs(kwargs: dict[str, Any]) -> None:
 
 
 def refuse_other_features(handle: Handle, config: Any, kwargs: dict[str, Any]) -> None:
-    """Raise ``ValueError`` for features of another layer than the schedule was made for."""
+    """Raise ``ValueError`` if a call asks for features of another layer than the schedule was made for."""
     for name in _READ:
         value, accelerated = kwargs.get(name), getattr(config, name, None)
         if value is not None and value != accelerated:
@@ -104,7 +104,7 @@ def require_ids(handle: Handle, kwargs: dict[str, Any]) -> None:
 
 
 def _refuse_changed_config(model: nn.Module, handle: Handle) -> None:
-    """Raise ``ValueError`` where the configuration asks for other features than the model was accelerated for."""
+    """Raise ``ValueError`` if the configuration asks for other features than the model was accelerated for."""
     if torch.compiler.is_compiling():
         return
     try:
@@ -122,13 +122,14 @@ def _refuse_changed_config(model: nn.Module, handle: Handle) -> None:
 
 
 def is_full_prompt(model: nn.Module, handle: Handle, kwargs: dict[str, Any]) -> bool:
-    """Whether the call's ids still hold the processor's placeholders. Raises ``ValueError`` where nothing fits."""
+    """True if the call's ids still hold all placeholders of the processor. Raises ``ValueError`` if no count fits."""
     require_ids(handle, kwargs)
     _refuse_changed_config(model, handle)
     ids = kwargs["input_ids"]
     if ids.ndim != 2 or ids.is_floating_point():
         raise TypeError(f"input_ids must be integers of shape (rows, columns), got {ids.dtype} {tuple(ids.shape)}")
-    full = [_is_full(model, handle, modality, kwargs) for modality in present(handle, kwargs)]  # every one is checked
+    # a list and no generator, so that every modality is checked
+    full = [_is_full(model, handle, modality, kwargs) for modality in present(handle, kwargs)]
     return any(full)
 
 
@@ -154,7 +155,7 @@ def _is_full(model: nn.Module, handle: Handle, modality: Modality, kwargs: dict[
 
 
 def _check_positions(model: nn.Module, handle: Handle, modality: Modality, kwargs: dict[str, Any], total: int) -> None:
-    """A prompt that is compact already does not say where its image tokens were."""
+    """Refuse kept positions for a compact prompt, which does not say where its image tokens were."""
     kept = handle.family.positions is Positions.GRID or handle.keeps_positions
     if not kept or kwargs.get("position_ids") is not None:
         return
@@ -172,18 +173,19 @@ def _pad_id(model: nn.Module) -> int:
 
 
 def empty_layout(ids: Tensor) -> Layout:
-    """The layout of a cache that holds nothing yet, or nothing but columns as the user sees them."""
+    """The layout of a KV cache that is empty or holds only columns that are the user's own."""
     nothing = ids.new_zeros(ids.shape[0], 0)
     return Layout(0, nothing, nothing, ids.new_zeros(ids.shape[0]))
 
 
 def cached_columns(cache: Any) -> int:
-    """Columns in a KV cache, None counting as empty."""
+    """Number of columns in a KV cache; 0 for None."""
     return 0 if cache is None else int(cache.get_seq_length())
 
 
 def compact(call: PromptCall) -> CompactCall:
-    """``input_ids``, ``attention_mask`` and their companions with fewer image placeholders; nothing is changed.
+    """``input_ids``, ``attention_mask`` and arguments of the same length, with fewer image placeholders. The call is
+    unchanged.
 
     Raises:
         ValueError: placeholders that do not fit the images, packed sequences, or padding behind cached columns that
@@ -197,7 +199,7 @@ def compact(call: PromptCall) -> CompactCall:
             for modality in present(handle, call.arguments)
         }
         groups = groups_of_call(model, handle, call.arguments, images) if handle.size_bias or keeps_positions else None
-        if handle.method.needs_text and groups is None:  # encoded now, where what is asked is at hand
+        if handle.method.needs_text and groups is None:  # encode now, because the question is known here
             groups_of_call(model, handle, call.arguments, images)
     compaction = plan_compaction(ids, mask, images, bool((mask[:, -1] != 0).all()), keeps_positions, groups)
     if bool(call.past.any()):
@@ -224,7 +226,8 @@ def compact(call: PromptCall) -> CompactCall:
 def _compact_positions(
     call: PromptCall, images: dict[int, list[tuple[int, int]]], compaction: Compaction, keeps_positions: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Positions of the compact columns, None where the model makes them; and ``Layout.deltas`` of those in a grid."""
+    """Positions of the compact columns (None if the model makes them), and ``Layout.deltas`` if positions are in a
+    grid."""
     if call.handle.family.positions is Positions.GRID:
         kept = {}
         for modality in present(call.handle, call.arguments):
@@ -257,8 +260,8 @@ def _refuse_packed_positions(positions: Tensor, mask: Tensor) -> None:
 
 
 def keeps_positions_on(handle: Handle, layout: Layout | None) -> bool:
-    """True if new columns get their positions in the full prompt: as the columns in the cache; without a cache, as the
-    settings say."""
+    """True if new columns keep their positions of the full prompt. With a cache this follows the cached columns, else
+    the settings."""
     return layout.keeps_positions if layout is not None and layout.length else handle.keeps_positions
 
 
@@ -302,18 +305,19 @@ def followed_layout(handle: Handle, layout: Layout, kwargs: dict[str, Any]) -> d
 
 
 def positions_of_columns(handle: Handle, ids: Tensor, columns: int) -> Tensor:
-    """(B, new) what the stock model gives the last of so many columns, where it is given no positions."""
+    """(B, new) the positions that the stock model gives to the last of ``columns`` columns, if it is given none."""
     places = torch.arange(columns - ids.shape[1], columns, device=ids.device) + handle.family.first_position
     return places.expand(ids.shape[0], -1)
 
 
 def positions_of_mask(mask: Tensor) -> Tensor:
-    """(B, columns) what the stock ``generate`` makes of a mask; a masked column inside a row has its neighbour's."""
+    """(B, columns) the positions that the stock ``generate`` makes from a mask; a masked column has its left
+    neighbour's."""
     return (mask.long().cumsum(dim=1) - 1).clamp_min(0)
 
 
 def whole_mask(ids: Tensor, layout: Layout | None, cache: Any, option: Any) -> Tensor:
-    """(B, cached + new) the mask in the user's columns where ``generate`` was given none."""
+    """(B, cached + new) mask in the user's columns, for a ``generate`` that was given none."""
     mask = prompt_mask(ids, option)
     if layout is None:
         return mask
@@ -324,11 +328,12 @@ def whole_mask(ids: Tensor, layout: Layout | None, cache: Any, option: Any) -> T
 def compact_for_generate(
     model: nn.Module, handle: Handle, kwargs: dict[str, Any], layout: Layout | None
 ) -> tuple[dict[str, Any], Layout] | None:
-    """``generate``'s arguments in compact columns, and the layout of them all; None if the prompt is compact already.
+    """``generate``'s arguments in compact columns, and the layout of all columns; None if the prompt is compact
+    already.
 
     Args:
         kwargs: the user's arguments, with ``input_ids`` and ``attention_mask``.
-        layout: of the columns in the cache, None for no cache.
+        layout: layout of the columns in the cache; None without a cache.
     """
     user_ids, cache = kwargs["input_ids"], cache_in(kwargs)
     mask = mask_2d(kwargs, user_ids, 0)
@@ -336,7 +341,7 @@ def compact_for_generate(
         raise ValueError(f"attention_mask has {mask.shape[1]} columns, input_ids has {user_ids.shape[1]}")
     known = (layout or empty_layout(user_ids)).for_rows(len(user_ids))
     covered = cached_columns(cache) + known.shift if cache is not None else 0
-    repeats_all = user_ids.shape[1] == mask.shape[1]  # else the ids are the new columns alone
+    repeats_all = user_ids.shape[1] == mask.shape[1]  # else the ids hold the new columns alone
     new_ids = user_ids[:, covered:] if repeats_all else user_ids
     new_mask = mask[:, mask.shape[1] - new_ids.shape[1] :]
     cached_ids, cached_mask = _columns_in_cache(known, user_ids if repeats_all else None, mask, covered)
@@ -357,7 +362,7 @@ def compact_for_generate(
     compact_mask = torch.cat([cached_mask, new_mask], dim=1)
     if known.deltas is not None and made.get("position_ids") is None:
         made["position_ids"] = text_positions(compact_mask, known.deltas)
-    if made.get("position_ids") is not None:  # prefill in chunks slices them by the cache's length
+    if made.get("position_ids") is not None:  # chunked prefill slices positions by the length of the cache
         positions = made["position_ids"]
         made["position_ids"] = _prepend_zeros(positions, compact_mask.shape[1] - positions.shape[-1])
     compact_ids = torch.cat([cached_ids, new_ids], dim=1)
@@ -370,7 +375,7 @@ def compact_for_generate(
 def _positions_of_new_text(
     handle: Handle, layout: Layout | None, known: Layout, positions: Tensor, columns: int
 ) -> Tensor:
-    """The user's positions of new columns without images, in the compact prompt's counting."""
+    """The user's positions of new columns without images, shifted to the compact prompt's."""
     if keeps_positions_on(handle, layout):
         return positions[:, -columns:]
     return positions if known.deltas is not None else positions[:, -columns:] - known.removed[:, None]

@@ -1,6 +1,6 @@
-"""The prompt side: fewer image placeholders in front of the language model, the user's layout behind it.
+"""Compaction of the prompt: fewer image placeholders before the language model, the user's columns after it.
 
-Pure tensor functions on token ids and masks; knows no model. B rows, L columns of the user's prompt, C columns after
+Pure tensor functions on token ids and masks, without a model. B rows, L columns of the user's prompt, C columns after
 compaction.
 """
 
@@ -24,16 +24,16 @@ TRUNCATED = (
 
 @dataclass
 class Compaction:
-    """Which columns of a prompt stay.
+    """Which columns of a prompt are kept.
 
     Attributes:
         index: (B, C) column of the user's prompt for every compact column; 0 where ``real`` is False.
-        real: (B, C) False for padding made by the compaction.
+        real: (B, C) False for padding that the compaction adds.
         length: L.
-        places: (B, C) column whose position a compact column has if positions are kept: its own, and for an image's
-            token the lower median of the columns that it stands for; None if not asked for.
-        log_sizes: (B, C) float32 log of the number of the user's columns that a compact column stands for; None if not
-            asked for.
+        places: (B, C) column whose position a compact column has if positions are kept. Text has its own column; an
+            image token has the lower median of the columns that it stands for. None if not asked for.
+        log_sizes: (B, C) float32 log of how many of the user's columns a compact column stands for; None if not asked
+            for.
     """
 
     index: Tensor
@@ -47,7 +47,7 @@ class Compaction:
         return values_BL.gather(1, self.index).masked_fill(~self.real, fill)
 
     def compact_positions(self, positions_BL: Tensor) -> Tensor:
-        """Position ids, (B, L) -> (B, C): without the gaps that the dropped placeholders leave, or kept."""
+        """Position ids, (B, L) -> (B, C): kept, or without the gaps that the dropped placeholders leave."""
         if self.places is not None:
             return positions_BL.gather(1, self.places).masked_fill(~self.real, 0)
         dropped = torch.ones_like(positions_BL)
@@ -56,14 +56,14 @@ class Compaction:
         return self.compact(positions_BL - dropped.cumsum(dim=1), 0)
 
     def keeps_last(self, columns: int | Tensor) -> bool:
-        """Whether the last ``columns`` compact columns are the last ones of the user's prompt, in every row."""
+        """True if the last ``columns`` compact columns are the last ones of the user's prompt, in every row."""
         if isinstance(columns, Tensor) or not 0 < columns <= self.index.shape[1]:
             return False
         last = torch.arange(self.length - columns, self.length, device=self.index.device)
         return bool(((self.index[:, -columns:] == last) & self.real[:, -columns:]).all())
 
     def _inside(self, values_BL: Tensor) -> Tensor:
-        """(B, L) 1 from a row's first kept column on: padding in front of it was no placeholder."""
+        """(B, L) 1 from a row's first kept column on; columns before it are padding and no placeholders."""
         columns = torch.arange(self.length, device=values_BL.device)
         first = self.index.masked_fill(~self.real, self.length).amin(dim=1, keepdim=True)
         return (columns >= first).to(values_BL.dtype)
@@ -78,16 +78,16 @@ class Compaction:
 
 @dataclass
 class Layout:
-    """Remembered on a KV cache: how the compact columns in it relate to the user's columns.
+    """How the compact columns in a KV cache relate to the user's columns; stored on the cache.
 
     Attributes:
         length: columns of the user's prompt that the compaction covered.
         mask: (B, C) attention mask of the compact columns that replaced them.
         ids: (B, C) their token ids.
         removed: (B,) positions taken out of each row.
-        deltas: (B,) position minus compact column of the text behind the prompt, where image tokens have positions in
-            a grid (``hooks.request.rope_positions``), else None.
-        keeps_positions: text has the positions of the user's columns.
+        deltas: (B,) position minus compact column of the text after the prompt, if image tokens have positions in a
+            grid (``hooks.request.rope_positions``); else None.
+        keeps_positions: True if text has the positions of the user's columns.
         log_sizes: (B, C) log sizes of the compact columns, or None.
     """
 
@@ -101,11 +101,11 @@ class Layout:
 
     @property
     def shift(self) -> int:
-        """Columns by which the user's layout is longer."""
+        """Number of columns by which the user's prompt is longer."""
         return self.length - self.mask.shape[1]
 
     def for_rows(self, rows: int) -> Layout:
-        """The layout of a cache with ``rows`` rows: several answers per row of the prompt repeat its rows."""
+        """The layout of a cache with ``rows`` rows; several answers per prompt repeat the prompt's row."""
         known = self.mask.shape[0]
         if rows % known:
             raise ValueError(
@@ -134,20 +134,20 @@ def plan_compaction(
     keep_positions: bool = False,
     groups: dict[int, list[tuple[Tensor, Tensor]]] | None = None,
 ) -> Compaction:
-    """Choose the columns that stay: of every image's ``n`` placeholders the last ``k``, of the padding none but what
+    """Choose the columns that are kept: the last ``k`` of every image's ``n`` placeholders, and as little padding as
     rows of different length need.
 
-    The last placeholders stay so that the logit in front of the first text token exists.
+    The last placeholders are kept so that the logit for the first text token exists.
 
     Args:
         ids_BL: (B, L) token ids.
         mask_BL: (B, L) attention mask, or None for all ones.
-        images: by the placeholder's token id, (n, k) of every image in the order of the flattened batch.
+        images: for every placeholder token id, (n, k) of its images in the order of the flattened batch.
         left: pad shorter rows on the left.
-        keep_positions: also find where the positions of the columns that stay are.
-        groups: by the placeholder's token id, (k,) sizes and (k,) places among its n placeholders of every image's
-            tokens, for positions and for ``Compaction.log_sizes``. None: tokens of unknown origin, whose positions are
-            spread evenly over the image.
+        keep_positions: also compute ``Compaction.places``.
+        groups: for every placeholder token id, and each of its images, the (k,) token sizes and the (k,) places among
+            the image's n placeholders. They serve positions and ``Compaction.log_sizes``. None: tokens of unknown
+            origin, whose positions are spread evenly over the image.
 
     Raises:
         ValueError: placeholders do not add up to the images, or an image's placeholders cross rows.
@@ -168,7 +168,7 @@ def plan_compaction(
     index, places = order.masked_fill(~real, 0), None
     if keep_positions:
         places = _places(ids_BL, images, groups).gather(1, index)
-        # generate goes on from the position of a row's last token, which may be an image's: it keeps its own
+        # generate goes on from the position of a row's last token: it keeps its own, even if it is an image's
         last = real.long().cumsum(1).argmax(dim=1, keepdim=True)
         places = places.scatter(1, last, index.gather(1, last))
     sizes = None if groups is None else log_sizes_of(ids_BL, images, groups).gather(1, index).masked_fill(~real, 0)
@@ -178,7 +178,7 @@ def plan_compaction(
 def log_sizes_of(
     ids_BL: Tensor, images: dict[int, list[tuple[int, int]]], groups: dict[int, list[tuple[Tensor, Tensor]]]
 ) -> Tensor:
-    """(B, L) log sizes of an image's tokens in the last k of its n placeholders, 0 elsewhere."""
+    """(B, L) log sizes of image tokens in the last k of an image's n placeholders, 0 elsewhere."""
     sizes = torch.zeros(ids_BL.shape, dtype=torch.float32, device=ids_BL.device)
     for token, counts in images.items():
         own = [
@@ -195,9 +195,10 @@ def _places(
     images: dict[int, list[tuple[int, int]]],
     groups: dict[int, list[tuple[Tensor, Tensor]]] | None,
 ) -> Tensor:
-    """(B, L) own columns, and for the last k of an image's n placeholders the columns that its tokens stand for.
+    """(B, L) column whose position each column has: its own, except for the last k of an image's n placeholders.
 
-    Of tokens of unknown origin: the middles of k equal parts of the image, for the last one the last column.
+    These have the columns that the image's tokens stand for. If that is unknown, they have the middles of k equal parts
+    of the image, and the last one has the last column.
     """
     columns = torch.arange(ids_BL.shape[1], device=ids_BL.device).expand_as(ids_BL).clone()
     for token, counts in images.items():
@@ -216,7 +217,8 @@ def _places(
 
 
 def refuse_padding_in_a_state(model: nn.Module, mask: Tensor) -> None:
-    """Layers with linear attention or a convolution keep a state that padding behind cached columns would change."""
+    """Raise where padding after cached columns would change the state of layers with linear attention or a
+    convolution."""
     kinds = getattr(config_of(model).get_text_config(), "layer_types", None) or ()
     if not {"linear_attention", "conv"}.isdisjoint(kinds) and bool((mask == 0).any()):
         raise ValueError(
@@ -227,12 +229,12 @@ def refuse_padding_in_a_state(model: nn.Module, mask: Tensor) -> None:
 
 
 def check_counts(total: int, full: int, compact: int | None, images: int) -> bool:
-    """Whether a prompt is still in the processor's layout (True) or compact already (False).
+    """True if a prompt is still in the processor's layout, False if it is compact already.
 
     Args:
         total: placeholders in the prompt.
-        full, compact: placeholders in the two layouts; None where the compact count is not known in advance (the stock
-            model then compares placeholders with features itself).
+        full, compact: placeholders in the two layouts. ``compact`` is None if that count is not known in advance; the
+            stock model then compares placeholders with features itself.
         images: number of images.
 
     Raises:
@@ -256,7 +258,7 @@ def check_counts(total: int, full: int, compact: int | None, images: int) -> boo
 
 
 def outer_padding(mask_BL: Tensor) -> Tensor:
-    """(B, L) True in the masked runs at both ends of each row; masked columns in between stay what they are."""
+    """(B, L) True in the masked runs at both ends of each row; masked columns in between are not padding."""
     real = (mask_BL != 0).to(torch.int64)
     return (real.cumsum(dim=1) == 0) | (real.flip(1).cumsum(dim=1).flip(1) == 0)
 

@@ -1,6 +1,6 @@
-"""How many placeholders every image of a call has in the user's prompt, and how many features the language model gets.
+"""How many placeholders each image has in the user's prompt, and how many features the language model gets for it.
 
-Everything reads the dictionary of keyword arguments of ``forward`` or ``generate``; nothing is changed.
+All functions read the keyword arguments of ``forward`` or ``generate`` and change nothing.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from mllm_crossget.hooks.request.compaction import TRUNCATED
 
 
 def given_features(modality: Modality, kwargs: dict[str, Any]) -> Any:
-    """Precomputed features of a modality in a call, (images, ·, ·) or a list, or None."""
+    """Precomputed features of a modality in a call: (images, ·, ·), a list, or None."""
     outputs = kwargs.get("mm_encoder_outputs") or {}
     return None if outputs.get(modality.name) is None else outputs[modality.name].pooler_output
 
 
 def present(handle: Handle, kwargs: dict[str, Any]) -> list[Modality]:
-    """The modalities that a call brings, as pixels or as precomputed features."""
+    """The modalities that a call holds, as pixels or as precomputed features."""
     return [
         modality
         for modality in handle.family.modalities
@@ -40,7 +40,7 @@ def token_of(model: nn.Module, modality: Modality) -> int:
 
 
 def placeholders_of(model: nn.Module, handle: Handle, modality: Modality, kwargs: dict[str, Any]) -> list[int]:
-    """Placeholders of every image that the untouched model needs."""
+    """Number of placeholders that the untouched model needs for each image."""
     features = given_features(modality, kwargs)
     if features is not None and handle.merging is not None and getattr(handle.geometry, "fixed", True):
         images = sum(len(image) for image in features) // handle.schedule.features
@@ -56,14 +56,14 @@ def placeholders_of(model: nn.Module, handle: Handle, modality: Modality, kwargs
 
 
 def _tokens_of_size(model: nn.Module, handle: Handle, modality: Modality, kwargs: dict[str, Any]) -> int:
-    """Placeholders of every image of a call, all of which have one size."""
+    """Number of placeholders per image, in a call whose images all have the same size."""
     if modality.tokens_of is None:
         return handle.schedule.placeholders
     return modality.tokens_of(model.config, kwargs[modality.pixels])
 
 
 def known_features(model: nn.Module, handle: Handle, modality: Modality, kwargs: dict[str, Any]) -> list[int] | None:
-    """Features of every image as far as they are known without encoding it."""
+    """Number of features of each image, where known without encoding; else None."""
     features = given_features(modality, kwargs)
     if features is not None:
         return [len(image) for image in features]
@@ -83,8 +83,8 @@ def known_features(model: nn.Module, handle: Handle, modality: Modality, kwargs:
 
 @contextmanager
 def mismatch_explained(model: nn.Module, handle: Handle, kwargs: dict[str, Any]) -> Iterator[None]:
-    """Where only the images can tell how many features they have, stock code finds out that a prompt does not fit: its
-    error is raised again with what the prompt should hold."""
+    """Explain the stock code's error for a prompt that does not fit its images: raise it again with the right counts.
+    It is needed where the number of features is known only after encoding."""
     try:
         yield
     except (ValueError, RuntimeError) as error:
@@ -104,10 +104,10 @@ def mismatch_explained(model: nn.Module, handle: Handle, kwargs: dict[str, Any])
 
 
 def frames_of(model: nn.Module, handle: Handle, modality: Modality, features: Any) -> list[int]:
-    """Frames in every entry of precomputed features of videos.
+    """Number of frames in each entry of precomputed video features.
 
     Raises:
-        ValueError: an entry whose length no whole number of frames has.
+        ValueError: the length of an entry fits no whole number of frames.
     """
     one, two = (_counted(model, modality, frames, lambda tokens: _kept_of_part(handle, modality, tokens))
                 for frames in (1, 2))  # fmt: skip
@@ -121,14 +121,14 @@ def frames_of(model: nn.Module, handle: Handle, modality: Modality, features: An
 
 
 def _counted(model: nn.Module, modality: Modality, frames: int, kept: Callable[[int], int]) -> int:
-    """Features of one video of so many frames."""
+    """Number of features of one video with ``frames`` frames."""
     if modality.reduced_counts is None:
         raise RuntimeError(f"{modality.name}s have no frames")
     return modality.reduced_counts(model, {modality.pixels: torch.empty(1, frames)}, kept)[0]
 
 
 def _kept_of_part(handle: Handle, modality: Modality, tokens: int) -> int:
-    """Features of a frame of ``tokens`` placeholders."""
+    """Number of features of a frame with ``tokens`` placeholders."""
     if modality.name in handle.modality_towers:
         return handle.modality_towers[modality.name].schedule.features
     return tokens if handle.second_merge is None else handle.second_merge.schedule(tokens).features
@@ -139,8 +139,8 @@ def _merged_counts(merging: MergeState, placeholders: list[int]) -> list[int]:
 
 
 def image_counts(model: nn.Module, handle: Handle, modality: Modality, kwargs: dict[str, Any]) -> list[tuple[int, int]]:
-    """(placeholders of the user's prompt, features) of every image of a call; encodes the images where only that can
-    tell."""
+    """(placeholders in the user's prompt, features) of each image of a call. Encodes the images if the counts depend on
+    them."""
     placeholders = placeholders_of(model, handle, modality, kwargs)
     if handle.merging is not None:
         return list(zip(placeholders, _merged_counts(handle.merging, placeholders), strict=True))
@@ -152,7 +152,8 @@ def image_counts(model: nn.Module, handle: Handle, modality: Modality, kwargs: d
 def expected_counts(
     model: nn.Module, handle: Handle, modality: Modality, kwargs: dict[str, Any]
 ) -> list[tuple[int, int]]:
-    """As ``image_counts`` without encoding: where only the image can tell, the settings' average share."""
+    """As ``image_counts``, without encoding: counts that depend on the image are estimated by the settings' average
+    share."""
     placeholders = placeholders_of(model, handle, modality, kwargs)
     known = known_features(model, handle, modality, kwargs)
     if known is None:
@@ -162,8 +163,8 @@ def expected_counts(
 
 
 def _with_newlines(size: Tensor, place: Tensor, whole: int, kept: int) -> tuple[Tensor, Tensor]:
-    """Sizes and places of one image, with the newlines that a model before transformers 5.23 adds behind a video only
-    in its ``forward``: ``kept`` of them altogether, of ``whole`` placeholders."""
+    """Sizes and places of one video, with the newlines that models before transformers 5.23 append only in ``forward``:
+    ``kept`` entries altogether, for ``whole`` placeholders."""
     missing = kept - len(size)
     if missing <= 0:
         return size, place
@@ -176,10 +177,10 @@ def groups_of_call(
     kwargs: dict[str, Any],
     images: dict[int, list[tuple[int, int]]] | None = None,
 ) -> dict[int, list[tuple[Tensor, Tensor]]] | None:
-    """By the placeholder's token id, (k,) sizes and (k,) places of every image's features; encodes the images.
+    """For every placeholder token id, (k,) token sizes and (k,) places of each image's features; encodes the images.
 
     Raises:
-        ValueError: precomputed features that do not say what they stand for.
+        ValueError: precomputed features without a record of the tokens that they stand for.
     """
     found: dict[int, list[tuple[Tensor, Tensor]]] = {}
     for modality in present(handle, kwargs):
@@ -193,11 +194,11 @@ def groups_of_call(
                 f"mm_encoder_outputs[{modality.name!r}] does not say which tokens its features stand for; make it with "
                 f"this model's {modality.encode}(..., return_dict=True), or pass {modality.pixels}"
             )
-        if groups is None:  # nothing was merged: features are the untouched model's
+        if groups is None:  # nothing was merged: the features are those of the untouched model
             return None
         counts = (images or {}).get(token_of(model, modality), [])
         frames = len(groups) // len(counts) if counts else 1
-        if frames > 1:  # encoded frame by frame, counted by the video
+        if frames > 1:  # encoded frame by frame, counted per video
             groups = [
                 joined_groups(groups[video * frames : (video + 1) * frames], [n // frames] * frames)
                 for video, (n, _) in enumerate(counts)
@@ -212,7 +213,8 @@ def groups_of_call(
 def images_per_row(model: nn.Module, handle: Handle, kwargs: dict[str, Any]) -> Tensor:
     """(B,) tower images (a tile or a frame counts as one) in every row of a compact prompt.
 
-    Only the first modality of the family that is there counts: one forward records the cross tokens of one encoding.
+    Only the first modality of the family that the call holds is counted, because one forward records the cross tokens
+    of one encoding.
     """
     modality = present(handle, kwargs)[0]
     features = known_features(model, handle, modality, kwargs)
@@ -225,5 +227,5 @@ def images_per_row(model: nn.Module, handle: Handle, kwargs: dict[str, Any]) -> 
         parts = [1] * len(features) if modality.parts is None else modality.parts(model, kwargs)
     ends = torch.tensor(features).cumsum(0)
     rows = (kwargs["input_ids"] == token_of(model, modality)).sum(dim=1).cumsum(0).cpu()
-    row_of_image = torch.searchsorted(rows, ends)  # the first row that ends at or behind the image's last placeholder
+    row_of_image = torch.searchsorted(rows, ends)  # the first row that ends at or after the image's last placeholder
     return torch.zeros(len(rows), dtype=torch.int64).index_add(0, row_of_image, torch.tensor(parts))

@@ -1,4 +1,4 @@
-"""One call of ``forward`` or ``generate`` whose new columns hold image placeholders, and what becomes of it."""
+"""One call of ``forward`` or ``generate`` whose new columns hold image placeholders, and its compact form."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from mllm_crossget.hooks.request.compaction import Compaction, Layout
 
 @dataclass(frozen=True)
 class PromptCall:
-    """What ``compact`` is given. B rows, L new columns of the user's prompt.
+    """Input of ``compact``. B rows, L new columns of the user's prompt.
 
     Attributes:
         model, handle: the accelerated model.
         arguments: the user's keyword arguments, full-length.
         ids, mask: (B, L) the columns that are not in the KV cache yet.
-        layout: of the cached columns.
-        past: (B,) real ones among the cached compact columns.
-        offset: cached compact columns that companions of ``ids`` (positions, token types) cover too; they get zeros
-            there, which stock code slices off.
+        layout: layout of the cached columns.
+        past: (B,) number of cached compact columns that are not padding.
+        offset: number of cached compact columns that positions and token types cover too. They get zeros there, which
+            stock code slices off.
     """
 
     model: nn.Module
@@ -37,13 +37,14 @@ class PromptCall:
 
 @dataclass(frozen=True)
 class CompactCall:
-    """What ``compact`` answers.
+    """Output of ``compact``.
 
     Attributes:
-        arguments: ``input_ids``, ``attention_mask`` and their companions in compact columns; the others of the call as
-            they were.
-        compaction: which of the new columns stay.
-        layout: of the cached and the new columns; its ``length``, ``mask`` and ``ids`` are still the cached ones'.
+        arguments: keyword arguments of the call; ``input_ids``, ``attention_mask`` and arguments of the same length are
+            in compact columns.
+        compaction: which of the new columns are kept.
+        layout: layout of the cached and the new columns; its ``length``, ``mask`` and ``ids`` still cover the cached
+            ones alone.
     """
 
     arguments: dict[str, Any]

@@ -1,7 +1,7 @@
-"""What is asked about every image of a call, for methods that select by it (``Method.needs_text``).
+"""The question about each image of a call, for methods that select tokens by it (``Method.needs_text``).
 
-The question is read as the language model reads it: the input embeddings of the prompt's tokens. Nobody says where in a
-chat the question stands, so it is whatever follows the image in its row.
+The question is given as the language model's input embeddings of its tokens. A prompt does not mark its question, so
+all text that follows the image in its row is taken as the question.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ from mllm_crossget.hooks.ground.state import QUESTION, Handle
 from mllm_crossget.hooks.request.placeholders import known_features, placeholders_of, present, token_of
 from mllm_crossget.methods.signals import AskedText
 
-_NOBODY_ANSWERS = -100  # the label of a token that is not learned
+_NO_LABEL = -100  # the label of a token without a loss
 
 
 def asking(
     model: nn.Module, handle: Handle, kwargs: dict[str, Any], ids: Tensor | None = None, mask: Tensor | None = None
 ) -> AbstractContextManager[Any]:
-    """A ``with`` block in which images are encoded with what is asked about them; of other methods, an empty one.
+    """A ``with`` block in which images are encoded with their questions; an empty block for methods that need none.
 
     Args:
         model: the accelerated model.
-        handle: of it.
-        kwargs: of the call, with its images.
-        ids: (B, columns) the new columns of the prompt, full or compact; those in ``kwargs`` if not given.
-        mask: (B, columns) of them.
+        handle: its handle.
+        kwargs: keyword arguments of the call, with its images.
+        ids: (B, columns) token ids of the prompt's new columns, full or compact; ``kwargs`` has them if not given.
+        mask: (B, columns) their attention mask.
     """
     if not handle.method.needs_text or not present(handle, kwargs) or handle.merging is None:
         return nullcontext()
     ids = kwargs["input_ids"] if ids is None else ids
     mask = kwargs.get("attention_mask") if mask is None else mask
-    if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):  # prepared: images are encoded by then
+    if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):  # prepared: images are encoded
         return nullcontext()
     alive = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask[:, -ids.shape[1] :] != 0
     labels = kwargs.get("labels")
-    if labels is not None:  # what is to be learned is no question
-        alive = alive & (labels[:, -ids.shape[1] :] == _NOBODY_ANSWERS)
+    if labels is not None:  # tokens of the answer do not belong to the question
+        alive = alive & (labels[:, -ids.shape[1] :] == _NO_LABEL)
     asked = {
         modality.encode: _asked(model, handle, modality, kwargs, ids, alive)
         for modality in present(handle, kwargs)
@@ -55,7 +55,7 @@ def asking(
 def _asked(
     model: Any, handle: Handle, modality: Modality, kwargs: dict[str, Any], ids: Tensor, alive: Tensor
 ) -> AskedText:
-    """The text behind every image."""
+    """The text after each image."""
     pictures = torch.zeros_like(alive)
     for one in handle.family.modalities:
         pictures |= ids == token_of(model, one)
@@ -63,14 +63,15 @@ def _asked(
     row, column = _last_places(ids == token_of(model, modality), _counts(model, handle, modality, kwargs, ids))
     behind = torch.arange(ids.shape[1], device=ids.device) > column[:, None]
     asked = text[row] & behind
-    asked = torch.where(asked.any(dim=1, keepdim=True), asked, text[row])  # the picture comes last: what is before it
+    # where no text follows the image, all text of the row is the question
+    asked = torch.where(asked.any(dim=1, keepdim=True), asked, text[row])
     order = (~asked).to(torch.uint8).argsort(dim=1, stable=True)[:, : max(1, int(asked.sum(dim=1).max()))]
     words = ids.masked_fill(~text, 0)[row].gather(1, order)
     return AskedText(model.get_input_embeddings()(words).detach(), asked.gather(1, order))
 
 
 def _counts(model: nn.Module, handle: Handle, modality: Modality, kwargs: dict[str, Any], ids: Tensor) -> list[int]:
-    """Placeholders of every image in the prompt, which is full or compact."""
+    """Placeholders of each image in the prompt, which may be full or compact."""
     full = placeholders_of(model, handle, modality, kwargs)
     if int((ids == token_of(model, modality)).sum()) == sum(full):
         return full
@@ -78,7 +79,7 @@ def _counts(model: nn.Module, handle: Handle, modality: Modality, kwargs: dict[s
 
 
 def _last_places(pictures: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
-    """(images,) row and column of every image's last placeholder; images stand in their order, row by row."""
+    """(images,) row and column of each image's last placeholder; images are in order, row by row."""
     places = pictures.flatten().nonzero()[:, 0]
     last = torch.tensor(counts, device=places.device).cumsum(0) - 1
     if len(places) != int(last[-1]) + 1:

@@ -1,10 +1,10 @@
 """Positions in time, height and width (M-RoPE of the Qwen-VL models) for prompts with fewer image tokens.
 
-A cell that stays keeps the position that it has in the full prompt, and so does every text token, in the prompt and
-while decoding. Contiguous positions, as for other models, would not do: an image takes max(height, width) positions and
-not one per token, so closing gaps would squeeze the grid and change the distances between the cells that the model has
-learned. The gaps are inside images and along three axes, where the full prompt has such steps too; attention masks are
-given or made from the first (text) row, which counts the columns without gaps.
+A kept cell has the position that it has in the full prompt, and so has every text token, in the prompt and while
+decoding. Contiguous positions, as for other models, would be wrong: an image takes max(height, width) positions and not
+one per token. Closing the gaps would squeeze the grid and change the distances between cells that the model has
+learned. The gaps are inside images and along three axes, where the full prompt has such steps too. Attention masks are
+given, or made from the first (text) row, which counts the columns without gaps.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _GRIDS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
 
 
 def cells_that_stay(model: nn.Module, family: Family, modality: Modality, kwargs: dict[str, Any]) -> list[Tensor]:
-    """(k,) cells of every image (frame) of a call whose features are kept; encodes the images ahead.
+    """(k,) kept cells of each image (frame) of a call; encodes the images ahead.
 
     Raises:
-        ValueError: precomputed features that this model has not made.
+        ValueError: precomputed features that were not made by this model.
     """
     output = (kwargs.get("mm_encoder_outputs") or {}).get(modality.name)
     if output is None:
@@ -49,12 +49,12 @@ def grid_positions(
 
     Args:
         call: the full-length call.
-        kept: by placeholder token, (n, cells that stay) of every image in order.
-        compaction: which columns stay: of every image the last ones.
+        kept: for every placeholder token id, (n, kept cells) of its images in order.
+        compaction: which columns are kept: the last ones of every image.
 
     Returns:
-        (4, B, C) columns counted without gaps, then time, height and width; and the new (B,) position minus compact
-        column of the text behind them.
+        (4, B, C) columns counted without gaps, then time, height and width; and (B,) position minus compact column of
+        the text after them.
     """
     owner: Any = module_at(call.model, call.handle.family.features_owner or "")
     past, deltas = call.past, call.layout.deltas
@@ -74,7 +74,7 @@ def text_positions(mask: Tensor, deltas: Tensor) -> Tensor:
     """(4, B, C) positions for text that follows a compact prompt.
 
     Args:
-        mask: (B, C) over all compact columns; the columns of the prompt get text positions here too, callers cut off.
+        mask: (B, C) over all compact columns. The prompt's columns get text positions here too; callers cut them off.
         deltas: (B,) position minus compact column.
     """
     columns = _columns(mask != 0, torch.zeros_like(deltas))
@@ -83,12 +83,12 @@ def text_positions(mask: Tensor, deltas: Tensor) -> Tensor:
 
 
 def _columns(real: Tensor, past: Tensor) -> Tensor:
-    """(B, C) number of real columns in front of each; 0 at padding."""
+    """(B, C) number of real columns before each column; 0 at padding."""
     return (real.cumsum(dim=1) - 1 + past[:, None]).masked_fill(~real, 0)
 
 
 def _full_positions(owner: Any, kwargs: dict[str, Any], ids: Tensor, mask: Tensor) -> Tensor:
-    """(3, B, L) the user's positions, or those that the model gives the full prompt."""
+    """(3, B, L) the user's positions, or the model's for the full prompt."""
     given = kwargs.get("position_ids")
     if given is not None:
         given = given[..., -ids.shape[1] :]
@@ -105,7 +105,7 @@ def _full_positions(owner: Any, kwargs: dict[str, Any], ids: Tensor, mask: Tenso
 
 
 def _move_to_the_last(positions: Tensor, where: Tensor, images: list[tuple[int, Tensor]]) -> None:
-    """Give the last k placeholders of every image the positions of its cells that stay, in place."""
+    """Give the last k placeholders of each image the positions of its kept cells, in place."""
     values = positions[:, where]
     start = 0
     for length, cells in images:

@@ -1,4 +1,4 @@
-"""How many of the user's columns every compact column stands for, over the cached columns and the new ones."""
+"""How many of the user's columns each compact column stands for, for cached and new columns."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def joined_log_sizes(known: Layout, cached: int, new: Tensor | None, columns: in
     """(B, cached + columns) log sizes of the columns in the cache and of the new ones; None if all are one token each.
 
     Args:
-        known: the layout of what is in the cache.
-        cached: compact columns in the cache: the prompt's, then what was generated after it.
-        new: (B, columns) of the new columns, or None.
+        known: layout of the columns in the cache.
+        cached: number of compact columns in the cache: the prompt's, then the generated ones.
+        new: (B, columns) log sizes of the new columns, or None.
     """
     old = known.log_sizes
     if old is not None:
@@ -28,7 +28,7 @@ def joined_log_sizes(known: Layout, cached: int, new: Tensor | None, columns: in
 
 
 def log_sizes_of_compact(model: nn.Module, handle: Handle, kwargs: dict[str, Any]) -> Tensor | None:
-    """(B, C) log sizes for a prompt that is compact already, whose placeholders are one for each feature."""
+    """(B, C) log sizes for a prompt that is compact already, with one placeholder per feature."""
     groups = groups_of_call(model, handle, kwargs) if handle.size_bias else None
     if groups is None:
         return None

@@ -1,5 +1,5 @@
-"""What ``generate`` sees of the user's prompt: processors, criteria and streamers get the user's token ids although the
-model runs on compact ones.
+"""The user's prompt inside ``generate``: processors, criteria and streamers get the user's token ids although the model
+runs on compact ones.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-# ``prefix_allowed_tokens_fn`` counts the rows of the user's batch; before, each of several samples of a row by itself.
+# ``prefix_allowed_tokens_fn`` gets the row of the user's batch; before 5.24, each sample of a row had its own number.
 _SAMPLES_SHARE_A_GROUP = Version(transformers.__version__) >= Version("5.24")
 
 
 class PromptView:
-    """Swaps the compact prompt in a token sequence for the user's, per row (rows may be repeated for beams or samples).
+    """Replaces the compact prompt in a token sequence by the user's, per row (beams and samples repeat rows).
 
     Args:
         ids_BL: (B, L) the user's token ids.
@@ -71,7 +71,7 @@ class _FullPromptStreamer(BaseStreamer):
 
 
 def with_user_view(kwargs: dict[str, Any], view: PromptView, option: Callable[[str], Any]) -> dict[str, Any]:
-    """``generate``'s arguments, in which every user object that looks at token ids is wrapped."""
+    """``generate``'s arguments, in which all objects that read token ids are wrapped."""
     kwargs = dict(kwargs)
     if kwargs.get("logits_processor") is not None:
         kwargs["logits_processor"] = LogitsProcessorList(
@@ -108,7 +108,8 @@ def with_shifted_lengths(kwargs: dict[str, Any], option: Callable[[str], Any], s
 
 
 def option_reader(model: Any, kwargs: dict[str, Any]) -> Callable[[str], Any]:
-    """How ``generate`` resolves an option: argument, then the given generation config, then the model's."""
+    """A reader of options that resolves them as ``generate`` does: argument, given generation config, model's
+    config."""
 
     def read(name: str) -> Any:
         for source in (kwargs, vars(kwargs.get("generation_config") or object), vars(model.generation_config)):
@@ -120,7 +121,7 @@ def option_reader(model: Any, kwargs: dict[str, Any]) -> Callable[[str], Any]:
 
 
 def prompt_mask(ids_BL: Tensor, option: Callable[[str], Any]) -> Tensor:
-    """The attention mask that ``generate`` infers where none is given: pads are masked if they cannot be EOS."""
+    """The attention mask that ``generate`` infers if none is given: pad tokens are masked unless they can be EOS."""
     pad, eos = option("pad_token_id"), option("eos_token_id")
     ends = eos if isinstance(eos, (list, tuple)) else [eos]
     if pad is None or pad in ends:
