@@ -48,20 +48,20 @@ from mllm_crossget.methods.method import Method, Place
 from mllm_crossget.schedule import Geometry, MergeGeometry, TowerGeometry, make_schedule
 
 _LONGEST = "_previous_max_cache_length"
-"""Where ``generate`` remembers the longest static cache that a model has needed, so as not to compile again."""
+"""The attribute in which ``generate`` keeps the length of the longest static cache so far, to avoid compiling again."""
 
 
 def apply_method(
     model: nn.Module, family: Family, geometry: Geometry, method: Method, tokens: dict[str, nn.Module]
 ) -> None:
-    """Change the model; on any error it is put back as it was.
+    """Apply a method to a model. On any error all changes are undone.
 
     Args:
-        model: the transformers model, checked.
-        family: what it is.
-        geometry: of what the method acts on (``schedule.acting_geometry``).
+        model: the transformers model, which was checked before.
+        family: its family.
+        geometry: geometry of the part that the method acts on (``schedule.acting_geometry``).
         method: the reduction.
-        tokens: cross tokens that it had before, by place.
+        tokens: cross tokens that the model had before, by place.
     """
     journal = Journal()
     handle = Handle(method, family, geometry, make_schedule(method, geometry), journal, tokens)
@@ -78,7 +78,7 @@ def apply_method(
                 _hook_vision(model, handle, geometry)
             if method.reduces_text:
                 _hook_text_tower(model, handle)
-            _hook_language(model, handle)  # in front of a text encoder's own changes: it writes before a layer reads
+            _hook_language(model, handle)  # its mixins go before a text encoder's: it writes before a layer reads
             _weigh_sizes(model, handle)
             _add_alignment_tokens(model, handle)
             hook_heard(journal, model, handle)
@@ -104,7 +104,8 @@ def _hook_vision(model: Any, handle: Handle, geometry: TowerGeometry) -> None:
 
 
 def _hook_encoder(model: Any, handle: Handle, path: str, place: str, geometry: TowerGeometry) -> tuple[str, TowerState]:
-    """Hook the layers of the tower at a path, with the cross tokens of a place; the path to them, and their state."""
+    """Hook the layers of the tower at a path, with the cross tokens of a place. Returns the encoder's path and
+    state."""
     family, method = handle.family, handle.method
     vision_config = config_at(model.config, family.vision_config)
     kind = tower_kind(vision_config.model_type, family.vision.kinds, type(model).__name__)
@@ -125,14 +126,14 @@ def _hook_encoder(model: Any, handle: Handle, path: str, place: str, geometry: T
 
 
 def _hook_output(model: Any, handle: Handle, geometry: TowerGeometry) -> None:
-    """Hook the layer that is read, for a method that selects behind it."""
+    """Hook the layer whose output is read, for a method that selects tokens there."""
     encoder, path, names = _vision_encoder(model, handle.family)
     handle.encoder_path = path
     handle.tower = hook_output(handle.journal, encoder, names, handle.method, geometry)
 
 
 def _hook_listener(model: Any, handle: Handle, state: MergeState) -> None:
-    """For a method behind the projector that wants to know what the tower attends to; checked before."""
+    """Record the tower's attention for a method that acts behind the projector and needs it; checked before."""
     geometry = handle.family.geometry(model.config)
     if not handle.method.needs_salience or not isinstance(geometry, TowerGeometry):
         return
@@ -152,7 +153,7 @@ def _vision_encoder(model: Any, family: Family) -> tuple[nn.Module, str, LayerNa
 
 
 def _hook_readers(model: Any, handle: Handle, norm: nn.Module) -> None:
-    """What cross-attends to the tower leaves padding out, which comes out of the norm behind the last layer."""
+    """Let modules that cross-attend to the tower ignore padding, which the norm after the last layer keeps at zero."""
     hook_padding(handle.journal, norm)
     for path in handle.family.readers:
         hook_reader(handle.journal, module_at(model, path), RaggedReader)
@@ -183,8 +184,8 @@ def _hook_text_tower(model: Any, handle: Handle) -> None:
 
 
 def _add_alignment_tokens(model: Any, handle: Handle) -> None:
-    """Learned tokens that images and texts are compared with, where the method has such: those the model had before,
-    if they fit, or new ones. They live in the vision tower, and in the text tower where that alone is reduced."""
+    """Add the method's alignment tokens, if it has any: those the model had before if they fit, else new ones. They are
+    in the vision tower, or in the text tower if that alone is reduced."""
     space, family, tower = handle.method.learned_parts.alignment, handle.family, handle.tower
     path = handle.encoder_path or handle.text_encoder_path
     if space is None or not path:
@@ -217,10 +218,10 @@ def _add_alignment_tokens(model: Any, handle: Handle) -> None:
 
 
 def _text_side(model: Any, handle: Handle) -> tuple[int, int]:
-    """How many maps the text side has towards the alignment tokens, and from which width.
+    """The number of maps from the text side to the alignment tokens, and their input width.
 
-    A dual encoder's text tower has one per layer, as published for CLIP; a language model one for all layers: as many
-    as layers would have 100 million weights in a LLaVA-1.5-7B.
+    A dual encoder's text tower has one map per layer, as published for CLIP. A language model has one for all layers:
+    one map per layer would have 100 million weights in a LLaVA-1.5-7B.
     """
     side, tower = text_side_of(handle.family, model.config), handle.family.text_tower
     if tower is not None and tower.appends:
@@ -247,7 +248,7 @@ def _hook_language(model: Any, handle: Handle) -> None:
 
 
 def _weigh_sizes(model: Any, handle: Handle) -> None:
-    """Token sizes and positions with gaps reach the language model's attention."""
+    """Let the language model's attention handle token sizes and positions with gaps."""
     if not (handle.size_bias or handle.keeps_positions) or handle.family.language_model is None:
         return
     language_model: Any = module_at(model, handle.family.language_model)
@@ -256,7 +257,7 @@ def _weigh_sizes(model: Any, handle: Handle) -> None:
 
 def _hook_top(model: Any, handle: Handle) -> None:
     family, journal = handle.family, handle.journal
-    if _LONGEST in vars(model):  # else static caches would keep the length of longer, full prompts
+    if _LONGEST in vars(model):  # otherwise static caches would keep the length of the longer, full prompts
         journal.set_attribute(model, _LONGEST, -1)
     if family.features_owner is not None:
         owner = module_at(model, family.features_owner)
@@ -284,8 +285,8 @@ def _hook_top(model: Any, handle: Handle) -> None:
 
 
 def _features_of_selection(model: Any, handle: Handle) -> type[FeaturesMixin]:
-    """The mixin where a method acts once: behind the tower, or behind the projector, where a family that merges there
-    anyway has its own."""
+    """The mixin for a method that acts once, at the tower's output or behind the projector. A family that always merges
+    behind the projector has its own mixin."""
     if handle.method.place is Place.TOWER_OUTPUT:
         return SelectedFeatures
     if isinstance(handle.family.geometry(model.config), MergeGeometry):
@@ -295,7 +296,7 @@ def _features_of_selection(model: Any, handle: Handle) -> type[FeaturesMixin]:
 
 
 def _cross_tokens(handle: Handle, place: str, layers: nn.ModuleList, width: int) -> nn.Module:
-    """The cross tokens of a place: those the model had before, or new ones at zero."""
+    """The cross tokens of a place: those the model had before, else new ones at zero."""
     if place not in handle.cross_tokens:
         handle.cross_tokens[place] = _cross_tokens_like(layers[0], len(layers), width)
     return handle.cross_tokens[place]
@@ -307,10 +308,10 @@ def _cross_tokens_like(layer: Any, layers: int, width: int) -> CrossTokens:
 
 
 def _kind_of(layer: Any) -> tuple[torch.dtype, torch.device]:
-    """A layer's floating dtype, and the device where it computes."""
+    """A layer's floating dtype, and the device that it computes on."""
     parameter = next(p for p in layer.parameters() if p.is_floating_point())
     device = parameter.device
-    if device.type == "meta":  # offloaded by accelerate: a hook on the layer or on its parts says where it computes
+    if device.type == "meta":  # offloaded by accelerate: a hook on the layer or on its parts names the device
         hooks = [module.__dict__["_hf_hook"] for module in layer.modules() if "_hf_hook" in module.__dict__]
         places = [getattr(one, "execution_device", None) for hook in hooks for one in getattr(hook, "hooks", (hook,))]
         device = next((torch.device(place) for place in places if place is not None), device)

@@ -1,7 +1,7 @@
 """Reduction methods: one file each. Importing this package registers them.
 
-Read ``method`` (what a method is), ``signals`` (what it sees), ``capabilities`` (what core code may ask of it); then
-``dynamic`` (counts per image) or ``selection`` (the tokens that stay, picked once per image), and any method's file.
+Read ``method`` (what a method is), ``signals`` (its inputs), ``capabilities`` (what core code may ask of it). Then read
+``dynamic`` (counts per image) or ``selection`` (kept tokens, selected once per image), and any method's file.
 """
 
 from mllm_crossget.config import Place

@@ -1,6 +1,6 @@
 """What core code may ask of a method, so that it never asks which method it is.
 
-A method answers with None, or with something of these types (see ``Method``). Nothing here does anything.
+Properties of ``Method`` return None or an object of these types. This file holds only types.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from mllm_crossget.ops.ragged import Step
 
 @dataclass(frozen=True)
 class AlignmentSpace:
-    """Learned tokens that images and texts are compared with.
+    """MADTP's learned tokens, which images and texts are compared with.
 
     Args:
-        count: tokens.
-        width: of the tokens, where ``maps`` lead there.
-        maps: a linear map per layer into that width; False compares the layers' inputs themselves, in their own width.
+        count: number of tokens.
+        width: channels of the tokens, if ``maps`` is True.
+        maps: whether each layer has a linear map into that width; False compares the layers' inputs directly, in their
+            own width.
     """
 
     count: int
@@ -32,11 +33,11 @@ class AlignmentSpace:
 
 @dataclass(frozen=True)
 class LearnedParts:
-    """What a method puts into a model to be learned.
+    """Learned parameters that a method adds to a model.
 
     Args:
-        cross_tokens: one vector per layer that guides the matching, on both sides.
-        alignment: tokens that both sides share, or None.
+        cross_tokens: True for one vector per layer, on both sides, which guides the matching.
+        alignment: alignment tokens that both sides share, or None.
     """
 
     cross_tokens: bool = False
@@ -49,8 +50,8 @@ class LearnedParts:
 class LossKind(Enum):
     """What a method's loss in training compares.
 
-    CROSS_TOKENS: the cross tokens that both sides write. ALIGNMENT_TOKENS: what the alignment tokens find in images and
-    in their texts.
+    CROSS_TOKENS: the cross tokens that both sides write. ALIGNMENT_TOKENS: the alignment features of images and of
+    their texts.
     """
 
     CROSS_TOKENS = "cross tokens"
@@ -62,10 +63,10 @@ class TrainingLoss:
     """A term that a method adds to the task's loss.
 
     Args:
-        kind: what it compares.
+        kind: what the loss compares.
         weight: its factor.
-        kl: form of the divergence of cross tokens (``ops.alignment_loss``).
-        whole_texts: whether all of a text's tokens count, also those behind its end mark.
+        kl: form of the divergence between cross tokens (``ops.alignment_loss``).
+        whole_texts: whether all of a text's tokens count, including those after its end mark.
     """
 
     kind: LossKind
@@ -79,11 +80,10 @@ class LayerShape:
     """One layer of a tower, for its FLOPs.
 
     Args:
-        tokens: that enter it, of one image or text.
-        removed: that leave in it.
-        prefix: of the tokens, those in front of the patches (class token) or of the text (start mark).
-        width: of the tokens.
-        heads: of its attention.
+        tokens: number of tokens that enter it, of one image or text.
+        removed: number of tokens that it removes.
+        prefix: number of tokens before the patches (class token) or before the text (start mark).
+        width: channels of the tokens. heads: attention heads.
     """
 
     tokens: int
@@ -103,37 +103,37 @@ class PerImage(Protocol):
     threshold: list[float] | None
 
     def layer_threshold(self, layer: int) -> float:
-        """Score at or below which tokens leave a layer of the vision tower."""
+        """The threshold of a layer of the vision tower: tokens with this score or a lower one are removed."""
 
     def removes_in(self, layer: int) -> bool:
         """Whether a layer may remove tokens at all."""
 
     def scores(self, signals: RaggedSignals) -> tuple[Tensor, Tensor]:
-        """(B, T) scores, and what ``step`` needs besides."""
+        """(B, T) scores, and a context that ``step`` needs."""
 
     def removals(self, scores: Tensor, threshold: float, shielded: Tensor, least: Tensor | None = None) -> Tensor:
-        """(B,) tokens that each image loses."""
+        """(B,) number of tokens that each image loses."""
 
     def step(self, signals: RaggedSignals, scores: Tensor, context: Tensor, removals: Tensor) -> Step:
-        """The step that takes so many tokens away from each image."""
+        """The step that removes ``removals`` tokens from each image."""
 
 
 class PerText(PerImage, Protocol):
-    """Likewise for the texts of a dual encoder."""
+    """A method that also chooses how many tokens each text of a dual encoder keeps in a layer."""
 
     @property
     def whole_texts(self) -> bool:
-        """Whether all columns of a text count, also those behind its end mark, which may then be pruned."""
+        """Whether all columns of a text count, including those after its end mark; then the end mark may be pruned."""
 
     def text_layer_threshold(self, layer: int) -> float:
-        """Score at or below which tokens leave a layer of the text tower."""
+        """The threshold of a layer of the text tower: tokens with this score or a lower one are removed."""
 
     def keeping(self, least: int) -> PerText:
-        """The same method, which does nothing where no more tokens than this would be kept; for whole texts."""
+        """The same method, but a layer removes nothing if it would keep ``least`` tokens or fewer; for whole texts."""
 
 
 class Tempered(Protocol):
-    """A method whose counts follow from a temperature, not from thresholds: the hotter, the fewer tokens stay."""
+    """A method whose counts follow from a temperature, not from thresholds: a higher one keeps fewer tokens."""
 
     temperature: float
 

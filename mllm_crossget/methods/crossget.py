@@ -25,21 +25,23 @@ _IMPORTANCES = ("published", "attention", "cosine")
 class CrossGetConfig(DynamicMethod):
     """Complete-graph soft matching guided by a learned cross token in every layer.
 
-    Training-free use works at once: the cross tokens start at zero. Trained, the vision cross tokens tell the matching
-    which tokens the text needs, and the text cross tokens shift the first real token of the prompt.
+    It works without training, because the cross tokens start at zero. After training, the vision cross tokens tell the
+    matching which tokens the text needs, and the text cross tokens shift the first real token of the prompt.
 
     Args:
-        alignment_weight: factor of the alignment loss of vision and text cross tokens when training (published: 0.001
-            for LLaVA-1.5-7B; for CLIP as much as the contrastive loss).
-        dynamic: choose the number of merges per image and layer: a token leaves if its importance minus its similarity
-            to the best token ranked below it is at or below the layer's threshold. The dial is then the average over
-            images; ``calibrate(model, images)`` finds the thresholds that meet it.
-        importance: what makes a visual token important. "attention", the default: what all queries and the cross token
-            pay it (official LLaVA code); "cosine": its key's cosine with the cross token's query (official CLIP code),
-            which says little before the cross tokens are trained; "published": what the family's official code does.
+        alignment_weight: factor of the alignment loss of vision and text cross tokens in training (published: 0.001 for
+            LLaVA-1.5-7B; for CLIP the same weight as the contrastive loss).
+        dynamic: choose the number of merges per image and layer. A token is removed if its importance minus its
+            similarity to the best token ranked below it is at or below the layer's threshold. ``keep_ratio``,
+            ``visual_tokens`` or ``r`` are then averages over images; ``calibrate(model, images)`` finds the thresholds
+            that meet them.
+        importance: how the importance of a visual token is computed. "attention", the default: the attention that it
+            gets from all queries and the cross token (official LLaVA code). "cosine": its key's cosine with the cross
+            token's query (official CLIP code), which says little before the cross tokens are trained. "published": as
+            in the family's official code.
         kl: "reference" for ½[KL(M‖P) + KL(M‖Q)] as in the official code, "js" for the textbook Jensen-Shannon form.
 
-    See ``ReductionConfig`` for the dial.
+    See ``ReductionConfig`` for ``keep_ratio``, ``visual_tokens`` and ``r``.
     """
 
     alignment_weight: float = 0.001
@@ -85,21 +87,22 @@ class CrossGetConfig(DynamicMethod):
         return TrainingLoss(LossKind.CROSS_TOKENS, self.alignment_weight, kl=self.kl)
 
     def uses_cosine(self, published: bool) -> bool:
-        """As asked for, or as published; dynamic counts follow the attention received."""
+        """True if importance is a cosine, by setting or as published; dynamic counts always use attention."""
         if self.dynamic:
             return False
         return published if self.importance == "published" else self.importance == "cosine"
 
     def match(self, signals: Signals, r: int) -> Match:
-        """Least important, best represented tokens leave (section 3.2)."""
+        """The least important tokens with the most similar partners are merged away (section 3.2)."""
         if signals.importance is None:
             raise ValueError("CrossGET needs the importance of the tokens; got none")
         return complete_graph_soft_matching(signals.keys, signals.importance, r, signals.protected)
 
     def match_at_output(self, signals: Signals, r: int) -> Match:
-        """At the tower's output, or behind the projector: tokens that stay are the most important one and then always
-        the one least similar to those, on the complete graph; every other token is merged into the most similar one
-        that stays. ``keys`` are the tokens as the language model sees them, where a projector says that."""
+        """The match at the tower's output, or behind the projector, on the complete graph. The first kept token is the
+        most important one; each further one is the least similar to those kept so far. Every other token is merged into
+        the most similar kept one. ``keys`` are the tokens as the language model sees them, if they can be projected one
+        by one."""
         if signals.importance is None:
             raise ValueError("CrossGET needs the importance of the tokens; got none")
         shielded = shielded_tokens(signals)
@@ -108,14 +111,14 @@ class CrossGetConfig(DynamicMethod):
         return merge_into_nearest(stays, shielded.shape[1] - r, signals.keys, shielded)
 
     def scores(self, signals: RaggedSignals) -> tuple[Tensor, Tensor]:
-        """Importance minus similarity, as ``match`` ranks them, and the similarities."""
+        """Importance minus similarity, by which ``match`` ranks tokens, and the similarities."""
         if signals.importance is None or signals.keys is None:
             raise ValueError("CrossGET needs keys and importance of the tokens; got none")
         similarity, scores = graph_scores(signals.keys, signals.importance.float(), signals.shielded)
         return scores, similarity
 
     def step(self, signals: RaggedSignals, scores: Tensor, context: Tensor, removals: Tensor) -> Step:
-        """As ``match`` for each image with its own number of removals."""
+        """As ``match``, with a number of removals per image."""
         if signals.importance is None:
             raise ValueError("CrossGET needs the importance of the tokens; got none")
         return merge_step(context, signals.importance.float(), signals.size, lowest(scores, removals))

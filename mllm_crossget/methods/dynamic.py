@@ -1,7 +1,7 @@
-"""Methods that choose the number of tokens per image: what they see of a layer, and how a threshold becomes a count.
+"""Methods that choose the number of tokens per image: their scores in a layer, and how a threshold becomes a count.
 
-One mechanism for merging and pruning: every token gets a score, tokens at or below the layer's threshold leave. The
-thresholds are found by ``calibrate``, so that the average count is the one that was asked for.
+Merging and pruning work in the same way: every token gets a score, and tokens at or below the layer's threshold are
+removed. ``calibrate`` finds thresholds that give the requested average count.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mllm_crossget.methods.method import Method
 from mllm_crossget.methods.signals import RaggedSignals
 from mllm_crossget.ops.ragged import Step
 
-NOTHING = -2.0  # a threshold that no score reaches: no token leaves
+NOTHING = -2.0  # a threshold below all scores: no token is removed
 
 
 @dataclass
@@ -27,9 +27,10 @@ class DynamicMethod(Method):
     """Base of the methods that can choose per image.
 
     Args:
-        threshold: score at or below which tokens leave, one number per layer of the tower, as ``calibrate`` finds them.
-        max_visual_tokens: most visual tokens of a single image; none ever has more than the fixed schedule for this
-            number would leave it, in any layer. None: no such limit.
+        threshold: tokens with this score or a lower one are removed; one number per layer of the tower, as
+            ``calibrate`` finds them.
+        max_visual_tokens: limit for a single image. In no layer does an image keep more tokens than under the fixed
+            schedule for this number. None: no such limit.
     """
 
     threshold: list[float] | None = None
@@ -55,7 +56,7 @@ class DynamicMethod(Method):
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether ``calibrate`` has still to find the thresholds."""
+        """True if ``calibrate`` must still find the thresholds."""
         return self.is_dynamic and self.threshold is None
 
     def with_thresholds(self, images: Sequence[float] | None = None, texts: Sequence[float] | None = None) -> Self:
@@ -78,21 +79,23 @@ class DynamicMethod(Method):
         return self.layer_threshold(layer) != NOTHING or self.max_visual_tokens is not None
 
     def scores(self, signals: RaggedSignals) -> tuple[Tensor, Tensor]:
-        """(B, T) scores without gradient, +inf for tokens that cannot leave, and what ``step`` needs besides."""
+        """(B, T) scores without gradient, +inf for tokens that cannot be removed; and a context that ``step`` needs."""
         raise TypeError(f"{type(self).__name__} does not choose the number of tokens per image")
 
     def step(self, signals: RaggedSignals, scores: Tensor, context: Tensor, removals: Tensor) -> Step:
-        """The step that takes ``removals`` (B,) tokens away from each image; the arguments as ``scores`` gave them."""
+        """The step that removes ``removals`` (B,) tokens from each image; ``scores`` and ``context`` are the results of
+        ``scores``."""
         raise TypeError(f"{type(self).__name__} does not choose the number of tokens per image")
 
     def removals(self, scores: Tensor, threshold: float, shielded: Tensor, least: Tensor | None = None) -> Tensor:
-        """(B,) tokens that each image loses: those at or below the threshold, never more than half of what may leave.
+        """(B,) number of tokens that each image loses: those at or below the threshold, at most half of the removable
+        ones.
 
         Args:
             scores: (B, T).
-            threshold: of the layer.
-            shielded: (B, T) tokens that may not leave.
-            least: (B,) removals that the cap on a single image asks for, or None.
+            threshold: threshold of the layer.
+            shielded: (B, T) True for tokens that must be kept.
+            least: (B,) smallest number of removals, from the limit on a single image; or None.
         """
         wanted = self.tokens_below(scores, threshold)
         if least is not None:
@@ -100,7 +103,7 @@ class DynamicMethod(Method):
         return torch.minimum(wanted, (~shielded).sum(dim=1) // 2)
 
     def tokens_below(self, scores: Tensor, threshold: float) -> Tensor:
-        """(B,) by how many tokens an image gets shorter if all at or below the threshold leave."""
+        """(B,) number of tokens by which an image gets shorter if all tokens at or below the threshold are removed."""
         return (scores <= threshold).sum(dim=1)
 
 

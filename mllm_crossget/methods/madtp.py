@@ -24,37 +24,39 @@ from mllm_crossget.methods.signals import RaggedSignals
 from mllm_crossget.ops.pruning import alignment_threshold, token_alignment
 from mllm_crossget.ops.ragged import Step, lowest, pooling_step
 
-_MOST = 1_000_000  # of alignment tokens, and of their width
+_MOST = 1_000_000  # largest number of alignment tokens, and largest width
 
 
 @register_method
 @dataclass
 class MadtpConfig(DynamicMethod):
-    """Unimportant tokens of every image are pooled into one; how many follows from the image.
+    """Pools unimportant tokens of each image into one token; their number depends on the image.
 
-    Importance is the mean of the attention that a token receives, of the class token's attention, and of its match with
-    learned alignment tokens. Until these are trained they say nothing (their maps start at zero): importance is then
-    self and class attention alone, and the threshold a multiple of its mean.
+    Importance is the mean of three terms: the attention that a token receives, the class token's attention, and its
+    match with learned alignment tokens. Before training the last term has no effect, because the maps to the alignment
+    tokens start at zero. Importance is then self and class attention alone, and the threshold is a multiple of its
+    mean.
 
     Args:
-        alignment_tokens: learned tokens that both modalities share (published: 100); 0 for none, which spares an
-            untrained model their cost.
-        alignment_width: of the alignment tokens (published: 768).
-        alignment_maps: a linear map per layer into that width (published for CLIP). False compares the layer's input
-            itself (published for BLIP); the width is then the tower's.
-        alignment_weight: factor of the alignment loss when training (published: 0.1): images and their texts are to
-            match the alignment tokens alike. 0 leaves these to the task's loss, which reaches them through the pooled
-            token.
-        text_threshold: as ``threshold``, for the layers of a dual encoder's text tower, as ``calibrate`` finds them on
+        alignment_tokens: number of learned tokens that both modalities share (published: 100). 0 for none, which saves
+            their cost in an untrained model.
+        alignment_width: channels of the alignment tokens (published: 768).
+        alignment_maps: whether each layer has a linear map into that width (published for CLIP). False compares the
+            layer's input directly (published for BLIP); the width is then the tower's.
+        alignment_weight: factor of the alignment loss in training (published: 0.1). The loss makes an image and its
+            text match the alignment tokens in the same way. With 0 the alignment tokens learn from the task's loss
+            alone, which reaches them through the pooled token.
+        text_threshold: as ``threshold``, for the layers of a dual encoder's text tower; ``calibrate`` finds it on
             texts.
         temperature: of the softmax that gives every alignment token its share of the threshold; higher prunes more.
-        reference: decide as the official code: the threshold as it is, one count for the whole batch, the largest, and
-            plain products as alignment. Only to reproduce published numbers: results depend on the batch. The dial has
-            no say then, ``temperature`` has; 0 prunes nothing.
-        min_keep: in reference mode, do nothing where no more tokens than this would be kept (published: 1 for CLIP, 0
-            for BLIP).
+        reference: decide as the official code: a threshold without calibration, one count for the whole batch, the
+            largest, and dot products as alignment scores. Use it only to reproduce published numbers: results depend on
+            the batch. ``keep_ratio``, ``visual_tokens`` and ``r`` have no effect then; ``temperature`` sets the counts,
+            and 0 prunes nothing.
+        min_keep: in reference mode, a layer removes nothing if it would keep this many tokens or fewer (published: 1
+            for CLIP, 0 for BLIP).
 
-    See ``ReductionConfig`` for the dial.
+    See ``ReductionConfig`` for ``keep_ratio``, ``visual_tokens`` and ``r``.
     """
 
     alignment_tokens: int = 100
@@ -98,7 +100,7 @@ class MadtpConfig(DynamicMethod):
 
     @property
     def is_dynamic(self) -> bool:
-        """Always, unless the model is to stay untouched."""
+        """True, unless the settings remove nothing."""
         return not self.is_identity
 
     @property
@@ -125,7 +127,7 @@ class MadtpConfig(DynamicMethod):
 
     @property
     def training_loss(self) -> TrainingLoss | None:
-        """Alignment guidance (section 3.2), where it has a weight."""
+        """Alignment guidance (section 3.2), if its weight is not 0."""
         if not self.alignment_weight > 0:
             return None
         return TrainingLoss(LossKind.ALIGNMENT_TOKENS, self.alignment_weight, whole_texts=self.reference)
@@ -135,7 +137,7 @@ class MadtpConfig(DynamicMethod):
         return replace(self, temperature=value)
 
     def keeping(self, least: int) -> Self:
-        """The same with another ``min_keep``."""
+        """The same settings with another ``min_keep``."""
         return replace(self, min_keep=least)
 
     def with_thresholds(self, images: Sequence[float] | None = None, texts: Sequence[float] | None = None) -> Self:
@@ -144,8 +146,9 @@ class MadtpConfig(DynamicMethod):
         return replace(self, threshold=self.threshold if images is None else list(images), text_threshold=on_texts)
 
     def layer_flops(self, shape: LayerShape) -> int:
-        """In every layer the match with the alignment tokens; where tokens leave, QKᵀ once more for the best head, and
-        the class token's row of it. Token counts may be averages, so that the squares are a little too small."""
+        """FLOPs of the alignment scores in every layer. A layer that removes tokens adds QKᵀ once more for the best
+        head, and the class token's row of it. Token counts may be averages, so that the squares are a little too
+        small."""
         patches, width = shape.tokens - shape.prefix, shape.width
         space, total = self.alignment_width if self.alignment_maps else width, 0
         if self.alignment_tokens:
@@ -177,7 +180,8 @@ class MadtpConfig(DynamicMethod):
         return not self.reference and (missing or (self.reduces_text and self.text_threshold is None))
 
     def scores(self, signals: RaggedSignals) -> tuple[Tensor, Tensor]:
-        """Importance over the alignment's threshold (minus it in reference mode), and the importance (section 3.3)."""
+        """Importance divided by the alignment's threshold (minus the threshold in reference mode), and the importance
+        (section 3.3)."""
         if signals.received is None:
             raise ValueError("MADTP needs the attention that the tokens receive; got none")
         prefix, alive = signals.prefix, signals.size[:, signals.prefix :] > 0
@@ -198,11 +202,12 @@ class MadtpConfig(DynamicMethod):
         return alignment_threshold(importance, alignment, self.temperature, alive)
 
     def tokens_below(self, scores: Tensor, threshold: float) -> Tensor:
-        """See ``DynamicMethod``; one token comes back, the pooled one."""
+        """See ``DynamicMethod``; one token is added, the pooled one."""
         return (super().tokens_below(scores, threshold) - 1).clamp_min(0)
 
     def removals(self, scores: Tensor, threshold: float, shielded: Tensor, least: Tensor | None = None) -> Tensor:
-        """See ``DynamicMethod``; in reference mode the least of the batch for every image, also if more than half."""
+        """See ``DynamicMethod``; in reference mode every image loses the smallest count of the batch, also if more than
+        half."""
         if not self.reference:
             return super().removals(scores, threshold, shielded, least)
         wanted = self.tokens_below(scores, threshold).amin().expand(len(scores))
@@ -210,7 +215,7 @@ class MadtpConfig(DynamicMethod):
         return torch.where(kept > self.min_keep, wanted, 0)
 
     def step(self, signals: RaggedSignals, scores: Tensor, context: Tensor, removals: Tensor) -> Step:
-        """The least important tokens become one, behind the others (section 3.3)."""
+        """Pools the least important tokens into one, placed after the others (section 3.3)."""
         ranked = context.detach().masked_fill(signals.shielded, torch.inf)
         leaving = lowest(ranked, removals + (removals > 0).to(removals.dtype))
         return pooling_step(context, signals.size, leaving)

@@ -20,7 +20,7 @@ class RandomConfig(Method):
         seed: which draw; the same for every image, so that results do not depend on the batch.
         drop: throw the chosen tokens away instead of merging them (random pruning).
 
-    See ``ReductionConfig`` for the dial.
+    See ``ReductionConfig`` for ``keep_ratio``, ``visual_tokens`` and ``r``.
     """
 
     seed: int = 0

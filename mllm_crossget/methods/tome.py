@@ -24,7 +24,7 @@ class ToMeConfig(Method):
         order: "position" keeps the surviving tokens in reading order, which the language model's positions want;
             "reference" gives the order of the original code (even tokens, then odd ones).
 
-    See ``ReductionConfig`` for the dial.
+    See ``ReductionConfig`` for ``keep_ratio``, ``visual_tokens`` and ``r``.
     """
 
     order: str = "position"

@@ -1,8 +1,8 @@
-"""A bias of the keys in the language model's attention, whatever implementation computes it.
+"""A key bias in the language model's attention, for every attention implementation.
 
-A token that was merged from n tokens gets log n added to its logit in every query's softmax: then it weighs as much as
-n equal tokens would (proportional attention, ToMe section 3.2; in the language model: RESTORE, arXiv 2606.01711). The
-bias travels as a keyword argument through the stock layers, so no module holds state of a call.
+A token that was merged from n tokens gets log n added to its logit in every query's softmax. It then weighs as much as
+n equal tokens (proportional attention, ToMe section 3.2; in the language model: RESTORE, arXiv 2606.01711). The bias
+passes through the stock layers as a keyword argument, so no module holds state of a call.
 Shapes: B batch, H heads, Q queries, K keys, C columns with a known bias.
 """
 
@@ -30,8 +30,8 @@ class KeyBias:
     """The bias of one forward, cut to the keys that a layer attends to.
 
     Args:
-        bias: (B or fewer, C) of the first C columns of the sequence; later columns have none.
-        columns: columns of the sequence with the present queries, an int or (static caches) a tensor without axes.
+        bias: (B or fewer, C) bias of the sequence's first C columns; later columns have none.
+        columns: length of the sequence including the current queries: an int, or for static caches a 0-d tensor.
     """
 
     def __init__(self, bias: Tensor, columns: Any) -> None:
@@ -39,10 +39,11 @@ class KeyBias:
         self._cut: dict[tuple[int, int], Tensor] = {}
 
     def of(self, rows: int, keys: int) -> Tensor:
-        """(rows, keys) bias of the last ``keys`` columns; of the first ones where a cache has room for more."""
+        """(rows, keys) bias of the last ``keys`` columns; of the first ``keys`` columns if the cache has room for
+        more."""
         if (rows, keys) not in self._cut:
             own = self._last(keys)
-            if rows != len(own):  # beams and samples repeat the rows of the prompt
+            if rows != len(own):  # beams and samples repeat rows of the prompt
                 own = own.repeat_interleave(rows // len(own), dim=0)
             self._cut[rows, keys] = own
         return self._cut[rows, keys]
@@ -78,14 +79,14 @@ def hook_language_attention(journal: Journal, layer: nn.Module) -> None:
 def biased_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """transformers' attention interface: the module's own implementation, with a ``KeyBias`` under ``KEYWORD``."""
+    """The module's own attention implementation plus the ``KeyBias`` that the call has under ``KEYWORD``."""
     bias: KeyBias | None = kwargs.pop(KEYWORD, None)
     implementation = vars(module.__dict__[_OWN_CONFIG])[_FIELD] or "eager"
     eager: Any = vars(sys.modules[type(module).__module__]).get("eager_attention_forward")
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
     takes_no_mask = "flash" in implementation or implementation == "flex_attention"
     if takes_no_mask and not set_aside(module):
-        kwargs.pop("position_ids", None)  # flash attention would read gaps between positions as packed sequences
+        kwargs.pop("position_ids", None)  # flash attention takes gaps between positions for packed sequences
     if bias is None:
         return attend(module, query, key, value, attention_mask, **kwargs)
     row = bias.of(len(query), key.shape[2])
@@ -102,13 +103,13 @@ def biased_attention(
 
 
 def with_key_bias(mask: Tensor | None, bias_BK: Tensor, query: Tensor, causal: bool) -> Tensor:
-    """(B, 1, 1 or Q, K) additive mask: the given one (boolean, additive, or None) plus a bias of every key.
+    """(B, 1, 1 or Q, K) additive mask: the given one (boolean, additive, or None) plus the key bias.
 
     Args:
-        mask: (B, 1, Q, K) or None, which means that queries see the keys up to their own if ``causal``, else all.
+        mask: (B, 1, Q, K), or None: a query attends to the keys up to its own if ``causal``, else to all.
         bias_BK: (B, K).
         query: (B, H, Q, D), for its length and dtype.
-        causal: what None means.
+        causal: True if a mask of None is causal.
     """
     bias = bias_BK[:, None, None, :].to(query.dtype)
     queries, keys = query.shape[2], bias.shape[-1]
@@ -123,5 +124,5 @@ def with_key_bias(mask: Tensor | None, bias_BK: Tensor, query: Tensor, causal: b
     return mask + bias
 
 
-# A name of our own beside the stock ones. With the import: an accelerated model that another process unpickles has it.
+# Registered at import, so that a process that unpickles an accelerated model has this name too.
 ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, biased_attention)

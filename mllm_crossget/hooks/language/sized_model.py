@@ -1,7 +1,7 @@
-"""The language model of an accelerated model: it hands the sizes of merged tokens to its layers' attention.
+"""The language model of an accelerated model, which passes the token sizes to the attention of its layers.
 
-Sizes of the prompt's columns come with the call that brings the prompt, and live beside the KV cache after it: every
-later call on that cache finds them there. Nothing is kept on the model.
+The call that holds the prompt brings the token sizes of its columns. They are then stored on the KV cache, where later
+calls find them. Nothing is stored on the model.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _GENERATING: ContextVar[tuple[Any, Tensor | None]] = ContextVar("mllm_crossget_l
 
 
 def hook_language_model(journal: Journal, language_model: nn.Module, layers: nn.ModuleList) -> None:
-    """Let a language model's attention weigh tokens by their sizes; every change is written into ``journal``."""
+    """Make a language model's attention weigh tokens by their sizes; every change is written into ``journal``."""
     for layer in layers:
         if any(attention_modules(layer)):
             hook_language_attention(journal, layer)
@@ -43,10 +43,10 @@ def language_problem(language_model: nn.Module) -> str | None:
 
 
 class LayerWithoutKeys(nn.Module):
-    """Mixin for a layer that keeps a state instead of keys (linear attention): token sizes say nothing to it."""
+    """Mixin for a layer with a state instead of keys (linear attention), where token sizes have no use."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the original, whose kernels need not take a keyword of ours."""
+        """As the original, without our keyword, which its kernels might refuse."""
         kwargs.pop(KEYWORD, None)
         return super().forward(*args, **kwargs)
 
@@ -64,13 +64,13 @@ class SizedLanguageModel(nn.Module):
         sizes = given if given is not None else log_sizes_on(cache)
         tokens = kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
         packs = cache is None and kwargs.get("attention_mask") is None and tokens.device.type != "meta"
-        if packs:  # gaps between positions would be taken for packed sequences
+        if packs:  # without a mask, gaps between positions would be taken for packed sequences
             kwargs["attention_mask"] = torch.ones(tokens.shape[:2], dtype=torch.int64, device=tokens.device)
         if sizes is None:
             return super().forward(**kwargs)
         past = 0 if cache is None else cache.get_seq_length()
         if given is None and tokens.shape[1] > 1 and not torch.compiler.is_compiling() and int(past) == 0:
-            keep_log_sizes(cache, None)  # the cache was emptied: its sizes are those of another prompt
+            keep_log_sizes(cache, None)  # the cache was emptied: its sizes belong to another prompt
             return super().forward(**kwargs)
         output = super().forward(**kwargs, **{KEYWORD: KeyBias(sizes, past + tokens.shape[1])})
         if given is not None:
@@ -84,7 +84,7 @@ def log_sizes_on(cache: Any) -> Tensor | None:
 
 
 def keep_log_sizes(cache: Any, sizes: Tensor | None) -> None:
-    """Remember the log sizes of a cache's columns beside it; None forgets them."""
+    """Store the log sizes of a KV cache's columns on it; None removes them."""
     if cache is None:
         return
     if sizes is not None:
@@ -95,7 +95,7 @@ def keep_log_sizes(cache: Any, sizes: Tensor | None) -> None:
 
 @contextmanager
 def generating(model: nn.Module, sizes: Tensor | None) -> Iterator[None]:
-    """The log sizes of the prompt that ``generate`` of a model works on in this thread, for the length of a block."""
+    """Lend the prompt's log sizes to a model's ``generate`` in this thread, for the length of a ``with`` block."""
     token = _GENERATING.set((model, sizes))
     try:
         yield
@@ -104,8 +104,8 @@ def generating(model: nn.Module, sizes: Tensor | None) -> Iterator[None]:
 
 
 def generating_log_sizes(model: nn.Module) -> Tensor | None:
-    """The log sizes of the model's ``generate`` that is under way in this thread; None outside, and in compiled code,
-    which finds them on the cache."""
+    """The log sizes of the ``generate`` of a model that runs in this thread. None outside of ``generate``, and in
+    compiled code, which finds them on the cache."""
     if torch.compiler.is_compiling():
         return None
     owner, sizes = _GENERATING.get()

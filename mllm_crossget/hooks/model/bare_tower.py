@@ -1,4 +1,4 @@
-"""A vision tower on its own, whose images may keep different numbers of tokens."""
+"""A vision tower without a language model, whose images may keep different numbers of tokens."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from mllm_crossget.hooks.tower.counts_per_image import recorded_sizes
 
 
 class RaggedTower(SavedModel):
-    """Mixin for a vision tower on its own: says how many of the rows it returns belong to each image."""
+    """Mixin for a vision tower without a language model: it returns the number of tokens of each image."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the original; the output also has ``token_counts``, (images,): rows behind that many are empty.
+        """As the original. The output also has ``token_counts``, (images,): an image's later rows are empty.
 
-        Tuples (``return_dict=False``) come without.
+        Tuples (``return_dict=False``) do not have it.
         """
         refuse_replica(self)
         handle: Handle = self.__dict__[HANDLE]

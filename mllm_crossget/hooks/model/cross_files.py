@@ -1,7 +1,7 @@
-"""Cross tokens in state dicts and in the small files beside a checkpoint.
+"""Learned tokens in state dicts and in the small files beside a checkpoint.
 
-``crossget_config.json`` names the file of learned tokens, ``crossget_weights/<hash>.safetensors``, by its content: both
-are of one save, or loading says so.
+``crossget_config.json`` names the file of learned tokens, ``crossget_weights/<hash>.safetensors``, by the hash of its
+content. Loading fails if the two files are not of one save.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from mllm_crossget.config import CONFIG_NAME, WEIGHTS_FIELD, ReductionConfig, re
 from mllm_crossget.hooks.ground.state import HANDLE, base_model, live_cross_tokens
 
 WEIGHTS_FOLDER = "crossget_weights"
-"""Loaders that read every ``*.safetensors`` of a checkpoint do not look into folders."""
+"""A folder, because loaders that read every ``*.safetensors`` of a checkpoint do not look into folders."""
 LEGACY_WEIGHTS_NAME = "crossget.safetensors"
-"""Of version 0.1: beside the checkpoint, and not named by the settings."""
+"""The file of version 0.1: beside the checkpoint, and not named by the settings."""
 _WEIGHTS_FILE = re.compile(rf"{WEIGHTS_FOLDER}/\w[\w.-]*\.safetensors")
 _CROSS_MODULE = re.compile(r"(^|\.)(cross|alignment)_tokens\.")
 
 
 def without_cross_tokens(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict without cross tokens: what plain transformers loads without a warning."""
+    """A state dict without learned tokens, which plain transformers loads without a warning."""
     return {name: tensor for name, tensor in state.items() if not is_cross_token(name)}
 
 
 def is_cross_token(name: str) -> bool:
-    """Whether a parameter's name in a model is that of a learned token or of its map."""
+    """True if a parameter's name is that of a learned token or of its map."""
     return _CROSS_MODULE.search(name) is not None
 
 
@@ -42,8 +42,9 @@ def cross_state(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> 
     """Learned tokens under keys that do not depend on module paths; empty for methods without any.
 
     Args:
-        model: the accelerated model, also inside a PEFT wrapper, whose trained copies are what counts.
-        state: a state dict to take the values from (one that a distributed trainer gathered), else the modules'.
+        model: the accelerated model, also inside a PEFT wrapper, whose trained copies are then used.
+        state: a state dict to take the values from, such as one that a distributed trainer gathered; None: the
+            modules'.
 
     Returns:
         ``vision.cross``, ``text.cross``, ``video.cross``, each (layers, width); ``alignment.tokens`` (K, width) and the
@@ -54,7 +55,7 @@ def cross_state(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> 
     live = live_cross_tokens(model)
     for place in paths or live:
         for key, name, parameter in learned_tensors(place, live[place]):
-            # called, not read: sharded training has the whole parameter only inside its module's call
+            # called, not read: in sharded training a parameter is whole only inside its module's call
             own = parameter if place == "alignment" else live[place]()
             tensor = own if state is None else _in_state(state, f"{paths.get(place)}", name)
             if tensor is not None:
@@ -63,7 +64,7 @@ def cross_state(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> 
 
 
 def _in_state(state: Mapping[str, Tensor], path: str, name: str) -> Tensor | None:
-    """A learned tensor in a state dict, also where PEFT trains a copy of it; None if it is not there."""
+    """A learned tensor in a state dict, or the copy of it that PEFT trains; None if there is none."""
     if f"{path}.{name}" in state:
         return state[f"{path}.{name}"]
     copies = re.compile(rf"(?:^|\.){re.escape(path)}\.modules_to_save\.[^.]+\.{re.escape(name)}$")
@@ -83,29 +84,30 @@ def learned_tensors(place: str, module: Any) -> list[tuple[str, str, Tensor]]:
 
 
 def write_files(model: nn.Module, save_directory: str | Path, state: Mapping[str, Tensor] | None = None) -> list[Path]:
-    """Write ``crossget_config.json`` and, where the method has learned tokens, the file with them that it names.
+    """Write ``crossget_config.json`` and, if the method has learned tokens, the file that it names for them.
 
-    Weights first, under a name of their content, the settings last: a reader or a kill in between sees the old pair.
+    The weights are written first, under a name made from their content, and the settings last. A reader, or a kill, in
+    between leaves the old pair valid.
 
     Raises:
-        OSError: a file cannot be written; the old pair is as it was.
+        OSError: a file cannot be written; the old pair is unchanged.
     """
     method = base_model(model).__dict__[HANDLE].method
     return write_pair(Path(save_directory), method, cross_state(model, state))
 
 
 def write_pair(folder: Path, method: ReductionConfig, tensors: Mapping[str, Tensor]) -> list[Path]:
-    """Write settings and learned tokens (none: settings alone); returns the files' paths."""
+    """Write settings and learned tokens (settings alone if there are no tokens). Returns the paths of the files."""
     config, weights, named = folder / CONFIG_NAME, None, None
     if tensors:
-        # One entry: safetensors writes several in any order, and the name of the file follows from its bytes.
+        # One metadata entry: safetensors writes several in any order, and the file's name is a hash of its bytes.
         data = save(dict(tensors), metadata={"format": "pt"})
         digest = hashlib.sha256(data).hexdigest()
         named = {"file": f"{WEIGHTS_FOLDER}/{digest[:16]}.safetensors", "sha256": digest}
         weights = write_bytes(folder / named["file"], data)
     before = _named(config)
     write_settings(method, config, named)
-    if weights is not None and not weights.is_file():  # another writer took it for its own predecessor
+    if weights is not None and not weights.is_file():  # another writer deleted it as an old file
         write_bytes(weights, data)
     for old in (before, LEGACY_WEIGHTS_NAME):
         if old is not None and (named is None or old != named["file"]):
@@ -116,7 +118,7 @@ def write_pair(folder: Path, method: ReductionConfig, tensors: Mapping[str, Tens
 
 
 def _named(config: Path) -> str | None:
-    """The file of learned tokens that settings name, or None."""
+    """The file of learned tokens that the settings name, or None."""
     try:
         return weights_entry(read_settings(config), config)["file"]
     except (OSError, ValueError, KeyError):
@@ -124,10 +126,10 @@ def _named(config: Path) -> str | None:
 
 
 def weights_entry(values: Mapping[str, Any], path: Path) -> dict[str, str]:
-    """Name and hash of the learned tokens that belong to settings; empty where these name none (version 0.1).
+    """Name and hash of the file of learned tokens in the settings; empty if they name none (version 0.1).
 
     Raises:
-        ValueError: something else stands there.
+        ValueError: the entry has another form.
     """
     entry = values.get(WEIGHTS_FIELD, {})
     strings = isinstance(entry, dict) and all(isinstance(one, str) for one in entry.values())
@@ -140,11 +142,11 @@ def read_tensors(data: bytes, path: Path, digest: str | None) -> dict[str, Tenso
     """The learned tokens in a file's bytes.
 
     Args:
-        data, path: of the file.
-        digest: SHA-256 that the settings name, None where they name none.
+        data, path: bytes and path of the file.
+        digest: SHA-256 that the settings name; None if they name none.
 
     Raises:
-        ValueError: the bytes are damaged, or not those that the settings name.
+        ValueError: the bytes are damaged, or have another hash than the settings name.
     """
     try:
         tensors = load(data)
@@ -161,7 +163,7 @@ def read_tensors(data: bytes, path: Path, digest: str | None) -> dict[str, Tenso
 
 
 def files_problem(folder: Path) -> str | None:
-    """What is wrong with the settings and the learned tokens in a folder, or None; None too where it has neither."""
+    """What is wrong with the settings and learned tokens in a folder; None if nothing is, or if it holds neither."""
     config = folder / CONFIG_NAME
     if not config.exists():
         return None

@@ -23,17 +23,17 @@ def add_alignment_loss(
     kl: str,
     cell: Callable[[Tensor], Tensor] | None = None,
 ) -> Any:
-    """The output with a field ``alignment_loss`` (unweighted), in the graph of the cross tokens alone.
+    """The output with a field ``alignment_loss`` (unweighted), whose gradient reaches the cross tokens alone.
 
     Args:
         output: the model's output dataclass.
         vision_cross: (vision layers, images, D) cross tokens of this forward, None without images.
         text_cross: (text layers, B, D) cross tokens of this forward.
-        towards: modules that map vision and text cross tokens, one after the other, to where they are compared; their
-            weights get no gradient from the loss.
+        towards: for vision and for text, the modules that map the cross tokens, one after the other, to the space where
+            they are compared. Their weights get no gradient from the loss.
         images_per_row: (B,) images in every row of the batch.
         kl: form of the divergence.
-        cell: (images, D) cross tokens -> what the first of vision's modules takes for them, if not the tokens.
+        cell: (images, D) cross tokens -> input of the first vision module, if that does not take tokens.
     """
     if text_cross is None or vision_cross is None:
         known = next((value for value in output.values() if isinstance(value, Tensor)), torch.zeros(()))
@@ -51,7 +51,8 @@ def add_alignment_loss(
 
 @kept_per_class
 def aligned_output(output_class: type) -> type:
-    """The output's class with one more field; a real dataclass, as DDP and FSDP rebuild outputs by their fields."""
+    """The output's class with one more field. It is a real dataclass, because DDP and FSDP rebuild outputs by their
+    fields."""
     field = ("alignment_loss", Tensor | None, dataclasses.field(default=None))
     made = dataclasses.make_dataclass(output_class.__name__, [field], bases=(output_class,))
     made.__module__, made.__qualname__ = output_class.__module__, output_class.__qualname__
@@ -61,8 +62,9 @@ def aligned_output(output_class: type) -> type:
 def _project(modules: list[nn.Module], tokens: Tensor) -> Tensor:
     """The modules' maps one after the other, without gradients for their weights.
 
-    Called and not rebuilt from detached weights: quantised weights cannot be swapped, and under ZeRO-3 a weight exists
-    only inside its module's call. Their ``requires_grad`` stays as it is: other threads train with them.
+    The modules are called and not rebuilt from detached weights: quantised weights cannot be swapped, and under ZeRO-3
+    a weight exists only inside its module's call. ``requires_grad`` is not changed, because other threads may train the
+    weights.
     """
     trained = {id(weight) for module in modules for weight in module.parameters() if weight.requires_grad}
     with _Detaching(trained):
@@ -73,10 +75,10 @@ def _project(modules: list[nn.Module], tokens: Tensor) -> Tensor:
 
 
 class _Detaching(TorchFunctionMode):
-    """Every operation of this thread gets the chosen tensors detached.
+    """Detaches the chosen tensors in every operation of this thread.
 
     Args:
-        chosen: their ``id``.
+        chosen: ``id`` of each of these tensors.
     """
 
     def __init__(self, chosen: set[int]) -> None:

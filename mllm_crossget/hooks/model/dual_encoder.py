@@ -1,4 +1,4 @@
-"""The top level of a dual encoder: in training its output carries the alignment loss of both towers' cross tokens."""
+"""The top level of a dual encoder: in training its output has the alignment loss of both towers' cross tokens."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class DualModel(SavedModel):
     """Mixin for a model with an image and a text embedding (``CLIPModel``, ``SiglipModel``)."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the original. In training, where both towers are reduced with cross tokens, the output has a field
-        ``alignment_loss`` (unweighted). Rows are pairs: with other numbers of images and texts the loss is 0."""
+        """As the original. In training, if both towers are reduced with cross tokens, the output has a field
+        ``alignment_loss`` (unweighted). Row i of images and texts is a pair; the loss is 0 if their numbers differ."""
         refuse_replica(self)
         handle: Handle = self.__dict__[HANDLE]
         if guides(self, handle) and handle.encoder_path:
@@ -45,7 +45,7 @@ class DualModel(SavedModel):
 
 
 class _PoolEach(nn.Module):
-    """A pooling head applied to every token alone: (L, B, D) -> (L, B, D)."""
+    """A pooling head that is applied to each token separately: (L, B, D) -> (L, B, D)."""
 
     def __init__(self, head: nn.Module):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The model without its head: a call that does not go through the top-level ``forward`` takes full prompts as well.
+"""The model without its head: it takes full prompts too when it is called without the top-level ``forward``.
 
 TRL's trainers, reward heads and retrievers call ``model.model(**inputs)`` and put a head of their own behind it.
 """
@@ -21,8 +21,8 @@ _WHOLE = "_mllm_crossget_whole"
 
 
 def hook_headless(journal: Journal, model: nn.Module, handle: Handle) -> None:
-    """Let the part of a model that makes the features, and is called with the prompt, shrink prompts of its own
-    callers; every change is written into ``journal``."""
+    """Make the part of a model that encodes images and takes the prompt compact the prompts of direct callers. Every
+    change is written into ``journal``."""
     if not handle.family.features_owner:  # the model has no such part
         return
     inner = module_at(model, handle.family.features_owner)
@@ -34,11 +34,11 @@ class HeadlessModel(nn.Module):
     """Mixin for the model without its head."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the original, on the user's full-length inputs; ``last_hidden_state`` comes back full-length, zeros at
-        dropped columns, so that a head behind it gives the logits of the whole model.
+        """As the original, on the user's full-length inputs. ``last_hidden_state`` is full-length, with zeros at
+        dropped columns, so that a head on top of it gives the logits of the whole model.
 
-        Hidden states, attentions and the KV cache have the compact length. In training with ``alignment_loss``. A call
-        with ``inputs_embeds`` and no images is the stock one.
+        Hidden states, attentions and the KV cache have the compact length. In training the output has
+        ``alignment_loss``. A call with ``inputs_embeds`` and no images is passed to the stock model.
 
         Raises:
             ValueError: as the whole model's ``forward``.

@@ -1,8 +1,9 @@
-"""MADTP's alignment guidance in training: what the alignment tokens find in the images and in their texts is compared.
+"""MADTP's alignment guidance in training: it compares the alignment features of the images with those of their texts.
 
-The image side is recorded by the tower (``hooks.tower.counts_per_image``), the text side at the inputs of the text
-layers. Both live in lists of one forward. Gradients reach the alignment tokens, their maps, and whatever else is
-trained.
+Alignment features are (K, width) sums over layers and tokens, weighted by the scores of the K alignment tokens. The
+tower records those of images (``hooks.tower.counts_per_image``); those of texts are made from the inputs of the text
+layers. Both are stored in lists of one forward. Gradients reach the alignment tokens, their maps, and all other trained
+weights.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ _PLACE = "_mllm_crossget_heard"
 
 
 def guides(model: nn.Module, handle: Handle) -> bool:
-    """Whether this forward has the loss of the alignment tokens."""
+    """True if this forward has the loss of the alignment tokens."""
     loss = handle.method.training_loss
     wanted = loss is not None and loss.kind is LossKind.ALIGNMENT_TOKENS
     return wanted and model.training and "alignment" in handle.cross_paths
 
 
 def recording(model: nn.Module, handle: Handle) -> AbstractContextManager[list[Tensor]]:
-    """The tower's list for one forward, or an empty one where no loss is wanted."""
+    """Lend the tower a list for one forward; an empty list that nothing fills if there is no loss."""
     if not guides(model, handle):
         return nullcontext([])
     return recorded_alignment(module_at(model, handle.encoder_path))
@@ -48,8 +49,9 @@ def with_guidance(model: Any, forward: Any, handle: Handle, kwargs: dict[str, An
     Args:
         model: in training mode.
         forward: its stock forward.
-        handle: of the model.
-        kwargs: of the call, with a compact prompt. Its text is every real token but the first one and the image's.
+        handle: handle of the model.
+        kwargs: keyword arguments of the call, with a compact prompt. Its text is every real token except the first one
+            and image tokens.
     """
     side = text_side_of(handle.family, model.config)
     layers = heard_layers(model, handle)
@@ -72,10 +74,11 @@ def with_guidance(model: Any, forward: Any, handle: Handle, kwargs: dict[str, An
 
 
 def with_pair_guidance(model: Any, forward: Any, handle: Handle, kwargs: dict[str, Any]) -> Any:
-    """Likewise for a dual encoder, whose rows are pairs; with other numbers of images and texts the loss is 0.
+    """As ``with_guidance``, for a dual encoder. Row i of images and texts is a pair; the loss is 0 if their numbers
+    differ.
 
-    A text's tokens are those behind its first one, up to the end mark under a causal mask, without padding; all of
-    them in MADTP's reference mode. A text tower that is pruned records them itself.
+    A text's tokens are those after its first one, without padding, and under a causal mask up to the end mark. In
+    MADTP's reference mode they are all tokens. A pruned text tower records its features itself.
     """
     tower = handle.family.text_tower
     if tower is None:
@@ -100,7 +103,7 @@ def with_pair_guidance(model: Any, forward: Any, handle: Handle, kwargs: dict[st
 
 
 def _pair_columns(model: Any, handle: Handle, kwargs: dict[str, Any]) -> Tensor:
-    """(B, T) the text's tokens of a dual encoder, see ``with_pair_guidance``."""
+    """(B, T) True for the tokens of a dual encoder's texts, see ``with_pair_guidance``."""
     tower, ids, mask = handle.family.text_tower, kwargs["input_ids"], kwargs.get("attention_mask")
     text = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask != 0
     loss = handle.method.training_loss
@@ -119,18 +122,18 @@ def module_layers(model: nn.Module, handle: Handle) -> Any:
 
 
 def image_features(found: list[Tensor], layers: int) -> Tensor:
-    """(images, K, width) sums over the layers; the tower may have run several times."""
+    """(images, K, width) alignment features, summed over the layers; the tower may have run several times."""
     runs = [torch.stack(found[start : start + layers]).sum(dim=0) for start in range(0, len(found), layers)]
     return torch.cat(runs)
 
 
 def text_features(tokens: nn.Module, inputs: dict[int, Tensor], columns_BT: Tensor) -> Tensor:
-    """(B, K, width) sums over the text layers of what the alignment tokens find in their inputs.
+    """(B, K, width) alignment features of texts, summed over the text layers.
 
     Args:
         tokens: the alignment tokens.
-        inputs: (B, T, D) of every layer.
-        columns_BT: True for the text's tokens. A row without any is compared as a whole.
+        inputs: (B, T, D) input of every layer.
+        columns_BT: True for the text's tokens. In a row without any, all tokens are used.
     """
     columns_BT = columns_BT | ~columns_BT.any(dim=1, keepdim=True)
     summed: Any = 0
@@ -141,7 +144,7 @@ def text_features(tokens: nn.Module, inputs: dict[int, Tensor], columns_BT: Tens
 
 
 def hook_heard(journal: Journal, model: Any, handle: Handle) -> None:
-    """Let the layers of the text side be heard, where a loss wants what enters them."""
+    """Record the inputs of the text layers, if a loss needs them."""
     loss, layers = handle.method.training_loss, heard_layers(model, handle)
     if loss is None or loss.kind is not LossKind.ALIGNMENT_TOKENS or layers is None:
         return
@@ -151,8 +154,8 @@ def hook_heard(journal: Journal, model: Any, handle: Handle) -> None:
 
 
 def heard_layers(model: Any, handle: Handle) -> nn.Module | None:
-    """The list of text layers whose inputs are compared with the images; None where the text is pruned and says itself
-    what it finds, or where there is no text."""
+    """The list of text layers whose inputs are compared with the images. None if the text is pruned, and so records its
+    features itself, or if there is no text."""
     tower, side = handle.family.text_tower, text_side_of(handle.family, model.config)
     if side is not None:
         return module_at(module_at(model, side.model), side.layers)
@@ -165,8 +168,8 @@ class HeardLayer(nn.Module):
     """Mixin for a layer of the text side."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the original. The first call in a forward counts, so that layers may be replayed by gradient
-        checkpointing."""
+        """As the original; records the input of the first call in a forward. Gradient checkpointing may call the layer
+        again."""
         layers, index = self.__dict__[_PLACE]
         inputs: dict[int, Tensor] | None = lent(_INPUTS, layers)
         if inputs is not None:
@@ -175,13 +178,13 @@ class HeardLayer(nn.Module):
 
 
 def _heard(layers: nn.Module | None) -> Lent:
-    """Collect what enters each of the layers during one forward in this thread."""
+    """Collect the inputs of the layers during one forward in this thread."""
     inputs: dict[int, Tensor] = {}
     return Lent(_INPUTS, inputs, layers)
 
 
 def _images_per_row(model: Any, handle: Handle, kwargs: dict[str, Any]) -> Tensor | None:
-    """(B,) images in every row, or None where nothing says it but the numbers of images and of rows."""
+    """(B,) number of images in every row; None if it must be derived from the numbers of images and rows."""
     if present(handle, kwargs):
         return images_per_row(model, handle, kwargs)
     if handle.family.images_per_row is not None and kwargs.get("input_ids") is not None:
@@ -198,8 +201,8 @@ def _rows_alike(images: int, rows: int) -> Tensor:
 def _columns_behind_queries(
     model: Any, handle: Handle, side: TextSide, kwargs: dict[str, Any], hidden: Tensor
 ) -> Tensor:
-    """(B, T) True for an instruction's real tokens but its first one, where a Q-Former reads it behind its queries;
-    frames of a video repeat it."""
+    """(B, T) True for an instruction's real tokens except its first one, for a Q-Former that reads the instruction
+    after its queries. Every frame of a video repeats the instruction."""
     del model, handle
     ids, mask = kwargs[f"{side.keyword}input_ids"], kwargs.get(f"{side.keyword}attention_mask")
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask != 0
@@ -208,7 +211,7 @@ def _columns_behind_queries(
 
 
 def _text_columns(model: Any, handle: Handle, side: TextSide, kwargs: dict[str, Any], hidden: Tensor) -> Tensor:
-    """(B, T) True for real tokens that are neither the row's first one nor an image's."""
+    """(B, T) True for real tokens that are neither the row's first one nor image tokens."""
     del side
     ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
     real = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)

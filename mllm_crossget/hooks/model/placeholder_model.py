@@ -1,5 +1,5 @@
-"""The top-level model: shrinks prompts in front of the stock ``forward`` and ``generate``, and gives the user's layout
-back. The language model never sees, computes or caches a removed token.
+"""The top-level model: it compacts prompts before the stock ``forward`` and ``generate``, and returns outputs in the
+user's columns. The language model never sees, computes or caches a removed token.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ from mllm_crossget.hooks.request.user_view import PromptView, option_reader, wit
 from mllm_crossget.methods.capabilities import LossKind
 
 COMPACT = "crossget_compact"
-"""Keyword by which the model's own call tells the part without its head that the prompt is compact already."""
+"""Keyword by which the model tells its part without the head that the prompt is compact already."""
 
 
 class AlignedModel(SavedModel):
-    """Mixin for a top-level model whose prompt is not changed: adds the alignment loss in training."""
+    """Mixin for a top-level model whose prompt is not changed; it adds the alignment loss in training."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the original; in training, with a field ``alignment_loss`` where the family has such a loss."""
+        """As the original. In training the output has a field ``alignment_loss`` if the family has such a loss."""
         refuse_replica(self)
         handle: Handle = self.__dict__[HANDLE]
         if not (_aligns(self, handle) or guides(self, handle)):
@@ -73,7 +73,7 @@ class ReducedModel(SavedModel):
     """Mixin for a top-level model with image placeholders in its prompt."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the original, on the user's full-length inputs; logits come back full-length, zeros at dropped columns.
+        """As the original, on the user's full-length inputs. Logits are full-length, with zeros at dropped columns.
 
         Hidden states, attentions and the KV cache of the language model have the compact length.
         """
@@ -85,7 +85,7 @@ class ReducedModel(SavedModel):
         return compact_forward(self, partial(super().forward, **inner), kwargs, "logits")
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> Any:
-        """As the original; the cache knows the sizes of the prompt's tokens from the start."""
+        """As the original; the token sizes of the prompt are stored on the cache from the start."""
         made = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
         sizes = generating_log_sizes(self)
         if sizes is not None:
@@ -129,9 +129,9 @@ def compact_forward(model: nn.Module, forward: Any, kwargs: dict[str, Any], colu
 
     Args:
         model: the accelerated model.
-        forward: of the model, or of the part of it that has no head.
-        kwargs: of the call.
-        column_wise: the field of the output that gets the user's columns back, zeros where one was dropped.
+        forward: stock forward of the model, or of its part without the head.
+        kwargs: keyword arguments of the call.
+        column_wise: the field of the output that is expanded to the user's columns, with zeros at dropped ones.
     """
     kwargs = with_named_cache(kwargs)
     handle: Handle = model.__dict__[HANDLE]
@@ -146,7 +146,7 @@ def compact_forward(model: nn.Module, forward: Any, kwargs: dict[str, Any], colu
             return _forward_shrunk(model, forward, handle, kwargs, column_wise)
     if layout is not None:
         kwargs = followed_layout(handle, layout, kwargs)
-    # generate forgets what it has encoded itself
+    # generate drops the images that it encoded ahead itself
     ahead = nullcontext() if generating_log_sizes(model) is not None else forget_ahead(model, handle.family)
     counts_unknown = present(handle, kwargs) and not torch.compiler.is_compiling()
     explained = mismatch_explained(model, handle, kwargs) if counts_unknown else nullcontext()
@@ -165,7 +165,7 @@ def _forward_shrunk(model: nn.Module, forward: Any, handle: Handle, kwargs: dict
     has_head, named = column_wise == "logits", getattr(model.config, "return_dict", True)
     keep = kwargs.pop("logits_to_keep", 0) if has_head else 0
     as_tuple = kwargs.pop("return_dict", named) is False
-    if not named:  # the stock forward would look there
+    if not named:  # the stock forward would follow the config
         kwargs["return_dict"] = True
     old_mask = layout.compact_mask(mask[:, :old]) if old else mask[:, :0]
     if keeps_positions_on(handle, layout) and kwargs.get("position_ids") is None:
@@ -179,7 +179,7 @@ def _forward_shrunk(model: nn.Module, forward: Any, handle: Handle, kwargs: dict
     same_columns = kwargs.get("labels") is None and shrunk.compaction.keeps_last(keep)
     if has_head:
         kwargs["logits_to_keep"] = keep if same_columns else 0
-    with asking(model, handle, kwargs):  # images that were not encoded ahead
+    with asking(model, handle, kwargs):  # for images that were not encoded ahead
         output = _with_alignment(model, forward, handle, kwargs)
     if not same_columns:
         full = shrunk.compaction.expand(getattr(output, column_wise))
@@ -195,14 +195,14 @@ def _forward_shrunk(model: nn.Module, forward: Any, handle: Handle, kwargs: dict
 
 
 def _was_emptied(cache: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether a cache holds nothing any more (``reset``), in front of a new prompt: its layout is another prompt's."""
+    """True if a KV cache was emptied (``reset``) before a new prompt, so that its layout belongs to another prompt."""
     ids = kwargs.get("input_ids")
     several = isinstance(ids, Tensor) and ids.shape[-1] > 1
     return several and not torch.compiler.is_compiling() and cached_columns(cache) == 0
 
 
 def _with_log_sizes(model: nn.Module, handle: Handle, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments with token sizes for a prompt that is compact already: inside ``generate``, or the user's own."""
+    """Arguments with log sizes for a prompt that is compact already: inside ``generate``, or given by the user."""
     if not handle.size_bias:
         return kwargs
     sizes, cache = generating_log_sizes(model), cache_in(kwargs)
@@ -219,7 +219,8 @@ def _slice_logits(logits: Tensor, keep: int | Tensor) -> Tensor:
 
 
 def _without_layout(cache: Any, generate: Any, kwargs: dict[str, Any]) -> Any:
-    """Run the stock ``generate`` on compact inputs; the cache's layout, in the user's columns, is set aside."""
+    """Run the stock ``generate`` on compact inputs; meanwhile the cache's layout is removed, which counts the user's
+    columns."""
     layout = getattr(cache, LAYOUT, None)
     if layout is None:
         return generate(**kwargs)
@@ -246,7 +247,7 @@ def _user_output(output: Any, view: PromptView, layout: Layout, cache: Any) -> A
 def _images_of_rows(
     model: Any, handle: Handle, kwargs: dict[str, Any], vision: list[Tensor], text: list[Tensor]
 ) -> Tensor:
-    """(B,) images in every row of the text side, for families whose prompts are not shrunk."""
+    """(B,) number of images in every row of the text side, for families whose prompts are not compacted."""
     rows = text[0].shape[1] if text else 0
     images = vision[0].shape[1] if vision else 0
     if not images or not rows:
@@ -259,14 +260,14 @@ def _images_of_rows(
 
 
 def _aligns(model: nn.Module, handle: Handle) -> bool:
-    """Whether this forward has an alignment loss."""
+    """True if this forward has an alignment loss."""
     loss = handle.method.training_loss
     both = {"vision", "text"} <= handle.cross_paths.keys() and loss is not None and loss.kind is LossKind.CROSS_TOKENS
     return model.training and both and handle.text_path != "" and bool(handle.family.vision_projection)
 
 
 def _recording(model: nn.Module, handle: Handle, kwargs: dict[str, Any]) -> AbstractContextManager[Any]:
-    """Both sides' lists of cross tokens, or two empty ones where no alignment loss is wanted."""
+    """The lists that both sides write their cross tokens to; two empty lists if there is no alignment loss."""
     if not _aligns(model, handle):
         return nullcontext(([], []))
     first = next((modality.name for modality in present(handle, kwargs)), "")
@@ -286,7 +287,7 @@ def _with_alignment(model: nn.Module, forward: Any, handle: Handle, kwargs: dict
         output = forward(**kwargs)
         if isinstance(output, tuple):
             return output
-        if vision and text and present(handle, kwargs):  # generate has encoded the images ahead, without arguments
+        if vision and text and present(handle, kwargs):  # generate may have encoded the images ahead
             rows = images_per_row(model, handle, kwargs)
         else:
             rows = _images_of_rows(model, handle, kwargs, vision, text)
@@ -299,7 +300,7 @@ def _with_alignment(model: nn.Module, forward: Any, handle: Handle, kwargs: dict
     )
     if (
         handle.modality_towers
-    ):  # DDP wants a gradient of every tower's cross tokens, also where a batch has images alone
+    ):  # DDP wants a gradient for the cross tokens of every tower, also if a batch has images alone
         for path in handle.cross_paths.values():
             output.alignment_loss = output.alignment_loss + 0 * module_at(model, path)().sum()
     return output

@@ -29,10 +29,10 @@ class SavedModel(GeneratingModel):
     """Mixin for every top-level model."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """As the original, for a process that unpickles the model and has built none of its kind.
+        """As the original, also in a process that has built no model of this class yet.
 
-        transformers 5 notes which outputs a class can record when an instance is built, and would return no hidden
-        states without that note.
+        transformers 5 registers the outputs that a class can record when an instance is built. Without that entry it
+        returns no hidden states.
         """
         super().__setstate__(state)
         noted: Any = getattr(modeling_utils, "_CAN_RECORD_REGISTRY", None)
@@ -42,7 +42,8 @@ class SavedModel(GeneratingModel):
 
     @property
     def _keys_to_ignore_on_save(self) -> set[str]:
-        """Learned tokens too, which transformers asks a quantiser for and not the ``state_dict`` that it is given."""
+        """Includes learned tokens, because a quantised model takes weights from the quantiser and not from
+        ``state_dict``."""
         paths = vars(self)[HANDLE].cross_paths.values() if HANDLE in vars(self) else ()
         names = {f"{path}.{name}" for path in paths for name in module_at(self, path).state_dict()}
         return {*(vars(self).get("_keys_to_ignore_on_save") or ()), *names}
@@ -64,7 +65,7 @@ class SavedModel(GeneratingModel):
 
         Raises:
             OSError: a file cannot be written.
-            ValueError: words for an upload that is not asked for.
+            ValueError: arguments of an upload without ``push_to_hub``.
             TypeError: an unknown keyword.
         """
         upload = {name: kwargs.pop(name) for name in _FOR_UPLOADS if name in kwargs}
@@ -103,6 +104,6 @@ def _upload(
         repo_id=repo.repo_id,
         commit_message=commit_message,
         ignore_patterns=[TEMPORARY_PATTERN],
-        delete_patterns=[LEGACY_WEIGHTS_NAME, f"{WEIGHTS_FOLDER}/*"],  # of an older push
+        delete_patterns=[LEGACY_WEIGHTS_NAME, f"{WEIGHTS_FOLDER}/*"],  # files of an older push
         **commit,
     )

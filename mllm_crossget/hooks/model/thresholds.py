@@ -1,4 +1,4 @@
-"""From the dial to the thresholds of a dynamic method, on a handful of images."""
+"""Calibration: finds the thresholds of a dynamic method that meet its setting on average over some images."""
 
 from __future__ import annotations
 
@@ -25,18 +25,19 @@ _TOLERANCE = 0.02
 
 @dataclass
 class Calibration:
-    """Finds one threshold after the other while the tower runs on the calibration images.
+    """Finds the threshold of one layer after the other while the tower runs on the calibration images.
 
     Attributes:
-        thresholds: found so far, one per layer.
+        thresholds: thresholds found so far, one per layer.
     """
 
     thresholds: list[float] = field(default_factory=list)
 
     def choose(self, method: PerImage, scores: Tensor, shielded: Tensor, least: Tensor | None, wanted: int) -> float:
-        """The threshold at which the images of the batch together lose ``wanted`` tokens in this layer, or nearly.
+        """The threshold at which the images of the batch together lose about ``wanted`` tokens in this layer.
 
-        By bisection over the scores that occur; it lies half-way between two of them, so that rounding does not matter.
+        It is found by bisection over the scores that occur, and lies half-way between two of them, so that rounding has
+        no effect.
         """
         values = scores[torch.isfinite(scores)].unique().tolist()
 
@@ -50,7 +51,7 @@ class Calibration:
 
 
 def _nearest(value_at: Callable[[int], int], count: int, wanted: int) -> int:
-    """The place in 0..count-1 whose value is nearest to ``wanted``, where values never fall."""
+    """The index in 0..count-1 whose value is nearest to ``wanted``; values must not decrease."""
     low, high = 0, count - 1
     while low < high:
         middle = (low + high) // 2
@@ -65,20 +66,23 @@ def _nearest(value_at: Callable[[int], int], count: int, wanted: int) -> int:
 
 @torch.no_grad()
 def calibrate(model: nn.Module, images: Any = None, processor: Any = None, *, texts: Any = None) -> Method:
-    """Find the thresholds of a dynamic method, so that images like these keep the asked number of tokens on average.
+    """Find the thresholds of a dynamic method, so that images like these keep the requested number of tokens on
+    average.
 
-    One pass of the vision tower over all images at once: each layer's threshold is set where the images together lose
-    what the fixed schedule of the same dial removes there. Average tokens are thus those of the fixed schedule in every
-    layer, and so are average costs. Likewise for the text tower of a dual encoder that MADTP prunes. Calibrate again
-    after training, which moves the scores.
+    The vision tower runs once over all images together. Each layer's threshold is set so that the images together lose
+    as many tokens there as under the fixed schedule of the same settings. Average tokens in every layer are thus those
+    of the fixed schedule, and so are average costs. The text tower of a dual encoder that MADTP prunes is calibrated in
+    the same way. Calibrate again after training, which changes the scores.
 
     Args:
         model: accelerated with ``CrossGetConfig(dynamic=True, ...)`` or ``MadtpConfig(...)``.
         images: (images, channels, height, width) pixel values as the processor makes them; or pictures, with
-            ``processor``, of what the model will see. On others the average is off by about the relative spread of
-            their counts / sqrt(images): some dozens do for a spread of 20 %, a thousand for 60 %.
+            ``processor``. They should be like those that the model will see. On other images of that kind the average
+            is off by about the relative spread of their counts / sqrt(images): some dozens of images suffice for a
+            spread of 20 %, a thousand for 60 %.
         processor: a transformers processor or image processor, for pictures and for texts that are strings.
-        texts: for MADTP with a text dial: strings, or ``input_ids`` and ``attention_mask`` as the tokenizer makes them.
+        texts: for MADTP with ``text_keep_ratio`` or ``text_r``: strings, or ``input_ids`` and ``attention_mask`` as the
+            tokenizer makes them.
 
     Returns:
         The settings with the thresholds, which the model now runs with; ``save_crossget`` writes them.
@@ -136,7 +140,7 @@ def _on_texts(model: nn.Module, handle: Handle, tokens: dict[str, Tensor]) -> li
 
 @contextmanager
 def _calibrating(module: nn.Module, state: Any) -> Iterator[Calibration]:
-    """Evaluation mode, with a calibration lent to the state; both taken back afterwards."""
+    """Evaluation mode, with a calibration lent to the state; both end with the ``with`` block."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:

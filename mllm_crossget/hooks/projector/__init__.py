@@ -1,8 +1,8 @@
-"""From tower tokens to the features that take the placeholders' places.
+"""From tower tokens to the features that replace the placeholders.
 
 In: tokens of the tower, and which patches each of them stands for. Out: features per image, as ``get_image_features``
 returns them. Read ``features`` (the base), ``kinds``, then the file of the family's kind: ``tiles``, ``pooled_tiles``,
-``whole_grid``, ``packed_grid``, ``multi_layer`` and ``aligned_states``, ``resampler``, ``video_tower``; ``post_merge``
-merges behind a projector; ``ragged_features`` and ``readers`` serve counts per image, ``selected_output`` methods that
-act behind the tower.
+``whole_grid``, ``packed_grid``, ``multi_layer`` and ``aligned_states``, ``resampler``, ``video_tower``. ``post_merge``
+merges behind a projector. ``ragged_features`` and ``readers`` are for counts per image, ``selected_output`` is for
+methods that act at the tower's output.
 """

@@ -1,7 +1,7 @@
-"""A tower whose hidden states all have the tokens of the last layer that is read, while features are made of them.
+"""A tower whose hidden states of several layers are brought to the same tokens before features are made of them.
 
-Tokens of the earlier layers go through the merges that the later ones have done, as plain averages weighted by size,
-so that every row of the concatenation is the same group of patches in all layers.
+The states of earlier layers go through the merges of the later layers, as averages weighted by token size. A row of
+their concatenation is then the same group of patches in all layers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _PATHS = "_mllm_crossget_paths"
 
 
 def align_states(journal: Journal, owner: nn.Module, handle: Handle) -> None:
-    """Let the tower of the features' owner align its states; it wants to be a reader of the encoder's trace."""
+    """Make the tower of the features' owner align its states. The tower must be a reader of the encoder's trace."""
     prefix = f"{handle.family.features_owner}."
     tower, encoder = (path.removeprefix(prefix) for path in (handle.family.tower or "", handle.encoder_path))
     journal.set_attribute(owner, _PATHS, tower)
@@ -37,7 +37,8 @@ def aligned_tower(owner: nn.Module) -> nn.Module | None:
 
 
 class AlignedStates(nn.Module):
-    """Mixin for a tower: inside ``get_image_features`` all hidden states have the tokens of the layer that is read."""
+    """Mixin for a tower: inside ``get_image_features`` all hidden states have the tokens of the last layer that is
+    read."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the original."""
@@ -53,7 +54,7 @@ class AlignedStates(nn.Module):
 
 
 def _merged(state: Tensor, trace: list[LayerTrace]) -> Tensor:
-    """(B, T, D) tokens behind the first layer of ``trace`` -> (B, t, D) behind the last one."""
+    """(B, T, D) output tokens of the first layer of ``trace`` -> (B, t, D) output tokens of its last layer."""
     size = trace[0].size
     for layer in trace[1:]:
         if isinstance(layer.match, Match):  # families of this kind have no method that prunes

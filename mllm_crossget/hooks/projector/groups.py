@@ -1,6 +1,6 @@
-"""Which of an image's tokens every feature stands for: its size and its place, for the language model.
+"""Which of an image's tokens each feature stands for: its token size and its place, for the language model.
 
-N tokens of an image in the untouched model, k features of it in the reduced one, B images of one size.
+An image has N tokens in the untouched model and k features in the reduced one. B images of one size.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class Groups(NamedTuple):
     """The features of one image.
 
     Attributes:
-        size: (k,) float32 tokens of the untouched model that each feature stands for, at least 1.
-        place: (k,) int64 lower median of their numbers, 0 ... N - 1. A feature that stands for none (a cross token, a
-            newline) has size 1 and a place of its own.
+        size: (k,) float32 number of tokens of the untouched model that each feature stands for, at least 1.
+        place: (k,) int64 lower median of these tokens' indices, 0 ... N - 1. A feature that stands for no token (a
+            cross token, a newline) has size 1 and a place of its own.
     """
 
     size: Tensor
@@ -31,9 +31,9 @@ class Groups(NamedTuple):
 
 
 def groups_of_source(source_BN: Tensor, features: int) -> list[Groups]:
-    """The groups of images whose token n has become the feature ``source[b, n]``; a negative one has become none.
+    """The groups of images whose token n was merged into the feature ``source[b, n]``; a negative source means none.
 
-    A feature that nothing has become (the cross token, which stands last) has size 1 and the last place.
+    A feature without tokens (the cross token, which is the last one) has size 1 and the last place.
 
     Args:
         source_BN: (B, N) int64.
@@ -41,10 +41,10 @@ def groups_of_source(source_BN: Tensor, features: int) -> list[Groups]:
     """
     batch, tokens = source_BN.shape
     gone = source_BN < 0
-    row = source_BN.masked_fill(gone, features)  # one spare row for tokens that are gone
+    row = source_BN.masked_fill(gone, features)  # one spare row for pruned tokens
     size = torch.zeros(batch, features + 1, dtype=torch.int64, device=row.device)
     size = size.scatter_add(1, row, torch.ones_like(row))[:, :features]
-    members = row.argsort(dim=1, stable=True)  # feature by feature, each one's tokens in ascending order
+    members = row.argsort(dim=1, stable=True)  # tokens sorted by feature, ascending within each
     first = size.cumsum(1) - size
     place = members.gather(1, (first + (size - 1).clamp_min(0) // 2).clamp_max(tokens - 1))
     place = torch.where(size > 0, place, tokens - 1)
@@ -52,8 +52,7 @@ def groups_of_source(source_BN: Tensor, features: int) -> list[Groups]:
 
 
 def source_of_trace(trace: Sequence[LayerTrace]) -> Tensor:
-    """(B, N) row, behind the last layer of a trace, that every token of the tower has become; -1 where it was thrown
-    away instead of merged."""
+    """(B, N) row after the last layer of a trace that each token of the tower was merged into; -1 if it was pruned."""
     source = trace[-1].source
     matches = [layer.match for layer in trace if isinstance(layer.match, Match)]
     if not any(match.pruned for match in matches):
@@ -66,19 +65,19 @@ def source_of_trace(trace: Sequence[LayerTrace]) -> Tensor:
 
 
 def joined_groups(parts: Sequence[Groups], lengths: Sequence[int]) -> Groups:
-    """Groups of parts that stand one behind the other; a part has so many tokens in the untouched model."""
+    """Groups of several parts of an image in sequence. ``lengths``: tokens of each part in the untouched model."""
     starts = [sum(lengths[:index]) for index in range(len(lengths))]
     size = torch.cat([part.size for part in parts])
     return Groups(size, torch.cat([part.place + start for part, start in zip(parts, starts, strict=True)]))
 
 
 def groups_of(output: Any) -> list[Groups] | None:
-    """The groups of every image in what ``get_image_features`` returned; None if it does not say."""
+    """The groups of every image in an output of ``get_image_features``; None if the output has none."""
     return getattr(output, _GROUPS, None)
 
 
 def with_groups(output: Any, groups: list[Groups]) -> Any:
-    """The output, which now says what its features stand for. Tuples cannot, and are returned as they are."""
+    """The output with the groups of its features. Tuples cannot hold them and are returned as they are."""
     if not isinstance(output, tuple):
         setattr(output, _GROUPS, groups)
     return output

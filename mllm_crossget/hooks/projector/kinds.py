@@ -1,4 +1,4 @@
-"""The mixin of every way in which features come about (``FeatureKind``). A kind without one fails at the import."""
+"""The mixin for each ``FeatureKind``, a way in which features are made. A kind without a mixin fails at import."""
 
 from __future__ import annotations
 

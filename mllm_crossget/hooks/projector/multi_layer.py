@@ -1,4 +1,4 @@
-"""Features that are several layers of the tower side by side (VipLlava), which differ in their number of tokens."""
+"""Features concatenated from several layers of the tower (VipLlava), which differ in their number of tokens."""
 
 from __future__ import annotations
 

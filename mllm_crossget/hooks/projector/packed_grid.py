@@ -1,12 +1,12 @@
-"""Towers of images of any size, packed into one row or padded to one length, in front of a grid of cells.
+"""Towers for images of any size, packed into one row or padded to one length, with a projector that needs the grid.
 
-The stock tower keeps images apart by a mask. Here every image runs without its neighbours and without padding: how far
-it is reduced depends on its own size, and no token merges with padding. Its tokens are copied back to their patches
-behind the last layer, in the layout in which the stock tower goes on (it may pool patches by their place), and cells
-are merged again behind the projector, as for every projector of the whole grid (``hooks.projector.whole_grid``).
+The stock tower keeps images apart by a mask. Here each image runs separately and without padding. Its number of tokens
+depends on its own size, and no token merges with padding. After the last layer its tokens are copied back to their
+patches, in the layout of the stock tower, which may pool patches by their place. The cells are merged again behind the
+projector, as for every projector that needs the whole grid (``hooks.projector.whole_grid``).
 
-Where the attention rotates queries and keys by the place in the grid, a merged token keeps the place of the token that
-stays, and a cross token stands where the middle patch of its image does.
+Some towers have rotary embeddings of the place in the grid. A merged token then has the place of the token that was
+kept, and a cross token has the place of its image's middle patch.
 
 Shapes: B images, n patches of one image, N patches of a row, D width of the tower.
 """
@@ -42,11 +42,11 @@ class GridEncoder(nn.Module):
     """Base of the mixins for an encoder: images of one size in, the same number of states out."""
 
     def run_images(self, embeds: Tensor, tables: Tables, middle: Tensor) -> Tensor:
-        """(B, n, D) patches of images of one size -> (B, n, D), every patch with the state of the token that it is in.
+        """(B, n, D) patches of images of one size -> (B, n, D), every patch with the state of its token.
 
         Args:
-            tables: of their rotary positions, (B, n, ·) each, or None.
-            middle: (B,) the patch in the middle of each image, where a cross token stands.
+            tables: tables of their rotary embeddings, (B, n, ·) each, or None.
+            middle: (B,) index of the patch in the middle of each image, whose place the cross token has.
         """
         state, patches = tower_state(self), embeds.shape[1]
         schedule = state.schedule(patches)
@@ -65,7 +65,7 @@ class GridEncoder(nn.Module):
 
 
 class PaddedGridEncoder(GridEncoder):
-    """For an encoder of rows that are padded behind their patches, with a mask of them (Gemma 4, SigLIP 2)."""
+    """For an encoder whose rows are padded at the end, with a mask of patches (Gemma 4, SigLIP 2)."""
 
     def forward(
         self,
@@ -78,8 +78,8 @@ class PaddedGridEncoder(GridEncoder):
 
         Args:
             inputs_embeds: (B, N, D).
-            attention_mask: (B, N) True for patches, or (B, 1, N, N) as attention takes it; None: there is no padding.
-            pixel_position_ids: (B, N, 2) places in the grid, where they are rotated by these.
+            attention_mask: (B, N) True for patches, or the (B, 1, N, N) mask of attention; None: there is no padding.
+            pixel_position_ids: (B, N, 2) places in the grid, if there are rotary embeddings.
         """
         refuse_tracing()
         lengths = _lengths(inputs_embeds, attention_mask)
@@ -106,7 +106,7 @@ class PaddedGridEncoder(GridEncoder):
 
 
 class PackedGridEncoder(GridEncoder):
-    """For an encoder of all images in one row, with a mask of blocks (Pixtral)."""
+    """For an encoder that takes all images in one row, with a block mask (Pixtral)."""
 
     def forward(
         self,
@@ -133,13 +133,13 @@ class PackedGridEncoder(GridEncoder):
         whole: list[list[Tensor]] | None = lent(_WHOLE, self)
         if whole:
             whole[:] = [[torch.cat(layer, dim=1) for layer in zip(*whole, strict=True)]]
-        # Pixtral's, from transformers 5.23 on: the features become one of its fields
+        # Pixtral's output class from transformers 5.23 on: the features become one of its fields
         made = vars(sys.modules[type(self).__module__]).get("BaseModelOutputWithPooling", BaseModelOutput)
         return made(last_hidden_state=torch.cat(states, dim=1))
 
 
 class WholeStates(nn.Module):
-    """Mixin for a tower with such an encoder: its hidden states are those of all patches, as the stock model's."""
+    """Mixin for a tower with a ``GridEncoder``: its hidden states are those of all patches, as in the stock model."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the original."""
@@ -152,17 +152,17 @@ class WholeStates(nn.Module):
         with Lent(_WHOLE, whole, module_at(self, self.__dict__[_ENCODER])):
             output = super().forward(*args, output_hidden_states=False, return_dict=True, **kwargs)
         (states,) = whole
-        if output.last_hidden_state.shape != states[-1].shape:  # pooled: the stock model's last state is that
+        if output.last_hidden_state.shape != states[-1].shape:  # pooled, as the stock model's last state
             states[-1] = output.last_hidden_state
         output.hidden_states = _selected(states, wanted)
         return output.to_tuple() if as_tuple else output
 
 
 class PackedTower(WholeStates):
-    """The same for a tower with ``image_sizes``, which its encoder is told."""
+    """The same for a tower that gets ``image_sizes`` and passes the grids to its encoder."""
 
     def forward(self, pixel_values: Tensor, image_sizes: Any = None, **kwargs: Any) -> Any:
-        """As the original. ``image_sizes``: (images, 2) height and width in pixels; None: all of the tensor's."""
+        """As the original. ``image_sizes``: (images, 2) height and width in pixels; None: those of the tensor."""
         sizes = [tuple(pixel_values.shape[-2:])] * len(pixel_values) if image_sizes is None else image_sizes
         tower: Any = self
         grids = [(int(height) // tower.patch_size, int(width) // tower.patch_size) for height, width in sizes]
@@ -229,7 +229,7 @@ def _rows(table: Tensor, row: Tensor) -> Tensor:
 
 
 def _middle_of(positions: Tensor | None, rows: list[int], length: int, like: Tensor) -> Tensor:
-    """(B,) the patch nearest to the mean of the places of an image's patches."""
+    """(B,) index of the patch nearest to the mean place of an image's patches."""
     if positions is None or not length:
         return torch.zeros(len(rows), dtype=torch.int64, device=like.device)
     own = positions[rows, :length].float()
@@ -237,7 +237,7 @@ def _middle_of(positions: Tensor | None, rows: list[int], length: int, like: Ten
 
 
 def _lengths(embeds: Tensor, mask: Tensor | None) -> list[int]:
-    """Patches of every image. Raises ``ValueError`` for padding that stands in front of a patch."""
+    """Number of patches of each image. Raises ``ValueError`` for padding before a patch."""
     if mask is None:
         return [embeds.shape[1]] * len(embeds)
     if mask.ndim == 4:
@@ -253,7 +253,7 @@ def _lengths(embeds: Tensor, mask: Tensor | None) -> list[int]:
 
 
 def _selected(states: list[Tensor], wanted: Any) -> tuple[Tensor | None, ...]:
-    """All states, or None where only some were asked for."""
+    """The states, with None for those that were not asked for."""
     if wanted is True:
         return tuple(states)
     chosen = {index % len(states) for index in ([wanted] if isinstance(wanted, int) else wanted)}

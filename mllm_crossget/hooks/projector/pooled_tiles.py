@@ -1,10 +1,9 @@
-"""Grids that the stock model makes new vectors from: frames are pooled, grids of too many tiles are resized.
+"""Grids that the stock model pools (video frames) or resizes (images of too many tiles).
 
-What the tower merged is copied back to its patches in front of that step, so that the geometry is the stock model's;
-behind it the cells of a frame, or of a resized grid, are merged again, each by itself, to the share that the tower
-kept. So the tower and the language model both work on fewer tokens. The second merging is that of
-``hooks.projector.post_merge``, without a cross token; LLaVA-NeXT-Video pools in front of its projector, and there the
-cells are the tower's features.
+Before that step merged tokens are copied back to their patches, so that the geometry is the stock model's. After it the
+cells of each frame, or of each resized grid, are merged again, to the share that the tower kept. So the tower and the
+language model both work on fewer tokens. The second merging is that of ``hooks.projector.post_merge``, without a cross
+token. LLaVA-NeXT-Video pools before its projector; its cells are features of the tower.
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ class LimitedGridFeatures(VideoGridFeatures):
     unlimited: ClassVar[dict[str, Any]] = {"vision_aspect_ratio": "anyres_max_1000000"}
 
     def apply_pooling(self, image_features: Tensor) -> Tensor:
-        """As the original (LLaVA-OneVision's pooling of frames), with fewer cells per frame."""
+        """As the original, which pools frames, with fewer cells per frame."""
         return _pooled(self, super().apply_pooling, image_features)
 
     def pack_image_features(self, image_features: Any, image_sizes: Any, *args: Any, **kwargs: Any) -> Any:
@@ -100,14 +99,14 @@ class ReducedPooling(nn.Module):
 
 
 def _same_share(handle: Any) -> Method:
-    """The method with the share of tokens that the tower keeps as its dial."""
+    """The method, set to the share of tokens that the tower keeps."""
     schedule = handle.schedule
     kept = schedule.features - (schedule.cross and not schedule.drop_cross)
     return at_share(handle.method, kept / schedule.placeholders)
 
 
 def _pooled(module: nn.Module, stock: Any, image_features: Tensor) -> Tensor:
-    """(frames, tokens, D) of a reduced tower -> (frames, cells that are left, D)."""
+    """(frames, tokens, D) of a reduced tower -> (frames, kept cells, D)."""
     if not trace_of(module):
         return stock(image_features)
     merged = merge_features(stock(unmerge(image_features, sources_of(module))), [], module.__dict__[_SECOND_MERGE])
@@ -117,10 +116,9 @@ def _pooled(module: nn.Module, stock: Any, image_features: Tensor) -> Tensor:
 
 
 def _groups_of_videos(frames: list[tuple[Groups, int]], features: Any) -> list[Groups]:
-    """Groups of whole videos from those of their frames, each with its number of cells; some models put one newline
-    behind a video."""
+    """Groups of whole videos from (groups, cells) of their frames; some models append a newline to a video."""
     videos, kept = [], len(frames[0][0].size)
-    rows = features[0].shape[:-1].numel()  # before transformers 5.23 LLaVA-NeXT-Video's are still (frames, cells, D)
+    rows = features[0].shape[:-1].numel()  # (frames, cells, D) for LLaVA-NeXT-Video before transformers 5.23
     count = rows // kept
     for first in range(0, len(frames), count):
         own = [groups for groups, _ in frames[first : first + count]]
@@ -132,8 +130,8 @@ def _groups_of_videos(frames: list[tuple[Groups, int]], features: Any) -> list[G
 
 
 def _merged_grid(grid: Tensor, is_newline: Tensor, state: MergeState) -> tuple[Tensor, Groups]:
-    """(L, D) of a resized grid with newlines, merged: a token stands where its first cell stood, and a newline stays
-    while its row holds one. And what the features stand for."""
+    """(L, D) of a resized grid with newlines -> merged features and their groups. A token has the place of its first
+    cell, and a newline is kept if its row holds a token."""
     merged = merge_features(grid[~is_newline][None], [], state)
     layout = torch.full((len(grid),), NEWLINE, device=grid.device)
     layout[~is_newline] = torch.arange(len(grid) - int(is_newline.sum()), device=grid.device)

@@ -1,4 +1,4 @@
-"""What leaves a tower whose images have different numbers of tokens: features without dead rows, and counts."""
+"""Features of a tower whose images have different numbers of tokens: without dead rows, with counts."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _PLACES = "_mllm_crossget_ragged"
 
 @dataclass(frozen=True)
 class _Places:
-    """Path from the features' owner to the encoder, the layer that is read, tokens dropped in front of the patches,
-    and the most features that an image has room for."""
+    """Path from the features' owner to the encoder, index of the layer that is read, number of dropped prefix tokens,
+    and the largest number of features that an image has room for."""
 
     encoder: str
     read: int
@@ -39,11 +39,11 @@ def install_ragged_features(journal: Journal, owner: nn.Module, handle: Handle) 
 
 
 class RaggedFeatures(ReducedFeatures):
-    """Mixin for the owner of ``get_image_features``: cuts off the rows behind each image's last token, and the cross
-    token where nothing was merged and it would not fit."""
+    """Mixin for the owner of ``get_image_features``: cuts off the rows after each image's last token. It also cuts off
+    the cross token if nothing was merged and it would not fit."""
 
     def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
-        """As the original; the features are a list of (k, D), k for each image its own."""
+        """As the original; the features are a list of (k, D), where k differs per image."""
         places: _Places = self.__dict__[_PLACES]
         encoder = module_at(self, places.encoder)
         with recorded_sizes(encoder) as sizes, kept_trace(encoder):

@@ -1,8 +1,8 @@
 """Text models and Q-Formers that cross-attend to a tower whose images have different numbers of tokens.
 
-What is behind an image's tokens must get no attention. The models make a mask of ones for whatever the tower returns,
-so padding is written as rows of zeros, which no norm of a token gives, and read back from the rows themselves. So
-nothing else has to be handed over, and images may be repeated for beams, cached for later steps, or encoded ahead.
+Padding after an image's tokens must get no attention, but the models make a mask of ones for the tower's output.
+Padding is therefore written as rows of zeros, which a norm never returns for a token, and recognised by its zeros. No
+mask has to be passed on, and images may be repeated for beams, cached for later steps, or encoded ahead.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mllm_crossget.hooks.ground.journal import Journal
 
 
 def hook_padding(journal: Journal, norm: nn.Module) -> None:
-    """Make the norm behind a tower's last layer keep rows of zeros, which it would turn into its bias."""
+    """Make the norm after a tower's last layer keep rows of zeros, which it would otherwise map to its bias."""
     journal.swap_class(norm, PaddedNorm)
 
 
@@ -38,7 +38,7 @@ def padding_rows(states: Tensor) -> Tensor:
 
 
 class PaddedNorm(nn.Module):
-    """Mixin for the norm that a tower's tokens go through last."""
+    """Mixin for the last norm of a tower."""
 
     def forward(self, states: Tensor) -> Tensor:
         """As the original; rows of zeros stay rows of zeros."""
@@ -64,8 +64,8 @@ class RaggedReader(nn.Module):
 
 
 class RaggedCrossAttention(nn.Module):
-    """Mixin for the cross-attention of BLIP's text models: transformers hands it the image's mask under a name that it
-    does not read for images, so that the model's ``encoder_attention_mask`` has no effect."""
+    """Mixin for the cross-attention of BLIP's text models. transformers passes it the image's mask under a name that it
+    does not read for images, so the model's ``encoder_attention_mask`` has no effect."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the original, without attention to padding."""

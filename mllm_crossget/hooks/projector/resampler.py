@@ -1,8 +1,9 @@
-"""Towers of images of any size in front of a cross-attention resampler (Idefics2, Aria).
+"""Towers for images of any size, followed by a cross-attention resampler (Idefics2, Aria).
 
 The stock tower takes images of different sizes padded to the largest one, with a mask of patches. Padding must not
-merge with patches, and how many tokens an image keeps must not depend on its neighbours. So every image is cut out of
-its padding, and images of one size run together; what comes out is padded again, and the resampler gets a mask of that.
+merge with patches, and an image's number of tokens must not depend on other images. So every image is cropped to its
+patches, and images of one size run together. The outputs are padded again, and the resampler gets a mask of that
+padding.
 """
 
 from __future__ import annotations
@@ -25,10 +26,9 @@ _CALL = "resampled"
 
 
 class ResampledFeatures(ReducedFeatures):
-    """Mixin for the owner of ``get_image_features``: tower and resampler share what is known of one call.
+    """Mixin for the owner of ``get_image_features``: tower and resampler share a dictionary of one call.
 
-    Class attributes:
-        resampler: mixin for what reads the tower.
+    Class attributes: resampler: mixin for the module that reads the tower's tokens.
     """
 
     resampler: ClassVar[type[nn.Module]]
@@ -52,7 +52,7 @@ class ResampledFeatures(ReducedFeatures):
         journal.swap_class(resampler, cls.resampler)
 
     def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
-        """As the original: as many features per image."""
+        """As the original, with the same number of features per image."""
         with Lent(_CALL, {}, *[module_at(self, path) for path in self.__dict__[_PATHS]]):
             return super().get_image_features(*args, **kwargs)
 
@@ -66,7 +66,7 @@ class CroppedTower(nn.Module):
         """As the original on every image without its padding; outputs are padded with zeros at the end.
 
         Raises:
-            ValueError: patches of an image that are no rectangle in the upper left corner.
+            ValueError: an image's patches are not a rectangle in the upper left corner.
         """
         stock, call = super().forward, _call_of(self)
         patch = self.config.patch_size
@@ -88,7 +88,7 @@ class CroppedTower(nn.Module):
 
 
 class MaskedConnector(nn.Module):
-    """Mixin for Idefics2's connector: its mask, True for real tokens, is made anew."""
+    """Mixin for Idefics2's connector: it gets a new mask, True for real tokens."""
 
     def forward(self, image_hidden_states: Tensor, attention_mask: Tensor) -> Any:
         """As the original."""
@@ -99,8 +99,8 @@ class MaskedConnector(nn.Module):
 
 
 class CountedProjector(nn.Module):
-    """Mixin for Aria's projector: it looks its number of queries up by the number of patches, which stays what it was;
-    its mask, True for padding, is made anew."""
+    """Mixin for Aria's projector: it gets a new mask, True for padding. The projector looks its number of queries up by
+    the number of patches; it gets the number for the patches of the untouched tower."""
 
     def forward(self, key_value_states: Tensor, attn_mask: Tensor | None = None) -> Any:
         """As the original."""
@@ -114,7 +114,7 @@ class CountedProjector(nn.Module):
                 "model's processor"
             )
         mask = ~_real_tokens(key_value_states, call) if "lengths" in call else None
-        twin: Any = object.__new__(type(self))  # has the same parts; others read the original's numbers meanwhile
+        twin: Any = object.__new__(type(self))  # a copy with the same parts: other threads read the original's table
         twin.__dict__.update(self.__dict__, patch_to_query_dict={key_value_states.shape[1]: queries[call["patches"]]})
         return super(CountedProjector, twin).forward(key_value_states, mask)
 
@@ -132,13 +132,13 @@ class CountedResamplerFeatures(ResampledFeatures):
 
 
 def _call_of(module: nn.Module) -> dict[str, Any]:
-    """What is known of the call; an empty dictionary, for nobody, outside of one."""
+    """The dictionary that modules share in this call; a new empty one outside of a call."""
     found: dict[str, Any] | None = lent(_CALL, module)
     return {} if found is None else found
 
 
 def _rectangles(mask: Tensor) -> list[tuple[int, int]]:
-    """Rows and columns of patches of every image: (B, rows, columns) -> B pairs."""
+    """(B, rows, columns) mask of patches -> (rows, columns) of each of the B images."""
     mask = mask.bool()
     rows, columns = mask[:, :, 0].sum(dim=1), mask[:, 0, :].sum(dim=1)
     down, right = (torch.arange(size, device=mask.device) for size in mask.shape[1:])
@@ -152,13 +152,13 @@ def _rectangles(mask: Tensor) -> list[tuple[int, int]]:
 
 
 def _real_tokens(tokens: Tensor, call: dict[str, Any]) -> Tensor:
-    """(B, T) True for tokens that are no padding."""
+    """(B, T) False for padding."""
     lengths = call.get("lengths", torch.full((len(tokens),), tokens.shape[1]))
     return torch.arange(tokens.shape[1], device=tokens.device) < lengths.to(tokens.device)[:, None]
 
 
 def _joined(outputs: list[Any], places: Tensor) -> Any:
-    """One output of several, image by image in the order of ``places``, padded with zeros."""
+    """Several outputs joined into one, with the images in the order of ``places``, padded with zeros."""
     joined = outputs[0]
     joined.last_hidden_state = _padded([output.last_hidden_state for output in outputs], 1)[places]
     for name, dims in (("hidden_states", 1), ("attentions", 2)):
@@ -169,7 +169,8 @@ def _joined(outputs: list[Any], places: Tensor) -> Any:
 
 
 def _padded(parts: list[Tensor], dims: int) -> Tensor:
-    """(b, t, D) states (``dims`` 1) or (b, heads, t, t) maps (2) of several lengths t one under the other."""
+    """(b, t, D) states (``dims`` 1) or (b, heads, t, t) maps (``dims`` 2) of several lengths t, padded and
+    concatenated."""
     longest = max(part.shape[-2] for part in parts)
     rows = []
     for part in parts:

@@ -1,4 +1,5 @@
-"""Features of a tower whose output was selected from (``hooks.tower.output_selection``), and what they stand for."""
+"""Features for a method that selects tokens at the tower's output (``hooks.tower.output_selection``), and their
+groups."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ class SelectedFeatures(ReducedFeatures):
         journal.swap_class(owner, cls)
 
     def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
-        """As the original, fewer features per image."""
+        """As the original, with fewer features per image."""
         path, dropped = self.__dict__[_PLACE]
         layer = module_at(self, path)
         with kept_trace(layer):

@@ -1,6 +1,6 @@
 """Features of images cut into tiles: merged tokens take the places that the stock packing gives to their patches.
 
-The tower's source map of the running call (``tower.kept_trace``) says which token every patch has become.
+The trace of the running call (``tower.kept_trace``) gives the token that each patch was merged into.
 """
 
 from __future__ import annotations
@@ -27,9 +27,16 @@ PLACES = "_mllm_crossget_grid"
 
 @dataclass(frozen=True)
 class Places:
-    """Path from the features' owner to the encoder; layers that have run when it is read; patches of a tile, tokens in
-    front of them in the tower (``start``), and how many of those are dropped behind it; whether a cross token is read
-    behind the patches."""
+    """Where the tokens of a tile are.
+
+    Attributes:
+        encoder: path from the features' owner to the encoder.
+        read: number of layers that have run when the tower's output is read.
+        patches: number of patches of a tile.
+        start: number of tokens before the patches in the tower.
+        dropped: how many of these are dropped after the tower.
+        keeps_cross: whether a cross token follows the patches.
+    """
 
     encoder: str
     read: int
@@ -40,10 +47,10 @@ class Places:
 
 
 class GridFeatures(ReducedFeatures):
-    """Mixin for models that pack tiles (LLaVA-NeXT): each token once, where its first unpadded patch stands.
+    """Mixin for models that pack tiles (LLaVA-NeXT): each token appears once, at the place of its first unpadded patch.
 
-    Newlines stay while their row holds a token. The cross token of the base image stands behind the base image's
-    tokens, those of the other tiles are left out.
+    A newline is kept if its row holds a token. The cross token of the base image follows the base image's tokens; those
+    of the other tiles are dropped.
     """
 
     refused: ClassVar[Mapping[Place, str]] = {
@@ -85,7 +92,7 @@ class GridFeatures(ReducedFeatures):
 
 
 class ConcatenatedGridFeatures(GridFeatures):
-    """The same where every tile's features are several layers of the tower side by side (Granite Vision)."""
+    """The same if a tile's features are concatenated from several layers of the tower (Granite Vision)."""
 
     @classmethod
     def install(cls, journal: Journal, owner: nn.Module, handle: Any) -> None:
@@ -95,14 +102,14 @@ class ConcatenatedGridFeatures(GridFeatures):
 
 
 def reading(owner: nn.Module) -> AbstractContextManager[Encoding]:
-    """The owner, its pooling and a tower that aligns its layers' states see what the tower merges."""
+    """Make the tower's merges readable for the owner, its pooling, and a tower that aligns the states of its layers."""
     others = (getattr(owner, "vision_resampler", None), aligned_tower(owner))
     readers = (owner, *(module for module in others if module is not None))
     return kept_trace(module_at(owner, owner.__dict__[PLACES].encoder), *readers)
 
 
 def sources_of(module: nn.Module) -> Tensor:
-    """(tiles, patches) place of every patch's token among the features of its tile."""
+    """(tiles, patches) index of each patch's token among the features of its tile."""
     places = module.__dict__[PLACES]
     source = trace_of(module)[places.read - 1].source
     return source[:, places.start : places.start + places.patches] - places.dropped
@@ -111,7 +118,7 @@ def sources_of(module: nn.Module) -> Tensor:
 def place(
     tokens: Tensor, source: Tensor, layout: Tensor, newline: Tensor | None, places: Places, encoding: Encoding
 ) -> Tensor:
-    """(features, D) of one image from its (tiles, tokens, D); ``encoding`` learns what the features stand for."""
+    """(features, D) of one image from its (tiles, tokens, D). The groups of the features are stored in ``encoding``."""
     tiles, per_tile, width = tokens.shape
     if newline is None:  # pragma: no cover - no stock caller
         raise ValueError("image_newline is missing; the stock get_image_features hands it over")

@@ -16,7 +16,8 @@ _TOWERS = "_mllm_crossget_towers"
 
 
 class TwoTowersFeatures(ReducedFeatures):
-    """Mixin for the owner of both methods: each cuts the cross token off where it would not fit."""
+    """Mixin for the owner of ``get_image_features`` and ``get_video_features``: each cuts the cross token off if it
+    would not fit."""
 
     refused: ClassVar[Mapping[Place, str]] = dict.fromkeys(
         (Place.TOWER_OUTPUT, Place.PROJECTOR),

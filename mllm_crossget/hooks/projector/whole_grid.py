@@ -1,9 +1,9 @@
-"""Projectors that make their features of the whole grid of patches (pixel shuffle, pooling).
+"""Projectors that make their features from the whole grid of patches (pixel shuffle, pooling).
 
-Tokens merge inside the tower. In front of the projector every token is copied back to its patches, so that the stock
-geometry holds; behind it the cells are merged again, to the share of tokens that the dial asks for. So the tower and
-the language model both work on fewer tokens, and the projector on as many as before. A cross token has no place in a
-grid: it guides the tower and stays there.
+Tokens merge inside the tower. Before the projector every token is copied back to its patches, so that the projector
+gets the stock grid. After it the cells of the projector's grid are merged again, to the keep ratio of the settings. So
+the tower and the language model both work on fewer tokens, and the projector on as many as before. A cross token has no
+place in a grid: it guides the tower and does not leave it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _ENCODER = "_mllm_crossget_encoder"
 
 
 class WholeGridFeatures(MergedFeatures):
-    """Mixin for the owner of ``get_image_features``: fewer features per image, made of a reduced tower's tokens."""
+    """Mixin for the owner of ``get_image_features``: fewer features per image, made from a reduced tower's tokens."""
 
     refused: ClassVar[Mapping[Place, str]] = {
         Place.TOWER_OUTPUT: "its projector makes features of the whole grid of patches; methods that act behind the "
@@ -60,7 +60,7 @@ class WholeGridTower(nn.Module):
     """Mixin for a tower: inside ``get_image_features`` its states are those of all patches."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the original; every patch has the state of the token that it is in."""
+        """As the original; every patch has the state of its token."""
         output = super().forward(*args, **kwargs)
         encoder = module_at(self, self.__dict__[_ENCODER])
         trace = trace_of(encoder)
@@ -80,7 +80,7 @@ class WholeGridTower(nn.Module):
 
 
 class MaskedGridTower(WholeGridTower):
-    """For towers with a mask of patches (Idefics3, SmolVLM), which must hide nothing."""
+    """For towers with a mask of patches (Idefics3, SmolVLM), which must be all ones."""
 
     def forward(self, pixel_values: Tensor, patch_attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         """As ``WholeGridTower.forward``. ``patch_attention_mask``: (B, rows, columns), True for patches of the image.
@@ -105,5 +105,5 @@ def _refuse_hidden(mask: Tensor) -> None:
 
 
 def _whole(states: Tensor, layer: LayerTrace | None, tokens: int) -> Tensor:
-    """(B, T, D) states behind a layer (None: in front of the first) -> (B, tokens, D), without the cross token."""
+    """(B, T, D) states after a layer (None: before the first one) -> (B, tokens, D), without the cross token."""
     return states[:, :tokens] if layer is None else unmerge(states, layer.source[:, :tokens])

@@ -1,7 +1,7 @@
-"""Encoded images kept for the next question about them.
+"""Reuse of encoded images for further questions about them.
 
-In: a call's pixels. Out: features, encoded now or before. Read ``feature_reuse`` (when a kept image may be used), then
-``image_packing`` (one image's part of an encoder's output).
+In: a call's pixels. Out: features, encoded now or before. Read ``feature_reuse`` (when a cached image may be used),
+then ``image_packing`` (one image's part of an encoder's output).
 """
 
 from mllm_crossget.moved import moved_names

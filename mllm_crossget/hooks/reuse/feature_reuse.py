@@ -1,8 +1,8 @@
-"""Encoded images are kept for the next question about them.
+"""A cache of encoded images for further questions about them.
 
-The mixin stands in front of every other one of the features' owner. Images are recognised by what is in their pixels,
-each by itself, and only those that are not known are encoded. Nothing that reaches an image's features at inference
-comes from the text: cross tokens are the image's class token and a learned vector, alignment tokens are learned.
+The mixin comes before all other mixins of the features' owner. Each image is recognised by the content of its pixels,
+and only images that are not in the cache are encoded. At inference an image's features do not depend on the text: cross
+tokens are the image's class token plus a learned vector, and alignment tokens are learned.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _ADAPTER_STATE = ("_disable_adapters", "_active_adapter", "merged_adapters")
 
 
 def check_reuse(model: nn.Module, family: Family, wanted: bool | VisionCache | None) -> None:
-    """Raise ``TypeError`` for another kind of setting, ``ValueError`` for a model that has nothing to keep."""
+    """Raise ``TypeError`` for a setting of another type, ``ValueError`` for a model without features to cache."""
     if wanted is not None and not isinstance(wanted, (bool, VisionCache)):
         raise TypeError(f"reuse_vision must be True, False or a VisionCache(max_bytes=...), got {wanted!r}")
     if wanted is None or wanted is False or family.features_owner is not None:
@@ -49,7 +49,7 @@ def check_reuse(model: nn.Module, family: Family, wanted: bool | VisionCache | N
 
 
 def refuse_reuse(method: Method, wanted: bool | VisionCache | None) -> None:
-    """Raise ``ValueError`` where encoded images are to be kept and the method selects their tokens by the question."""
+    """Raise ``ValueError`` if images are to be cached although the method selects their tokens by the question."""
     if wanted is not None and wanted is not False and method.needs_text:
         raise ValueError(
             f"{type(method).__name__} selects tokens by the question, so an image that was encoded for one question is "
@@ -59,7 +59,7 @@ def refuse_reuse(method: Method, wanted: bool | VisionCache | None) -> None:
 
 
 def use_cache(model: nn.Module, handle: Handle, wanted: bool | VisionCache) -> None:
-    """Keep encoded images from now on, or not; a cache that is there already stays for ``True``. Checked before."""
+    """Switch the cache of encoded images on or off; ``True`` keeps a cache that exists already. Checked before."""
     if isinstance(wanted, VisionCache) or not wanted:
         if handle.vision_cache is not None and handle.vision_cache is not wanted:
             handle.vision_cache.clear()
@@ -76,7 +76,7 @@ class ReusedFeatures(FeaturesOwner):
     """Mixin for the owner of ``get_image_features``."""
 
     def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
-        """As the original. Where an image was known, the output holds features alone: hidden states are None."""
+        """As the original. If an image came from the cache, the output holds features alone: hidden states are None."""
         stock, handle = super().get_image_features, self.__dict__[_REUSE]
         call = _image_call(self, handle, stock, args, kwargs)
         if call is None:
@@ -85,7 +85,7 @@ class ReusedFeatures(FeaturesOwner):
         return _reused(handle.vision_cache, call, stock)
 
     def train(self, mode: bool = True) -> Any:
-        """As the original; going to training forgets every image."""
+        """As the original; training mode empties the cache."""
         cache = self.__dict__[_REUSE].vision_cache
         if mode and cache is not None:
             cache.clear()
@@ -93,7 +93,7 @@ class ReusedFeatures(FeaturesOwner):
 
 
 def _reused(cache: VisionCache, call: ImageCall, stock: Callable[..., Any]) -> Any:
-    """The output of a call, of which only images that are not in the cache are encoded, each of them once."""
+    """The output of a call. Only images that are not in the cache are encoded, each of them once."""
     words = _words(call)
     keys = [content_key(call.content(image), words) for image in range(len(call))]
     known: dict[bytes, Encoded] = {}
@@ -138,7 +138,7 @@ def _image_call(
 
 
 def _is_watched(owner: nn.Module, handle: Handle) -> bool:
-    """Whether the call is for more than its features: training, a trace, a calibration, an inner call for videos."""
+    """True if the call serves more than its features: training, a trace, a calibration, an inner call for videos."""
     tower = handle.tower
     if owner.training or any(child.training for child in _vision_side(owner, handle)):
         return True
@@ -155,7 +155,7 @@ def _is_watched(owner: nn.Module, handle: Handle) -> bool:
 
 
 def _vision_side(owner: nn.Module, handle: Handle) -> Iterator[nn.Module]:
-    """The owner's modules but for the language model."""
+    """The owner's modules except the language model."""
     path = (handle.family.language_model or "").removeprefix(f"{handle.family.features_owner}.")
     language = path.split(".")[0]
     return (child for name, child in owner.named_children() if name != language)
@@ -168,7 +168,7 @@ def _needs_gradient(owner: nn.Module, handle: Handle, arguments: dict[str, Any])
 
 
 def _words(call: ImageCall) -> tuple[Any, ...]:
-    """What holds for a whole call and tells its features apart."""
+    """Settings that hold for the whole call and change its features."""
     device = call.values.device
     chosen = {name: value for name, value in call.arguments.items() if name in _READ}
     autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
@@ -176,9 +176,10 @@ def _words(call: ImageCall) -> tuple[Any, ...]:
 
 
 def _maker(owner: Any, handle: Handle) -> Hashable:
-    """What stands for settings and weights of the vision side: it changes with every change that PyTorch counts.
+    """A key for the settings and weights of the vision side. It changes with every change that PyTorch counts.
 
-    Not counted are writes into ``parameter.data``; adapters of PEFT, which writes so, are looked at.
+    PyTorch does not count writes into ``parameter.data``. PEFT makes such writes, so the state of its adapters enters
+    the key.
     """
     values = list(owner._parameters.values())
     adapters = []
@@ -193,5 +194,5 @@ def _maker(owner: Any, handle: Handle) -> Hashable:
 
 
 def _version(value: Tensor) -> tuple[int, int]:
-    value = getattr(value, "_local_tensor", value)  # of a sharded parameter
+    value = getattr(value, "_local_tensor", value)  # the local shard of a sharded parameter
     return value.data_ptr(), 0 if value.is_inference() else value._version

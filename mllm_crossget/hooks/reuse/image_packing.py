@@ -1,7 +1,7 @@
-"""A call of ``get_image_features`` taken apart into images, and its output put together from images.
+"""Splits a call of ``get_image_features`` into images, and joins its output from images.
 
-One class for each way in which transformers' models pack images into tensors. What an image's features follow from is
-said here; the weights, and what else holds for a whole call, is not (``hooks.reuse.feature_reuse``).
+There is one class for each way in which transformers' models pack images into tensors. This file names the tensors that
+an image's features depend on. The weights, and settings of the whole call, are in ``hooks.reuse.feature_reuse``.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _BY_ROW = ("pixel_mask", "image_sizes", "image_position_ids", "spatial_shapes", 
 
 @dataclass(frozen=True)
 class Form:
-    """How an output is written: its class, whether features are one tensor (images, k, D) or a list, and how many
-    layers of companions it has, each one tensor or a list."""
+    """Structure of an output: its class, whether features are one tensor (images, k, D) or a list, the number of layers
+    with companions, and whether each of these is one tensor or a list."""
 
     kind: type
     stacked: bool
@@ -42,7 +42,7 @@ class ImageCall(ABC):
 
     Args:
         owner: the module that has ``get_image_features``.
-        arguments: of the call, by name, without those that are None.
+        arguments: arguments of the call, by name, without those that are None.
         pixels: name of the argument with the pixels.
     """
 
@@ -53,22 +53,22 @@ class ImageCall(ABC):
 
     @abstractmethod
     def __len__(self) -> int:
-        """Images."""
+        """Number of images."""
 
     @abstractmethod
     def content(self, image: int) -> list[Tensor]:
-        """All tensors of the call that the features of an image follow from."""
+        """All tensors of the call that the features of an image depend on."""
 
     @abstractmethod
     def select(self, images: list[int]) -> dict[str, Any]:
-        """Arguments of a call with some of the images, in this order."""
+        """Arguments of a call with these images alone, in this order."""
 
     def encodable(self, images: list[int]) -> list[int]:
-        """The images in an order in which ``select`` can hand them over, with what else must be encoded for that."""
+        """The images in an order that ``select`` supports, with further images that must be encoded with them."""
         return images
 
     def split(self, output: Any, images: int) -> list[Encoded]:
-        """The images of an output, which was made of so many."""
+        """The images of an output for ``images`` images."""
         features = features_of(output)
         entries = self._images_of(features, images)
         layers = getattr(output, _DEEPSTACK, None) or []
@@ -86,12 +86,12 @@ class ImageCall(ABC):
     def join(self, entries: Sequence[Encoded]) -> Any:
         """An output with the features of these images; its other fields, such as hidden states, are None."""
         form: Form = entries[0].form
-        entries = [entry.copied() for entry in entries]  # whoever writes into an output leaves the cache alone
+        entries = [entry.copied() for entry in entries]  # so that writes into an output do not reach the cache
         own = [entry.features for entry in entries]
         features = torch.stack(own) if form.stacked else self._joined(own)
         layers = [[entry.companions[layer] for entry in entries] for layer in range(form.layers)]
         output = form.kind()
-        output.pooler_output = features  # set as transformers' models do: older outputs have no such field
+        output.pooler_output = features  # set as in transformers' models: older outputs have no such field
         if layers:
             output.deepstack_features = [torch.cat(layer) if form.packed else layer for layer in layers]
         cells = [part for entry in entries for part in entry.cells]
@@ -111,7 +111,7 @@ class ImageCall(ABC):
 
 
 def _parts_of(parts: Sequence[Any] | None, length: Callable[[Any], int], sizes: list[int]) -> list[tuple[Any, ...]]:
-    """The parts (an image, or each of its tiles by itself) that make up images of so many features."""
+    """For images of these sizes (numbers of features), the parts of each: the image itself, or its tiles."""
     if parts is not None and len(parts) == len(sizes):
         return [(part,) for part in parts]
     left, found = iter(parts or ()), []
@@ -124,9 +124,9 @@ def _parts_of(parts: Sequence[Any] | None, length: Callable[[Any], int], sizes: 
 
 
 class Rows(ImageCall):
-    """(images, ...): every row is an image, a tile or a frame; masks, sizes and positions (``_BY_ROW``) have rows, too.
+    """(images, ...): every row is an image, a tile or a frame, also in masks, sizes and positions (``_BY_ROW``).
 
-    Where images of several sizes are padded to one, an image is the same one if it is padded alike.
+    If images of several sizes are padded to one size, two images are equal only if their padding is.
     """
 
     def __len__(self) -> int:
@@ -168,7 +168,7 @@ class Tiles(ImageCall):
         return [self._own(self.host, image), self.sizes[image], torch.tensor(self.cut[image])]
 
     def encodable(self, images: list[int]) -> list[int]:
-        """Images that are not cut first: they stand in one row, which needs two of them at least."""
+        """Images without tiles come first: they share one row, which needs at least two of them."""
         whole = [image for image in images if not self.cut[image]]
         if len(whole) == 1:
             whole += [image for image, cut in enumerate(self.cut) if not cut and image not in whole][:1]
@@ -243,7 +243,8 @@ class PackedColumns(ImageCall):
 
 
 class WithTiles(ImageCall):
-    """(images, channels, height, width) with the tiles of all images, so many of each, beside them (DeepSeek-OCR)."""
+    """(images, channels, height, width) and, as further arguments, the tiles of all images and their counts
+    (DeepSeek-OCR)."""
 
     def __init__(self, owner: Any, arguments: dict[str, Any], pixels: str) -> None:
         super().__init__(owner, arguments, pixels)
@@ -274,8 +275,8 @@ class WithTiles(ImageCall):
 class PaddedRows(ImageCall):
     """(rows, most images, channels, height, width), images of zeros where a row has fewer (Idefics).
 
-    Features are a list with all images of a row one behind the other, as many of every image. An image is the same one
-    if it is padded to the same height and width.
+    Features are a list with all images of a row in sequence, the same number for each image. Two images are equal only
+    if they are padded to the same height and width.
     """
 
     def __init__(self, owner: Any, arguments: dict[str, Any], pixels: str) -> None:
@@ -320,12 +321,12 @@ _ARGUMENTS: dict[type[ImageCall], tuple[str, ...]] = {
 
 
 def image_call(owner: Any, arguments: dict[str, Any], words: tuple[str, ...]) -> ImageCall | None:
-    """The images of a call, or None where there are none, or arguments that are not known.
+    """The images of a call; None if there are none, or if an argument is not known.
 
     Args:
         owner: the module that has ``get_image_features``.
         arguments: of the call, by name, without those that are None.
-        words: names of arguments that are no tensors and hold for all images.
+        words: names of arguments that are not tensors and hold for all images.
     """
     pixels = next((name for name in _PIXELS if name in arguments), None)
     values = arguments.get(pixels or "")
@@ -344,5 +345,5 @@ def image_call(owner: Any, arguments: dict[str, Any], words: tuple[str, ...]) ->
     if not arguments.keys() <= known:
         return None
     if kind is Packed and bool((arguments["image_grid_thw"][:, 0] != 1).any()):
-        return None  # frames: their cells are kept frame by frame
+        return None  # video frames: their kept cells are recorded per frame
     return kind(owner, arguments, str(pixels))

@@ -1,10 +1,10 @@
 """A text decoder that cross-attends to the states of a reduced text encoder (question answering with BLIP).
 
-The decoder gets the tokens that are left, and a mask that is 0 for what fills a row up. Encoder and decoder share the
-token sizes for the length of a call; the decoder repeats them where its generate has repeated the rows (beams, several
-answers). Its cross-attention adds the log sizes to the logits: as if a merged token stood there as often as it has
-tokens. The stock decoder does not look at the mask of the question, and so attends to its padding too; behind a reduced
-encoder it does not, so that no answer depends on the other questions of a batch.
+The decoder gets the kept tokens, and a mask that is 0 for padding. Encoder and decoder share the token sizes during a
+call; the decoder repeats them if its ``generate`` repeats the rows (beams, several answers). Its cross-attention adds
+the log sizes to the logits, so that a merged token counts as often as it has tokens. The stock decoder ignores the mask
+of the question, and so attends to its padding. With a reduced encoder it uses the mask, so that no answer depends on
+the other questions of a batch.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _STATES = "encoder_hidden_states"
 
 
 def hook_question(journal: Journal, model: nn.Module, tower: TextTower, names: BertNames, weighs: bool) -> None:
-    """Let the decoder of a model read what its reduced text encoder leaves; changes are written into ``journal``.
+    """Make a model's decoder read the tokens of its reduced text encoder; changes are written into ``journal``.
 
     Args:
         journal: where the changes are written.
         model: the whole model.
         tower: its text encoder, with the path to the decoder that reads it.
-        names: names inside the layers of both.
+        names: attribute names inside the layers of encoder and decoder.
         weighs: whether the decoder's cross-attention adds the log sizes.
     """
     head, decoder = tower.reader.rpartition(".")[0], module_at(model, tower.reader)
@@ -53,7 +53,7 @@ def hook_question(journal: Journal, model: nn.Module, tower: TextTower, names: B
 
 
 class AskedModel(GeneratingModel):
-    """Mixin for the whole model: encoder and decoder share what is known of one call."""
+    """Mixin for the whole model: encoder and decoder share a dictionary of one call."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the original."""
@@ -67,7 +67,7 @@ class AskedModel(GeneratingModel):
 
 
 class AnsweringHead(GeneratingModel):
-    """Mixin for the decoder with its head: its mask of the question hides what fills a row up."""
+    """Mixin for the decoder with its head: its mask of the question hides padding."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the original."""
@@ -81,7 +81,7 @@ class AnsweringHead(GeneratingModel):
 
 
 class AnsweringDecoder(nn.Module):
-    """Mixin for the decoder: hands the log sizes to the layers."""
+    """Mixin for the decoder: it passes the log sizes to the layers."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the original."""
@@ -95,7 +95,7 @@ class AnsweringDecoder(nn.Module):
 
 
 class AnsweringLayer(nn.Module):
-    """Mixin for a layer of the decoder: lends its cross-attention the log sizes."""
+    """Mixin for a layer of the decoder: it lends the log sizes to its cross-attention."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the original."""
@@ -106,7 +106,7 @@ class AnsweringLayer(nn.Module):
 
 
 class BiasedCrossing(nn.Module):
-    """Mixin for a cross-attention that adds the log sizes to its logits: its mask is additive."""
+    """Mixin for a cross-attention: it adds the log sizes to its logits through the additive mask."""
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Any:
         """As the original."""
@@ -126,7 +126,7 @@ def _with_mask(decoder: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sizes_of_rows(decoder: nn.Module, states: Tensor | None) -> Tensor | None:
-    """(B, T) sizes of the question's tokens, repeated as the (B, T, D) states are; None outside of a whole call."""
+    """(B, T) token sizes of the question, repeated like the (B, T, D) states; None if the decoder is called alone."""
     call: dict[str, Tensor] = lent(ANSWER_CALL, decoder) or {}
     if states is None or SIZES not in call:
         return None

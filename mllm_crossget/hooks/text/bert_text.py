@@ -1,16 +1,15 @@
-"""A BERT that reads a text and cross-attends to an image (BLIP): text tokens merge inside every layer, behind the
-self-attention with its residual and norm, and in front of cross-attention and MLP.
+"""A BERT that reads a text and cross-attends to an image (BLIP). Text tokens merge inside every layer, after the
+self-attention with its residual and norm, and before cross-attention and MLP.
 
-That is the station between attention and MLP of the other towers; the image's cross-attention lies behind it, so that
-tokens that have left do not read the image either. BERT is post-norm: what merges are normed states. CrossGET's rules
-are those of its text tower for CLIP with the first token, which is read out, in the place of the end mark: the metric
-is the key of all heads, importance the cosine with that token's query, it is protected, and self-attention adds the log
-token size. The text cross token is written into the first token, as where text is not reduced.
+This is the step between attention and MLP of the other towers. The cross-attention follows it, so that removed tokens
+do not read the image either. BERT is post-norm: the merged states are normed ones. CrossGET's rules are those of its
+text tower for CLIP, except that the first token, which is read out, replaces the end mark. The metric is the key of all
+heads, and importance is the cosine with the first token's query. The first token is protected, and self-attention adds
+the log token size. The text cross token is written into the first token, as in models whose text is not reduced.
 
-Padding that the attention mask names is taken out in front of the first layer and merges with nothing, so no row
-depends on the rows beside it. Behind the last layer every column of the input gets the state of the token it has
-become, but for a text decoder that reads the states (``hooks.text.answer_decoder``), which gets the tokens that are
-left.
+Padding, as given by the attention mask, is removed before the first layer and never merged, so no row depends on the
+other rows. After the last layer every column of the input gets the state of the token it was merged into. A text
+decoder that reads the states (``hooks.text.answer_decoder``) gets the kept tokens instead.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from mllm_crossget.methods.method import Method
 from mllm_crossget.schedule import TextGeometry
 
 ANSWER_CALL = "answer_call"
-"""Lent to the encoder and to the decoder that reads it (``ground.call_state``): a dictionary of one call."""
+"""A dictionary of one call, lent to the encoder and to the decoder that reads it (``ground.call_state``)."""
 SIZES = "sizes"
 _STATE = "_mllm_crossget_text_encoder"
 _KEYWORD = "crossget_texts"
@@ -63,7 +62,8 @@ def hook_text_encoder(
 
 
 class BertAttention(nn.Module):
-    """Mixin for a self-attention that computes its own map (BLIP's BERT): through the interface."""
+    """Mixin for a self-attention that computes its own map (BLIP's BERT): it uses transformers' attention interface
+    instead."""
 
     query: nn.Linear
     key: nn.Linear
@@ -85,14 +85,14 @@ class BertAttention(nn.Module):
 
 
 class ReducedBert(nn.Module):
-    """Mixin for a BERT: finds the padding and hands it to the encoder."""
+    """Mixin for a BERT: it finds the padding and passes it to the encoder."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the original. ``last_hidden_state`` keeps the columns of the input: a merged token's state stands in all
-        the columns that went into it; padding that was taken out is zero.
+        """As the original. ``last_hidden_state`` has the columns of the input: a merged token's state is in all columns
+        that were merged into it, and padding is zero.
 
         Raises:
-            ValueError: a mask that is not (rows, columns) or hides the first token, or a call as a decoder.
+            ValueError: a mask that is not (rows, columns), a mask that hides the first token, or a call as a decoder.
         """
         if args:
             kwargs.update(zip(positional_names(type(self)), args, strict=False))
@@ -117,7 +117,7 @@ class ReducedBertEncoder(nn.Module):
         """(B, T, D) embeddings in, (B, T, D) states in the columns of the input in ``last_hidden_state`` out."""
         state: TextTowerState = self.__dict__[_STATE]
         texts: Texts | None = kwargs.pop(_KEYWORD, None)
-        kwargs.pop(CACHE, None)  # None: a call as a decoder was refused
+        kwargs.pop(CACHE, None)  # always None, because a call as a decoder was refused
         if texts is None:
             raise RuntimeError("a reduced text encoder was called without its model, which knows the padding")
 
@@ -137,7 +137,7 @@ class ReducedBertEncoder(nn.Module):
 
 
 class ReducedBertLayer(nn.Module):
-    """Mixin for a post-norm layer, whose step is to **match and merge** row by row."""
+    """Mixin for a post-norm layer that **matches and merges** tokens row by row."""
 
     def forward(
         self,
@@ -155,13 +155,13 @@ class ReducedBertLayer(nn.Module):
             hidden_states: (B, T, D).
             encoder_hidden_states: (B, V, ·) the image's tokens, or None.
             attention_mask: additive, (B, 1, T, T), or None.
-            encoder_attention_mask: as the original, whose cross-attention does not look at it.
+            encoder_attention_mask: as in the original, whose cross-attention ignores it.
             size: (B, T) token sizes, None as long as nothing was merged.
-            columns: where things are, and how many tokens leave.
+            columns: where the special tokens are, and how many tokens are removed.
 
         Returns:
-            (B, T', D) tokens, their sizes (or None), the match (None if nothing was removed or rows differ in length)
-            and (B, T) the new column of every old one (None if nothing was removed).
+            Four values. (B, T', D) tokens; their sizes, or None; the match, None if nothing was removed or rows
+            differ in length; and (B, T) the new column of every old one, None if nothing was removed.
         """
         if columns is None:
             raise RuntimeError("a layer of a reduced text encoder was called without its encoder")
@@ -188,7 +188,7 @@ def _names(state: TextTowerState) -> BertNames:
 
 
 def _texts(kwargs: dict[str, Any]) -> Texts:
-    """The rows' first and real tokens. Raises ``ValueError`` for what cannot be served."""
+    """The rows' first and real tokens. Raises ``ValueError`` for calls that are not supported."""
     if kwargs.get("is_decoder") or cache_in(kwargs) is not None:
         raise ValueError(
             "this text encoder is reduced and cannot run as a decoder: leave is_decoder and the cache out, or "
@@ -218,6 +218,6 @@ def _texts(kwargs: dict[str, Any]) -> Texts:
 
 
 def _sizes(size: Tensor | None, columns: Columns, hidden: Tensor) -> Tensor:
-    """(B, T) token sizes, 0 for what fills a row up."""
+    """(B, T) token sizes, 0 for padding."""
     places = torch.arange(hidden.shape[1], device=hidden.device)
     return sizes_of(hidden, size) * (places < tokens_of_rows(columns, hidden)[:, None])

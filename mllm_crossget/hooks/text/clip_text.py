@@ -1,10 +1,10 @@
 """The text tower of a dual encoder: tokens merge inside every layer, between attention and MLP, as in the vision tower.
 
-Rows are texts of different lengths. Padding that the attention mask names is taken out in front of the first layer, and
-every row is matched on its own tokens with its own counts, so that it does not depend on the rows beside it. Behind the
-last layer every column of the input gets the state of the token it has become: the model pools as it always does.
+Rows are texts of different lengths. Padding, as given by the attention mask, is removed before the first layer. Every
+row is matched on its own tokens with its own counts, so that it does not depend on the other rows. After the last layer
+every column of the input gets the state of the token it was merged into, so the model's pooling is unchanged.
 
-State travels as positional arguments through the layers and back, so gradient checkpointing can replay a layer.
+State is passed through the layers as positional arguments, so gradient checkpointing can replay a layer.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def hook_text_tower(
 ) -> TextTowerState:
     """Make a text model, its encoder and its layers reduce tokens; every change is written into ``journal``.
 
-    ``mixins`` are for the encoder and for its layers, by default those for merging.
+    ``mixins``: for the encoder and for its layers; by default those for merging.
     """
     of_encoder, of_layer = mixins or (ReducedTextEncoder, ReducedTextLayer)
     state = TextTowerState(method, geometry, tower, model.config)
@@ -78,11 +78,11 @@ def text_state(module: nn.Module) -> TextTowerState:
 
 
 class ReducedTextModel(nn.Module):
-    """Mixin for a text model: finds the end marks and the padding, and hands them to the encoder."""
+    """Mixin for a text model: it finds the end marks and the padding, and passes them to the encoder."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the original. ``last_hidden_state`` keeps the columns of ``input_ids``: a merged token's state stands in
-        all the columns that went into it; padding that was taken out is zero in front of the final norm."""
+        """As the original. ``last_hidden_state`` has the columns of ``input_ids``: a merged token's state is in all
+        columns that were merged into it, and padding is zero before the final norm."""
         if args:
             kwargs.update(zip(positional_names(type(self)), args, strict=False))
         ids = kwargs.get("input_ids")
@@ -95,7 +95,7 @@ class ReducedTextModel(nn.Module):
 
 
 class ReducedTextEncoder(nn.Module):
-    """Mixin for a text encoder: the loop of ``hooks.text.encoder``, with the cross token that a layer writes."""
+    """Mixin for a text encoder: the loop of ``hooks.text.encoder``, whose layers write the cross token."""
 
     cross_tokens: Callable[[], Tensor]  # ``CrossTokens``, or PEFT's wrapper around it
 
@@ -128,7 +128,7 @@ class ReducedTextEncoder(nn.Module):
 
 
 class ReducedTextLayer(nn.Module):
-    """Mixin for a pre-norm transformer layer, whose step is to **match and merge** row by row."""
+    """Mixin for a pre-norm transformer layer that **matches and merges** tokens row by row."""
 
     def forward(
         self,
@@ -144,12 +144,12 @@ class ReducedTextLayer(nn.Module):
             hidden_states: (B, T, D).
             attention_mask: additive, (B or 1, 1, T, T), or None.
             size: (B, T) token sizes, None as long as nothing was merged.
-            cross: (B, D) the cross token to write into its column.
-            columns: where things are, and how many tokens leave.
+            cross: (B, D) the cross token, to be written into its column.
+            columns: where the special tokens are, and how many tokens are removed.
 
         Returns:
-            (B, T', D) tokens, their sizes (or None), the match (None if nothing was removed or rows differ in length)
-            and (B, T) the new column of every old one (None if nothing was removed).
+            Four values. (B, T', D) tokens; their sizes, or None; the match, None if nothing was removed or rows
+            differ in length; and (B, T) the new column of every old one, None if nothing was removed.
         """
         if columns is None:
             raise RuntimeError("a layer of a reduced text tower was called without its encoder")
@@ -169,7 +169,7 @@ def layer_names(state: TextTowerState) -> LayerNames:
 
 
 def _texts(state: TextTowerState, ids: Tensor, mask: Any) -> Texts:
-    """The rows' end marks and real tokens. Raises ``ValueError`` for masks and attention that cannot be served."""
+    """The rows' end marks and real tokens. Raises ``ValueError`` for masks and attention that are not supported."""
     implementation = state.config._attn_implementation
     if implementation not in _MASKS:
         raise ValueError(
@@ -193,6 +193,6 @@ def _texts(state: TextTowerState, ids: Tensor, mask: Any) -> Texts:
             "this text tower reads the last column, padding or not, and is trained without a mask: tokenize with "
             'padding="max_length" and leave attention_mask out'
         )
-    if ids.shape[1] == state.geometry.context:  # padded to the fixed length: every row has the same, as the reference
+    if ids.shape[1] == state.geometry.context:  # padded to the fixed length, as in the reference
         return Texts(end, None)
     return Texts(end, real.scatter(1, end[:, None], True))

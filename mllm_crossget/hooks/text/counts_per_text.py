@@ -1,9 +1,9 @@
 """The text tower of a dual encoder for methods that prune: every text keeps its own number of tokens.
 
-By default what stands behind the end mark is taken out first: under a causal mask nothing there reaches the embedding.
-Start and end mark stay, the pooled token goes in front of the end mark, which sees it, and the embedding is read from
-the end mark wherever it has got to. In reference mode (official code) every column counts, the pooled token is the last
-one, where no token sees it, and the embedding is read from the end mark's old column.
+By default the columns after the end mark are removed first: under a causal mask they do not reach the embedding. Start
+and end mark are kept. The pooled token is placed before the end mark, which attends to it, and the embedding is read
+from the end mark's new column. In reference mode (official code) every column counts. The pooled token is then the last
+one, where no token attends to it, and the embedding is read from the end mark's old column.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from mllm_crossget.ops.ragged import Step, last_behind_pooled
 
 
 class RaggedTextEncoder(nn.Module):
-    """Mixin for a text encoder: the loop of ``hooks.tower.encoder``, every text with its own sizes from the start."""
+    """Mixin for a text encoder: the loop of ``hooks.tower.encoder``, with token sizes per text from the start."""
 
     def forward(self, inputs_embeds: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> BaseModelOutput:
-        """(B, T, D) embeddings in, (B, T, D) out: in the columns of the input the state of the token that each has
-        become, zeros behind the end mark. In reference mode the pruned sequence itself, zeros behind it."""
+        """(B, T, D) embeddings in, (B, T, D) states out. A column of the input has the state of the token it was merged
+        into, and zeros after the end mark. In reference mode the output is the pruned sequence, with zeros after it."""
         state = text_state(self)
         texts: Texts | None = kwargs.get(KEYWORD)
         if texts is None:
@@ -67,7 +67,7 @@ class RaggedTextEncoder(nn.Module):
 
 
 class RaggedTextLayer(nn.Module):
-    """Mixin for a pre-norm transformer layer, in whose step every text loses as many tokens as its scores say."""
+    """Mixin for a pre-norm transformer layer that prunes every text by as many tokens as its scores say."""
 
     def forward(
         self,
@@ -85,14 +85,14 @@ class RaggedTextLayer(nn.Module):
             hidden_states: (B, T, D).
             attention_mask: not used; the mask follows from ``size``.
             size: (B, T) token sizes, 0 for dead rows.
-            alignment: (B, T - 1, K) match of the layer's input with the alignment tokens, or None.
-            index: of the layer.
-            least: in reference mode, tokens that are kept in any case.
-            wanted: while calibrating, tokens that every text is to be left with.
+            alignment: (B, T - 1, K) alignment scores of the layer's input, or None.
+            index: index of the layer.
+            least: in reference mode, the number of tokens that are always kept.
+            wanted: during calibration, the number of tokens that each text should keep.
 
         Returns:
-            (B, M, D) tokens, their sizes, the step and (B, T) the new row of every old one (both None if no text lost a
-            token).
+            (B, M, D) tokens, their sizes, the step, and (B, T) the new row of every old one. Step and rows are None if
+            no text lost a token.
         """
         state = text_state(self)
         if size is None:
@@ -109,14 +109,14 @@ class RaggedTextLayer(nn.Module):
 
 
 def up_to_the_end(texts: Texts, columns: int) -> Texts:
-    """Without the columns behind the end marks."""
+    """The texts without the columns after their end marks."""
     inside = torch.arange(columns, device=texts.end.device) <= texts.end[:, None]
     real = inside if texts.real is None else inside & texts.real
     return Texts(texts.end, None if bool(real.all()) else real)
 
 
 def text_bias(size: Tensor, causal: bool, dtype: torch.dtype) -> Tensor:
-    """(B, T, T) additive mask: nothing behind a token if causal, and no dead row; a dead row sees itself."""
+    """(B, T, T) additive mask: it hides dead rows, and later tokens if causal. A dead row attends to itself."""
     tokens = size.shape[1]
     seen = (size > 0)[:, None].expand(-1, tokens, -1)
     if causal:
@@ -168,7 +168,7 @@ def _choose(
 
 
 def _alignment(encoder: Any, state: TextTowerState, hidden: Tensor, size: Tensor, index: int) -> Tensor | None:
-    """(B, T - 1, K) match of a layer's input, without the start mark, with the alignment tokens."""
+    """(B, T - 1, K) alignment scores of a layer's input, without the start mark."""
     if not state.alignment_width:
         return None
     scores, mapped = state.alignment_owner.alignment_tokens(hidden[:, 1:], index, True)

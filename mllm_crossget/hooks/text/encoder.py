@@ -1,5 +1,7 @@
-"""The loop over a text encoder's layers for rows that are matched on their own tokens (``hooks.text.rows``): padding
-goes out in front, every layer is told where things are, and afterwards the caller gets what leads back to the input.
+"""The loop over a text encoder's layers for rows that are matched on their own tokens (``hooks.text.rows``).
+
+Padding is removed before the first layer. Every layer gets the columns of the special tokens. At the end the caller
+gets the maps that lead back to the columns of the input.
 """
 
 from __future__ import annotations
@@ -17,12 +19,13 @@ from mllm_crossget.hooks.tower.encoder import own_rows, run_layers
 from mllm_crossget.hooks.tower.layer import Taken
 
 TextCall: TypeAlias = Callable[[nn.Module, int, Tensor, Tensor | None, Tensor | None, Columns], Taken]
-"""Layer, its index, (B, T, D) tokens, additive mask, (B, T) sizes and columns -> what the layer returned."""
+"""Layer, its index, (B, T, D) tokens, additive mask, (B, T) sizes and columns -> output of the layer."""
 
 
 class TextRun(NamedTuple):
-    """Behind the last layer: (B, T, D) tokens, (B, T) sizes (None: all one), where things are, and (B, N) the row of
-    every compacted token and (B, N) the compacted column of every column of the input (None: none was taken out)."""
+    """Values after the last layer: (B, T, D) tokens, (B, T) sizes (None: all one), and the columns of the special
+    tokens. Then two maps: (B, N) the row of every compacted token, and (B, N) the compacted column of every column of
+    the input (None: no padding was removed)."""
 
     hidden: Tensor
     size: Tensor | None
@@ -39,15 +42,15 @@ def run_texts(
     call: TextCall,
     cross: bool = False,
 ) -> TextRun:
-    """Layer by layer.
+    """Run the layers of a text encoder.
 
     Args:
-        state: of the hooked encoder.
-        layers: of the encoder.
+        state: state of the hooked encoder.
+        layers: its layers.
         embeds: (B, T, D).
-        texts: which of them are real, and which is read out.
-        call: calls one layer with all that it takes.
-        cross: whether a cross token travels behind every row's last token; ``call`` hands the layer its value.
+        texts: which tokens are real, and which one is read out.
+        call: calls one layer with its arguments.
+        cross: whether a cross token follows every row's last token; ``call`` gives the layer its value.
     """
     hidden, end, lengths, place = compact(embeds, texts)
     columns = columns_of(end, lengths, hidden.shape[1], cross)

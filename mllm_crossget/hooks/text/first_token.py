@@ -1,7 +1,7 @@
 """The language side of CrossGET: a learned vector shifts the first real token of each row's text, in every layer.
 
-The side may be a decoder, an encoder, or the text half of a Q-Former; what is written travels to the layers as an
-argument, so gradient checkpointing can replay a layer and two forwards may precede one backward.
+The language side may be a decoder, an encoder, or the text half of a Q-Former. The vectors are passed to the layers as
+an argument, so gradient checkpointing can replay a layer, and two forwards may precede one backward.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ _KEYWORD = "crossget_text"
 
 @dataclass
 class FirstTokens:
-    """Where and what to write in one forward: (B,) positions, (B,) which rows, (layers, D) vectors, and the detached
-    states found there, by layer (kept by index, so that a replayed layer writes the same entry). ``length``: tokens
-    that the positions are among; 0 where layers merge tokens behind the first one, which leaves it where it is."""
+    """Where and what to write in one forward: (B,) positions, (B,) which rows, (layers, D) vectors. ``found``: the
+    detached states at these positions by layer index, so that a replayed layer writes the same entry. ``length``:
+    length of the sequence that the positions refer to; 0 if layers merge tokens after the first one, which does not
+    move it."""
 
     index: Tensor
     valid: Tensor
@@ -46,14 +47,14 @@ def hook_text(
     skip: int = 0,
     merges: bool = False,
 ) -> None:
-    """Make the text side write its cross tokens; every change is written into ``journal``.
+    """Make the text side write its cross tokens; every change is recorded in ``journal``.
 
     Args:
         journal: where the changes are written.
         language_model: the module that is called with the text and its mask.
         layers: its layers.
         cross_tokens: one vector per layer.
-        skip: real tokens in front of the text that are no text.
+        skip: number of real tokens before the text.
         merges: whether its layers merge tokens.
     """
     journal.add_module(language_model, "cross_tokens", cross_tokens)
@@ -66,12 +67,13 @@ def hook_text(
 
 
 class GuidedModel(nn.Module):
-    """Mixin for a text side: finds the first real token of every row's text and hands it to the layers."""
+    """Mixin for a text side: it finds the first real token of every row's text and passes its position to the
+    layers."""
 
     cross_tokens: Callable[[], Tensor]  # ``CrossTokens``, or PEFT's wrapper around it
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the original; cached decode steps are not touched."""
+        """As the original; decode steps with a KV cache are not changed."""
         if args:
             kwargs.update(zip(positional_names(type(self)), args, strict=False))
         kwargs = with_named_cache(kwargs)
@@ -86,7 +88,7 @@ class GuidedModel(nn.Module):
 
 
 class GuidedLayer(nn.Module):
-    """Mixin for a layer of the text side: writes its cross token in front of everything else."""
+    """Mixin for a layer of the text side: it writes its cross token before its own computation."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """As the original, with one token per row replaced (``hooks.ground.cross_tokens.write_token``)."""
@@ -96,7 +98,7 @@ class GuidedLayer(nn.Module):
             device = hidden_states.device
             index, valid = first.index.to(device), first.valid.to(device)
             dropped = first.length - hidden_states.shape[1]
-            if dropped > 0:  # Gemma 4's last layers get the last tokens alone where these are all that is read
+            if dropped > 0:  # Gemma 4's last layers get only the last tokens if no others are read
                 index, valid = index - dropped, valid & (index >= dropped)
             if self.training:
                 rows = index.clamp(0, hidden_states.shape[1] - 1)[:, None, None].expand(-1, 1, hidden_states.shape[-1])
@@ -113,7 +115,7 @@ def _first_tokens(model: GuidedModel, kwargs: dict[str, Any]) -> FirstTokens | N
     batch, length = tokens.shape[:2]
     device = tokens.device
     queries = kwargs.get("query_embeds")
-    if queries is not None and tokens is ids:  # a Q-Former puts them in front of the text itself
+    if queries is not None and tokens is ids:  # a Q-Former puts its queries before the text itself
         length += queries.shape[1]
     past = 0 if cache is None else cache.get_seq_length()
     is_empty = isinstance(past, int) and past == 0
@@ -127,9 +129,9 @@ def _first_tokens(model: GuidedModel, kwargs: dict[str, Any]) -> FirstTokens | N
 
 
 def _text_column(mask: Any, skip: int, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(B,) column of the first real token behind ``skip`` real ones, and whether there is one, from whatever form of
-    mask transformers hands over."""
-    if isinstance(mask, dict):  # one mask per kind of layer; all hide the same padding, and None hides nothing
+    """(B,) column of the first real token after ``skip`` real ones, and whether there is one. ``mask`` may have any
+    form that transformers uses."""
+    if isinstance(mask, dict):  # one mask per layer type; all hide the same padding, and None hides nothing
         parts = list(mask.values())
         mask = None if any(part is None for part in parts) else mask.get("full_attention", parts[0])
     if mask is None:
@@ -140,7 +142,7 @@ def _text_column(mask: Any, skip: int, batch: int, device: torch.device) -> tupl
             f"attention_mask is a {type(mask).__name__}, from which padding cannot be read; pass (rows, columns), "
             'or use attn_implementation="sdpa" for the language model'
         )
-    if mask.ndim == 4:  # (B, 1, queries, keys), bool or additive: the last query sees everything that is real
+    if mask.ndim == 4:  # (B, 1, queries, keys), bool or additive: the last query attends to all real tokens
         row = mask[:, 0, -1]
         seen = row if row.dtype == torch.bool else row > torch.finfo(row.dtype).min / 2
         seen = seen.expand(batch, -1)
@@ -151,7 +153,8 @@ def _text_column(mask: Any, skip: int, batch: int, device: torch.device) -> tupl
 
 
 def _cross_tokens_of(first: FirstTokens) -> Tensor:
-    """(layers, B, D) found state + learned vector, in the graph of the vectors (also under gradient checkpointing)."""
-    layers = sorted(first.found)  # not all of them where a decoder drops layers in training
+    """(layers, B, D) detached state + learned vector, with gradients to the vectors (also under gradient
+    checkpointing)."""
+    layers = sorted(first.found)  # not all layers if a decoder drops layers in training
     found = torch.stack([first.found[layer].to(first.vectors.device) for layer in layers])
     return found + first.vectors[layers, None].to(found.dtype)

@@ -1,5 +1,7 @@
-"""Rows of text of different lengths in one batch: padding is taken out in front, every row is matched on its own tokens
-with its own counts, and behind the last layer every column of the input gets the state of the token it has become.
+"""Rows of text of different lengths in one batch.
+
+Padding is removed before the first layer, and every row is matched on its own tokens with its own counts. After the
+last layer every column of the input gets the state of the token it was merged into.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from mllm_crossget.ops.merging import merge, unmerge
 
 
 class Texts(NamedTuple):
-    """A batch of texts: (B,) place of the token that is read out, and (B, T) which tokens are real (None: all)."""
+    """A batch of texts: (B,) column of the token that is read out, and (B, T) which tokens are real (None: all)."""
 
     end: Tensor
     real: Tensor | None
@@ -27,7 +29,7 @@ class Texts(NamedTuple):
 
 @dataclass(frozen=True)
 class Group:
-    """Rows with equally many tokens: their indices (None: all rows), tokens now, and tokens to remove in this layer."""
+    """Rows of equal length: their indices (None: all rows), number of tokens, and number to remove in this layer."""
 
     rows: Tensor | None
     tokens: int
@@ -36,8 +38,8 @@ class Group:
 
 @dataclass(frozen=True)
 class Columns:
-    """Where things are in one layer: (B,) columns of the end mark and of the cross token (None without one), groups of
-    rows by length, and whether tokens see only those in front of them."""
+    """Layout of the rows in one layer: (B,) columns of the end mark and of the cross token (None without one), groups
+    of rows by length, and whether attention is causal."""
 
     end: Tensor
     cross: Tensor | None
@@ -45,8 +47,8 @@ class Columns:
 
 
 def compact(embeds: Tensor, texts: Texts) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Real tokens in front: states cut to the longest row, the end marks' columns, (B,) lengths, and the (B, T) column
-    of every column of the input; the last two are None where every token is real."""
+    """Move real tokens to the front. Returns the states, cut to the longest row, and the end marks' columns; then (B,)
+    lengths, and (B, T) the new column of every column of the input. The last two are None if every token is real."""
     if texts.real is None:
         return embeds, texts.end, None, None
     order = (~texts.real).to(torch.uint8).argsort(dim=1, stable=True)
@@ -58,7 +60,7 @@ def compact(embeds: Tensor, texts: Texts) -> tuple[Tensor, Tensor, Tensor | None
 
 
 def columns_of(end: Tensor, lengths: Tensor | None, tokens: int, cross: bool) -> Columns:
-    """Where things are in front of the first layer; a cross token stands behind the last token of every row."""
+    """The layout before the first layer; a cross token follows the last token of every row."""
     if lengths is None:
         last = torch.full_like(end, tokens) if cross else None
         return Columns(end, last, (Group(None, tokens + cross, 0),))
@@ -69,20 +71,20 @@ def columns_of(end: Tensor, lengths: Tensor | None, tokens: int, cross: bool) ->
 
 
 def with_removals(columns: Columns, removals: list[int]) -> Columns:
-    """The same with the tokens that leave every group of rows in the next layer."""
+    """The same layout, with the number of tokens that each group of rows loses in the next layer."""
     groups = [replace(group, removed=removed) for group, removed in zip(columns.groups, removals, strict=True)]
     return replace(columns, groups=tuple(groups))
 
 
 def moved_columns(columns: Columns, slot: Tensor) -> Columns:
-    """The same after a merge."""
+    """The layout after a merge."""
     groups = tuple(replace(group, tokens=group.tokens - group.removed, removed=0) for group in columns.groups)
     cross = None if columns.cross is None else slot.gather(1, columns.cross[:, None])[:, 0]
     return Columns(slot.gather(1, columns.end[:, None])[:, 0], cross, groups)
 
 
 def mask_of(columns: Columns, hidden: Tensor, causal: bool) -> Tensor | None:
-    """Additive mask (1 or B, 1, T, T): nothing behind a token if causal, no padding; None where all see all."""
+    """Additive mask (1 or B, 1, T, T) that hides padding, and later tokens if causal; None if it would hide nothing."""
     tokens = hidden.shape[1]
     seen = torch.ones(tokens, tokens, dtype=torch.bool, device=hidden.device)
     seen = (seen.tril() if causal else seen)[None]
@@ -105,8 +107,8 @@ def protected_tokens(columns: Columns, keys: Tensor, first: bool) -> Tensor:
 
 
 def attention_slot(method: Method, columns: Columns, size: Tensor | None) -> AttentionSlot:
-    """What a layer of a text tower asks of its attention. The importance, where a method wants one, is the cosine with
-    the query of the token that is read out."""
+    """What a layer of a text tower records of its attention. Importance, if the method needs it, is the cosine with the
+    query of the token that is read out."""
     removes = any(group.removed for group in columns.groups)
     return AttentionSlot(
         key_bias=size.log() if size is not None and method.proportional_attention else None,
@@ -122,10 +124,10 @@ def match_and_merge(
     """One layer's step.
 
     Args:
-        method: decides.
-        slot: what the attention recorded.
-        columns: where things are, and how many tokens leave.
-        first: whether the first token is protected beside the one that is read out.
+        method: chooses the tokens to merge.
+        slot: the recorded values of the attention.
+        columns: layout of the rows, and how many tokens are removed. first: whether the first token is protected in
+            addition to the one that is read out.
         hidden: (B, T, D).
         size: (B, T) token sizes, None as long as nothing was merged.
     """
@@ -139,7 +141,8 @@ def match_and_merge(
 def reduce_rows(
     method: Method, signals: Signals, hidden: Tensor, size: Tensor, groups: tuple[Group, ...]
 ) -> tuple[Tensor, Tensor, Match | None, Tensor]:
-    """Match and merge every group of rows; returns tokens, sizes, the match of an only group, and the new columns."""
+    """Match and merge every group of rows. Returns tokens, sizes, the match (None with several groups), and the new
+    columns."""
     if len(groups) == 1:
         match = method.match(signals, groups[0].removed)
         hidden, size = merge(hidden, size, match)
@@ -174,7 +177,7 @@ def _of_rows(signals: Signals, rows: Tensor | None, count: int) -> Signals:
 
 
 def tokens_of_rows(columns: Columns, hidden: Tensor) -> Tensor:
-    """(B,) tokens of every row, without what fills it up."""
+    """(B,) number of tokens of each row, without padding."""
     lengths = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
     for group in columns.groups:
         lengths[slice(None) if group.rows is None else group.rows] = group.tokens
@@ -182,7 +185,7 @@ def tokens_of_rows(columns: Columns, hidden: Tensor) -> Tensor:
 
 
 def in_columns(hidden: Tensor, source: Tensor, place: Tensor | None, real: Tensor | None, tokens: int) -> Tensor:
-    """States in the columns of the input; the cross token has none."""
+    """States in the columns of the input, which has no column for the cross token."""
     if place is None or real is None:
         return unmerge(hidden, source[:, :tokens])
     source = source.gather(1, place.clamp(max=source.shape[1] - 1))

@@ -37,7 +37,7 @@ class CdPrunerConfig(PatchSelection):
     Args:
         negated: whether features are relevant that are unlike the question.
 
-    See ``ReductionConfig`` for the dial.
+    See ``ReductionConfig`` for ``keep_ratio``, ``visual_tokens`` and ``r``.
     """
 
     negated: bool = True

@@ -30,7 +30,7 @@ class DivPruneConfig(PatchSelection):
     index; images are taken one by one, where the published code has one pool of all tiles with their newlines. Written
     from the formula; the published code is for non-commercial use.
 
-    See ``ReductionConfig`` for the dial.
+    See ``ReductionConfig`` for ``keep_ratio``, ``visual_tokens`` and ``r``.
     """
 
     method: ClassVar[str] = "divprune"

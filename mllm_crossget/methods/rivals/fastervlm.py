@@ -23,7 +23,7 @@ class FasterVlmConfig(PatchSelection):
     heads. Where we differ: towers without a class token are served, by the attention that each patch receives (the
     substitute that VisionZip and VisPruner use); equal values go to the lower index.
 
-    See ``ReductionConfig`` for the dial.
+    See ``ReductionConfig`` for ``keep_ratio``, ``visual_tokens`` and ``r``.
     """
 
     method: ClassVar[str] = "fastervlm"

@@ -39,7 +39,7 @@ class FsrConfig(PatchMixture):
         relevance_power: exponent of the relevance to the question.
         negated: whether features are relevant that are unlike the question.
 
-    See ``ReductionConfig`` for the dial.
+    See ``ReductionConfig`` for ``keep_ratio``, ``visual_tokens`` and ``r``.
     """
 
     relevance_power: float = 3.0

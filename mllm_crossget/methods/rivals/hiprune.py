@@ -32,7 +32,7 @@ class HiPruneConfig(PatchSelection):
     Args:
         anchors: share of the tokens that anchors and their four neighbours get.
 
-    See ``ReductionConfig`` for the dial.
+    See ``ReductionConfig`` for ``keep_ratio``, ``visual_tokens`` and ``r``.
     """
 
     anchors: float = 0.1

@@ -27,7 +27,7 @@ class HiRedConfig(PatchSelection):
     sequence and not by tiles of the picture, and loses what its floors leave over. It adds the heads up; the mean gives
     the same order.
 
-    See ``ReductionConfig`` for the dial.
+    See ``ReductionConfig`` for ``keep_ratio``, ``visual_tokens`` and ``r``.
     """
 
     method: ClassVar[str] = "hired"

@@ -37,7 +37,7 @@ class HoloVConfig(PatchSelection):
     Args:
         parts: "runs" or "blocks".
 
-    See ``ReductionConfig`` for the dial.
+    See ``ReductionConfig`` for ``keep_ratio``, ``visual_tokens`` and ``r``.
     """
 
     parts: str = "runs"

@@ -36,7 +36,7 @@ class PiToMeConfig(Method):
     Args:
         margin: of the cosine in the first layer; it falls to 0 behind the last.
 
-    See ``ReductionConfig`` for the dial.
+    See ``ReductionConfig`` for ``keep_ratio``, ``visual_tokens`` and ``r``.
     """
 
     margin: float = 0.9

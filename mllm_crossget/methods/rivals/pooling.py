@@ -21,7 +21,7 @@ class PoolingConfig(PatchMixture):
     A baseline without a paper of its own, at the tower's output. Pooling layers cut a grid into equal windows, which
     gives a square number of tokens; here blocks of nearly one size give any number (``ops.blocks``).
 
-    See ``ReductionConfig`` for the dial.
+    See ``ReductionConfig`` for ``keep_ratio``, ``visual_tokens`` and ``r``.
     """
 
     method: ClassVar[str] = "pooling"

@@ -36,7 +36,7 @@ class PruMergeConfig(PatchMixture):
     Args:
         neighbours: patches that are added to each that is kept.
 
-    See ``ReductionConfig`` for the dial.
+    See ``ReductionConfig`` for ``keep_ratio``, ``visual_tokens`` and ``r``.
     """
 
     neighbours: int = 32
@@ -90,7 +90,7 @@ class PruMergePlusConfig(PruMergeConfig):
     Args:
         neighbours: patches that are added to each that is kept.
 
-    See ``ReductionConfig`` for the dial.
+    See ``ReductionConfig`` for ``keep_ratio``, ``visual_tokens`` and ``r``.
     """
 
     method: ClassVar[str] = "prumerge-plus"

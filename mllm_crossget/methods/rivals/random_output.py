@@ -21,7 +21,7 @@ class RandomOutputConfig(PatchSelection):
     Args:
         seed: which draw; the same for every image, so that results do not depend on the batch.
 
-    See ``ReductionConfig`` for the dial.
+    See ``ReductionConfig`` for ``keep_ratio``, ``visual_tokens`` and ``r``.
     """
 
     seed: int = 0

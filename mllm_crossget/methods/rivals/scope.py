@@ -31,7 +31,7 @@ class ScopeConfig(PatchSelection):
         power: exponent of the attention.
         combined: "product" or "sum" of attention and coverage.
 
-    See ``ReductionConfig`` for the dial.
+    See ``ReductionConfig`` for ``keep_ratio``, ``visual_tokens`` and ``r``.
     """
 
     power: float = 1.0

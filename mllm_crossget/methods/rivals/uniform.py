@@ -23,7 +23,7 @@ class UniformConfig(PatchSelection):
     acts at the tower's output. Others take every n-th patch of the sequence, which makes columns where n divides the
     width of the grid; here the grid is cut into as many blocks as there are tokens (``ops.blocks``).
 
-    See ``ReductionConfig`` for the dial.
+    See ``ReductionConfig`` for ``keep_ratio``, ``visual_tokens`` and ``r``.
     """
 
     method: ClassVar[str] = "uniform"

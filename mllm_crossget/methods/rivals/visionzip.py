@@ -35,7 +35,7 @@ class VisionZipConfig(PatchMixture):
         contextual: share of the tokens that are contextual (published: 10 of 64, 20 of 128, 30 of 192).
         order: "position" or "published".
 
-    See ``ReductionConfig`` for the dial.
+    See ``ReductionConfig`` for ``keep_ratio``, ``visual_tokens`` and ``r``.
     """
 
     contextual: float = 10 / 64

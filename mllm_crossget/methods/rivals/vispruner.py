@@ -34,7 +34,7 @@ class VisPrunerConfig(PatchSelection):
     Args:
         important: share of the tokens that are chosen by attention.
 
-    See ``ReductionConfig`` for the dial.
+    See ``ReductionConfig`` for ``keep_ratio``, ``visual_tokens`` and ``r``.
     """
 
     important: float = 0.5
