@@ -1,4 +1,4 @@
-"""Random matching: the baseline that a method has to beat to be worth its name."""
+"""Random matching: the baseline for methods that act in the tower's layers."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class RandomConfig(Method):
     """Merge random tokens into random tokens.
 
     Args:
-        seed: which draw; the same for every image, so that results do not depend on the batch.
-        drop: throw the chosen tokens away instead of merging them (random pruning).
+        seed: seed of the draw, which is the same for every image, so that results do not depend on the batch.
+        drop: drop the chosen tokens instead of merging them (random pruning).
 
     See ``ReductionConfig`` for ``keep_ratio``, ``visual_tokens`` and ``r``.
     """
@@ -30,7 +30,7 @@ class RandomConfig(Method):
 
     @property
     def prunes(self) -> bool:
-        """As asked for by ``drop``."""
+        """The value of ``drop``."""
         return self.drop
 
     def __post_init__(self) -> None:
@@ -39,7 +39,7 @@ class RandomConfig(Method):
             raise ValueError(f"seed must be from 0 to 2**63 - 1, got {self.seed}")
 
     def match(self, signals: Signals, r: int) -> Match:
-        """``r`` random tokens leave; with ``drop`` nothing of them is kept."""
+        """Remove ``r`` random tokens; with ``drop`` they are not merged."""
         batch, tokens, _ = signals.keys.shape
         match = random_matching(batch, tokens, r, signals.protected, self.seed, signals.keys.device)
         return match._replace(pruned=self.drop)

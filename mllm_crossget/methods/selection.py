@@ -1,4 +1,4 @@
-"""Methods that pick the tokens that stay, once per image: the others are dropped, or go into the nearest that stays."""
+"""Methods that select the kept tokens once per image. The others are dropped, or merged into the nearest kept token."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from mllm_crossget.ops.selection import keep_only, merge_into_nearest
 
 @dataclass
 class SelectionMethod(Method):
-    """Base of them. A new one sets ``place``, says what it wants of the signals, and implements ``select``."""
+    """Base class of these methods. A new method sets ``place`` and the signals it needs, and implements ``select``."""
 
     place: ClassVar[Place] = Place.TOWER_OUTPUT
 
     @property
     def prunes(self) -> bool:
-        """Tokens that are not chosen are thrown away; a method that merges them answers False."""
+        """True: tokens that are not selected are dropped. A method that merges them overrides this with False."""
         return True
 
     def select(self, signals: Signals, kept: int) -> Tensor:
-        """(B, kept) different tokens that stay, in any order; protected ones are not among them."""
+        """(B, kept) different tokens to keep, in any order, without protected ones."""
         raise TypeError(f"{type(self).__name__} does not say which tokens stay")
 
     def match(self, signals: Signals, r: int) -> Match:
-        """All but ``r`` of the unprotected tokens stay, those that ``select`` names; protected ones always do."""
+        """Keep the tokens that ``select`` returns and the protected ones; remove ``r``."""
         shielded = shielded_tokens(signals)
         kept = self.select(signals, shielded.shape[1] - protected_count(signals) - r)
         stays = shielded.scatter(1, kept, True)

@@ -1,4 +1,4 @@
-"""What a layer, a tower's output or a projector tells a method. Tensors alone; B batch, T tokens, D width."""
+"""The input of a method, from a layer, a tower's output or a projector. Only tensors; B batch, T tokens, D width."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 @dataclass
 class AskedText:
-    """What is asked about every image, for methods whose selection depends on it (``Method.needs_text``).
+    """The question about each image, for methods whose selection depends on it (``Method.needs_text``).
 
     Attributes:
-        embeddings: (B, L, D) input embeddings of the language model, without gradient; D is that of the features.
+        embeddings: (B, L, D) input embeddings of the language model, without gradient; D is the width of the features.
         alive: (B, L) True for tokens of the text; the others are padding.
     """
 
@@ -23,11 +23,13 @@ class AskedText:
 
 @dataclass
 class NextLayer:
-    """What the layer behind the one that is read makes of that one's tokens, all of its heads taken as a single one.
+    """Projections of the layer after the one that is read, of that layer's output tokens, with all heads as a single
+    one.
 
     Attributes:
-        attention: (B, T) float32 of the class token to every token; of the mean query where a tower has none.
-        keys: (B, T, D) of every token, heads side by side.
+        attention: (B, T) float32 attention of the class token to every token; in a tower without one, of the mean
+            query.
+        keys: (B, T, D) keys of every token, with concatenated heads.
     """
 
     attention: Tensor
@@ -36,27 +38,27 @@ class NextLayer:
 
 @dataclass
 class Signals:
-    """What a method sees where every image keeps the same number of tokens.
+    """Input of a method if every image keeps the same number of tokens.
 
     Attributes:
-        keys: (B, T, D) keys added up over heads (their cosines are those of the mean); of all heads side by side where
-            the family's importance is a cosine; behind the projector, features of length 1.
+        keys: (B, T, D) keys, summed over heads (with the same cosines as their mean). With concatenated heads if the
+            family's importance is a cosine. Behind the projector, features scaled to length 1.
         importance: (B, T) float32 attention received (``ops.attention_importance``), or the cosine of every key with
             one token's query (``ops.cosine_importance``); None if not asked for.
-        protected: tokens that must neither leave nor receive (class token, cross token, end mark): indices, or a
-            (B, T) bool mask where they lie elsewhere in every row.
-        in_order: survivors must stay in their original order (texts under a causal mask).
+        protected: tokens that must neither be removed nor take in others (class token, cross token, end mark): indices,
+            or a (B, T) bool mask if they differ per row.
+        in_order: kept tokens must stay in their original order (texts under a causal mask).
         features: (B, T, D) the tokens themselves, without gradient; None if not asked for (``needs_features``).
-        class_attention: (B, T) float32 attention that the class token pays, the mean over heads; None if not asked for
-            (``needs_class_attention``).
-        salience: (B, T) float32 the same in towers with a class token; in others the attention received, the mean over
+        class_attention: (B, T) float32 attention of the class token to every token, mean over heads; None if not asked
+            for (``needs_class_attention``).
+        salience: (B, T) float32 class attention in towers with a class token, else the attention received, mean over
             heads and queries. Behind a projector it is that of the layer that is read. None if not asked for
             (``needs_salience``).
-        middle: (B, T) float32 attention received in the middle layer of those that run; None if not asked for
+        middle: (B, T) float32 attention received in the middle one of the layers that run; None if not asked for
             (``needs_middle``).
-        following: what the layer behind makes of the tokens; None if not asked for (``needs_next_layer``).
-        text: what is asked about the image; None if not asked for (``needs_text``).
-        depth: share of the tower's layers in front of this one.
+        following: projections of the next layer; None if not asked for (``needs_next_layer``).
+        text: the question about the image; None if not asked for (``needs_text``).
+        depth: share of the tower's layers that come before this one.
     """
 
     keys: Tensor
@@ -74,18 +76,20 @@ class Signals:
 
 @dataclass
 class RaggedSignals:
-    """What one layer tells a method that chooses per image. T rows, N rows behind the class token, K alignment tokens.
+    """Input of a method that chooses per image, from one layer. T rows, N rows after the class token, K alignment
+    tokens.
 
     Attributes:
-        size: (B, T) original tokens in each row; 0 for dead rows, which stand behind an image's tokens.
-        shielded: (B, T) True for tokens that neither leave nor receive: class token, cross token, dead rows.
-        prefix: tokens in front (the class token).
-        keys: (B, T, D) keys added up over heads, where the method asks for them.
-        importance: (B, T) float32 attention received, where the method asks for it.
+        size: (B, T) number of original tokens in each row; 0 for dead rows, which come after an image's tokens.
+        shielded: (B, T) True for tokens that are neither removed nor take in others: class token, cross token, dead
+            rows.
+        prefix: number of tokens before the patches (the class token).
+        keys: (B, T, D) keys summed over heads, if the method asks for them.
+        importance: (B, T) float32 attention received, if the method asks for it.
         received: (B, N) ``ops.attention_received``, for methods that prune.
         class_received: (B, N) ``ops.class_attention``, for methods that prune a tower with a class token.
         alignment: (B, N, K) ``ops.alignment_scores`` of the layer's input, or None.
-        alignment_width: of the alignment tokens.
+        alignment_width: channels of the alignment tokens.
     """
 
     size: Tensor
@@ -111,7 +115,7 @@ def shielded_tokens(signals: Signals) -> Tensor:
 
 
 def protected_count(signals: Signals) -> int:
-    """How many tokens of every row are protected; with a mask, of the first row, which stands for all."""
+    """Number of protected tokens per row; with a mask, that of the first row, which must hold for all."""
     if isinstance(signals.protected, Tensor):
         return int(signals.protected[0].sum())
     return len(set(signals.protected))

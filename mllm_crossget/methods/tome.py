@@ -21,8 +21,8 @@ class ToMeConfig(Method):
     """Bipartite soft matching on head-averaged keys.
 
     Args:
-        order: "position" keeps the surviving tokens in reading order, which the language model's positions want;
-            "reference" gives the order of the original code (even tokens, then odd ones).
+        order: "position" keeps tokens in reading order, as the language model's positions need; "reference" gives the
+            order of the original code (even tokens, then odd ones).
 
     See ``ReductionConfig`` for ``keep_ratio``, ``visual_tokens`` and ``r``.
     """
@@ -37,7 +37,7 @@ class ToMeConfig(Method):
             raise ValueError(f"order must be one of {_ORDERS}, got {self.order!r}")
 
     def match(self, signals: Signals, r: int) -> Match:
-        """The ``r`` most similar even-odd pairs merge (section 3.2)."""
+        """Merge the ``r`` most similar even-odd pairs (section 3.2)."""
         keep_order = self.order == "position" or signals.in_order
         if isinstance(signals.protected, Tensor):
             return bipartite_soft_matching(signals.keys, r, keep_order=keep_order, protected_BT=signals.protected)

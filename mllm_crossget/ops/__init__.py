@@ -1,4 +1,4 @@
-"""Tensor operations of token reduction: which tokens to merge, how to merge them, which of them matter. torch only."""
+"""Tensor operations of token reduction: matching, merging, importance, pruning, alignment. torch only."""
 
 from mllm_crossget.ops.alignment_attention import alignment_features, alignment_scores, guidance_loss
 from mllm_crossget.ops.importance import (

@@ -21,10 +21,10 @@ def alignment_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Divergence of the channel distributions of vision and text cross tokens.
 
-    With P, Q the softmax over channels of an image's projected vision token and of its row's text token, and
-    M = (P + Q) / 2: "reference" is ½[KL(M‖P) + KL(M‖Q)] as in the official code, "js" is ½[KL(P‖M) + KL(Q‖M)].
-    Summed over channels, averaged over text layers and images. Rows without an image do not enter; a batch without
-    any gives 0 with a gradient of 0.
+    P is the softmax over channels of an image's projected vision token, Q that of its row's text token, and M = (P + Q)
+    / 2. "reference" is ½[KL(M‖P) + KL(M‖Q)] as in the official code, "js" is ½[KL(P‖M) + KL(Q‖M)]. The divergence is
+    summed over channels and averaged over text layers and images. Rows without an image are left out; a batch without
+    images gives 0 with a gradient of 0.
 
     Args:
         vision_LND: (vision layers, images, D) cross tokens after the projector.
@@ -42,7 +42,7 @@ def alignment_loss(
     vision = vision_LND.float().repeat_interleave(repeats, dim=0)
     text = text_LBD.float().to(vision.device)[:, row_of_image_N.to(vision.device)]
     log_p, log_q = vision.log_softmax(dim=-1), text.log_softmax(dim=-1)
-    log_mean = torch.logaddexp(log_p, log_q) - math.log(2)  # finite also where both probabilities round to 0
+    log_mean = torch.logaddexp(log_p, log_q) - math.log(2)  # finite even if both probabilities round to 0
     rows = log_p.shape[0] * log_p.shape[1]
     if kl == "js":
         terms = [(part.exp() * (part - log_mean)).sum() / rows for part in (log_p, log_q)]

@@ -1,4 +1,4 @@
-"""Alignment tokens: how well every token of an image or a text matches a small set of learned ones that both share.
+"""Alignment tokens: how well each token of an image or text matches a small set of learned tokens that both share.
 
 MADTP (CVPR 2024, arXiv 2403.02991), multi-modality alignment guidance. Shape suffixes: B batch, N tokens, K alignment
 tokens, D their width.
@@ -12,12 +12,13 @@ from torch import Tensor
 
 
 def alignment_scores(tokens_BND: Tensor, space_KD: Tensor) -> Tensor:
-    """Plain products of tokens, in the alignment tokens' space, with the alignment tokens: (B, N, K), not scaled."""
+    """Dot products of tokens with the alignment tokens: (B, N, K), not scaled. The tokens are in the alignment tokens'
+    space."""
     return tokens_BND @ space_KD.mT
 
 
 def alignment_features(scores_BNK: Tensor, tokens_BND: Tensor, alive_BN: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """What every alignment token finds in an image or a text.
+    """Attention of every alignment token to an image or a text.
 
     Args:
         scores_BNK: ``alignment_scores`` of the tokens.
@@ -25,7 +26,7 @@ def alignment_features(scores_BNK: Tensor, tokens_BND: Tensor, alive_BN: Tensor 
         alive_BN: False for rows that hold no token; None for all True.
 
     Returns:
-        (B, K, N) softmax over the tokens of the scores divided by √D, and (B, K, D) the tokens' mean with these
+        (B, K, N) softmax over the tokens of the scores divided by √D, and (B, K, D) the tokens averaged with these
         weights. Differentiable.
     """
     logits = scores_BNK.mT / tokens_BND.shape[-1] ** 0.5
@@ -36,12 +37,12 @@ def alignment_features(scores_BNK: Tensor, tokens_BND: Tensor, alive_BN: Tensor 
 
 
 def guidance_loss(image_NKD: Tensor, text_BKD: Tensor, row_of_image_N: Tensor) -> Tensor:
-    """How far apart images and their texts are in what the alignment tokens find in them (MADTP's ``loss_fdt``).
+    """Distance between the alignment features of images and of their texts (MADTP's ``loss_fdt``).
 
     Args:
         image_NKD: (images, K, D) ``alignment_features`` of every image, summed over the layers of its tower.
-        text_BKD: (rows, K, D) likewise of every row's text.
-        row_of_image_N: (images,) row that belongs to each image; rows without an image do not enter.
+        text_BKD: (rows, K, D) ``alignment_features`` of every row's text, summed over its layers.
+        row_of_image_N: (images,) row that belongs to each image; rows without an image are left out.
 
     Returns:
         A scalar, float32: the mean of 1 - cosine over images and alignment tokens; 0 without images.

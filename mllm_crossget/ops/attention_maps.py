@@ -1,11 +1,11 @@
-"""Maps of attention for some heads at a time. G several images and heads, Q queries, T tokens, D width."""
+"""Attention maps of some heads at a time. G heads of one or several images, Q queries, T tokens, D width."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-_REGISTER = 16  # float32 in the widest register of a processor
+_REGISTER = 16  # number of float32 in the widest register of a processor
 
 
 def softmax_map(query_GQD: Tensor, key_GTD: Tensor, scaling: float, bias_G1T: Tensor | None) -> Tensor:
@@ -20,7 +20,7 @@ def softmax_map(query_GQD: Tensor, key_GTD: Tensor, scaling: float, bias_G1T: Te
 
 
 class Maps:
-    """Makes the maps of one group of heads after the other, each anew.
+    """Makes the attention maps of one group of heads after the other, each in new memory.
 
     Args:
         scaling: factor of the logits.
@@ -31,26 +31,28 @@ class Maps:
         self._bias: Tensor | None = None
 
     def set_bias(self, bias_GT: Tensor | None) -> None:
-        """Add this to the logits of each key from now on; of as many maps as a group has, or one row for all."""
+        """Set the key bias that is added to the logits from now on: one row per map of a group, or one row for all."""
         self._bias = bias_GT
 
     def softmax(self, query_GTD: Tensor, key_GTD: Tensor) -> Tensor:
-        """(G, T, T), as ``softmax_map``; it lives until the next call."""
+        """(G, T, T), as ``softmax_map``; it is valid until the next call."""
         bias = None if self._bias is None else self._bias[:, None]
         return softmax_map(query_GTD, key_GTD, self._scaling, bias)
 
 
 class Workspace(Maps):
-    """One memory for the float32 maps of all groups, on a CPU: a new map for every group costs as much as its softmax,
-    which is written over its logits, so that a thread's cache can hold the map of one head.
+    """One memory for the float32 maps of all groups, on a CPU.
 
-    The bias of the keys travels as one more channel, scaling · (q·k + 1/scaling · bias): added to the product it would
-    have to be written over the whole map first. Keys nobody attends to fill the map's rows up to whole registers:
-    products and softmax are faster for it by more than the columns cost (measured: 3 to 8 % of an attention).
+    A new map for every group would cost as much as its softmax. The softmax is written over the logits, so that a
+    thread's cache can hold the map of one head.
+
+    The key bias is one more channel, scaling · (q·k + 1/scaling · bias): to add it to the product, it would first have
+    to be written over the whole map. The map's rows are padded to whole registers with keys that get no attention.
+    Products and softmax gain more by this than the columns cost (measured: 3 to 8 % of an attention).
 
     Args:
         like: (B, H, T, D) queries.
-        maps: of a group, at most.
+        maps: largest number of maps in a group.
         scaling: factor of the logits.
     """
 
@@ -67,11 +69,11 @@ class Workspace(Maps):
             self._key.narrow(1, self._tokens, filled - self._tokens).zero_()
         bias = self._key.select(-1, -1).fill_(-torch.inf)
         self._bias_place = bias.narrow(1, 0, self._tokens)
-        self._views = self._of_first(maps)  # made for every group they would cost time
+        self._views = self._of_first(maps)  # made once, because views for every group would cost time
 
     @staticmethod
     def serves(query: Tensor) -> bool:
-        """Whether maps of these queries can be written one over the other."""
+        """Whether maps of these queries can be written over one another."""
         return query.is_cpu and query.dtype == torch.float32 and not torch.compiler.is_compiling()
 
     def set_bias(self, bias_GT: Tensor | None) -> None:
@@ -94,7 +96,8 @@ class Workspace(Maps):
         return attention
 
     def _of_first(self, maps: int) -> tuple[Tensor, ...]:
-        """Places of queries and keys, these with their bias, logits, and the part of them that is attention."""
+        """Views of the memory: queries, keys with their bias channel, logits, and the part of the logits without
+        padding."""
         query, key, logits = self._query, self._key, self._logits
         if maps < self._maps:
             query, key, logits = query[:maps], key[:maps], logits[:maps]

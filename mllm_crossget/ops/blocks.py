@@ -1,4 +1,4 @@
-"""An image's grid of patches cut into blocks of nearly one size, as many as asked for. Integers alone."""
+"""An image's grid of patches, cut into a given number of blocks of nearly equal size. Integers only."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 
 
 def grid_of(patches: int) -> tuple[int, int]:
-    """Rows and columns of a square image; one row where the number is no square, so that neighbours are those in the
+    """Rows and columns of a square image. If the number is not a square, one row: neighbours are then those in the
     sequence."""
     side = math.isqrt(patches)
     return (side, side) if side * side == patches else (1, patches)
@@ -17,15 +17,15 @@ def grid_of(patches: int) -> tuple[int, int]:
 def block_of_patches(patches: int, blocks: int) -> tuple[int, ...]:
     """The block of every patch, in raster order of the blocks.
 
-    The grid is cut into bands of rows, about as many as there are blocks in a column of square ones, and every band
-    into as many pieces as its share of the blocks; no block is empty.
+    The grid is cut into bands of rows, so that the blocks are about square. Every band is cut into its share of the
+    blocks. No block is empty.
 
     Args:
-        patches: of the image.
-        blocks: 1 to ``patches``.
+        patches: number of patches of the image.
+        blocks: number of blocks, 1 to ``patches``.
 
     Raises:
-        ValueError: no such number of blocks.
+        ValueError: ``blocks`` is out of this range.
     """
     if not 1 <= blocks <= patches:
         raise ValueError(f"blocks={blocks}: an image of {patches} patches has 1 to {patches} blocks")
@@ -42,7 +42,8 @@ def block_of_patches(patches: int, blocks: int) -> tuple[int, ...]:
 
 @functools.cache
 def middle_of_blocks(patches: int, blocks: int) -> tuple[int, ...]:
-    """The patch nearest to the middle of every block; equally near ones: the lower index. See ``block_of_patches``."""
+    """The patch nearest to the middle of every block; among equally near ones the lower index. See
+    ``block_of_patches``."""
     columns = grid_of(patches)[1]
     members: list[list[int]] = [[] for _ in range(blocks)]
     for patch, block in enumerate(block_of_patches(patches, blocks)):

@@ -1,11 +1,13 @@
-"""Which tokens leave, without scoring all of them.
+"""Which tokens are removed, without scoring all of them.
 
-A token's score is its importance minus its similarity to the best token that ranks *below* it, so never less than its
-importance minus its best similarity at all, which is at hand. The tokens with the smallest such floors are scored; if
-the r-th smallest score is below every other token's floor, no other token can be among the r that leave. Where that is
-not so, all of them are scored. Products that are made twice may round twice, so that a similarity to a token below can
-exceed the best one by its last bits. Where all are scored it then counts as the best one, so that a floor is one; the
-scores of candidates are compared with floors of other tokens only.
+A token's score is its importance minus its similarity to the most similar token that ranks *below* it. The score is at
+least the token's floor: its importance minus its best similarity to any token, which is known already. The tokens with
+the smallest floors are scored as candidates. If the r-th smallest of these scores is below the floor of every other
+token, no other token can be among the r removed ones. Otherwise all tokens are scored.
+
+A product that is computed twice may round differently, so a similarity to a token below can exceed the best one by its
+last bits. If all tokens are scored, it then counts as the best one, so that the floor holds. The scores of candidates
+are compared only with floors of other tokens.
 
 Shape suffixes: B batch, T tokens, C candidates, R tokens removed.
 """
@@ -18,12 +20,12 @@ from torch import Tensor
 from mllm_crossget.ops.graph import Graph, ranks
 
 _PER_REMOVAL = 3  # candidates; on random keys two to three are needed
-_FEWEST = 400  # tokens from which on the comparisons saved are worth the calls it takes
+_FEWEST = 400  # with fewer tokens the saved comparisons cost less than the extra calls
 
 
 def usable_importance(importance_BT: Tensor, shielded_BT: Tensor | None) -> Tensor:
-    """Float32 importance that may be compared: +inf for shielded tokens, the largest number for NaN (from NaN pixels),
-    which must not outrank the protection."""
+    """Float32 importance that can be compared: +inf for protected tokens, and the largest number for NaN (from NaN
+    pixels), which must stay below the protected ones."""
     usable = torch.nan_to_num(importance_BT.float(), nan=torch.finfo(torch.float32).max, posinf=torch.inf)
     return usable if shielded_BT is None else usable.masked_fill(shielded_BT, torch.inf)
 
@@ -34,7 +36,7 @@ def lowest_scores(graph: Graph, importance_BT: Tensor, r: int) -> Tensor:
     Args:
         graph: similarities of the tokens.
         importance_BT: ``usable_importance``.
-        r: at least 1, at most half of the tokens that may leave.
+        r: number of tokens, at least 1, at most half of the unprotected ones.
     """
     best = graph.best()
     rank = ranks(best)
@@ -46,9 +48,9 @@ def lowest_scores(graph: Graph, importance_BT: Tensor, r: int) -> Tensor:
 
 
 def _among_candidates(graph: Graph, best: Tensor, rank: Tensor, importance: Tensor, r: int) -> Tensor | None:
-    """(B, R) the tokens that leave, in any order, or None where candidates do not settle it (or would not pay)."""
+    """(B, R) the tokens to remove, in any order; None if the candidates do not decide it, or would not save time."""
     count, tokens = _PER_REMOVAL * r, best.shape[1]
-    # The check needs its answer on the host: nothing for a GPU or a graph.
+    # The check needs a value on the host, so it is not for a GPU or a compiled graph.
     if count > tokens // 2 or tokens < _FEWEST or best.device.type != "cpu" or torch.compiler.is_compiling():
         return None
     lowest, order = (importance - best).topk(count + 1, largest=False)

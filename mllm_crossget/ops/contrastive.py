@@ -16,10 +16,10 @@ def contrastive_loss(
     """In-batch contrastive loss of image-text pairs, in both directions (CrossGET's ``loss_ita``, CLIP's loss).
 
     Args:
-        image_BE, text_BE: embeddings of pairs, row by row; normalised here.
+        image_BE, text_BE: embeddings of pairs, one pair per row; this function normalises them.
         logit_scale: factor of the cosines, ``model.logit_scale.exp()``.
-        image_ids_B: which image each row shows. Rows of one image count as right for each other, in equal shares: an
-            image may come with several captions in one batch. None: every row is an image of its own.
+        image_ids_B: which image each row shows. One image may have several captions in a batch; its rows are correct
+            answers for each other, in equal shares. None: every row is a different image.
 
     Returns:
         A scalar, the mean of both directions.

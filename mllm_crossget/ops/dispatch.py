@@ -1,8 +1,8 @@
-"""Which code runs an operation: torch's, which runs everywhere, or kernels compiled for the device.
+"""Which code runs an operation: torch, which runs everywhere, or kernels that are compiled for the device.
 
 Environment variables, read at every call: MLLM_CROSSGET_FUSED_MATCHING (matching and merging) and
-MLLM_CROSSGET_FUSED_IMPORTANCE. "1" asks for kernels: Triton's on a GPU, and on a CPU Numba's (matching and merging
-alone). "0" is torch's code everywhere. Unset: Numba's where it is installed (the extra ``cpu``), else torch's.
+MLLM_CROSSGET_FUSED_IMPORTANCE. "1" requires kernels: Triton on a GPU, Numba on a CPU (matching and merging alone). "0"
+is torch everywhere. Unset: Numba on a CPU if it is installed (the extra ``cpu``), else torch.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ MATCHING, IMPORTANCE = "MLLM_CROSSGET_FUSED_MATCHING", "MLLM_CROSSGET_FUSED_IMPO
 
 
 def triton_runs(variable: str, tensor: Tensor) -> bool:
-    """Whether the Triton kernels that an environment variable names are to work on a tensor."""
+    """Whether a tensor is handled by the Triton kernels that an environment variable switches on."""
     return tensor.is_cuda and os.environ.get(variable) == "1"
 
 
 def cpu_kernels(tensor: Tensor) -> ModuleType | None:
-    """``kernels.cpu`` where matching and merging are to run in Numba: on plain tensors with data, on a CPU.
+    """``kernels.cpu`` if matching and merging run in Numba, which needs plain tensors with data, on a CPU; else None.
 
-    A compiler cannot look into it, and fuses the torch code itself.
+    Under ``torch.compile`` it is None, because a compiler cannot trace Numba code and fuses the torch code itself.
 
     Raises:
-        ImportError: it is asked for and not installed.
+        ImportError: Numba is required and not installed.
     """
     if type(tensor) is not Tensor or not tensor.is_cpu or torch.compiler.is_compiling():
         return None

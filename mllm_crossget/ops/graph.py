@@ -1,8 +1,8 @@
-"""The complete graph of token similarities, and the three questions that the matching asks of it.
+"""The complete graph of token similarities, and its queries for the matching.
 
-``SimilarityMap`` holds one map per image. ``SimilarityTiles`` makes the similarities again for every question, some of
-the rows at a time: more work, but memory that does not grow with the square of the tokens. Shape suffixes: B batch, T
-tokens, R sources, D width.
+``SimilarityMap`` holds one map per image. ``SimilarityTiles`` computes the similarities again for every query, some
+rows at a time: this is more work, but its memory does not grow with the square of the tokens. Shape suffixes: B batch,
+T tokens, R sources, D width.
 """
 
 from __future__ import annotations
@@ -17,46 +17,48 @@ from mllm_crossget.ops.dispatch import MATCHING, triton_runs
 from mllm_crossget.ops.rows import select_rows
 
 _TINY = 1e-12  # keeps a zero key from becoming NaN; far below the norm of any real key
-# Bytes of one image's map beyond which it is made in tiles: 256 MiB, 8192 tokens.
+# Largest size in bytes of one image's map, beyond which tiles are used: 256 MiB, 8192 tokens.
 LARGEST_MAP = 2**28
 TILE = 2**26  # bytes of one tile
-# Bytes of the maps of the images that are matched together.
+# Bytes of the maps of all images that are matched together.
 _GROUP_CPU, _GROUP_GPU = 2**20, 2**28
 _CEILING = 8.0
-_ROWS_CPU = 2**20  # bytes of the rows that are compared together where there is no memory for a second map yet
+_ROWS_CPU = 2**20  # bytes of the rows that are compared together, if there is no workspace for a second map
 
 
 class Graph(Protocol):
-    """Similarities between all tokens of an image: cosine of their keys, -inf from a token to itself and from and to
-    shielded tokens."""
+    """Similarities between all tokens of an image: cosine of their keys; -inf from a token to itself, and from and to
+    protected tokens."""
 
     def best(self) -> Tensor:
-        """(B, T) similarity of every token to the token most like it. Two tokens that are nearest to each other have
-        equal values to the bit on every processor, however the products of their two directions round: that they are
-        tied decides which of them may leave."""
+        """(B, T) similarity of every token to its most similar token. Two tokens that are nearest to each other have
+        bitwise equal values on every processor, although their two products may round differently. This tie decides
+        which of them may be removed."""
 
     def best_below(self, rank_BT: Tensor) -> Tensor:
-        """(B, T) the same among tokens of a higher rank number; -inf where there is none. May differ from ``best`` by
-        rounding where the two are of the same pair."""
+        """(B, T) the same among tokens of a higher rank number; -inf if there is none. For the same pair it may differ
+        from ``best`` by rounding."""
 
     def best_below_of(self, rows_BC: Tensor, rank_BT: Tensor) -> Tensor:
-        """(B, C) the same for some of the tokens."""
+        """(B, C) ``best_below`` for some of the tokens."""
 
     def best_survivor(self, src_BR: Tensor) -> Tensor:
-        """(B, R) the token most like every source that is no source itself; equal ones: lower index."""
+        """(B, R) the token most similar to each source among those that are not sources; the lower index among equal
+        ones."""
 
 
 def similarity_graph(keys_BTD: Tensor, shielded_BT: Tensor | None, workspace: Tensor | None = None) -> Graph:
-    """A map where it fits into ``LARGEST_MAP``, else tiles. With the environment variable
+    """The graph as a map if that fits into ``LARGEST_MAP``, else as tiles. With the environment variable
     MLLM_CROSSGET_FUSED_MATCHING=1, on a GPU: Triton kernels.
 
     Args:
         keys_BTD: (B, T, D) metric tokens, any float dtype; compared in float32.
-        shielded_BT: (B, T) True for tokens that neither leave nor receive; None: there are none.
+        shielded_BT: (B, T) True for protected tokens, which are neither removed nor take in others; None: there are
+            none.
         workspace: (2, B or more, T, T) float32 memory to use for maps, or None.
 
     Raises:
-        ImportError: the kernels are asked for and Triton is missing.
+        ImportError: the kernels are required and Triton is missing.
     """
     if triton_runs(MATCHING, keys_BTD):
         from mllm_crossget.kernels.triton_graph import FusedSimilarity
@@ -73,8 +75,8 @@ def map_fits(tokens: int) -> bool:
 
 
 def image_groups(batch: int, tokens: int, device: torch.device) -> list[slice]:
-    """Images to match together: on a CPU as many as its caches hold the maps of; on a GPU, which wants few launches, as
-    many as its memory can spare."""
+    """Images to match together: on a CPU as many as have maps that fit into its caches; on a GPU, which needs few
+    launches, as many as its memory can spare."""
     together = batch
     if batch > 1 and not torch.compiler.is_compiling():  # a compiler would unroll the loop
         together = max(1, (_GROUP_CPU if device.type == "cpu" else _GROUP_GPU) // (4 * tokens * tokens))
@@ -88,22 +90,23 @@ def normalised(keys: Tensor) -> Tensor:
 
 
 def ranks(best_BT: Tensor) -> Tensor:
-    """(B, T) place of every token, 0 for the largest value, as float32. Equal values: lower index first."""
+    """(B, T) rank of every token as float32, 0 for the largest value. Among equal values the lower index comes
+    first."""
     order = best_BT.argsort(dim=-1, descending=True, stable=True)
     places = torch.arange(order.shape[1], dtype=torch.float32, device=order.device).expand_as(order)
     return torch.empty_like(order, dtype=torch.float32).scatter_(1, order, places)
 
 
 def maps_workspace(groups: list[slice], tokens: int, device: torch.device) -> Tensor | None:
-    """Memory for the maps of the groups, one after the other: made anew for each they would cost as much as half of the
-    matching. None for one group, or for maps too large to be made."""
+    """Memory that the groups use for their maps one after the other; new memory for each would cost as much as half of
+    the matching. None for one group, or if maps are too large."""
     if len(groups) == 1 or not map_fits(tokens):
         return None
     return torch.empty(2, groups[0].stop, tokens, tokens, dtype=torch.float32, device=device)
 
 
 def similarity_map(keys_BTD: Tensor, shielded_BT: Tensor | None, out: Tensor | None = None) -> Tensor:
-    """(B, T, T) cosine similarity, up to rounding symmetric; -inf on the diagonal and on shielded rows and columns."""
+    """(B, T, T) cosine similarity, symmetric up to rounding; -inf on the diagonal and on protected rows and columns."""
     left, right = _factors(keys_BTD, shielded_BT)
     similarity = torch.bmm(left, right.mT) if out is None else torch.bmm(left, right.mT, out=out)
     similarity.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
@@ -111,16 +114,16 @@ def similarity_map(keys_BTD: Tensor, shielded_BT: Tensor | None, out: Tensor | N
 
 
 def best_of_map(similarity_BTT: Tensor) -> Tensor:
-    """(B, T) largest similarity of every token. A processor may round S_ij and S_ji differently, but the tie rule needs
-    two tokens that are nearest to each other to have equal values: hence along rows and along columns."""
+    """(B, T) largest similarity of every token, over its row and its column. A processor may round S_ij and S_ji
+    differently, but the tie rule needs equal values for two tokens that are nearest to each other."""
     return torch.maximum(similarity_BTT.amax(dim=-1), similarity_BTT.amax(dim=-2))
 
 
 def best_below_in_rows(rows_BRT: Tensor, rank_BR: Tensor, rank_BT: Tensor, out: Tensor | None = None) -> Tensor:
-    """(B, R) largest similarity of some rows to tokens of a higher rank number; -inf where there is none.
+    """(B, R) largest similarity of some rows to tokens of a higher rank number; -inf if there is none.
 
-    A ceiling instead of a mask, which would cost five times as much on a CPU: at least 4 for a token that ranks below,
-    at most -4 for the others; similarities are at most 1 apart from 0.
+    Similarities are cut at a ceiling: at least 4 for tokens of a higher rank number, at most -4 for the others.
+    Similarities are within 1 of 0, so only the latter are changed. A mask would cost five times as much on a CPU.
     """
     below, own = (rank_BT * _CEILING)[:, None], (rank_BR * _CEILING + _CEILING / 2)[..., None]
     ceiling = below - own if out is None else torch.sub(below, own, out=out)
@@ -129,12 +132,12 @@ def best_below_in_rows(rows_BRT: Tensor, rank_BR: Tensor, rank_BT: Tensor, out: 
 
 
 def _finite_keys(keys: Tensor) -> Tensor:
-    return normalised(keys).nan_to_num_(nan=0.0)  # NaN (from NaN pixels) must not outrank the protection
+    return normalised(keys).nan_to_num_(nan=0.0)  # NaN (from NaN pixels) must stay below protected tokens
 
 
 def _factors(keys_BTD: Tensor, shielded_BT: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Two factors whose product is the cosine: the keys; where tokens are shielded (B, T, D + 2), which adds -inf from
-    and to these: k·k + s·1 + 1·s."""
+    """Two factors whose product is the cosine: the keys. With protected tokens they are (B, T, D + 2), so that the
+    product adds -inf from and to these: k·k + s·1 + 1·s."""
     keys = _finite_keys(keys_BTD)
     if shielded_BT is None:
         return keys, keys
@@ -144,7 +147,7 @@ def _factors(keys_BTD: Tensor, shielded_BT: Tensor | None) -> tuple[Tensor, Tens
 
 
 class SimilarityMap:
-    """The graph as a map of T x T float32; a second one, or some of its rows, lives for a moment."""
+    """The graph as a map of T x T float32. A second map, or some rows of one, exists only during a query."""
 
     def __init__(self, keys_BTD: Tensor, shielded_BT: Tensor | None, workspace: Tensor | None = None) -> None:
         memory: Sequence[Tensor | None] = (None, None)
@@ -165,7 +168,7 @@ class SimilarityMap:
         in_one = self._second is not None or rank_BT.device.type != "cpu" or torch.compiler.is_compiling()
         if in_one or parts == 1:
             return best_below_in_rows(self.similarity, rank_BT, rank_BT, self._second)
-        memory = rank_BT.new_empty(batch, together, tokens)  # not a map: its pages cost more than the comparison
+        memory = rank_BT.new_empty(batch, together, tokens)  # some rows: pages of a map cost more than the comparison
         best = torch.empty_like(rank_BT)
         for first in range(0, tokens, together):
             rows = slice(first, first + together)
@@ -183,8 +186,8 @@ class SimilarityMap:
 
 
 class SimilarityTiles:
-    """The graph without a map: rows of it are computed as they are needed, once for every question, and may round
-    differently in each. ``best`` therefore counts every product for both of its tokens."""
+    """The graph without a map. Rows are computed for every query when they are needed, and may round differently each
+    time. ``best`` therefore counts every product for both of its tokens."""
 
     def __init__(self, keys_BTD: Tensor, shielded_BT: Tensor | None) -> None:
         self._left, self._right = _factors(keys_BTD, shielded_BT)
@@ -217,7 +220,7 @@ class SimilarityTiles:
         return torch.cat([_best_column(tile, src_BR) for _, tile in self._tiles(src_BR)], dim=1)
 
     def _tiles(self, rows_BR: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Some of the rows, and their (B, rows, T) similarities."""
+        """Groups of rows, and their (B, rows, T) similarities."""
         for rows in rows_BR.split(self._rows, dim=1):
             tile = select_rows(self._left, rows) @ self._right.mT
             yield rows, tile.scatter_(2, rows[..., None], -torch.inf)

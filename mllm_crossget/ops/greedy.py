@@ -1,7 +1,7 @@
-"""Greedy selections of tokens for which others' methods are known: each step looks at all tokens and takes one.
+"""Greedy selections of tokens from published methods: each step compares all tokens and selects one.
 
-Each is one operation, because a compiler would unroll the loop over the choices. Equal values: the lower index.
-Shape suffixes: B batch, T tokens, D width.
+Each is one custom operation, because a compiler would unroll the loop over the steps. Among equal values the lower
+index is selected. Shape suffixes: B batch, T tokens, D width.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch.utils.flop_counter import register_flop_formula
 from mllm_crossget.ops.graph import normalised
 from mllm_crossget.ops.precision import without_autocast
 
-_LEAST_VARIANCE = 1e-10  # what is left of a token that the chosen ones span; below it rounding decides
+_LEAST_VARIANCE = 1e-10  # of a token that the selected ones span; below it rounding decides
 
 
 @torch.no_grad()
 def similarities(keys_BTD: Tensor) -> Tensor:
-    """(B, T, T) cosines in float32; not-a-number counts as 0."""
+    """(B, T, T) cosines in float32; NaN counts as 0."""
     keys = normalised(keys_BTD).nan_to_num(nan=0.0)
     with without_autocast(keys.device):
         return keys @ keys.mT
@@ -28,15 +28,14 @@ def similarities(keys_BTD: Tensor) -> Tensor:
 
 @torch.no_grad()
 def determinantal_first(keys_BTD: Tensor, quality_BT: Tensor, kept: int) -> Tensor:
-    """(B, kept) tokens of greedy maximum a posteriori inference of a determinantal point process (Chen et al., NeurIPS
-    2018, algorithm 1) with the kernel L_ij = q_i · cos(k_i, k_j) · q_j.
+    """(B, kept) tokens from greedy maximum a posteriori inference of a determinantal point process (Chen et al.,
+    NeurIPS 2018, algorithm 1). Its kernel is L_ij = q_i · cos(k_i, k_j) · q_j.
 
-    Every step takes the token with the largest variance that the chosen ones leave it. Where they span everything, the
-    rest follows in the order of what rounding has left.
+    Every step takes the token with the largest variance conditioned on the selected ones. If these span all tokens, the
+    rest follows in the order of the rounding errors.
 
     Args:
-        keys_BTD: what is compared, any float dtype; in float32.
-        quality_BT: q, at least 0.
+        keys_BTD: metric tokens, any float dtype; compared in float32. quality_BT: q, at least 0.
         kept: how many to choose, 1 to T.
 
     Returns:
@@ -67,14 +66,15 @@ def _determinantal_first(keys_BTD: Tensor, quality_BT: Tensor, kept: int) -> Ten
 
 @torch.no_grad()
 def coverage_first(keys_BTD: Tensor, weight_BT: Tensor, kept: int, added: bool = False) -> Tensor:
-    """(B, kept) tokens that cover all: each step takes the largest product of a token's weight and of how much nearer
-    it brings all tokens to a chosen one, Σ_j max(0, cos(k_i, k_j) - best_j); best_j starts at 0.
+    """(B, kept) tokens that cover all tokens. Each step takes the token with the largest product of its weight and its
+    gain in coverage, Σ_j max(0, cos(k_i, k_j) - best_j). best_j is the largest cosine of token j with a selected one;
+    it starts at 0.
 
     Args:
         keys_BTD: what is compared, any float dtype; in float32.
-        weight_BT: of the tokens.
+        weight_BT: weights of the tokens.
         kept: how many to choose, 1 to T.
-        added: the sum of both instead of their product.
+        added: use the sum of weight and gain instead of their product.
 
     Returns:
         Different indices in the order of choice.
@@ -100,13 +100,13 @@ def _coverage_first(keys_BTD: Tensor, weight_BT: Tensor, kept: int, added: bool)
 
 @torch.no_grad()
 def farthest_after(keys_BTD: Tensor, order_BT: Tensor, given_B: Tensor, kept: int) -> Tensor:
-    """(B, kept) tokens: first the ``given`` ones of each row in their order, then always the one that is least like
-    those chosen (cosine).
+    """(B, kept) tokens: first the ``given`` ones of each row in their order. Each further one is the token least
+    similar (by cosine) to those selected so far.
 
     Args:
         keys_BTD: what is compared, any float dtype; in float32.
-        order_BT: all tokens of a row.
-        given_B: how many of each row's order are given, 1 to kept.
+        order_BT: order of all tokens of a row.
+        given_B: how many tokens of each row's order are given, 1 to kept.
         kept: how many to choose, 1 to T.
     """
     return _farthest_after(keys_BTD, order_BT, given_B, kept)
@@ -127,17 +127,18 @@ def _farthest_after(keys_BTD: Tensor, order_BT: Tensor, given_B: Tensor, kept: i
 
 @torch.no_grad()
 def without_duplicates(keys_BTD: Tensor, order_BT: Tensor, kept: int, at_once: int) -> Tensor:
-    """(B, kept) tokens that are left when duplicates leave, round by round.
+    """(B, kept) tokens that are left after duplicates are removed, round by round.
 
-    The tokens stand in a list. In a round its even places propose to its odd ones; the tokens at even places with the
-    largest cosines leave, ``at_once`` of them, or as many as there still are too many. The next list has the other even
-    places first, the most similar in front, and the odd places behind them.
+    The tokens are in a list. In a round each token at an even place is compared with those at odd places. The
+    ``at_once`` tokens at even places with the largest cosines are removed, or fewer if the list would become shorter
+    than ``kept``. The next list begins with the other tokens of even places, the most similar first, and continues with
+    those of odd places.
 
     Args:
         keys_BTD: what is compared, any float dtype; in float32.
         order_BT: (B, n) tokens of the first list.
         kept: how many are left, 1 to n.
-        at_once: tokens that leave in a round.
+        at_once: number of tokens that a round removes.
     """
     return _without_duplicates(keys_BTD, order_BT, kept, at_once)
 
@@ -188,7 +189,7 @@ def _shape_of_without_duplicates(keys: Tensor, order: Tensor, kept: int, at_once
     ]
 )
 def _flops_of_all_pairs(keys: Any, *rest: Any, **shapes: Any) -> int:
-    """All pairs, once; what a step does to a row is no matrix product."""
+    """FLOPs of all pairs, once; the steps on single rows are not matrix products and not counted."""
     del rest, shapes
     batch, tokens, width = keys
     return int(2 * batch * tokens * tokens * width)

@@ -1,7 +1,7 @@
-"""Which tokens matter: cheap column sums of the attention map, and similarity to one query.
+"""Importance of tokens: cheap column sums of the attention map, and similarity to one query.
 
-No function here holds the maps of all heads unless they are small. B batch, H heads, G several images and heads, Q
-queries, T tokens, D width.
+No function here holds the maps of all heads unless they are small. B batch, H heads, G heads of one or several images,
+Q queries, T tokens, D width.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ _GROUP_CPU, _GROUP_GPU = 2**21, 2**28  # bytes of the maps that are worked on to
 
 
 def query_weights(tokens: int, cross_token: bool, like: Tensor, share: float = 1.0) -> Tensor:
-    """(T,) how much each query's attention counts: the mean over all queries, or - with a cross token in the last
-    place - the mean over the others plus the whole of the cross token's row (CrossGET's LLaVA code). All times
-    ``share``."""
+    """(T,) weight of each query's attention. Without a cross token: the mean over all queries. With a cross token,
+    which is the last: the mean over the others, plus the cross token's row with weight 1 (CrossGET's LLaVA code). All
+    are multiplied by ``share``."""
     others = tokens - 1 if cross_token else tokens
     weights = torch.full((tokens,), share / others, dtype=torch.float32, device=like.device)
     if cross_token:
@@ -28,10 +28,10 @@ def query_weights(tokens: int, cross_token: bool, like: Tensor, share: float = 1
 
 
 def ragged_query_weights(alive_BT: Tensor, cross_token: bool) -> Tensor:
-    """``query_weights`` for rows of different length, (B, T) float32: each as it would be alone, 0 for dead queries.
+    """``query_weights`` for rows of different length, (B, T) float32: each row as if it were alone, 0 for dead queries.
 
     Args:
-        alive_BT: True for the tokens of an image, which stand first; the cross token, if any, is the last of them.
+        alive_BT: True for the tokens of an image, which come first; the cross token, if any, is the last of them.
         cross_token: see ``query_weights``.
     """
     count = alive_BT.sum(dim=1, keepdim=True)
@@ -50,21 +50,21 @@ def attention_importance(
     cross_token: bool = True,
     weights_BT: Tensor | None = None,
 ) -> Tensor:
-    """Attention every token receives, averaged over heads, without the (B, H, T, T) map: a few heads at a time. With
-    the environment variable MLLM_CROSSGET_FUSED_IMPORTANCE=1, on a GPU: Triton kernels.
+    """Attention that every token receives, averaged over heads. It is computed for a few heads at a time, without the
+    (B, H, T, T) map. With the environment variable MLLM_CROSSGET_FUSED_IMPORTANCE=1, on a GPU: Triton kernels.
 
     Args:
         query_BHTD, key_BHTD: (B, H, T, D) projections, any float dtype.
         scaling: factor of the logits.
         bias_BT: (B, T) added to the logits of each key (log token size), or None.
         cross_token: see ``query_weights``.
-        weights_BT: (B, T) weights of the queries where rows differ (``ragged_query_weights``), instead.
+        weights_BT: (B, T) weights of the queries (``ragged_query_weights``), instead, if rows differ in length.
 
     Returns:
         (B, T) float32; no gradient.
 
     Raises:
-        ImportError: the kernels are asked for and Triton is missing.
+        ImportError: the kernels are required and Triton is missing.
     """
     if triton_runs(IMPORTANCE, query_BHTD):
         from mllm_crossget.kernels.triton_importance import received_attention
@@ -85,15 +85,15 @@ def attend_with_importance(
     cross_token: bool = True,
     weights_BT: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention output and importance from one softmax: the cheapest way where no fused kernel can give both (CPU).
+    """Attention output and importance from one softmax: the cheapest way if no fused kernel gives both (CPU).
 
-    Arguments as ``attention_importance``. Returns (B, T, H, D) output, the layout transformers expects, and (B, T)
-    float32 importance; no gradient.
+    Arguments as in ``attention_importance``. Returns (B, T, H, D) output, the layout that transformers expects, and (B,
+    T) float32 importance; no gradient.
     """
-    if torch.is_grad_enabled():  # a vision tower asks only without gradients, and entering this takes time
+    if torch.is_grad_enabled():  # a vision tower calls this without gradients, and entering no_grad takes time
         with torch.no_grad():
             return attend_with_importance(query_BHTD, key_BHTD, value_BHTD, scaling, bias_BT, cross_token, weights_BT)
-    # A compiler would make one map of all heads, or a loop that is slower than torch's own products.
+    # A compiler would make one map of all heads, or a loop that is slower than torch's matrix products.
     whole = torch.compiler.is_compiling() and query_BHTD.device.type == "cpu"
     attend = _attend_whole if whole else _attend
     with without_autocast(query_BHTD.device):
@@ -102,7 +102,7 @@ def attend_with_importance(
 
 
 def importance_of_map(attention_BHTT: Tensor, cross_token: bool = True, weights_BT: Tensor | None = None) -> Tensor:
-    """The same from a map that exists already (eager attention): (B, H, T, T) -> (B, T) float32, no gradient."""
+    """Importance from a map that exists already (eager attention): (B, H, T, T) -> (B, T) float32, no gradient."""
     if weights_BT is not None:
         received = torch.einsum("bq,bhqk->bk", weights_BT, attention_BHTT.detach().float())
         return received / attention_BHTT.shape[1]
@@ -112,7 +112,7 @@ def importance_of_map(attention_BHTT: Tensor, cross_token: bool = True, weights_
 
 @torch.no_grad()
 def cosine_importance(key_BTC: Tensor, query_BC: Tensor) -> Tensor:
-    """Cosine of every key with one query vector, CrossGET's CLIP flavour: (B, T, C), (B, C) -> (B, T) float32."""
+    """Cosine of every key with one query, as in CrossGET's CLIP code: (B, T, C), (B, C) -> (B, T) float32."""
     return torch.cosine_similarity(key_BTC.float(), query_BC.float()[:, None], dim=-1)
 
 
@@ -120,15 +120,15 @@ def cosine_importance(key_BTC: Tensor, query_BC: Tensor) -> Tensor:
 def class_token_attention(
     query_BHTD: Tensor, key_BHTD: Tensor, scaling: float, bias_BT: Tensor | None = None
 ) -> Tensor:
-    """Attention that the first token pays to every token, the mean over heads: (B, T) float32, rows add up to 1."""
+    """Attention of the first token to every token, mean over heads: (B, T) float32, rows sum to 1."""
     first = attention_map(query_BHTD[:, :, :1], key_BHTD, scaling, bias_BT)
     return first.unflatten(0, query_BHTD.shape[:2])[:, :, 0].mean(dim=1)
 
 
 def attention_map(query_BHTD: Tensor, key_BHTD: Tensor, scaling: float, bias_BT: Tensor | None) -> Tensor:
-    """(B·H, queries, T) softmax in float32; products in the inputs' precision, as transformers' eager attention.
+    """(B·H, queries, T) softmax in float32; products in the inputs' precision, as in transformers' eager attention.
 
-    ``bias_BT`` may be (B, queries, T) too, where queries see different keys.
+    ``bias_BT`` may also be (B, queries, T), if queries attend to different keys.
     """
     if bias_BT is not None and bias_BT.ndim == 2:
         bias_BT = bias_BT[:, None]
@@ -187,7 +187,7 @@ def _attend_whole(
     cross_token: bool,
     weights_BT: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """``_attend`` as one operation that a compiler does not look into."""
+    """``_attend`` as one custom operation, which a compiler does not trace."""
     with torch.no_grad():
         return _attend(query_BHTD, key_BHTD, value_BHTD, scaling, bias_BT, cross_token, weights_BT)
 
@@ -203,10 +203,10 @@ def _shapes_of_attend_whole(
 
 
 def _together(batch: int, heads: int, tokens: int, device: torch.device) -> tuple[int, int]:
-    """Images, and heads of each, whose maps are worked on together: heads of one image, or all heads of some images. On
-    a CPU one map for every thread, which then stays in its cache (measured: as fast as torch's fused attention), or
-    some small ones; on a GPU, which wants few launches, as many as its memory can spare. A compiler would unroll the
-    groups.
+    """Number of images, and of heads of each, whose maps are computed together: heads of one image, or all heads of
+    some images. On a CPU it is one map per thread, or some small ones, which then stay in its cache (measured: as fast
+    as torch's fused attention). On a GPU, which needs few launches, it is as many as its memory can spare. A compiler
+    would unroll the groups.
     """
     if torch.compiler.is_compiling():
         return batch, heads
@@ -219,10 +219,10 @@ def _together(batch: int, heads: int, tokens: int, device: torch.device) -> tupl
 
 
 def _heads_of(values_BHTD: Tensor, first: int, images: int) -> Tensor:
-    """(G, T, D) heads of some images."""
+    """(G, T, D) all heads of some images."""
     return values_BHTD[first] if images == 1 else values_BHTD[first : first + images].flatten(0, 1)
 
 
 def _for_heads(values_BT: Tensor, heads: int) -> Tensor:
-    """(B·heads, T) the values of each image for some of its heads; of one image (1, T), for all of them."""
+    """(B·heads, T) the values of each image, repeated for its heads; for one image (1, T), shared by its heads."""
     return values_BT if len(values_BT) == 1 else values_BT[:, None].expand(-1, heads, -1).flatten(0, 1)

@@ -1,4 +1,4 @@
-"""Which tokens are merged away, and into which. Tensors in, tensors out; no shape depends on the data.
+"""Which tokens are removed, and which ones they are merged into. No output shape depends on the data.
 
 Shape suffixes: B batch, T tokens, R tokens removed, D width.
 """
@@ -26,17 +26,17 @@ from mllm_crossget.ops.precision import without_autocast
 
 
 class Match(NamedTuple):
-    """The outcome of a matching: R sources leave, T-R tokens stay.
+    """The result of a matching: R sources are removed, T-R tokens are kept.
 
     Attributes:
-        src: (B, R) tokens that are merged away, ascending.
-        dst: (B, R) the token each of them goes into, in the numbering before the merge.
-        kept: (B, T-R) tokens that stay, in the order of the output.
-        slot: (B, T) the output row every token ends up in.
+        src: (B, R) tokens that are removed, ascending.
+        dst: (B, R) the token that each of them is merged into, as an index before the merge.
+        kept: (B, T-R) tokens that are kept, in the order of the output.
+        slot: (B, T) the output row of every token.
         weight: (B, R, 2) shares of source and destination; None for a plain size-weighted mean.
-        pruned: the sources are thrown away: neither their values nor their sizes enter the destination.
-        mix: (B, T-R, T) share of every token in every output row, instead of means along the pairs, which then say
-            sizes and places alone: for sums, and for tokens that enter several rows.
+        pruned: the sources are dropped: neither their values nor their sizes are added to the destination.
+        mix: (B, T-R, T) share of every token in every output row, for sums, and for tokens that are part of several
+            rows. It replaces the means over pairs, which then give only token sizes and places.
     """
 
     src: Tensor
@@ -53,28 +53,29 @@ def complete_graph_soft_matching(
 ) -> Match:
     """Complete-graph soft matching with cross-guided weights (CrossGET, ICML 2024, section 3; reference tie rules).
 
-    Every token may merge with every other. Tokens are ranked by their best similarity; a token is scored only against
-    tokens ranked below it, so that both halves of a pair are never removed together. The ``r`` tokens with the smallest
-    ``importance - similarity`` leave, each into the most similar token that stays. Equal values: lower index first. Two
-    tokens that are nearest to each other are equal in rank on every processor, whatever their products round to.
+    Every token may merge with every other. Tokens are ranked by their best similarity. A token is scored only against
+    tokens ranked below it, so that the two tokens of a pair are never removed together. The ``r`` tokens with the
+    smallest ``importance - similarity`` are removed, and each is merged into the most similar kept token. Among equal
+    values the lower index comes first. Two tokens that are nearest to each other have equal values on every processor,
+    even if their products round differently.
 
     Args:
         keys_BTD: (B, T, D) metric tokens, any float dtype; ranked in float32.
         importance_BT: (B, T) importance of the tokens.
         r: tokens to remove, at most half of the unprotected ones (``schedule.removable``).
-        protected: token indices, or a (B, T) bool mask, that neither leave nor receive. With a mask the caller sees to
-            it that ``r`` fits every row.
+        protected: token indices, or a (B, T) bool mask, of tokens that are neither removed nor take in others. With a
+            mask the caller must make sure that ``r`` fits every row.
 
     Returns:
         A ``Match`` with ``weight`` = softmax over (importance of source, importance of destination).
 
     Raises:
         ValueError: ``r`` is negative or more than half of the unprotected tokens.
-        ImportError: kernels are asked for (``ops.dispatch``) and what compiles them is missing.
+        ImportError: kernels are required (``ops.dispatch``) and their compiler is missing.
     """
     batch, tokens, _ = keys_BTD.shape
     _check_r(r, tokens, 0 if isinstance(protected, Tensor) else len(set(protected)))
-    importance = importance_BT.detach().float()  # sooner done than a block without gradients is entered
+    importance = importance_BT.detach().float()  # cheaper than entering a no_grad block
     free = None if isinstance(protected, Tensor) else _between_ends(protected, tokens)
     shielded = None
     if free is None:
@@ -92,7 +93,7 @@ def complete_graph_soft_matching(
 
 
 def _between_ends(protected: Sequence[int], tokens: int) -> slice | None:
-    """The tokens that are left where only first and last ones are protected, which then need no mask; else None."""
+    """The unprotected tokens, if only first and last ones are protected, so that no mask is needed; else None."""
     places = set(protected)
     first, last = 0, tokens - 1
     while first in places:
@@ -103,7 +104,7 @@ def _between_ends(protected: Sequence[int], tokens: int) -> slice | None:
 
 
 def _pairs(keys: Tensor, importance: Tensor, shielded: Tensor | None, r: int) -> tuple[Tensor, Tensor]:
-    """(B, R) sources, ascending, and the survivor that each goes into; images in groups."""
+    """(B, R) sources, ascending, and the kept token that each is merged into; images are matched in groups."""
     batch, tokens, _ = keys.shape
     if not r:
         nothing = torch.empty(batch, 0, dtype=torch.int64, device=keys.device)
@@ -124,16 +125,16 @@ def _pairs(keys: Tensor, importance: Tensor, shielded: Tensor | None, r: int) ->
 
 @torch.no_grad()
 def graph_scores(keys_BTD: Tensor, importance_BT: Tensor, shielded_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """What complete-graph soft matching decides by.
+    """Similarities and scores of complete-graph soft matching.
 
     Args:
         keys_BTD: (B, T, D) metric tokens, any float dtype.
         importance_BT: (B, T) float32.
-        shielded_BT: (B, T) True for tokens that neither leave nor receive.
+        shielded_BT: (B, T) True for protected tokens, which are neither removed nor take in others.
 
     Returns:
-        (B, T, T) similarity, -inf on the diagonal and on shielded rows and columns, and (B, T) the score: importance
-        minus the similarity to the best of the tokens that rank below; +inf for those that cannot leave.
+        (B, T, T) similarity, -inf on the diagonal and on protected rows and columns. (B, T) score: importance minus the
+        similarity to the most similar token that ranks below; +inf for tokens that cannot be removed.
     """
     with without_autocast(keys_BTD.device):
         graph = SimilarityMap(keys_BTD, shielded_BT)
@@ -152,17 +153,18 @@ def bipartite_soft_matching(
 ) -> Match:
     """Bipartite soft matching (ToMe, ICLR 2023, section 3.2).
 
-    Tokens at even positions each propose their most similar token at an odd position; the ``r`` best proposals merge.
+    Each token at an even position is paired with its most similar token at an odd position; the ``r`` most similar
+    pairs merge.
 
     Args:
         metric_BTD: (B, T, D) metric tokens, any float dtype; compared in float32.
         r: tokens to remove, at most half of the unprotected ones.
         class_token: protect the first token.
         distill_token: protect the second token.
-        keep_order: True keeps survivors in their original order; False gives the reference's order (unmerged even
+        keep_order: True leaves kept tokens in their original order; False gives the reference's order (unmerged even
             tokens, then all odd tokens).
-        protected_BT: (B, T) bool, further tokens that neither leave nor receive. The caller sees to it that ``r`` fits
-            every row: two tokens fewer can leave for every protected one.
+        protected_BT: (B, T) bool, further tokens that are neither removed nor take in others. The caller must make sure
+            that ``r`` fits every row: each protected token lowers the largest possible ``r`` by two.
 
     Raises:
         ValueError: ``r`` is negative or more than half of the unprotected tokens.
@@ -184,7 +186,7 @@ def bipartite_soft_matching(
     order = best.argsort(dim=-1, descending=True, stable=True)
     chosen, by_token = order[:, :r].sort(dim=-1).values, order[:, r:]
     src, dst = even[chosen], odd[partner.gather(1, chosen)]
-    if keep_order or r == 0:  # the reference changes nothing, not even the order, if nothing is to be removed
+    if keep_order or r == 0:  # with r = 0 the reference changes nothing, not even the order
         kept, slot = _layout(src, dst, tokens)
         return Match(src, dst, kept, slot)
     unmerged = even[by_token.sort(dim=-1).values if class_token else by_token]
@@ -205,10 +207,10 @@ def random_matching(
     seed: int = 0,
     device: torch.device | None = None,
 ) -> Match:
-    """Random sources into random survivors: the baseline that every method has to beat.
+    """Merge random tokens into random kept tokens, as a baseline.
 
-    The draw depends on ``seed``, ``tokens`` and ``r`` alone (integer arithmetic, the same on every device), so that an
-    image gets the same result alone and in a batch. ``protected`` are token indices, or a (B, T) bool mask.
+    The draw depends only on ``seed``, ``tokens`` and ``r`` (integer arithmetic, the same on every device), so that an
+    image gets the same result alone and in a batch. ``protected``: token indices, or a (B, T) bool mask.
 
     Raises:
         ValueError: ``r`` is negative or more than half of the unprotected tokens.
@@ -229,7 +231,7 @@ def random_matching(
 
 
 def hashed_order(tokens: int, seed: int, device: torch.device | None = None) -> Tensor:
-    """(tokens,) a random order that depends on ``seed`` and ``tokens`` alone, the same on every device."""
+    """(tokens,) a random order that depends only on ``seed`` and ``tokens``, the same on every device."""
     return _hashed(tokens, seed * 2654435761 + tokens * 40503, device).argsort(stable=True)
 
 
@@ -252,7 +254,7 @@ def _protected_mask(protected: Sequence[int] | Tensor, batch: int, tokens: int, 
 
 
 def _layout(src: Tensor, dst: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    """Survivors in their original order, and the output row of every token."""
+    """Kept tokens in their original order, and the output row of every token."""
     batch = src.shape[0]
     leaving = torch.zeros(batch, tokens, dtype=torch.uint8, device=src.device).scatter_(1, src, 1)
     kept = leaving.argsort(dim=-1, stable=True)[:, : tokens - src.shape[1]]

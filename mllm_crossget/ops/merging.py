@@ -1,4 +1,4 @@
-"""Merging tokens along a ``Match``, following where every patch went, and spreading merged tokens out again."""
+"""Merge tokens by a ``Match``, track the token of each patch, and copy merged tokens back to their patches."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from mllm_crossget.ops.rows import select_rows
 
 
 def merge(x_BTD: Tensor, size_BT: Tensor, match: Match) -> tuple[Tensor, Tensor]:
-    """Merge tokens (ToMe's size-weighted mean; CrossGET section 3.3 where the match carries weights).
+    """Merge tokens (ToMe's size-weighted mean; CrossGET section 3.3 if the match has weights).
 
-    An output token is Σ c·size·x over its members, divided by the sum of their sizes. c is 1; with the weights (α, β)
-    of a pair it is 2α for a source and 1 + Σ(2β - 1) for a destination. A match with ``mix`` says what every output
-    token is made of instead. Gradients flow through ``x`` alone. Sums run in
-    float32, so half precision does not overflow; tokens that take part in no merge are copied as they are.
+    An output token is Σ c·size·x over its members, divided by the sum of their sizes. Without weights c is 1. With
+    weights (α, β) of each pair, c is 2α for a source and 1 + Σ(2β - 1) for a destination. A match with ``mix`` gives
+    the shares of every output token instead. Gradients flow through ``x`` alone. Sums run in float32, so half precision
+    does not overflow; tokens that take part in no merge are copied unchanged.
 
     Args:
         x_BTD: (B, T, D) tokens.
@@ -50,7 +50,7 @@ def merge(x_BTD: Tensor, size_BT: Tensor, match: Match) -> tuple[Tensor, Tensor]
         rows.index_copy_(0, row.flatten(), destination.flatten(0, 1))
         rows.index_add_(0, row.flatten(), source.flatten(0, 1))
         return kept, new_size
-    # Several sources of one destination are summed in the place of the first of them; the others repeat its value, and
+    # Several sources of one destination are summed at the place of the first one; the others repeat its value, and
     # must not repeat its gradient.
     places = torch.arange(slot.shape[1], device=slot.device).expand_as(slot)
     first = torch.zeros_like(match.kept).scatter_reduce(1, slot, places, "amin", include_self=False).gather(1, slot)
@@ -62,7 +62,7 @@ def merge(x_BTD: Tensor, size_BT: Tensor, match: Match) -> tuple[Tensor, Tensor]
 
 
 def _mixed(x_BTD: Tensor, size: Tensor, match: Match, mix: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows as the match mixes them, in float32, and the sizes of what each stands for."""
+    """Output rows by the shares of ``mix``, in float32, and their token sizes."""
     with without_autocast(x_BTD.device):
         mixed = mix.float() @ x_BTD.float()
     kept_size = size.gather(1, match.kept)
@@ -72,15 +72,15 @@ def _mixed(x_BTD: Tensor, size: Tensor, match: Match, mix: Tensor) -> tuple[Tens
 
 
 def _adds_in_place(x_BTD: Tensor) -> bool:
-    """Whether sources can be added to the rows of the output one after the other, which takes a third of the
-    operations: without gradients, and in float32."""
+    """Whether sources can be added in place to the rows of the output, which takes a third of the operations. It needs
+    float32 and no gradients."""
     return x_BTD.dtype == torch.float32 and not (torch.is_grad_enabled() and x_BTD.requires_grad)
 
 
 def _factors(
     kept_size: Tensor, new_size: Tensor, source_size: Tensor, slot: Tensor, weight: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """(B, R) factors of every source and of its destination. Only the rows that change are touched."""
+    """(B, R) factors of every source and of its destination, for the rows that change."""
     entering, staying = source_size, kept_size
     if weight is not None:
         entering = 2 * weight[..., 0] * entering
@@ -89,10 +89,10 @@ def _factors(
 
 
 def compose_source(source_BN: Tensor | None, match: Match) -> Tensor:
-    """Follow the original tokens through one more merge.
+    """Update the rows of the original tokens after one more merge.
 
     Args:
-        source_BN: (B, N) row of every original token before this merge; None in front of the first one.
+        source_BN: (B, N) row of every original token before this merge; None before the first one.
         match: the merge.
 
     Returns:

@@ -1,5 +1,5 @@
-"""What ranks tokens runs in the precision of its inputs: autocast would compare similarities in half precision, but not
-where results are written into memory that is there already."""
+"""Ranking of tokens runs in the precision of its inputs. Autocast would compute similarities in half precision, except
+where results are written into existing memory."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Which tokens a pruning keeps: importance from self attention, class attention and alignment, and MADTP's threshold.
+"""Scores of token pruning: importance from self attention, class attention and alignment, and MADTP's threshold.
 
 MADTP (CVPR 2024, arXiv 2403.02991), dynamic token pruning. Shape suffixes: B batch, H heads, T tokens, N tokens without
-those in front (the class token), K alignment tokens, D head width.
+the prefix (the class token), K alignment tokens, D head width.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from torch import Tensor
 
 from mllm_crossget.ops.importance import attention_map
 
-_TINY = 1e-8  # the reference's, in sums that are divided by
+_TINY = 1e-8  # as in the reference, added to sums that are divisors
 
 
 def strongest_attention(query_BHTD: Tensor, key_BHTD: Tensor, scaling: float, bias_BT: Tensor | None) -> Tensor:
-    """(B, T, T) the largest attention over the heads, from query to key; one head's map at a time."""
+    """(B, T, T) the largest attention over the heads, from query to key; computed one head's map at a time."""
     strongest: Tensor | None = None
     for head in range(query_BHTD.shape[1]):
         part = slice(head, head + 1)
@@ -27,11 +27,11 @@ def strongest_attention(query_BHTD: Tensor, key_BHTD: Tensor, scaling: float, bi
 
 
 def attention_received(strongest_BTT: Tensor, prefix: int, alive_BT: Tensor | None = None) -> Tensor:
-    """Attention that every token receives from all others, by its best head, as shares of one.
+    """Attention that every token receives from all others, by the strongest head, normalised to sum 1.
 
     Args:
         strongest_BTT: ``strongest_attention``, or the maximum over the heads of a map.
-        prefix: tokens in front that are neither counted as queries nor scored (the class token).
+        prefix: number of first tokens that are neither counted as queries nor scored (the class token).
         alive_BT: False for dead rows; None for all True.
 
     Returns:
@@ -45,12 +45,13 @@ def attention_received(strongest_BTT: Tensor, prefix: int, alive_BT: Tensor | No
 
 
 def class_attention(attention_BHT: Tensor, output_BTHD: Tensor, prefix: int) -> Tensor:
-    """Attention of the class token to every other one, the heads weighed by the length of what they hand to the token.
+    """Attention of the class token to every other token; heads are weighted by the norm of their output for the class
+    token.
 
     Args:
         attention_BHT: attention of the first query.
-        output_BTHD: the heads' outputs, in front of the output projection.
-        prefix: tokens in front that are not scored.
+        output_BTHD: the heads' outputs, before the output projection.
+        prefix: number of first tokens that are not scored.
 
     Returns:
         (B, N), not normalised over the tokens.
@@ -60,14 +61,14 @@ def class_attention(attention_BHT: Tensor, output_BTHD: Tensor, prefix: int) -> 
 
 
 def token_alignment(scores_BNK: Tensor, width: int, reference: bool, alive_BN: Tensor | None = None) -> Tensor:
-    """How well every token matches the alignment token it matches best, as shares of one: (B, N).
+    """(B, N) how well every token matches its best alignment token, normalised to sum 1.
 
     Args:
         scores_BNK: ``ops.alignment_scores``.
-        width: of the alignment tokens.
-        reference: divide the plain products by their sum, as the official code; products may be negative, so that signs
-            can flip. False: softmax of the products divided by √width, which is positive and flat while nothing is
-            learned.
+        width: channels of the alignment tokens.
+        reference: divide the dot products by their sum, as in the official code; products may be negative, so that
+            signs can flip. False: softmax of the products divided by √width, which is positive, and uniform before
+            training.
         alive_BN: False for dead rows, which get 0.
     """
     best = scores_BNK.amax(dim=-1).float()
@@ -81,11 +82,11 @@ def token_alignment(scores_BNK: Tensor, width: int, reference: bool, alive_BN: T
 def alignment_threshold(
     importance_BN: Tensor, scores_BNK: Tensor | None, temperature: float, alive_BN: Tensor | None = None
 ) -> Tensor:
-    """(B,) importance below which tokens are pruned: the least mean importance that an alignment token sees.
+    """(B,) threshold of importance, below which tokens are pruned: the smallest weighted mean over the alignment
+    tokens.
 
-    Every alignment token weighs the tokens by softmax(scores / temperature); the higher the temperature the nearer the
-    threshold is to the plain mean, which is what it is without alignment tokens (``scores_BNK`` None) and while nothing
-    is learned.
+    Every alignment token weights the tokens by softmax(scores / temperature). A higher temperature brings the threshold
+    nearer to the plain mean. It is the plain mean without alignment tokens (``scores_BNK`` None) and before training.
     """
     alive = torch.ones_like(importance_BN, dtype=torch.bool) if alive_BN is None else alive_BN
     if scores_BNK is None:

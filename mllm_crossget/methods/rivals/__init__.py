@@ -1,7 +1,9 @@
-"""Reducers of others, from their published formulas, on the same model and the same accounting as ours.
+"""Published methods of other authors, written from their formulas, on the same models and with the same FLOP counts as
+ours.
 
-One file each, named after the method. ``patches`` is what they have in common, ``relevance`` what those share that read
-the question. Each docstring says what its paper claims, where it acts, and where we differ from the published code.
+Each method has a file of its name. ``patches`` holds the shared base classes, ``relevance`` the score of methods that
+use the question. Each docstring says what the paper claims, where the method acts, and where we differ from the
+published code.
 """
 
 from mllm_crossget.methods.rivals.cdpruner import CdPrunerConfig

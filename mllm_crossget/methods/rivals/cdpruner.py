@@ -14,28 +14,28 @@ from mllm_crossget.methods.rivals.relevance import relevance
 from mllm_crossget.methods.signals import Signals
 from mllm_crossget.ops.greedy import determinantal_first
 
-_LEAST = 1e-6  # the published code's: no feature is worth nothing
+_LEAST = 1e-6  # published: smallest relevance, so that no feature has a weight of 0
 
 
 @register_method
 @dataclass
 class CdPrunerConfig(PatchSelection):
-    """Keep the features that a determinantal point process, weighted by their relevance to the question, finds most
-    probable together; drop the others.
+    """Keep the set of features that is most probable under a determinantal point process weighted by relevance to the
+    question; drop the others.
 
-    The paper claims that relevance and diversity belong together. FSR's table 1 has it at 95.7 % of LLaVA-1.5-7B's
-    average with 64 of 576 tokens, without training. It acts behind the projector. The kernel is r_i · cos(v_i, v_j) ·
-    r_j with the relevance r scaled to [0, 1]; greedy inference takes the features one after the other.
+    The paper claims that relevance and diversity should be combined. FSR's table 1 gives it 95.7 % of LLaVA-1.5-7B's
+    average with 64 of 576 tokens, without training. The method acts behind the projector. The kernel is r_i · cos(v_i,
+    v_j) · r_j with the relevance r scaled to [0, 1]; greedy inference selects the features one after the other.
 
     Where we differ: the published relevance for LLaVA comes from CLIP's text encoder, which the models here do not
-    carry; this is its form for models without one, the mean cosine of a feature with the input embeddings of the
-    question's tokens in the language model. The published code negates the cosine (dense features of CLIP agree least
-    with the text that they show), in that form too; ``negated=False`` does not. The question is whatever follows the
-    image in the prompt. r is scaled in every image by itself, not over the batch. Computed in float32. ``theta`` of the
-    paper, which the published code leaves out, is not here.
+    have. We use the published form for models without one: the mean cosine of a feature with the language model's input
+    embeddings of the question's tokens. The published code negates the cosine in both forms, because dense features of
+    CLIP have the lowest cosine with the text that describes them; ``negated=False`` does not negate it. The question is
+    all text that follows the image in the prompt. r is scaled within each image, not over the batch. Computed in
+    float32. The paper's ``theta`` is left out, as in the published code.
 
     Args:
-        negated: whether features are relevant that are unlike the question.
+        negated: True if a low cosine with the question means high relevance.
 
     See ``ReductionConfig`` for ``keep_ratio``, ``visual_tokens`` and ``r``.
     """
@@ -47,7 +47,7 @@ class CdPrunerConfig(PatchSelection):
     needs_text: ClassVar[bool] = True
 
     def choose(self, patches: Signals, kept: int) -> Tensor:
-        """Greedy inference."""
+        """Greedy inference of the determinantal point process."""
         if patches.text is None:
             raise ValueError("CdPrunerConfig needs the question; got none")
         found = relevance(patches.keys, patches.text)

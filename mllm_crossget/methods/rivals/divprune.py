@@ -19,16 +19,16 @@ from mllm_crossget.ops.selection import farthest_first
 @register_method
 @dataclass
 class DivPruneConfig(PatchSelection):
-    """Keep features whose smallest distance to one another is large, and drop the others.
+    """Keep a set of features whose smallest pairwise distance is large, and drop the others.
 
-    The paper claims that diversity without any importance is enough. FSR's table 1 has it at 93.3 % of LLaVA-1.5-7B's
-    average with 64 of 576 tokens, without training. It acts behind the projector, on cosine distances, and sees neither
-    attention nor text. First comes the feature that is farthest from its nearest neighbour, then always the one that is
-    farthest from the nearest of those chosen (max-min diversity, greedily).
+    The paper claims that diversity without any importance is enough. FSR's table 1 gives it 93.3 % of LLaVA-1.5-7B's
+    average with 64 of 576 tokens, without training. The method acts behind the projector, on cosine distances, and uses
+    neither attention nor text. It first selects the feature that is farthest from its nearest neighbour. Each further
+    one is the feature that is farthest from its nearest selected one (greedy max-min diversity).
 
-    Where we differ: a feature is never chosen twice, also where only duplicates are left; equal values go to the lower
-    index; images are taken one by one, where the published code has one pool of all tiles with their newlines. Written
-    from the formula; the published code is for non-commercial use.
+    Where we differ: a feature is never selected twice, even if only duplicates are left. Among equal values the lower
+    index is selected. Each image is a pool of its own; the published code has one pool of all tiles with their
+    newlines. Written from the formula; the published code is for non-commercial use.
 
     See ``ReductionConfig`` for ``keep_ratio``, ``visual_tokens`` and ``r``.
     """
@@ -40,6 +40,6 @@ class DivPruneConfig(PatchSelection):
         """Greedy max-min selection."""
         alike = similarities(patches.keys)
         alike = alike - 4 * torch.eye(alike.shape[1], device=alike.device)  # below any cosine
-        loneliness = -alike.amax(dim=2)
-        nothing = torch.zeros_like(loneliness, dtype=torch.bool)
-        return farthest_first(patches.keys, loneliness, kept, nothing)
+        distance = -alike.amax(dim=2)
+        nothing = torch.zeros_like(distance, dtype=torch.bool)
+        return farthest_first(patches.keys, distance, kept, nothing)

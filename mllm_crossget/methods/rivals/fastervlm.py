@@ -18,10 +18,10 @@ from mllm_crossget.ops.selection import highest
 class FasterVlmConfig(PatchSelection):
     """Keep the patches that the class token attends to most, and drop the others.
 
-    The paper claims that this attention tells better which tokens matter than that of the language model's text, and
-    needs no training. It acts at the tower's output; the attention is that of the layer that is read, the mean over
-    heads. Where we differ: towers without a class token are served, by the attention that each patch receives (the
-    substitute that VisionZip and VisPruner use); equal values go to the lower index.
+    The paper claims that this attention selects better tokens than the attention of the language model's text does, and
+    needs no training. The method acts at the tower's output. The attention is that of the layer that is read, the mean
+    over heads. Where we differ: in towers without a class token we use the attention that each patch receives (as
+    VisionZip and VisPruner do). Among equal values the lower index is selected.
 
     See ``ReductionConfig`` for ``keep_ratio``, ``visual_tokens`` and ``r``.
     """
@@ -30,5 +30,5 @@ class FasterVlmConfig(PatchSelection):
     needs_salience: ClassVar[bool] = True
 
     def choose(self, patches: Signals, kept: int) -> Tensor:
-        """By salience."""
+        """The patches with the highest salience."""
         return highest(wanted(patches.salience, self, "the class token's attention"), kept)

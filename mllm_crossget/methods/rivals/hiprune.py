@@ -18,19 +18,19 @@ from mllm_crossget.ops.selection import highest
 @register_method
 @dataclass
 class HiPruneConfig(PatchSelection):
-    """Keep patches that get much attention in the middle of the tower, with their neighbours in the grid, and fill up
-    with patches that get much attention in the layer that is read; drop the others.
+    """Keep the patches with the most attention in the middle of the tower (anchors) and their neighbours in the grid.
+    Then add patches with the most attention in the layer that is read, and drop the others.
 
-    The paper claims that middle layers attend to objects and late ones to the whole image. It acts at the tower's
-    output and knows neither text nor class token: attention is what all queries pay, the mean over heads.
+    The paper claims that middle layers attend to objects and late ones to the whole image. The method acts at the
+    tower's output and uses neither text nor class token: attention is the mean over all queries and heads.
 
-    Where we differ: the middle is the layer halfway to the one that is read, where ports name a layer for every model
-    (16 of 32 for Qwen2.5-VL); neighbours end at the rim of the grid, where the published code goes on in the next row.
-    Equal values go to the lower index. The middle layer is gone where gradient checkpointing replays a single layer,
-    which is refused.
+    Where we differ: the middle is the layer halfway to the one that is read; ports name a layer for every model (16 of
+    32 for Qwen2.5-VL). Neighbours end at the rim of the grid; the published code continues in the next row. Among equal
+    values the lower index is selected. Gradient checkpointing is refused, because the middle layer is not available
+    when it replays a single layer.
 
     Args:
-        anchors: share of the tokens that anchors and their four neighbours get.
+        anchors: share of the kept tokens for anchors and their four neighbours.
 
     See ``ReductionConfig`` for ``keep_ratio``, ``visual_tokens`` and ``r``.
     """
@@ -58,7 +58,7 @@ class HiPruneConfig(PatchSelection):
 
 
 def _around(marked: Tensor) -> Tensor:
-    """(B, N) 1 for the patches to the left and right, above and below those that are marked."""
+    """(B, N) 1 for the patches to the left and right of, above and below marked ones."""
     rows, columns = grid_of(marked.shape[1])
     grid = torch.nn.functional.pad(marked.view(-1, rows, columns), (1, 1, 1, 1))
     near = grid[:, :-2, 1:-1] + grid[:, 2:, 1:-1] + grid[:, 1:-1, :-2] + grid[:, 1:-1, 2:]

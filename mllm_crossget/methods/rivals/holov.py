@@ -21,18 +21,18 @@ _PARTS, _VARIETY, _LEAST = 16, 0.09, 1e-6  # published
 @register_method
 @dataclass
 class HoloVConfig(PatchSelection):
-    """Share the tokens out among parts of the image, by attention and by how varied each part is; keep those with most
-    attention in every part, and drop the others.
+    """Divide the kept tokens among parts of the image, by the attention and the variety of each part. In every part
+    keep the tokens with the highest scores, and drop the others.
 
-    The paper claims that selection by attention alone looks at highlights and loses the whole. FSR's table 1 has it at
-    92.9 % of LLaVA-1.5-7B's average with 64 of 576 tokens, without training. It acts behind the projector, with the
-    class token's attention in the tower. A token's score is its attention plus 0.09 times the variance of its cosines
-    with its part, brought to the attention's scale; a part's share is the mean score of its tokens.
+    The paper claims that selection by attention alone keeps highlights and loses the whole image. FSR's table 1 gives
+    it 92.9 % of LLaVA-1.5-7B's average with 64 of 576 tokens, without training. The method acts behind the projector,
+    with the class token's attention in the tower. A token's score is its attention plus 0.09 times the variance of its
+    cosines with its part, scaled to the attention. A part's share is the mean score of its tokens.
 
-    Where we differ: what a part cannot hold goes to the parts with the largest shares that have room (the published
-    code fills up with zeros; RESTORE's version does as we do), and tokens stay in raster order. The parts are runs of
-    the flat sequence, as in the published code; ``parts="blocks"`` cuts the grid, as the paper draws it. Towers without
-    a class token go by the attention received.
+    Where we differ: if a part's budget is larger than the part, the rest goes to the parts with the largest shares that
+    have room. The published code fills up with zeros; RESTORE's version does as we do. Tokens are in raster order. The
+    parts are runs of the flat sequence, as in the published code; ``parts="blocks"`` cuts the grid into blocks, as in
+    the paper's figures. In towers without a class token we use the attention received.
 
     Args:
         parts: "runs" or "blocks".
@@ -52,7 +52,7 @@ class HoloVConfig(PatchSelection):
             raise ValueError(f"parts must be 'runs' or 'blocks', got {self.parts!r}")
 
     def choose(self, patches: Signals, kept: int) -> Tensor:
-        """As many of every part as it gets."""
+        """From every part as many patches as its budget."""
         salience = wanted(patches.salience, self, "the class token's attention")
         count = salience.shape[1]
         parts = min(_PARTS, count)
@@ -70,13 +70,13 @@ class HoloVConfig(PatchSelection):
 
 
 def _runs(count: int, parts: int) -> tuple[int, ...]:
-    """The part of every patch; the first ones are longer by one."""
+    """The part of every patch; the first parts are longer by one."""
     short, longer = divmod(count, parts)
     return tuple(part for part in range(parts) for _ in range(short + (part < longer)))
 
 
 def _shares(alike: Tensor, salience: Tensor, part: Tensor, count: Tensor) -> Tensor:
-    """(B, parts) mean score of every part's tokens, of which there are ``count``."""
+    """(B, parts) mean score of the tokens of each part; ``count``: their number."""
     member = torch.nn.functional.one_hot(part, len(count)).float()
     others = (count - 1)[part]
     same = (part[:, None] == part).float()
@@ -90,13 +90,13 @@ def _shares(alike: Tensor, salience: Tensor, part: Tensor, count: Tensor) -> Ten
 
 
 def _budgets(share: Tensor, size: Tensor, kept: int, longest: int) -> Tensor:
-    """(B, parts) tokens that every part keeps, ``kept`` together."""
+    """(B, parts) number of tokens that each part keeps; they sum to ``kept``."""
     weight = share / (share.sum(dim=1, keepdim=True) + _LEAST)
     budget = (weight * kept).floor().long()
     rank = weight.argsort(dim=1, descending=True, stable=True).argsort(dim=1, stable=True)
     budget = torch.minimum(budget + (rank < kept - budget.sum(dim=1, keepdim=True)), size)
     order = weight.argsort(dim=1, descending=True, stable=True)
-    for _ in range(longest):  # every round gives one to each part that has room, or to as many as are owed
+    for _ in range(longest):  # a round gives one token to each part with room, until none are left to give
         room = (budget < size).gather(1, order)
         given = room & (room.cumsum(dim=1) <= kept - budget.sum(dim=1, keepdim=True))
         budget = budget + given.gather(1, order.argsort(dim=1, stable=True))

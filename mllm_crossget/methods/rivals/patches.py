@@ -1,6 +1,6 @@
-"""What the rivals have in common: they look at patches alone, and decide once per image.
+"""Base classes of the rivals: they select among patches alone, once per image.
 
-Shape suffixes: B batch, N patches, K patches that stay.
+Shape suffixes: B batch, N patches, K kept patches.
 """
 
 from __future__ import annotations
@@ -19,24 +19,25 @@ from mllm_crossget.ops.matching import Match
 
 @dataclass
 class PatchSelection(SelectionMethod):
-    """Base of methods that say which patches stay and throw the others away. A new one implements ``choose``."""
+    """Base class of methods that keep some patches and drop the others. A new method implements ``choose``."""
 
     def select(self, signals: Signals, kept: int) -> Tensor:
         """See ``SelectionMethod``."""
         return protected_count(signals) + self.choose(patches_of(signals), kept)
 
     def choose(self, patches: Signals, kept: int) -> Tensor:
-        """(B, kept) different patches that stay, in any order; the signals are of patches alone."""
+        """(B, kept) different patches to keep, in any order; the signals are those of patches alone."""
         raise TypeError(f"{type(self).__name__} does not say which patches stay")
 
 
 class Mixture(NamedTuple):
-    """What becomes of an image's patches.
+    """The output tokens of an image, as mixtures of its patches.
 
     Attributes:
-        kept: (B, K) the patch in whose place each output stands, in the order of the output.
-        row: (B, N) the output that counts every patch.
-        mix: (B, K, N) share of every patch in every output; None for plain means of what an output counts.
+        kept: (B, K) the patch whose place each output has, in the order of the output.
+        row: (B, N) the output that each patch counts for (token sizes).
+        mix: (B, K, N) share of every patch in every output; None: an output is the mean of the patches that count for
+            it.
     """
 
     kept: Tensor
@@ -46,7 +47,7 @@ class Mixture(NamedTuple):
 
 @dataclass
 class PatchMixture(SelectionMethod):
-    """Base of methods whose outputs are made of several patches. A new one implements ``mixture``."""
+    """Base class of methods whose outputs are made of several patches. A new method implements ``mixture``."""
 
     @property
     def prunes(self) -> bool:
@@ -54,11 +55,11 @@ class PatchMixture(SelectionMethod):
         return False
 
     def mixture(self, patches: Signals, kept: int) -> Mixture:
-        """What becomes of the patches, of which ``kept`` outputs are to be made."""
+        """The mixture that makes ``kept`` outputs of the patches."""
         raise TypeError(f"{type(self).__name__} does not say what becomes of the patches")
 
     def match(self, signals: Signals, r: int) -> Match:
-        """The mixture of the patches; protected tokens, which stand in front, stay as they are."""
+        """The mixture as a match; protected tokens, which come before the patches, are not changed."""
         patches = patches_of(signals)
         first, count = protected_count(signals), patches.keys.shape[1]
         made = self.mixture(patches, count - r)
@@ -77,7 +78,7 @@ class PatchMixture(SelectionMethod):
 
 
 def patches_of(signals: Signals) -> Signals:
-    """The same signals without the protected tokens, which stand in front where a method acts once."""
+    """The same signals without the protected tokens, which come before the patches if a method acts once."""
     first = protected_count(signals)
     following = signals.following
 
@@ -100,14 +101,14 @@ def patches_of(signals: Signals) -> Signals:
 
 
 def wanted(values: Tensor | None, method: Method, what: str) -> Tensor:
-    """Signals that a method has asked for. Raises ``ValueError`` where there are none."""
+    """The values of a signal that a method needs. Raises ``ValueError`` if there are none."""
     if values is None:
         raise ValueError(f"{type(method).__name__} needs {what}; got none")
     return values
 
 
 def scaled_to_one(values_BN: Tensor, least: float = 0.0) -> Tensor:
-    """(B, N) from ``least`` at each image's smallest value to 1 at its largest; 1 everywhere where all are equal."""
+    """(B, N) scaled so that each image's smallest value is ``least`` and its largest 1; all 1 if they are equal."""
     low, high = values_BN.amin(dim=1, keepdim=True), values_BN.amax(dim=1, keepdim=True)
     scaled = (values_BN - low) / (high - low).clamp_min(torch.finfo(values_BN.dtype).tiny)
     return torch.where(high > low, scaled.clamp_min(least), 1.0)

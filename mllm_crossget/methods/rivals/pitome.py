@@ -1,4 +1,4 @@
-"""PiToMe: merging that protects what stands alone (NeurIPS 2024, arXiv 2405.16148)."""
+"""PiToMe: merging that protects tokens without similar ones (NeurIPS 2024, arXiv 2405.16148)."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from mllm_crossget.ops.matching import Match
 class PiToMeConfig(Method):
     """Merge tokens that have many similar ones; tokens with few are protected.
 
-    The paper claims that bipartite matching of neighbours in the sequence merges what is informative, and that an
-    energy which measures how crowded a token's surroundings are keeps the spectrum of the token graph. It acts in the
-    layers of the tower. A token's energy is the mean of ELU(cosine - margin) over all tokens, with a margin that falls
-    from layer to layer; the 2r tokens with the highest energy are ranked by it, and every second one goes into its most
+    The paper claims that bipartite matching of neighbours in the sequence merges informative tokens, and that an energy
+    of how many similar tokens each token has keeps the spectrum of the token graph. The method acts in the layers of
+    the tower. A token's energy is the mean of ELU(cosine - margin) over all tokens, with a margin that falls from layer
+    to layer. The 2r tokens with the highest energy are ranked by it. Every second one of them is merged into its most
     similar partner among the others.
 
-    Where we differ: the metric are keys, sizes weigh the means, and the step lies between attention and MLP, as in its
-    version for BLIP; its version for Hugging Face's CLIP merges whole layers' outputs without sizes, and uses ToMe in
-    the first half of the tower. Tokens stay in raster order. Every layer removes what the schedule says
-    (``schedule="constant"`` is nearest to the published share per layer), not ratios. Texts are not served. Written
-    from the formula; the published code is for non-commercial use.
+    Where we differ: the metric is the keys, means are weighted by token size, and tokens merge between attention and
+    MLP, as in the published version for BLIP. The version for Hugging Face's CLIP merges the layers' outputs without
+    sizes, and uses ToMe in the first half of the tower. Tokens are in raster order. Every layer removes the count of
+    the schedule and not a share (``schedule="constant"`` is nearest to the published share per layer). Texts are not
+    supported. Written from the formula; the published code is for non-commercial use.
 
     Args:
-        margin: of the cosine in the first layer; it falls to 0 behind the last.
+        margin: margin of the cosine in the first layer; it falls to 0 after the last layer.
 
     See ``ReductionConfig`` for ``keep_ratio``, ``visual_tokens`` and ``r``.
     """
@@ -49,7 +49,7 @@ class PiToMeConfig(Method):
             raise ValueError("PiToMeConfig does not reduce texts; leave text_keep_ratio and text_r out")
 
     def match(self, signals: Signals, r: int) -> Match:
-        """The ``r`` pairs of highest energy."""
+        """Merge the ``r`` pairs of highest energy."""
         shielded = shielded_tokens(signals)
         free = shielded.shape[1] - protected_count(signals)
         if not 0 <= r <= free // 2:
@@ -62,7 +62,7 @@ class PiToMeConfig(Method):
 
 
 def _into_nearest(alike: Tensor, src: Tensor, partners: Tensor) -> Match:
-    """Each source goes into the partner most like it; equal ones: the lower index."""
+    """Merge each source into its most similar partner; among equal ones, into the lower index."""
     batch, tokens, _ = alike.shape
     rows = alike.gather(1, src[..., None].expand(-1, -1, tokens))
     rows = rows.gather(2, partners[:, None].expand(-1, src.shape[1], -1))

@@ -1,4 +1,4 @@
-"""Average pooling at the tower's output: means over blocks of the image's grid, whatever they show."""
+"""Average pooling at the tower's output: means over blocks of the image's grid, independent of the content."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from mllm_crossget.ops.blocks import block_of_patches, middle_of_blocks
 class PoolingConfig(PatchMixture):
     """Average the patches of every block of the image's grid.
 
-    A baseline without a paper of its own, at the tower's output. Pooling layers cut a grid into equal windows, which
-    gives a square number of tokens; here blocks of nearly one size give any number (``ops.blocks``).
+    A baseline without a paper of its own, which acts at the tower's output. Pooling layers cut a grid into equal
+    windows, which gives a square number of tokens. Here blocks of nearly equal size give any number (``ops.blocks``).
 
     See ``ReductionConfig`` for ``keep_ratio``, ``visual_tokens`` and ``r``.
     """
@@ -27,7 +27,7 @@ class PoolingConfig(PatchMixture):
     method: ClassVar[str] = "pooling"
 
     def mixture(self, patches: Signals, kept: int) -> Mixture:
-        """The same blocks of every image; each stands in the place of its middle patch."""
+        """The same blocks for every image; each output has the place of the block's middle patch."""
         (batch, count, _), device = patches.keys.shape, patches.keys.device
         middle, block = (
             torch.tensor(made(count, kept), device=device).expand(batch, -1)

@@ -19,22 +19,23 @@ from mllm_crossget.ops.selection import highest
 @register_method
 @dataclass
 class PruMergeConfig(PatchMixture):
-    """Keep the patches that the class token attends to most, each with the patches nearest to it added, weighted by
-    their attention; one more token is the weighted sum of all that were not kept.
+    """Keep the patches that the class token attends to most, and add to each the patches nearest to it, weighted by
+    their attention. One more token is the weighted sum of all patches that were not kept.
 
-    The paper claims that the class token's attention is sparse enough for a number of tokens per image, 32 of 576 on
-    average. It acts at the tower's output, on queries and keys of the layer behind the one that is read, taken as a
-    single head: attention is softmax(q · k / sqrt(width)) of the class token, neighbours are nearest by cosine of keys.
+    The paper claims that the class token's attention is sparse enough to choose the number of tokens per image, 32 of
+    576 on average. The method acts at the tower's output. It uses queries and keys of the layer after the one that is
+    read, as a single head. Attention is softmax(q · k / sqrt(width)) of the class token; neighbours are nearest by
+    cosine of keys.
 
-    Where we differ: the number of tokens is the dial's and the same for every image, where the published code counts
-    outliers of the attention over a batch; of ``visual_tokens`` tokens the last is the sum of those that were not kept.
-    Tokens stay in raster order, where the published order is that of the attention. Where no layer is behind the one
-    that is read its own projections are taken, and in towers without a class token the mean token asks. For sizes and
-    places in the language model a token that leaves counts for the kept one nearest to it, if it is one of its
-    neighbours, and else for the last token; published are neither.
+    Where we differ: the number of tokens follows from the settings and is the same for every image; the published code
+    counts outliers of the attention over a batch. The last of the ``visual_tokens`` tokens is the sum of those that
+    were not kept. Tokens are in raster order; the published order is by attention. If no layer follows the one that is
+    read, we use that layer's own projections. In towers without a class token the query is the mean over all tokens.
+    The published code has no token sizes or places in the language model. Here a removed token counts for the nearest
+    kept token that it is a neighbour of, else for the last token.
 
     Args:
-        neighbours: patches that are added to each that is kept.
+        neighbours: number of patches that are added to each kept one.
 
     See ``ReductionConfig`` for ``keep_ratio``, ``visual_tokens`` and ``r``.
     """
@@ -50,11 +51,11 @@ class PruMergeConfig(PatchMixture):
             raise ValueError(f"neighbours must be at least 0, got {self.neighbours}")
 
     def chosen(self, attention: Tensor, kept: int) -> Tensor:
-        """(B, kept) patches that stay, by (B, N) attention."""
+        """(B, kept) patches to keep, by (B, N) attention."""
         return highest(attention, kept)
 
     def mixture(self, patches: Signals, kept: int) -> Mixture:
-        """Kept patches with their neighbours, and the sum of the rest."""
+        """Kept patches with their neighbours, and the sum of all others."""
         if patches.following is None:
             raise ValueError(f"{type(self).__name__} needs the projections of the layer behind; got none")
         attention, keys = patches.following.attention, patches.following.keys
@@ -66,7 +67,7 @@ class PruMergeConfig(PatchMixture):
         if kept == 1:
             return Mixture(last, torch.zeros_like(attention, dtype=torch.int64), rest)
         alike = similarities(keys).gather(1, stay[..., None].expand(-1, -1, count))
-        alike = alike.scatter(2, stay[..., None], -torch.inf)  # a patch is no neighbour of its own
+        alike = alike.scatter(2, stay[..., None], -torch.inf)  # a patch is not its own neighbour
         order = alike.argsort(dim=2, descending=True, stable=True)[..., : min(self.neighbours, count - 1)]
         near = torch.zeros_like(alike).scatter(2, order, 1.0)
         own = torch.zeros_like(alike).scatter(2, stay[..., None], 1.0)
@@ -80,15 +81,15 @@ class PruMergeConfig(PatchMixture):
 @register_method
 @dataclass
 class PruMergePlusConfig(PruMergeConfig):
-    """As PruMerge, but half of the kept patches stand at equal distances, so that no part of the image is left out.
+    """As PruMerge, but half of the kept patches are at equal distances, so that no part of the image is left out.
 
-    The paper claims that with 144 of 576 tokens nothing is lost on most benchmarks. Where we differ, beside what
-    ``PruMergeConfig`` says: the published code adds patches at a stride that follows from the adaptive number, which
-    can become 0; here they are the middles of as many blocks of the grid, and a patch that is kept already is replaced
-    by the next one that is attended to most.
+    The paper claims that with 144 of 576 tokens nothing is lost on most benchmarks. Where we differ, in addition to
+    ``PruMergeConfig``: the published code adds patches at a stride that depends on the adaptive number of tokens and
+    can become 0. Here they are the middle patches of as many blocks of the grid. A patch that is kept already is
+    replaced by the next most attended one.
 
     Args:
-        neighbours: patches that are added to each that is kept.
+        neighbours: number of patches that are added to each kept one.
 
     See ``ReductionConfig`` for ``keep_ratio``, ``visual_tokens`` and ``r``.
     """
@@ -96,7 +97,7 @@ class PruMergePlusConfig(PruMergeConfig):
     method: ClassVar[str] = "prumerge-plus"
 
     def chosen(self, attention: Tensor, kept: int) -> Tensor:
-        """Patches at equal distances first, then the most attended ones."""
+        """First patches at equal distances, then the most attended ones."""
         spread = kept // 2
         if not spread:
             return highest(attention, kept)

@@ -1,4 +1,4 @@
-"""Random choice at the tower's output: what a selection has to beat that may look at all tokens at once."""
+"""Random selection at the tower's output: the baseline for methods that act there."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class RandomOutputConfig(PatchSelection):
     """Keep random patches, and drop the others. It acts at the tower's output (``RandomConfig`` acts in its layers).
 
     Args:
-        seed: which draw; the same for every image, so that results do not depend on the batch.
+        seed: seed of the draw, which is the same for every image, so that results do not depend on the batch.
 
     See ``ReductionConfig`` for ``keep_ratio``, ``visual_tokens`` and ``r``.
     """
@@ -34,6 +34,6 @@ class RandomOutputConfig(PatchSelection):
             raise ValueError(f"seed must be from 0 to 2**63 - 1, got {self.seed}")
 
     def choose(self, patches: Signals, kept: int) -> Tensor:
-        """The first of a random order; fewer tokens are a part of more."""
+        """The first ``kept`` patches of a random order, so that a smaller selection is part of a larger one."""
         batch, count, _ = patches.keys.shape
         return hashed_order(count, self.seed, patches.keys.device)[:kept].expand(batch, -1)

@@ -1,4 +1,4 @@
-"""How much an image's features have to do with the question, in the language model's own space."""
+"""Relevance of an image's features to the question, in the space of the language model's input embeddings."""
 
 from __future__ import annotations
 

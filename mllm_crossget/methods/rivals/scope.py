@@ -16,16 +16,16 @@ from mllm_crossget.ops.greedy import coverage_first
 @register_method
 @dataclass
 class ScopeConfig(PatchSelection):
-    """Keep patches one after the other: always the one with the largest product of the attention that it gets and of
-    what it adds to the coverage of all patches; drop the others.
+    """Select patches one after the other and drop the others. Each step takes the patch with the largest product of its
+    attention and its gain in coverage of all patches.
 
-    The paper claims that salient tokens must also stand for those that leave; the re-run in TRIO's repository has 95.4
-    % of LLaVA-1.5-7B's average at 64 of 576 tokens, without training. It acts at the tower's output. The coverage of a
-    patch is its largest cosine with a chosen one, at least 0.
+    The paper claims that the salient tokens must also represent the removed ones. The re-run in TRIO's repository has
+    95.4 % of LLaVA-1.5-7B's average at 64 of 576 tokens, without training. The method acts at the tower's output. The
+    coverage of a patch is its largest cosine with a selected one, at least 0.
 
-    Where we differ: equal values go to the lower index; in towers without a class token the attention received takes
-    the place of the class token's. The published code adds the heads up, and here is their mean: the same choices for
-    the product, and less weight of the attention in ``combined="sum"``.
+    Where we differ: among equal values the lower index is selected. In towers without a class token we use the
+    attention received instead of the class token's. The published code sums the heads, and we take their mean: this
+    gives the same choices for the product, and less weight to the attention in ``combined="sum"``.
 
     Args:
         power: exponent of the attention.

@@ -1,4 +1,4 @@
-"""Uniform choice: patches at equal distances. A baseline that knows nothing of the image."""
+"""Uniform selection: patches at equal distances. A baseline that does not depend on the image."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from mllm_crossget.ops.blocks import middle_of_blocks
 class UniformConfig(PatchSelection):
     """Keep the patch in the middle of every block of the image's grid, and drop the others.
 
-    No paper claims it; benchmarks of pruning (UniPruneBench, 2025) find it and random choice surprisingly strong. It
-    acts at the tower's output. Others take every n-th patch of the sequence, which makes columns where n divides the
-    width of the grid; here the grid is cut into as many blocks as there are tokens (``ops.blocks``).
+    It has no paper of its own; benchmarks of pruning (UniPruneBench, 2025) find it and random selection surprisingly
+    strong. It acts at the tower's output. Others take every n-th patch of the sequence, which gives columns if n
+    divides the width of the grid. Here the grid is cut into as many blocks as there are kept tokens (``ops.blocks``).
 
     See ``ReductionConfig`` for ``keep_ratio``, ``visual_tokens`` and ``r``.
     """
@@ -29,6 +29,6 @@ class UniformConfig(PatchSelection):
     method: ClassVar[str] = "uniform"
 
     def choose(self, patches: Signals, kept: int) -> Tensor:
-        """The same patches of every image."""
+        """The same patches for every image."""
         batch, count, _ = patches.keys.shape
         return torch.tensor(middle_of_blocks(count, kept), device=patches.keys.device).expand(batch, -1)

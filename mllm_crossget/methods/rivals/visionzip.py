@@ -18,18 +18,18 @@ from mllm_crossget.ops.selection import highest
 @register_method
 @dataclass
 class VisionZipConfig(PatchMixture):
-    """Keep the patches that the class token attends to most; merge the others into a few that stand at equal distances
-    among them.
+    """Keep the patches that the class token attends to most (dominant), and merge the others into a few of them at
+    equal distances (contextual).
 
-    The paper claims that the redundancy of visual tokens lies in the tower, whose attention gathers on few of them.
-    FSR's table 1 has it at 92.7 % of LLaVA-1.5-7B's average with 64 of 576 tokens, without training. It acts at the
-    tower's output. A contextual token is its target plus the mean of the patches whose keys are most like the target's:
-    a sum, not a common mean.
+    The paper claims that visual tokens are redundant already in the tower, whose attention concentrates on few of them.
+    FSR's table 1 gives it 92.7 % of LLaVA-1.5-7B's average with 64 of 576 tokens, without training. The method acts at
+    the tower's output. A contextual token is its target patch plus the mean of the patches whose keys are most similar
+    to the target's: a sum, not a common mean.
 
-    Where we differ: the published code hands the class token on as one of the dominant ones, which the models here
-    drop; all dominant ones are patches. It appends the contextual tokens behind the others; ``order="published"`` does
-    so too, "position" leaves every token where its patch was. Towers without a class token go by the attention
-    received, as published for Qwen2.5-VL. Equal values go to the lower index.
+    Where we differ: the published code keeps the class token as one of the dominant tokens. The models here drop it, so
+    all dominant tokens are patches. The published code appends the contextual tokens after the others, as does
+    ``order="published"``; "position" leaves every token at the place of its patch. In towers without a class token we
+    use the attention received, as published for Qwen2.5-VL. Among equal values the lower index is selected.
 
     Args:
         contextual: share of the tokens that are contextual (published: 10 of 64, 20 of 128, 30 of 192).
@@ -52,7 +52,7 @@ class VisionZipConfig(PatchMixture):
             raise ValueError(f"order must be 'position' or 'published', got {self.order!r}")
 
     def mixture(self, patches: Signals, kept: int) -> Mixture:
-        """Dominant patches as they are, contextual ones with what is most like them."""
+        """Unchanged dominant patches, and contextual ones with the patches most similar to them."""
         salience = wanted(patches.salience, self, "the class token's attention")
         targets = round(self.contextual * kept)
         rest = salience.shape[1] - (kept - targets)
@@ -73,12 +73,12 @@ def _others(salience: Tensor, dominant: Tensor, rest: int) -> Tensor:
 
 
 def _with_means(keys: Tensor, outputs: Tensor, contextual: Tensor, dominant: Tensor) -> Mixture:
-    """Outputs, each the patch in its place; contextual ones plus the mean of the patches that are most like them."""
+    """The output tokens: each is a patch; contextual ones add the mean of the patches most similar to them."""
     batch, count, _ = keys.shape
     rows = torch.arange(outputs.shape[1], device=keys.device).expand(batch, -1)
     own = torch.zeros(batch, outputs.shape[1], count, device=keys.device).scatter(2, outputs[..., None], 1.0)
     row = torch.zeros(batch, count, dtype=torch.int64, device=keys.device)
-    if not contextual.shape[1]:  # the others are thrown away; they count for what is most like them
+    if not contextual.shape[1]:  # the others are dropped; in token sizes they count for the most similar output
         nearest = similarities(keys).gather(2, outputs[:, None].expand(-1, count, -1)).argmax(dim=2)
         return Mixture(outputs, nearest.scatter(1, outputs, rows), own)
     alike = similarities(keys).gather(2, contextual[:, None].expand(-1, count, -1))

@@ -1,4 +1,4 @@
-"""VisPruner: important tokens, and among the rest no duplicates (ICCV 2025, arXiv 2412.01818)."""
+"""VisPruner: important tokens, and the rest without duplicates (ICCV 2025, arXiv 2412.01818)."""
 
 from __future__ import annotations
 
@@ -14,25 +14,26 @@ from mllm_crossget.methods.signals import Signals
 from mllm_crossget.ops.greedy import without_duplicates
 from mllm_crossget.ops.selection import highest
 
-_AT_ONCE = 8  # published
+_AT_ONCE = 8  # published: number of tokens that a round removes
 
 
 @register_method
 @dataclass
 class VisPrunerConfig(PatchSelection):
-    """Keep the patches that the class token attends to most, and of the others those that are no duplicates; drop the
+    """Keep the patches that the class token attends to most, and from the others those without duplicates; drop the
     rest.
 
-    The paper claims that attention alone keeps too many duplicates. FSR's table 1 has it at 93.5 % of LLaVA-1.5-7B's
-    average with 64 of 576 tokens, without training. It acts at the tower's output. The others stand in a list, most
-    attended first; in each round even places are compared with odd ones, and the eight at even places with the nearest
-    partners leave.
+    The paper claims that attention alone keeps too many duplicates. FSR's table 1 gives it 93.5 % of LLaVA-1.5-7B's
+    average with 64 of 576 tokens, without training. The method acts at the tower's output. The others are in a list,
+    most attended first. In each round patches at even places are compared with those at odd places, and the eight at
+    even places with the nearest partners are removed.
 
-    Where we differ: the published code breaks where a list has an odd length; here its even places are one more. Equal
-    values go to the lower index. Towers without a class token go by the attention received, as published for them.
+    Where we differ: the published code fails if a list has an odd length; here such a list has one more even place than
+    odd ones. Among equal values the lower index is selected. In towers without a class token we use the attention
+    received, as published for them.
 
     Args:
-        important: share of the tokens that are chosen by attention.
+        important: share of the kept tokens that are selected by attention.
 
     See ``ReductionConfig`` for ``keep_ratio``, ``visual_tokens`` and ``r``.
     """
@@ -49,7 +50,7 @@ class VisPrunerConfig(PatchSelection):
             raise ValueError(f"important must be from 0 to 1, got {self.important!r}")
 
     def choose(self, patches: Signals, kept: int) -> Tensor:
-        """Important ones first, then the diverse ones."""
+        """First the important patches, then the diverse ones."""
         salience = wanted(patches.salience, self, "the class token's attention")
         features = wanted(patches.features, self, "the tokens")
         count = int(self.important * kept)
