@@ -1,4 +1,4 @@
-"""What a model costs with fewer visual tokens: FLOPs by formula, for published geometries and any configuration.
+"""FLOPs of a model with fewer visual tokens, by formula, for published geometries and any configuration.
 
 Read ``flops`` (a whole model), ``language`` (its language model), ``budget`` (counts of a batch), ``inspect_model`` and
 ``family_table`` (the command line's tables).

@@ -1,4 +1,4 @@
-"""From a share of FLOPs that is to be saved to the dial that saves it, and what measured token counts cost."""
+"""The settings that save a given share of FLOPs, and the FLOPs of measured token counts."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from mllm_crossget.schedule import Schedule, make_schedule
 
 
 def dial_for_savings(config: Any, method: Method, saved: float, *, text_tokens: int = 60, images: int = 1) -> Method:
-    """The settings with the most visual tokens that save this share of a forward pass's FLOPs.
+    """The settings with the largest number of visual tokens that save this share of a forward pass's FLOPs.
 
     Args:
         config: a transformers configuration of a registered family.
-        method: the reduction; its dial is replaced.
+        method: the reduction; its ``keep_ratio``, ``visual_tokens`` or ``r`` is replaced.
         saved: share of the untouched model's FLOPs, in (0, 1).
-        text_tokens, images: of the prompt that is counted.
+        text_tokens, images: numbers of text tokens and images in the prompt that is counted.
 
     Returns:
-        The settings with ``visual_tokens``; for a method that chooses per image that is the average.
+        The settings with ``visual_tokens``, which is the average for a method that chooses per image.
 
     Raises:
-        ValueError: a share outside (0, 1), a model without a formula, or a share that no dial reaches.
+        ValueError: a share outside (0, 1), a model without a formula, or a share that cannot be reached.
     """
     if not 0 < saved < 1:
         raise ValueError(f"the share of FLOPs to save must be in (0, 1), got {saved!r}; 0.8 leaves a fifth")
@@ -44,7 +44,7 @@ def dial_for_savings(config: Any, method: Method, saved: float, *, text_tokens: 
         tokens = (low + high) // 2
         try:
             found = 1 - model_flops(config, _with_dial(method, visual_tokens=tokens), **cost).total / untouched
-        except ValueError:  # fewer than the tower can get down to
+        except ValueError:  # fewer than the tower can reach
             low = tokens + 1
             continue
         if found >= saved:
@@ -60,13 +60,13 @@ def dial_for_savings(config: Any, method: Method, saved: float, *, text_tokens: 
 
 
 def measured_flops(config: Any, method: Method, counts: Tensor, *, text_tokens: int = 60) -> float:
-    """Mean FLOPs of one prompt with one image over images with these token counts.
+    """Mean FLOPs of a prompt with one image, over images with these token counts.
 
     Args:
         config: a transformers configuration of a registered family.
         method: the reduction that made the counts.
-        counts: (images, layers + 1) tokens in front of the tower's first layer and behind every layer.
-        text_tokens: of the prompt.
+        counts: (images, layers + 1) number of tokens before the tower's first layer and after every layer.
+        text_tokens: number of text tokens in the prompt.
     """
     family = family_of(config)
     if family is None:
@@ -83,7 +83,8 @@ def measured_flops(config: Any, method: Method, counts: Tensor, *, text_tokens: 
 
 
 def counts_of(sizes: list[Tensor], start: int) -> Tensor:
-    """(images, layers + 1) token counts from the (B, T) sizes behind every layer and the tokens in front of them."""
+    """(images, layers + 1) token counts, from the (B, T) token sizes after every layer and the ``start`` tokens before
+    them."""
     counts = [(size > 0).sum(dim=1) for size in sizes]
     return torch.stack([torch.full_like(counts[0], start), *counts], dim=1)
 

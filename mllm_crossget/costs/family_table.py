@@ -1,4 +1,4 @@
-"""``mllm-crossget families``: what is served and where its tokens are reduced; what is refused, and why."""
+"""``mllm-crossget families``: supported families and where their tokens are reduced; refused ones and why."""
 
 from __future__ import annotations
 
@@ -29,24 +29,25 @@ class FamiliesOptions:
 
 
 def served_rows() -> list[tuple[str, str, str, str]]:
-    """Model type, towers, where tokens are reduced and what is exact, of every registered family."""
+    """Rows of (model type, towers, where tokens are reduced, what is exact), one for every registered family."""
     return sorted((kind.title, ", ".join(kind.towers), kind.note, kind.exact) for kind in families().values())
 
 
 def refused_rows() -> list[tuple[str, str]]:
-    """Model type and reason of everything that is refused by name."""
+    """Rows of (model type, reason) for every family that is refused by name."""
     return sorted(refused_families().items())
 
 
 def other_rows() -> list[tuple[str, str]]:
-    """Model type and reason of everything else in the installed transformers that takes a picture and a text."""
+    """Rows of (model type, reason) for every other model in the installed transformers that takes a picture and a
+    text."""
     named = refused_families()
     reasons = [(name, reason_of_type(name)) for name in picture_types() if name not in named]
     return [(name, reason) for name, reason in reasons if reason is not None]
 
 
 def list_families(options: FamiliesOptions) -> None:
-    """Print the registered model families, those that are refused by name, and what else transformers has."""
+    """Print the registered families, the refused ones, and the other models of transformers."""
     if options.json:
         served = [dict(zip(("model_type", "towers", "reduces", "exact"), row, strict=True)) for row in served_rows()]
         refused = [{"model_type": model_type, "reason": reason} for model_type, reason in refused_rows()]

@@ -1,4 +1,4 @@
-"""``mllm-crossget inspect``: what a reduction does to a model, told without its weights."""
+"""``mllm-crossget inspect``: tokens and FLOPs of a model with and without a reduction, without its weights."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from mllm_crossget.support import unsupported_reason
 
 @dataclass
 class InspectOptions:
-    """What to look at.
+    """What to inspect.
 
     Args:
         name_or_path: a built-in geometry (llava-1.5-7b, clip-vit-b-16, ...), a local folder, or a repository of the
             hub.
-        text_tokens: tokens of the prompt that are no image placeholders; of one text, for a dual encoder.
+        text_tokens: tokens of the prompt without image placeholders; for a dual encoder, of one text.
         new_tokens: tokens to generate; 0 counts the prompt alone.
         json: print JSON instead of tables.
     """
@@ -56,7 +56,7 @@ def inspect_model(options: InspectOptions, method: Method) -> None:
     """Print tokens and FLOPs of a model before and after a reduction.
 
     Raises:
-        ValueError: an unknown or unsupported model, or a dial that its tower cannot meet.
+        ValueError: an unknown or unsupported model, or a setting that its tower cannot meet.
     """
     report = inspection(resolve(options.name_or_path), method, options.text_tokens, options.new_tokens)
     if options.json:
@@ -66,16 +66,15 @@ def inspect_model(options: InspectOptions, method: Method) -> None:
 
 
 def inspection(config: Any, method: Method, text_tokens: int = 60, new_tokens: int = 0) -> dict[str, Any]:
-    """What ``inspect`` says, as JSON types.
+    """The report of ``inspect``, as JSON types.
 
     Args:
         config: a transformers configuration.
         method: the reduction.
-        text_tokens: tokens of the prompt that are no image placeholders.
-        new_tokens: tokens to generate.
+        text_tokens: tokens of the prompt without image placeholders. new_tokens: tokens to generate.
 
     Raises:
-        ValueError: an unsupported model, or a dial that its tower cannot meet.
+        ValueError: an unsupported model, or a setting that its tower cannot meet.
     """
     reason = unsupported_reason(_without_weights(config))
     if reason is not None:
@@ -108,7 +107,7 @@ def inspection(config: Any, method: Method, text_tokens: int = 60, new_tokens: i
 
 
 def _schedules(config: Any, method: Method, geometry: Geometry, text_tokens: int, new_tokens: int) -> dict[str, int]:
-    """Total FLOPs of every schedule that the method and its dial can have here; empty where layers are listed."""
+    """Total FLOPs by every schedule that the method and its settings allow; empty if ``r`` is a list."""
     if not isinstance(geometry, TowerGeometry) or not method.reduces_vision:
         return {}
     found = {}
@@ -116,7 +115,7 @@ def _schedules(config: Any, method: Method, geometry: Geometry, text_tokens: int
         try:
             chosen = replace(method, schedule=kind)
             found[kind] = model_flops(config, chosen, text_tokens=text_tokens, new_tokens=new_tokens).total
-        except ValueError:  # not with this method, dial or projector
+        except ValueError:  # not allowed with this method, setting or projector
             continue
     return found if len(found) > 1 else {}
 
@@ -130,13 +129,13 @@ def _text_counts(config: Any, tower: TextTower, method: Method, text_tokens: int
 
 
 def _per_image(config: Any, schedule: Schedule) -> int:
-    """Visual tokens of one image: behind the tower, or, of an image in tiles, in front of the language model."""
+    """Visual tokens of one image: after the tower, or, if the image has tiles, before the language model."""
     family = family_of(config)
     return schedule.features if family is None or family.tiles is None else visual_tokens(config, family, schedule)
 
 
 def _without_weights(config: Any) -> nn.Module:
-    """The model on the meta device: its structure, no memory."""
+    """The model on the meta device, which has its structure and takes no memory."""
     with torch.device("meta"):
         named = getattr(transformers, (getattr(config, "architectures", None) or [""])[0] or "", None)
         if named is not None and getattr(named, "config_class", None) is type(config):

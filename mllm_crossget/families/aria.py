@@ -1,8 +1,8 @@
-"""Aria: Idefics3's tower, and a projector whose queries attend to the patches.
+"""Aria: Idefics3's tower, and a projector with queries that attend to the patches.
 
-Tokens merge inside the tower, and the projector's queries read those that are left, CrossGET's cross token among them.
-How many queries there are depends on the size of the image as before, so prompts do not change. Images are padded to a
-square by their processor; they run without that padding: how far an image is reduced depends on its own size.
+Tokens merge inside the tower, and the projector's queries read the kept tokens, including CrossGET's cross token. The
+number of queries depends on the size of the image as before, so prompts do not change. The processor pads images to a
+square. The tower runs them without that padding, so an image's number of tokens depends on its own size.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def geometry(config: Any) -> TowerGeometry:
     """Geometry of an ``AriaConfig`` for the largest image.
 
     Raises:
-        ValueError: another tower than Idefics3's, or a feature layer that the tower has not.
+        ValueError: another tower than Idefics3's, or a feature layer that the tower does not have.
     """
     vision, layer = config.vision_config, config.vision_feature_layer
     kind = tower_kind(vision.model_type, _TOWERS, "Aria")
@@ -44,13 +44,14 @@ def geometry(config: Any) -> TowerGeometry:
 
 
 def queries(config: Any, features: int) -> int:
-    """Vectors that the language model gets for the largest image."""
+    """Number of vectors that the language model gets for the largest image."""
     known = {int(patches): count for patches, count in config.projector_patch_to_query_dict.items()}
     return int(known.get(patches_per_image(config.vision_config), max(known.values())))
 
 
 def projector_flops(config: Any, features: int) -> int:
-    """Maps of queries and tokens, the attention with its own three maps and its output map, and two more behind it."""
+    """Projections of queries and tokens, the attention with its own three projections and its output projection, and
+    two matrices after it."""
     width, text = config.vision_config.hidden_size, config.text_config.hidden_size
     count = queries(config, features)
     total = 4 * linear_flops(count, width, width) + 4 * linear_flops(features, width, width)

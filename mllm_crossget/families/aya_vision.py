@@ -1,8 +1,8 @@
 """Aya Vision: SigLIP tower, pixel shuffle, gated MLP projector.
 
 Tokens merge inside the tower. Pixel shuffle needs the whole square of patches, so every token is copied back to its
-patches in front of it, and the cells that it makes are merged again behind the projector, each tile by itself;
-``visual_tokens`` counts tokens per tile. The tokens around tiles stay.
+patches before it. The resulting cells are merged again behind the projector, separately for each tile.
+``visual_tokens`` counts tokens per tile. The tokens around tiles are kept.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ _TOWERS = (SIGLIP_TOWER,)
 
 
 def geometry(config: Any) -> TowerGeometry:
-    """Geometry of one tile of an ``AyaVisionConfig``: (patches per side // downsample_factor)² cells behind the
+    """Geometry of one tile of an ``AyaVisionConfig``, with (patches per side // downsample_factor)² cells behind the
     projector.
 
     Raises:
-        ValueError: another vision tower, or a selection of features of which no square is left.
+        ValueError: another vision tower, or selected features that do not form a square.
     """
     vision = config.vision_config
     kind = tower_kind(vision.model_type, _TOWERS, "Aya Vision")
@@ -52,7 +52,7 @@ def geometry(config: Any) -> TowerGeometry:
 
 
 def projector_flops(config: Any, features: int) -> int:
-    """Two matrices around a gate that halves the width between them."""
+    """Two matrices, with a gate between them that halves the width."""
     text = config.text_config.hidden_size
     inner = getattr(config, "alignment_intermediate_size", text)
     inputs = config.vision_config.hidden_size * config.downsample_factor**2

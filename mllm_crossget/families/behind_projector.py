@@ -1,8 +1,9 @@
-"""Families whose tower is left alone, because it packs or pads images of any size or keeps their grid: tokens are
+"""Families whose tower is not changed, because it packs or pads images of any size, or needs their grid. Tokens are
 merged behind the projector.
 
-Every image (tile, frame) is merged by itself. Images have different numbers of tokens: ``keep_ratio`` is a share of
-each, ``visual_tokens`` a limit per image that small ones stay below. Image tokens have positions like words.
+Each image (tile, frame) is merged separately. Images have different numbers of tokens: ``keep_ratio`` is a share of
+each, and ``visual_tokens`` is a limit per image, which small images do not reach. Image tokens have contiguous
+positions, like words.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ BEHIND_EXACT = "prompts compacted by hand; no cross tokens (crossget runs withou
 
 
 def of_any_size(example: Callable[[Any], int]) -> Callable[[Any], MergeGeometry]:
-    """Geometry of a family whose images have as many tokens as their size gives.
+    """Geometry of a family whose number of tokens per image depends on the image's size.
 
     Args:
-        example: configuration -> tokens of the image that tables and ``inspect`` show.
+        example: configuration -> number of tokens of the example image in tables and ``inspect``.
     """
 
     def geometry(config: Any) -> MergeGeometry:
@@ -52,7 +53,7 @@ def behind_projector(
     kind: FeatureKind = FeatureKind.MERGED,
     docs: FamilyDocs | None = None,
 ) -> Family:
-    """A family whose features ``model.get_image_features`` gives image by image, and which are merged there.
+    """A family whose features are merged in ``model.get_image_features``, separately for each image.
 
     Args:
         model_type: see ``Family``.
@@ -60,9 +61,9 @@ def behind_projector(
         modalities: see ``PromptSide``; with ``counts``.
         example: see ``of_any_size``.
         costs: formulas for the example image.
-        path, projector: of the tower and of what reads it.
+        path, projector: paths of the tower and of the module that reads it.
         kind: see ``PromptSide``.
-        docs: None for the usual ones.
+        docs: None for the default text.
     """
     return Family(
         model_type=model_type,

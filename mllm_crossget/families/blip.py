@@ -1,13 +1,12 @@
 """BLIP: ViT, and BERT-like text encoders and decoders that cross-attend to its tokens.
 
-Tokens merge inside the ViT; every cross-attention reads what is left, class token and cross token included. Text cross
-tokens live in the text model that reads the image first: the decoder for captioning, the encoder for question
-answering and retrieval, both in the first token of every row.
+Tokens merge inside the ViT; every cross-attention reads the kept tokens, including class token and cross token. Text
+cross tokens are in the text model that reads the image first: the decoder for captioning, the encoder for question
+answering and retrieval. In both they are written into the first token of every row.
 
-Text encoders are reduced with ``text_r`` or ``text_keep_ratio`` (``hooks.text.bert_text``); the caption's decoder is
-not.
+``text_r`` or ``text_keep_ratio`` reduce text encoders (``hooks.text.bert_text``), but not the decoder for captioning.
 
-BLIP computes its vision attention itself, with the whole map; the merged one does the same.
+BLIP computes its vision attention itself, with the whole map, and so does the reduced tower.
 """
 
 from __future__ import annotations
@@ -38,8 +37,9 @@ _POST_NORM = "vision_model.post_layernorm"
 
 
 def language_flops(config: Any, visual: int, text_tokens: int, new_tokens: int) -> tuple[int, int, int]:
-    """The decoder on a prompt of ``text_tokens``, its head on the last one, and decoding with a cache of its own tokens
-    and of the keys and values of what it reads, ``visual`` tokens (for answers, those of the question)."""
+    """FLOPs of the decoder on a prompt of ``text_tokens``, of its head on the last one, and of decoding. The cache
+    holds the decoder's own tokens, and keys and values of the ``visual`` tokens that it cross-attends to (for answers,
+    those of the question)."""
     text = config.text_config
     crossing = text.num_hidden_layers * 2 * linear_flops(visual, text.encoder_hidden_size, text.hidden_size)
     head = linear_flops(1, text.hidden_size, text.hidden_size) + linear_flops(1, text.hidden_size, text.vocab_size)
@@ -75,13 +75,14 @@ def _text_encoder(path: str, *, reads_image: bool = True, reader: str = "") -> T
 
 
 def matching_flops(config: Any, features: int) -> int:
-    """The matching head on one token."""
+    """FLOPs of the matching head on one token."""
     del features
     return linear_flops(1, config.text_config.hidden_size, 2)
 
 
 def embedding_flops(config: Any, features: int) -> int:
-    """The text's pooler, and one image and one text to the space that they share: one token each."""
+    """FLOPs of the text's pooler, and of the projections of one image and one text to their shared space: one token
+    each."""
     del features
     vision, text = config.vision_config.hidden_size, config.text_config.hidden_size
     projections = linear_flops(1, vision, config.projection_dim) + linear_flops(1, text, config.projection_dim)
@@ -89,7 +90,7 @@ def embedding_flops(config: Any, features: int) -> int:
 
 
 def _vision(text: str) -> VisionSide:
-    """The tower, whose tokens the BERT at a path cross-attends to."""
+    """The tower; the BERT at a path cross-attends to its tokens."""
     return VisionSide(
         tower="vision_model",
         config="vision_config",
@@ -101,12 +102,12 @@ def _vision(text: str) -> VisionSide:
 
 
 def _language(text: str, *layers: str, tower: TextTower | None = None) -> LanguageSide:
-    """The BERT at a path, which text cross tokens live in, and all lists of layers."""
+    """The BERT at a path, which has the text cross tokens, and all lists of layers."""
     return LanguageSide(text, lambda config: TextSide(text, "encoder.layer"), lambda config: layers, tower)
 
 
 def _crossing(text: str) -> CrossPaths:
-    """Both sides meet in the keys' width of the first cross-attention of the BERT at a path."""
+    """Cross tokens of both sides are compared in the key space of the first cross-attention of the BERT at a path."""
     return CrossPaths(vision=(_POST_NORM, f"{text}.encoder.layer.0.crossattention.self.value"))
 
 

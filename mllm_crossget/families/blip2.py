@@ -1,12 +1,12 @@
 """BLIP-2: ViT, Q-Former with query tokens, language model (OPT or T5).
 
-Tokens merge inside the ViT. The Q-Former cross-attends to what is left, class token and cross token included, and the
-language model gets its ``num_query_tokens`` (32) features as ever: prompts do not change. Text cross tokens live in the
-language model (OPT's decoder, T5's encoder), in the first token behind the 32 image features that the processor writes
-in front of every prompt.
+Tokens merge inside the ViT. The Q-Former cross-attends to the kept tokens, including class token and cross token. The
+language model gets ``num_query_tokens`` (32) features as before, so prompts do not change. Text cross tokens are in the
+language model (OPT's decoder, T5's encoder), in the first token after the 32 image features that the processor puts
+before every prompt.
 
-``Blip2ForImageTextRetrieval`` and ``Blip2VisionModelWithProjection`` have no language model, and are families of their
-own: their tower merges with vision cross tokens alone, without an alignment loss.
+``Blip2ForImageTextRetrieval`` and ``Blip2VisionModelWithProjection`` have no language model and are separate families.
+Their tower merges with vision cross tokens alone, without an alignment loss.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ from mllm_crossget.schedule import TowerGeometry
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """Where a transformers language model with its head keeps its layers.
+    """Paths of the layers in a transformers language model with its head.
 
     Args:
-        prompt: path to the stack that reads the prompt, and its list of layers.
+        prompt: path to the stack that reads the prompt, and path from there to its list of layers.
         others: paths to further lists of layers (T5's decoder).
     """
 
@@ -62,7 +62,8 @@ Q_FORMER_INPUT = ("vision_model.post_layernorm", "qformer.encoder.layer.0.crossa
 
 
 def language_model(config: Any) -> LanguageModel:
-    """Where the language model of a configuration keeps its layers. Raises ``ValueError`` that names the known ones."""
+    """Paths of the layers in the language model of a configuration. Raises ``ValueError`` that names the known
+    models."""
     kind = config.text_config.model_type
     if kind not in LANGUAGE_MODELS:
         raise ValueError(
@@ -73,7 +74,7 @@ def language_model(config: Any) -> LanguageModel:
 
 
 def vit_geometry(kind: TowerKind) -> Callable[[Any], TowerGeometry]:
-    """Geometry of a BLIP tower, whose every token is read, behind the last layer and its norm."""
+    """Geometry of a BLIP tower, all of whose tokens are read after the last layer and its norm."""
     return read_at_the_end(kind, drops_prefix=False)
 
 
@@ -90,31 +91,33 @@ def language_layers(config: Any) -> tuple[str, ...]:
 
 
 def images_per_row(config: Any, kwargs: dict[str, Any]) -> Tensor:
-    """(B,) images in every row, by its placeholders."""
+    """(B,) number of images in each row, from its placeholders."""
     return (kwargs["input_ids"] == config.image_token_id).sum(dim=1) // config.num_query_tokens
 
 
 def connector_flops(config: Any, features: int) -> int:
-    """The Q-Former on its query tokens, and the projection to the language model's width."""
+    """FLOPs of the Q-Former on its query tokens, and of the projection to the language model's width."""
     former, queries = config.qformer_config, config.num_query_tokens
     return q_former_flops(config, features) + linear_flops(queries, former.hidden_size, config.text_config.hidden_size)
 
 
 def embedding_flops(config: Any, features: int) -> int:
-    """The Q-Former on its query tokens, and the projection of all of them to the space shared with texts."""
+    """FLOPs of the Q-Former on its query tokens, and of the projection of all of them to the space shared with
+    texts."""
     former, queries = config.qformer_config, config.num_query_tokens
     return q_former_flops(config, features) + linear_flops(queries, former.hidden_size, config.image_text_hidden_size)
 
 
 def text_embedding_flops(config: Any, text_tokens: int) -> int:
-    """The Q-Former on a text alone, and the projection of its first token to the space shared with images."""
+    """FLOPs of the Q-Former on a text alone, and of the projection of its first token to the space shared with
+    images."""
     former = config.qformer_config
     layers = former.num_hidden_layers * self_attention_block_flops(former, text_tokens)
     return layers + linear_flops(1, former.hidden_size, config.image_text_hidden_size)
 
 
 def q_former_flops(config: Any, features: int) -> int:
-    """The Q-Former on its query tokens.
+    """FLOPs of the Q-Former on its query tokens.
 
     Per layer: self-attention and an MLP on the queries; in every ``cross_attention_frequency``-th layer the queries
     also attend to the tower's ``features``.
@@ -132,7 +135,7 @@ def q_former_flops(config: Any, features: int) -> int:
 
 
 def self_attention_block_flops(former: Any, tokens: int) -> int:
-    """One layer of a BERT-like stack without its cross-attention: q, k, v, o, attention, two MLP matrices."""
+    """FLOPs of one layer of a BERT-like stack without its cross-attention: q, k, v, o, attention, two MLP matrices."""
     width = former.hidden_size
     return (
         4 * linear_flops(tokens, width, width)
@@ -192,8 +195,8 @@ BLIP2_PROJECTION = register_family(
     )
 )
 
-# Its matching head reads text and image together, and transformers then makes a mask for the image with rows for the
-# text too, which the Q-Former's cross-attention of the queries alone cannot take: all images keep the same number.
+# Its matching head reads text and image together. transformers then makes an image mask that also has rows for the
+# text, which the cross-attention of the Q-Former's queries does not accept. So all images keep the same number.
 BLIP2_RETRIEVAL = register_family(
     dataclasses.replace(
         BLIP2_PROJECTION,

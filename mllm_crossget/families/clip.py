@@ -1,10 +1,11 @@
 """CLIP's dual encoder (``CLIPModel``) and its towers with their projections.
 
-CrossGET's CLIP flavour: the metric is the key of all heads, importance the cosine with the query of the cross token
-(vision) or of the end mark (text). The image embedding is the class token's, which is protected. In the text tower
-start mark, end mark and cross token are protected. It is causal: no token sees the cross token, which learns from the
-alignment loss alone. A text of the full context length is reduced with its padding, as in the reference; in a shorter
-batch the padding that the attention mask names is taken out first, so that no row depends on the rows beside it.
+CrossGET as published for CLIP: the metric is the key of all heads, and importance is the cosine with the query of the
+cross token (vision) or of the end mark (text). The image embedding is read from the class token, which is protected. In
+the text tower start mark, end mark and cross token are protected. The text tower is causal: no token attends to the
+cross token, which learns from the alignment loss alone. A text of the full context length is reduced with its padding,
+as in the reference. In a shorter batch the padding, as given by the attention mask, is removed first, so that no row
+depends on the other rows.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ from mllm_crossget.families.tower_geometry import read_at_the_end
 from mllm_crossget.flop_formulas import linear_flops
 from mllm_crossget.schedule import TowerGeometry
 
-_LEGACY_END = 2  # transformers' first CLIP configurations name a wrong end mark; the largest id is meant
+_LEGACY_END = 2  # a wrong end mark in transformers' first CLIP configurations, which means the largest id
 
 
 def end_of_text(text_config: Any, input_ids: Tensor) -> Tensor:
-    """(B, T) ids -> (B,) place of the end mark, by the rule that transformers pools with."""
+    """(B, T) ids -> (B,) column of the end mark, by the rule of transformers' pooling."""
     if text_config.eos_token_id == _LEGACY_END:
         return input_ids.to(torch.int).argmax(dim=-1)
     return (input_ids == text_config.eos_token_id).int().argmax(dim=-1)
@@ -45,7 +46,7 @@ vision_geometry = read_at_the_end(CLIP_TOWER, part="")
 
 
 def projections_flops(config: Any, features: int) -> int:
-    """One image and one text to the shared space: one token each."""
+    """FLOPs of the projections of one image and one text to the shared space: one token each."""
     del features
     flops = 0
     for part in ("vision_config", "text_config"):

@@ -1,7 +1,7 @@
 """Cohere2 Vision (Command A Vision): SigLIP tower, pixel shuffle and a gated MLP as in Aya Vision, Cohere2.
 
-Tokens merge inside the tower, as for Aya Vision: copied back to their patches in front of pixel shuffle, and the cells
-that it makes are merged again behind the projector, each tile by itself. The last layer of the tower is read.
+Tokens merge inside the tower, as in Aya Vision. They are copied back to their patches before pixel shuffle, and the
+resulting cells are merged again behind the projector, separately for each tile. The last layer of the tower is read.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from mllm_crossget.families.tower_geometry import read_at_the_end
 
 
 def cells_of_tile(config: Any) -> int:
-    """Cells that pixel shuffle makes of a tile: (patches per side // downsample_factor)²."""
+    """Number of cells that pixel shuffle makes of a tile: (patches per side // downsample_factor)²."""
     return (int(patches_per_image(config.vision_config) ** 0.5) // config.downsample_factor) ** 2
 
 

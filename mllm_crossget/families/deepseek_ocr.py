@@ -1,8 +1,9 @@
-"""DeepSeek-OCR 2: SAM's tower, a language model as an encoder whose queries read its map, one matrix, DeepSeek-V2.
+"""DeepSeek-OCR 2: SAM's tower, a language model as encoder with queries that read SAM's output, one matrix,
+DeepSeek-V2.
 
-An image is tiles of 144 queries each, where it is large, a global view of 256 (144 up to 768 pixels) and a separator.
-There is no layer whose tokens could become fewer without the queries; these are merged behind the projector, each tile
-and each view by itself, and the separator stays. Text is lost with the tokens it is read from.
+An image has a global view of 256 queries (144 up to 768 pixels) and a separator; a large image also has tiles of 144
+queries each. No layer can lose tokens without losing queries, so the queries are merged behind the projector,
+separately for each tile and view. The separator is kept. Removed tokens can lose text of the image.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from mllm_crossget.families.family import FamilyCosts, FamilyDocs, register_fami
 from mllm_crossget.families.modality import Modality
 from mllm_crossget.flop_formulas import linear_flops
 
-_SMALL, _LARGE = 144, 256  # queries, by the number of patches that SAM's tower leaves
-_STEPS = 4  # two convolutions behind SAM's tower halve its map
+_SMALL, _LARGE = 144, 256  # number of queries, which depends on the size of SAM's output
+_STEPS = 4  # two convolutions after SAM's tower halve its map, each by 2
 
 
 def tokens_of_parts(model: Any, kwargs: dict[str, Any]) -> list[int]:
-    """Placeholders of every part of every image: its tiles, its global view, the separator behind it."""
+    """Number of placeholders of every part of every image: its tiles, its global view, the separator after it."""
     config, counts = model.config, kwargs.get("num_local_patches")
     tiles = [0] * len(kwargs["pixel_values"]) if counts is None else [int(count) for count in counts]
     local, view = (_queries(config, kwargs.get(name)) for name in ("pixel_values_local", "pixel_values"))
@@ -36,7 +37,7 @@ def _queries(config: Any, pixels: Tensor | None) -> int:
 
 
 def projector_flops(config: Any, features: int) -> int:
-    """One matrix."""
+    """FLOPs of one matrix."""
     return linear_flops(features, config.vision_config.encoder_config.hidden_size, config.text_config.hidden_size)
 
 

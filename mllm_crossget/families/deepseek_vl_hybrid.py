@@ -1,7 +1,7 @@
-"""DeepSeek-VL-hybrid: SigLIP on a small copy of the picture and SAM's tower on a large one, whose maps are added up.
+"""DeepSeek-VL-hybrid: SigLIP on a small copy of the picture, and SAM's tower on a large copy, whose maps are summed.
 
-The features of both towers stand side by side, patch by patch, and SAM's tower keeps the grid in convolutions; both are
-left alone, and tokens are merged behind the aligner, each image by itself.
+The features of both towers are concatenated patch by patch, and SAM's tower needs the grid for its convolutions. Both
+towers are therefore unchanged, and tokens are merged behind the aligner, separately for each image.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from mllm_crossget.schedule import MergeGeometry
 
 
 def geometry(config: Any) -> MergeGeometry:
-    """As many tokens as the small copy has patches."""
+    """Geometry with as many tokens as the small copy has patches."""
     return MergeGeometry(patches_per_image(config.vision_config))
 
 
 def aligner_flops(config: Any, features: int) -> int:
-    """A matrix for each tower, of half the text width, and one for both together."""
+    """FLOPs of a matrix for each tower, to half the text width, and of one for both together."""
     inputs, outputs = config.vision_config.hidden_size, config.text_config.hidden_size
     high = config.high_res_vision_config.output_channels * 4
     halves = linear_flops(features, inputs, outputs // 2) + linear_flops(features, high, outputs // 2)

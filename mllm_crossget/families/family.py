@@ -1,25 +1,25 @@
-"""What a model family is: data that says where tower and language model are, and what reaches the language side.
+"""What a model family is: data about where tower and language model are, and what the language side gets.
 
-Knows no method. A new family is one new file that builds a ``Family`` and calls ``register_family``.
+Families do not depend on methods. A new family is one new file that builds a ``Family`` and calls ``register_family``.
 
-Lengths of what a reduced model returns, in every family (T_i: ``Schedule.tokens``; as many tensors as the untouched
-model returns, and its lengths for everything that is not named here):
+Lengths of the outputs of a reduced model, in every family, with T_i for ``Schedule.tokens``. A reduced model returns as
+many tensors as the untouched one, and outputs that are not named here have the untouched lengths.
 
-- Vision tower of L layers whose tokens merge inside it: ``hidden_states`` are L + 1 of T_0 ... T_L tokens, T_i being
-  those behind layer i (T_0: the patches, with class token and cross token); ``attentions`` are L maps of T_0 ...
-  T_(L-1) tokens, as a layer attends before it merges; ``last_hidden_state`` has T_L. Images of several sizes in one
-  call are padded with zeros behind their own tokens. A tower whose tokens are merged behind the projector alone is as
-  it was; in front of a projector of the whole grid, ``get_image_features`` returns states of all patches, each of them
-  that of the token it is in (attention maps are the reduced ones). A tower that takes images of any size in one call,
-  in front of such a projector, gives states of all patches always, zeros at padding; its attention maps are those of
-  every image (or of images of one size) by itself, layer by layer.
-- What reads the tower with cross-attention (Q-Former, BLIP's text models): keys of T_L tokens, queries as before.
-- Text tower of a dual encoder, text encoder of BLIP: as the vision tower, of the longest text without padding; its
-  ``last_hidden_state`` has the columns of ``input_ids`` (in BLIP it is the last entry of ``hidden_states`` as well).
-  What a text decoder reads of it are the tokens that are left.
-- Language model whose prompt has placeholders: ``hidden_states``, ``attentions`` and the KV cache have the compact
-  prompt (of the longest row), in every layer; ``logits`` have the full one.
-- ``image_hidden_states`` (and those of videos, where they become fewer): the features that the language model gets.
+- Vision tower of L layers whose tokens merge inside it: ``hidden_states`` are L + 1 tensors of T_0 ... T_L tokens,
+  where T_i is the number after layer i (T_0: the patches, with class token and cross token). ``attentions`` are L maps
+  of T_0 ... T_(L-1) tokens, because a layer attends before it merges. ``last_hidden_state`` has T_L. Images of several
+  sizes in one call are padded with zeros after their own tokens. If tokens are merged only behind the projector, the
+  tower is unchanged. With a projector that needs the whole grid, ``get_image_features`` returns states of all patches,
+  each with the state of its token (attention maps are the reduced ones). If such a tower takes images of any size in
+  one call, it always returns states of all patches, with zeros at padding. Its attention maps are then separate per
+  image (or per group of images of one size), layer by layer.
+- Modules that cross-attend to the tower (Q-Former, BLIP's text models): keys of T_L tokens, queries as before.
+- Text tower of a dual encoder, text encoder of BLIP: as the vision tower, with the lengths of the longest text without
+  padding. ``last_hidden_state`` has the columns of ``input_ids``, and in BLIP so has the last entry of
+  ``hidden_states``. A text decoder reads the kept tokens.
+- Language model whose prompt has placeholders: ``hidden_states``, ``attentions`` and the KV cache have the length of
+  the compact prompt (of the longest row), in every layer; ``logits`` have the full length.
+- ``image_hidden_states`` (and those of videos, if videos are reduced): the features that the language model gets.
 """
 
 from __future__ import annotations
@@ -64,20 +64,22 @@ from mllm_crossget.language_flops import token_flops
 
 @dataclass(frozen=True)
 class Family:
-    """A model family: data in named parts. Whatever is in a part can be read from the family too, by the names below.
+    """A model family: data in named parts. The fields of all parts can also be read from the family, by the names
+    below.
 
     Args:
-        model_type: of the top configuration (``model.config.model_type``).
-        vision: the tower, and what reads it.
+        model_type: model type of the top configuration (``model.config.model_type``).
+        vision: the tower, and the modules that read it.
         docs: its line in the table of families.
         prompt: how features reach the prompt.
-        language: language model or text tower.
-        crossing: where cross tokens are compared.
-        costs: formulas.
-        classes: names of the model classes that are served, where the model type has others of another structure;
-            empty: all that no other family of this model type names.
-        variant: tells families of one model type apart; "" for the one that a bare configuration means.
-        configured: whether a configuration of this model type means this variant; None: no configuration by itself.
+        language: the language model or text tower. crossing: where cross tokens are compared.
+        costs: FLOP formulas.
+        classes: names of the supported model classes, if the model type has others of another structure. Empty: all
+            classes that no other family of this model type names.
+        variant: distinguishes families of one model type; "" for the one that a configuration without class names
+            means.
+        configured: whether a configuration of this model type means this variant. None: a configuration alone never
+            means it.
     """
 
     model_type: str
@@ -92,17 +94,17 @@ class Family:
     configured: Callable[[Any], bool] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled and copied by its key: it is made of functions."""
+        """Pickle and copy by key, because the parts hold functions."""
         return registered_family, (self.key,)
 
     @property
     def key(self) -> str:
-        """Its name in ``families()``: the model type, and the variant where there is one."""
+        """Its name in ``families()``: the model type, and the variant if there is one."""
         return f"{self.model_type}:{self.variant}" if self.variant else self.model_type
 
     @property
     def title(self) -> str:
-        """Its name for readers: the model type, and the classes or the variant that it is about."""
+        """Its name for readers: the model type, with the classes or the variant."""
         told = ", ".join(self.classes) or self.variant
         return f"{self.model_type} ({told})" if self.variant else self.model_type
 
@@ -112,7 +114,7 @@ class Family:
 
     @property
     def towers(self) -> tuple[str, ...]:
-        """Model types of the towers that are served."""
+        """Model types of the supported towers."""
         return tuple(kind.model_type for kind in self.vision.kinds)
 
     @property
@@ -127,7 +129,7 @@ class Family:
 
     @property
     def geometry(self) -> Callable[[Any], Geometry]:
-        """See ``VisionSide.geometry``; with what the schedule needs to know of costs."""
+        """See ``VisionSide.geometry``; the geometry has the costs that the schedule needs."""
         return partial(_geometry_with_costs, self)
 
     @property
@@ -262,7 +264,7 @@ class Family:
 
 
 def modality_geometry(family: Family, modality: Modality, config: Any) -> TowerGeometry:
-    """Geometry of the tower of its own that a modality has. Raises ``TypeError`` for one without."""
+    """Geometry of a modality's own tower. Raises ``TypeError`` for a modality without one."""
     if modality.geometry is None:
         raise TypeError(f"{modality.name} have no tower of their own")
     return _with_costs(family, config, modality.geometry(config))
@@ -287,7 +289,7 @@ _REFUSED: dict[str, str] = {}
 
 
 def register_family(family: Family) -> Family:
-    """Make a family known to ``accelerate_mllm``, the command line and the tests."""
+    """Register a family for ``accelerate_mllm``, the command line and the tests."""
     _FAMILIES[family.key] = family
     return family
 
@@ -300,16 +302,16 @@ def registered_family(key: str) -> Family:
 
 
 def families() -> dict[str, Family]:
-    """The registered families by their keys: the model type, with ``:variant`` where a type has several."""
+    """The registered families by key: the model type, with ``:variant`` if a type has several."""
     return dict(_FAMILIES)
 
 
 def family_of(config: Any, class_names: Iterable[str] = ()) -> Family | None:
     """The family of a configuration, or of a model whose class and base classes have these names; None if unknown.
 
-    Without class names those in the configuration's ``architectures`` count. A variant that the configuration itself
-    means goes first. Classes that a family names are looked for then, then the family of the model type that takes any
-    class; a bare configuration means the one without variant.
+    Without class names those in the configuration's ``architectures`` are used. The search has this order: a variant
+    that the configuration itself means; a family that names one of the classes; the family of the model type that takes
+    any class. A configuration without class names means the family without variant.
     """
     model_type = getattr(config, "model_type", None)
     of_type = [family for family in _FAMILIES.values() if family.model_type == model_type]
@@ -324,7 +326,7 @@ def family_of(config: Any, class_names: Iterable[str] = ()) -> Family | None:
 
 
 def refuse_family(model_type: str, reason: str) -> None:
-    """Name a model type that cannot be served, with the reason, for messages and for the table of families."""
+    """Register a model type that is not supported, with the reason, for messages and for the table of families."""
     _REFUSED[model_type] = reason
 
 
@@ -334,7 +336,7 @@ def refused_families() -> dict[str, str]:
 
 
 def text_side_of(family: Family, config: Any) -> TextSide | None:
-    """Where the text cross tokens of a model with this configuration are written, or None."""
+    """The text side that text cross tokens are written into, for a model with this configuration; or None."""
     if family.text_side is not None:
         return family.text_side(config)
     return None if family.language_model is None else TextSide(family.language_model)

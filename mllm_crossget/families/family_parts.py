@@ -1,4 +1,4 @@
-"""The parts that a family is made of: what it looks like, what it costs, and what its line in the table says."""
+"""The parts of a family: its structure, its costs, and its line in the table of families."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from mllm_crossget.schedule import Geometry
 
 @dataclass(frozen=True)
 class VisionSide:
-    """The vision tower, and what reads its tokens.
+    """The vision tower, and the modules that read its tokens.
 
     Args:
         tower: path to the vision tower; "" if the model is the tower, None if it has none.
         config: path from the configuration to the vision configuration.
-        geometry: configuration -> the tower's geometry, or a ``MergeGeometry`` where tokens are merged behind the
-            projector. Raises ``ValueError`` where the configuration cannot be served.
-        kinds: of towers that are served.
-        projector: path to the module that maps vision features to the text width, or None.
-        view: paths of the modules that make the features of the tokens that the tower hands on, one after the other and
-            each token by itself (norm, projector); empty where features are made of several tokens or layers.
-        dynamic: whether every image may keep its own number of tokens (methods that choose per image).
-        cosine: CrossGET's CLIP flavour was published for it: importance is the cosine of a token's key with the cross
-            token's query, the metric the keys of all heads. Otherwise, as for LLaVA, attention received and keys added
-            up over heads.
-        readers: paths of the models that cross-attend to the tower's tokens, behind its ``post_layernorm``, and heed
+        geometry: configuration -> the tower's geometry, or a ``MergeGeometry`` if tokens are merged behind the
+            projector. Raises ``ValueError`` if the configuration is not supported.
+        kinds: supported kinds of towers. projector: path to the module that maps vision features to the text width, or
+            None.
+        view: paths of the modules (norm, projector) that turn the tower's tokens into features, in order, if they map
+            each token separately. Empty if a feature is made of several tokens or layers.
+        dynamic: whether methods that choose the number of tokens per image are supported.
+        cosine: whether CrossGET was published for it as for CLIP: importance is the cosine of a token's key with the
+            cross token's query, and the metric is the keys of all heads. Otherwise, as for LLaVA, importance is the
+            attention received, and the metric is the keys summed over heads.
+        readers: paths of the models that cross-attend to the tower's tokens, after its ``post_layernorm``, and use
             ``encoder_attention_mask``.
-        cross_attentions: for a reader that does not (BLIP's text models): path to its list of layers, and path from a
-            layer to the module that computes its cross-attention.
+        cross_attentions: for a reader that ignores this mask (BLIP's text models): path to its list of layers, and path
+            from a layer to the module that computes its cross-attention.
     """
 
     tower: str | None
@@ -55,13 +55,13 @@ class PromptSide:
 
     Args:
         owner: path to the module whose ``get_image_features`` the top model calls, or None.
-        kind: how its features come about.
-        modalities: visual inputs with placeholders in the prompt; empty where the language side gets as many tokens as
+        kind: how its features are made.
+        modalities: visual inputs with placeholders in the prompt. Empty if the language side gets as many tokens as
             without reduction, or has no prompt.
-        positions: of image tokens.
-        first_position: of a prompt's first token, where the model's forward is given no positions.
-        images_per_row: (configuration, keyword arguments of the call) -> (B,) images in every row of the text; None:
-            the same number for every row. Only asked where ``modalities`` is empty.
+        positions: positions of image tokens.
+        first_position: position of a prompt's first token, if the model's forward is given no positions.
+        images_per_row: (configuration, keyword arguments of the call) -> (B,) number of images in each row of the text.
+            None: the same number for every row. Only used if ``modalities`` is empty.
     """
 
     owner: str | None = None
@@ -81,7 +81,7 @@ class LanguageSide:
         text_side: configuration -> where text cross tokens are written; None: in the ``layers`` of ``model``.
         layers: configuration -> paths of the language model's lists of layers, which LoRA adapts; None: ``layers`` of
             ``model``.
-        text_tower: of a dual encoder or another model whose text can be reduced, else None.
+        text_tower: text tower of a dual encoder or another model whose text can be reduced, else None.
     """
 
     model: str | None = None
@@ -92,14 +92,14 @@ class LanguageSide:
 
 @dataclass(frozen=True)
 class CrossPaths:
-    """Where the cross tokens of both sides are compared, for the alignment loss.
+    """The space in which the cross tokens of both sides are compared, for the alignment loss.
 
     Args:
-        vision: paths of the modules that map a vision cross token, one after the other, to where it is compared with
-            the text cross token; empty where there is no such map (then there is no alignment loss).
-        cell: (configuration, (images, D) cross tokens) -> (images, ...) what the first of these modules takes for a
-            cell of the grid all of whose patches are that token, where it takes cells; None: the token itself.
-        text: likewise for a text cross token; empty leaves it as it is.
+        vision: paths of the modules, in order, that map a vision cross token to the space of the comparison. Empty if
+            there are none; then there is no alignment loss.
+        cell: for a first module that takes cells of the grid: (configuration, (images, D) cross tokens) -> (images,
+            ...) its input for a cell whose patches are all that token. None: the input is the token itself.
+        text: paths of the modules that map a text cross token to that space; empty if it is not mapped.
     """
 
     vision: tuple[str, ...] = ()
@@ -109,18 +109,18 @@ class CrossPaths:
 
 @dataclass(frozen=True)
 class FamilyCosts:
-    """Formulas for what depends on the family.
+    """FLOP formulas that depend on the family.
 
     Args:
         tiles: configuration -> how often the tower runs for a typical image, for costs without an image; None: once.
         llm_tokens: (configuration, tower features) -> visual tokens that the language model gets; None: all features.
-        connector: (configuration, tower features) -> FLOPs between tower and language model; all tokens of an image
-            where they are merged behind the projector.
-        connector_text: (configuration, text tokens) -> FLOPs that the text adds there.
-        tower: configuration -> FLOPs of patch embedding and layers for one image that is not reduced.
-        language: (configuration, visual tokens, text tokens, new tokens) -> FLOPs of prefill, logits of the last token,
-            decoding; of a decoder that reads a text tower, whose tokens then take the place of the visual ones; None: a
-            language model that reads visual and text tokens as one prompt.
+        connector: (configuration, tower features) -> FLOPs between tower and language model. ``tower features`` are all
+            tokens of an image if tokens are merged behind the projector.
+        connector_text: (configuration, text tokens) -> FLOPs that the text adds between tower and language model.
+        tower: configuration -> FLOPs of patch embedding and of layers, for one image that is not reduced.
+        language: (configuration, visual tokens, text tokens, new tokens) -> FLOPs of prefill, of the logits of the last
+            token, and of decoding. For a decoder that reads a text tower, the tower's tokens replace the visual tokens.
+            None: a language model that reads visual and text tokens as one prompt.
     """
 
     tiles: Callable[[Any], Tiles] | None = None
@@ -137,7 +137,7 @@ class FamilyDocs:
 
     Args:
         note: where tokens are reduced.
-        exact: what equals the untouched model or a reference exactly, what is left out.
+        exact: what equals the untouched model or a reference exactly, and what is not supported.
     """
 
     note: str

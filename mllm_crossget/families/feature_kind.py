@@ -1,4 +1,4 @@
-"""Ways from a tower's tokens to the features that take the placeholders' places, by name."""
+"""Names of the ways in which a tower's tokens become the features that replace the placeholders."""
 
 from __future__ import annotations
 
@@ -6,45 +6,45 @@ from enum import StrEnum
 
 
 class FeatureKind(StrEnum):
-    """How a family's features reach its prompt. ``hooks.projector.kinds`` has a mixin for each of them, and says so
-    where it is imported."""
+    """How a family's features are made. ``hooks.projector.kinds`` has a mixin for each kind, which is checked at
+    import."""
 
     PLAIN = "plain"
-    """The tower's tokens one by one through the projector."""
+    """The projector maps each token of the tower separately."""
     CONCATENATED = "concatenated"
-    """Several layers of the tower side by side."""
+    """Features are concatenated from several layers of the tower."""
     CONCATENATED_GRID = "concatenated_grid"
-    """The same, of tiles packed patch by patch, with newlines."""
+    """As CONCATENATED, for tiles packed patch by patch, with newlines."""
     GRID = "grid"
     """Tiles packed patch by patch, with newlines."""
     VIDEO_GRID = "video_grid"
-    """The same, and frames that a module pools."""
+    """As GRID, and a module pools video frames."""
     LIMITED_GRID = "limited_grid"
-    """The same, grids of too many tiles are resized, and frames are pooled in a method."""
+    """As GRID, but grids of too many tiles are resized, and a method pools video frames."""
     WHOLE_GRID = "whole_grid"
-    """Cells that the projector makes of the whole grid of patches."""
+    """The projector makes cells from the whole grid of patches."""
     PADDED_GRID = "padded_grid"
-    """The same of images of any size, padded behind their patches; the grid may be pooled inside the tower."""
+    """As WHOLE_GRID, for images of any size, padded after their patches; the tower itself may pool the grid."""
     PADDED_GRID_VIDEOS = "padded_grid_videos"
     """The same, and every frame of a video is an image."""
     PACKED_GRID = "packed_grid"
-    """The same of images packed into one row."""
+    """As PADDED_GRID, for images packed into one row."""
     MASKED_RESAMPLER = "masked_resampler"
-    """Queries of a resampler that takes a mask of real tokens (Idefics2)."""
+    """Features are queries of a resampler that takes a mask of real tokens (Idefics2)."""
     COUNTED_RESAMPLER = "counted_resampler"
-    """Queries of a projector that looks their number up by the number of patches (Aria)."""
+    """Features are queries of a projector that looks their number up by the number of patches (Aria)."""
     TWO_TOWERS = "two_towers"
-    """Plain ones of two towers, for images and for frames."""
+    """As PLAIN, with two towers, one for images and one for video frames."""
     MERGED = "merged"
-    """Merged behind the projector; the tower is left alone."""
+    """Tokens are merged behind the projector, and the tower is unchanged."""
     MERGED_VIDEOS = "merged_videos"
     """The same, and every frame of a video is an image."""
 
 
 class Positions(StrEnum):
-    """Where image tokens stand in the language model.
+    """Positions of image tokens in the language model.
 
-    CONTIGUOUS: like words. GRID: they have positions in time, height and width, and those that stay keep their own
+    CONTIGUOUS: like words. GRID: positions in time, height and width; kept tokens have the positions of the full prompt
     (``hooks.request.rope_positions``).
     """
 

@@ -1,8 +1,8 @@
 """Gemma 3 with images: SigLIP tower, average pooling of the patch grid, one matrix as projector.
 
-Tokens merge inside the tower. The pooling needs the whole grid, so every token is copied back to its patches in front
-of it, and the cells that it makes are merged again behind the projector. The tokens of an image see one another in both
-directions: the mask is made from ``token_type_ids``, which shrink with the prompt.
+Tokens merge inside the tower. The pooling needs the whole grid, so every token is copied back to its patches before it,
+and the resulting cells are merged again behind the projector. The tokens of an image attend to one another in both
+directions: the mask is made from ``token_type_ids``, which are compacted with the prompt.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mllm_crossget.flop_formulas import linear_flops, vit_image_flops
 
 
 def cells(config: Any) -> int:
-    """Cells that the pooling makes of an image."""
+    """Number of cells that the pooling makes of an image."""
     return int(config.mm_tokens_per_image**0.5) ** 2
 
 
@@ -34,7 +34,7 @@ geometry = read_at_the_end(SIGLIP_TOWER, owner="Gemma 3", cells=cells)
 
 
 def projector_flops(config: Any, features: int) -> int:
-    """One matrix behind the pooling."""
+    """FLOPs of one matrix after the pooling."""
     return linear_flops(features, config.vision_config.hidden_size, config.text_config.hidden_size)
 
 

@@ -1,10 +1,10 @@
-"""Gemma 4: a tower of images of any size, padded to one length, that pools its patches by their place in the grid.
+"""Gemma 4: a tower for images of any size, padded to one length, which pools its patches by their place in the grid.
 
-Tokens merge inside the tower, each image and each frame of a video by itself and without its padding. The pooling is
-inside of the tower's own forward, so every token is copied back to its patches behind the last layer, and the cells are
-merged again behind the one matrix that maps them to the language model. Where that reads images in both directions
-(``use_bidirectional_attention="vision"``), its mask is made from ``mm_token_type_ids``, which shrink with the prompt.
-Audio is not touched.
+Tokens merge inside the tower, separately for each image and each frame of a video, and without padding. The tower's own
+forward pools the patches. So every token is copied back to its patches after the last layer, and the cells are merged
+again after the one matrix that maps them to the language model. If the language model reads images in both directions
+(``use_bidirectional_attention="vision"``), its mask is made from ``mm_token_type_ids``, which are compacted with the
+prompt. Audio is not changed.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from mllm_crossget.flop_formulas import attention_flops, linear_flops
 from mllm_crossget.schedule import TowerGeometry
 
 EXAMPLE_SIDE = 16
-"""Cells along a side of a square picture at the processor's budget of 280 tokens: 768 pixels at a patch of 16."""
+"""Cells per side of a square picture at the processor's budget of 280 tokens: 768 pixels with patches of 16 pixels."""
 
 
 def by_tables(tables: tuple[Tensor, ...]) -> dict[str, Any]:
-    """The attention takes cosines and sines, and of the places themselves how many numbers they have."""
+    """Arguments of the attention: cosines and sines, and a tensor of places, of which only the shape is used."""
     return {"position_embeddings": tables, "position_ids": tables[0][..., :2]}
 
 
@@ -55,7 +55,7 @@ def geometry(config: Any) -> TowerGeometry:
     """Geometry of the example image; every image gets its own.
 
     Raises:
-        ValueError: a model without vision, or keys that several heads of queries share.
+        ValueError: a model without vision, or one whose query heads share keys.
     """
     vision = config.vision_config
     if vision is None:
@@ -70,17 +70,17 @@ def geometry(config: Any) -> TowerGeometry:
 
 
 def cells_of_images(model: Any, kwargs: dict[str, Any]) -> list[int]:
-    """Placeholders of every image. Raises ``ValueError`` without ``image_position_ids``."""
+    """Number of placeholders of each image. Raises ``ValueError`` without ``image_position_ids``."""
     return _cells(model, kwargs.get("image_position_ids"), "image_position_ids")
 
 
 def cells_of_frames(model: Any, kwargs: dict[str, Any]) -> list[int]:
-    """Placeholders of every frame of every video. Raises ``ValueError`` without ``video_position_ids``."""
+    """Number of placeholders of each frame of each video. Raises ``ValueError`` without ``video_position_ids``."""
     return _cells(model, kwargs.get("video_position_ids"), "video_position_ids")
 
 
 def _cells(model: Any, positions: Any, name: str) -> list[int]:
-    """Patches that are no padding, which has position -1, divided by those of a cell."""
+    """Number of patches divided by the patches of a cell. Padding, which has position -1, is not counted."""
     if not isinstance(positions, Tensor):
         raise ValueError(f"{name} is missing: it says which patches are padding; pass what the processor returns")
     real = (positions != -1).all(dim=-1).sum(dim=-1).flatten()
@@ -88,7 +88,7 @@ def _cells(model: Any, positions: Any, name: str) -> list[int]:
 
 
 def tower_flops(config: Any) -> tuple[int, int]:
-    """Patch embedding and layers on the example image."""
+    """FLOPs of patch embedding and of layers on the example image."""
     vision = config.vision_config
     patches, width = EXAMPLE_SIDE**2 * vision.pooling_kernel_size**2, vision.hidden_size
     heads, kv_heads = (vision.head_dim * count for count in (vision.num_attention_heads, vision.num_key_value_heads))
@@ -98,7 +98,7 @@ def tower_flops(config: Any) -> tuple[int, int]:
 
 
 def embedder_flops(config: Any, features: int) -> int:
-    """The product that pools patches to cells, and one matrix behind it."""
+    """FLOPs of the product that pools patches to cells, and of one matrix after it."""
     vision = config.vision_config
     pooling = linear_flops(features, features * vision.pooling_kernel_size**2, vision.hidden_size)
     return pooling + linear_flops(features, vision.hidden_size, config.text_config.hidden_size)

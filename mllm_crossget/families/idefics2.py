@@ -1,8 +1,8 @@
 """Idefics2: a SigLIP-like tower for images of any size, and a resampler with a fixed number of latents.
 
-Tokens merge inside the tower, and the resampler reads those that are left, CrossGET's cross token among them. The
-language model gets as many vectors per image as before, so prompts do not change. Images that are padded to the size of
-a larger one run without their padding: how far an image is reduced depends on its own size.
+Tokens merge inside the tower, and the resampler reads the kept tokens, including CrossGET's cross token. The language
+model gets as many vectors per image as before, so prompts do not change. Images that are padded to the size of a larger
+one run without their padding, so an image's number of tokens depends on its own size.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ geometry = read_at_the_end(IDEFICS2_TOWER, owner="Idefics2")
 
 
 def latents(config: Any, features: int) -> int:
-    """Vectors that the language model gets per image."""
+    """Number of vectors that the language model gets per image."""
     return int(config.perceiver_config.resampler_n_latents)
 
 
 def connector_flops(config: Any, features: int) -> int:
-    """A gated MLP on every token, then the resampler's layers: its latents attend to tokens and latents."""
+    """FLOPs of a gated MLP on every token, and of the resampler's layers, whose latents attend to tokens and
+    latents."""
     text, perceiver = config.text_config, config.perceiver_config
     inner, width = text.intermediate_size, text.hidden_size
     total = 2 * linear_flops(features, config.vision_config.hidden_size, inner) + linear_flops(features, inner, width)

@@ -1,10 +1,10 @@
 """Idefics3 and SmolVLM: SigLIP-like tower, pixel shuffle, one matrix as projector.
 
-Tokens merge inside the tower. Pixel shuffle needs the whole square of patches (a reduced count that happens to be a
-square would pass it and mean nothing), so every token is copied back to its patches in front of it, and the cells that
-it makes are merged again behind the projector, each tile by itself; ``visual_tokens`` counts tokens per tile. The
-tokens that the processor writes around tiles (row and column, whole image) stay. Tiles with a padded margin are
-refused.
+Tokens merge inside the tower. Pixel shuffle needs the whole square of patches; a reduced count that is a square by
+chance would pass its check and give meaningless cells. So every token is copied back to its patches before it. The
+resulting cells are merged again behind the projector, separately for each tile. ``visual_tokens`` counts tokens per
+tile. The tokens that the processor writes around tiles (row and column, whole image) are kept. Tiles with a padded
+margin are refused.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _TOWERS = (IDEFICS3_TOWER, SMOLVLM_TOWER)
 
 
 def cells(config: Any) -> int:
-    """Cells that pixel shuffle makes of one tile."""
+    """Number of cells that pixel shuffle makes of one tile."""
     return int(patches_per_image(config.vision_config) // config.scale_factor**2)
 
 
@@ -42,18 +42,18 @@ geometry = read_at_the_end(*_TOWERS, owner="Idefics3", cells=cells)
 
 
 def tokens_of_tiles(model: Any, kwargs: dict[str, Any]) -> list[int]:
-    """Placeholders of every tile, row by row. Pixels are (rows, tiles, channels, height, width); a tile of zeros is
-    padding, which the model skips."""
+    """Number of placeholders of each tile, row by row. Pixels are (rows, tiles, channels, height, width); a tile of
+    zeros is padding, which the model skips."""
     pixels, patch = kwargs["pixel_values"], model.config.vision_config.patch_size
     real = int((pixels != 0).flatten(2).any(dim=2).sum())
     if model.config.model_type == "smolvlm":
-        real = max(real, 1)  # it keeps one tile where all are zero
+        real = max(real, 1)  # the model keeps one tile if all are zero
     height, width = pixels.shape[-2:]
     return [(height // patch) * (width // patch) // model.config.scale_factor**2] * real
 
 
 def projector_flops(config: Any, features: int) -> int:
-    """One matrix behind pixel shuffle."""
+    """FLOPs of one matrix after pixel shuffle."""
     inputs = config.vision_config.hidden_size * config.scale_factor**2
     return linear_flops(features, inputs, config.text_config.hidden_size)
 

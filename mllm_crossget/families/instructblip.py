@@ -1,8 +1,8 @@
-"""InstructBLIP and InstructBlipVideo: BLIP-2 with the instruction in the Q-Former as well.
+"""InstructBLIP and InstructBlipVideo: BLIP-2 whose Q-Former also reads the instruction.
 
-Tokens merge inside the ViT, for videos in every frame on its own; the language model gets 32 features per image or
-frame as ever. Text cross tokens live in the Q-Former's text side, in the first token behind its query tokens, and meet
-the vision cross tokens in the Q-Former's width. The language model is not touched.
+Tokens merge inside the ViT, separately for each frame of a video. The language model gets 32 features per image or
+frame as before. Text cross tokens are in the Q-Former's text side, in the first token after its query tokens. They are
+compared with the vision cross tokens in the Q-Former's width. The language model is not changed.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from mllm_crossget.flop_formulas import attention_flops
 
 
 def text_side(config: Any) -> TextSide:
-    """The Q-Former, whose text stands behind its query tokens."""
+    """The Q-Former, whose text follows its query tokens."""
     skip = config.num_query_tokens
     return TextSide("qformer", "encoder.layer", config="qformer_config", skip=skip, keyword="qformer_")
 
 
 def connector_text_flops(config: Any, text_tokens: int) -> int:
-    """What the instruction adds to the Q-Former: its own rows, and what queries and text see of each other."""
+    """FLOPs that the instruction adds to the Q-Former: its own rows, and the attention between queries and text."""
     former, queries = config.qformer_config, config.num_query_tokens
     seen_by_each_other = 2 * attention_flops(queries, text_tokens, former.hidden_size)
     return former.num_hidden_layers * (self_attention_block_flops(former, text_tokens) + seen_by_each_other)

@@ -1,8 +1,8 @@
 """InternVL (2.5, 3 and relatives in transformers' format): InternViT tower, pixel shuffle, MLP projector.
 
 Tokens merge inside the tower. Pixel shuffle needs the whole square of patches, so every token is copied back to its
-patches in front of it, and the cells that it makes are merged again behind the projector, each tile (and each video
-frame) by itself; ``visual_tokens`` counts tokens per tile.
+patches before it. The resulting cells are merged again behind the projector, separately for each tile (and each video
+frame). ``visual_tokens`` counts tokens per tile.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def geometry(config: Any) -> TowerGeometry:
     """Geometry of one tile of an ``InternVLConfig``: patches · downsample_ratio² cells behind the projector.
 
     Raises:
-        ValueError: another vision tower, or a selection of features of which no square is left.
+        ValueError: another vision tower, or selected features that do not form a square.
     """
     kind = tower_kind(config.vision_config.model_type, _TOWERS, "InternVL")
     if config.vision_feature_select_strategy != "default":
@@ -67,10 +67,10 @@ def geometry(config: Any) -> TowerGeometry:
 
 
 def cells_of_tile(config: Any, pixels: Tensor) -> int:
-    """Cells of a tile of (tiles, channels, height, width) pixels; positions of other sizes are interpolated.
+    """Number of cells of a tile of (tiles, channels, height, width) pixels; positions are interpolated for other sizes.
 
     Raises:
-        ValueError: a tile that is no square, or whose patches are no whole cells.
+        ValueError: a tile that is not a square, or whose patches do not form whole cells.
     """
     (height, width), (patch_height, patch_width) = pixels.shape[-2:], config.vision_config.patch_size
     rows, columns, side = height // patch_height, width // patch_width, round(1 / config.downsample_ratio)
@@ -83,20 +83,21 @@ def cells_of_tile(config: Any, pixels: Tensor) -> int:
 
 
 def _patch_grid(vision: Any) -> tuple[int, int]:
-    """Patches of one tile, (rows, columns)."""
+    """(rows, columns) of patches in one tile."""
     (height, width), (patch_height, patch_width) = vision.image_size, vision.patch_size
     return height // patch_height, width // patch_width
 
 
 def projector_flops(config: Any, features: int) -> int:
-    """Two matrices behind pixel shuffle: the patches of a cell to the text width, then text width to text width."""
+    """FLOPs of two matrices after pixel shuffle: the patches of a cell to the text width, then text width to text
+    width."""
     inputs = int(config.vision_config.hidden_size / config.downsample_ratio**2)
     outputs = config.text_config.hidden_size
     return linear_flops(features, inputs, outputs) + linear_flops(features, outputs, outputs)
 
 
 def tower_flops(config: Any) -> tuple[int, int]:
-    """One tile; a class token joins the patches."""
+    """FLOPs of patch embedding and of layers on one tile, with its class token."""
     vision = config.vision_config
     height, width = _patch_grid(vision)
     inputs = vision.num_channels * vision.patch_size[0] * vision.patch_size[1]
@@ -104,7 +105,8 @@ def tower_flops(config: Any) -> tuple[int, int]:
 
 
 def cross_cell(config: Any, tokens: Tensor) -> Tensor:
-    """A cell's channels are those of its patches side by side: (images, D) -> (images, D / downsample_ratio²)."""
+    """(images, D) -> (images, D / downsample_ratio²): a cell's channels are the concatenated channels of its
+    patches."""
     return tokens.repeat(1, round(config.downsample_ratio**-2))
 
 

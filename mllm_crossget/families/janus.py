@@ -1,7 +1,7 @@
-"""Janus: its own SigLIP-like tower, an MLP, Llama. Understanding of images is reduced; images are made as before.
+"""Janus: its own SigLIP-like tower, an MLP, Llama. Image understanding is reduced; image generation is unchanged.
 
-Tokens merge inside the tower that reads images. Making images (``generation_mode="image"``) uses other modules, none of
-which is changed.
+Tokens merge inside the tower that reads images. Image generation (``generation_mode="image"``) uses other modules,
+which are not changed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ geometry = read_at_the_end(JANUS_TOWER, owner="Janus")
 
 
 def aligner_flops(config: Any, features: int) -> int:
-    """One linear map to the text width and ``depth - 1`` within it."""
+    """FLOPs of one linear map to the text width and of ``depth - 1`` within it."""
     vision = config.vision_config
     inner = (vision.depth - 1) * linear_flops(features, vision.projection_dim, vision.projection_dim)
     return linear_flops(features, vision.hidden_size, vision.projection_dim) + inner

@@ -1,10 +1,10 @@
-"""LFM2-VL: SigLIP 2 on images of any size, padded to one length, pixel unshuffle, an MLP, and LFM2, whose layers attend
-or convolve.
+"""LFM2-VL: SigLIP 2 on images of any size, padded to one length, pixel unshuffle, an MLP, and LFM2, whose layers have
+attention or a convolution.
 
-Tokens merge inside the tower, each tile by itself and without its padding. They are copied back to their patches in
-front of pixel unshuffle, and the cells that it makes are merged again behind the projector. Layers of the language
-model that convolve keep a state instead of keys: they read the merged tokens in the prompt's order and know nothing of
-token sizes.
+Tokens merge inside the tower, separately for each tile and without padding. They are copied back to their patches
+before pixel unshuffle, and the resulting cells are merged again behind the projector. Convolution layers of the
+language model have a state instead of keys: they read the merged tokens in the prompt's order and do not use token
+sizes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mllm_crossget.flop_formulas import linear_flops, vit_flops
 from mllm_crossget.schedule import TowerGeometry
 
 EXAMPLE_SIDE = 32
-"""Patches along a side of the tile that tables and ``inspect`` show: 512 pixels at a patch of 16."""
+"""Patches per side of the example tile in tables and ``inspect``: 512 pixels with patches of 16 pixels."""
 
 
 SIGLIP2_TOWER = TowerKind("siglip2_vision_model", prefix=0)
@@ -43,7 +43,7 @@ def geometry(config: Any) -> TowerGeometry:
 
 
 def cells_of_tiles(model: Any, kwargs: dict[str, Any]) -> list[int]:
-    """Placeholders of every tile. Raises ``ValueError`` without ``spatial_shapes``."""
+    """Number of placeholders of each tile. Raises ``ValueError`` without ``spatial_shapes``."""
     shapes = kwargs.get("spatial_shapes")
     if shapes is None:
         raise ValueError(
@@ -54,14 +54,14 @@ def cells_of_tiles(model: Any, kwargs: dict[str, Any]) -> list[int]:
 
 
 def tower_flops(config: Any) -> tuple[int, int]:
-    """Patch embedding and layers on the example tile."""
+    """FLOPs of patch embedding and of layers on the example tile."""
     vision = config.vision_config
     inputs = vision.num_channels * vision.patch_size**2
     return linear_flops(EXAMPLE_SIDE**2, inputs, vision.hidden_size), vit_flops(vision, EXAMPLE_SIDE**2)
 
 
 def projector_flops(config: Any, features: int) -> int:
-    """Two matrices behind pixel unshuffle."""
+    """FLOPs of two matrices after pixel unshuffle."""
     inputs = config.vision_config.hidden_size * config.downsample_factor**2
     inner = config.projector_hidden_size
     return linear_flops(features, inputs, inner) + linear_flops(features, inner, config.text_config.hidden_size)

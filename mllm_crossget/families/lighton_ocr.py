@@ -1,6 +1,7 @@
 """LightOnOCR: Pixtral's tower on packed images, a merger of 2 x 2 patches, an MLP, Qwen3.
 
-As for Mistral 3 (``mistral3``), whose vision side it has. Text is lost with the tokens it is read from.
+The vision side is that of Mistral 3 (``mistral3``) and is reduced in the same way. Removed tokens can lose text of the
+image.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""LLaVA (1.5 and everything of that shape): CLIP or SigLIP tower, MLP projector, decoder-only language model.
+"""LLaVA (1.5, and models of the same structure): CLIP or SigLIP tower, MLP projector, decoder-only language model.
 
-Tokens merge inside the tower; the features of layer ``vision_feature_layer`` reach the language model, without the
-class token under the "default" strategy, with CrossGET's cross token as the last one (278 = 277 patches + 1 at r = 13,
-336 px). Where ``vision_feature_layer`` lists several layers, their features stand side by side, as in VipLlava.
+Tokens merge inside the tower. The language model gets the features of layer ``vision_feature_layer``, without the class
+token under the "default" strategy. CrossGET's cross token is the last one (278 = 277 patches + 1 at r = 13, 336 px). If
+``vision_feature_layer`` lists several layers, their features are concatenated, as in VipLlava.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ def geometry(config: Any) -> TowerGeometry:
     """Geometry of a ``LlavaConfig``.
 
     Raises:
-        ValueError: a tower, a feature layer or a selection strategy that cannot be served.
+        ValueError: a tower, a feature layer or a selection strategy that is not supported.
     """
     read = layer_that_is_read(config.vision_feature_layer, config.vision_config.num_hidden_layers)
     return _geometry(config, read)
 
 
 def layered_geometry(config: Any) -> TowerGeometry:
-    """The same for features that are several layers side by side: tokens merge up to the last one that is read."""
+    """The same for features concatenated from several layers: tokens merge up to the last layer that is read."""
     read = layers_that_are_read(config.vision_feature_layer, config.vision_config.num_hidden_layers)
     return _geometry(config, max(read))
 
@@ -71,13 +71,13 @@ def _geometry(config: Any, read: int) -> TowerGeometry:
 
 
 def two_layer_projector_flops(config: Any, features: int) -> int:
-    """LLaVA's projector: vision width to text width, then text width to text width."""
+    """FLOPs of LLaVA's projector: vision width to text width, then text width to text width."""
     inputs, outputs = config.vision_config.hidden_size, config.text_config.hidden_size
     return linear_flops(features, inputs, outputs) + linear_flops(features, outputs, outputs)
 
 
 def layered_projector_flops(config: Any, features: int) -> int:
-    """The same for features that are several layers side by side."""
+    """The same for features concatenated from several layers."""
     inputs, outputs = config.vision_config.hidden_size, config.text_config.hidden_size
     more = (len(config.vision_feature_layer) - 1) * linear_flops(features, inputs, outputs)
     return two_layer_projector_flops(config, features) + more

@@ -1,13 +1,13 @@
-"""LLaVA-NeXT (LLaVA-1.6): an image is a base image and a grid of tiles, each of them encoded by the tower on its own.
+"""LLaVA-NeXT (LLaVA-1.6): an image is a base image and a grid of tiles, each encoded separately by the tower.
 
-Tokens merge inside the tower, tile by tile. What the stock model does behind it - grid, unpadding, a newline vector
-behind every row of patches - is kept: a merged token stands once, where its first patch that is not padding stood. So
+Tokens merge inside the tower, tile by tile. The stock model's later steps are kept: grid, unpadding, a newline vector
+after every row of patches. A merged token appears once, at the place of its first patch that is not padding. So
 
-* a token all of whose patches lie in the padding that the stock model cuts off does not reach the language model;
-* a newline stays if its row of patches still holds a token, and goes with the row otherwise;
-* CrossGET's cross token of the base image stands behind the base image's tokens; the tiles' are left out.
+* a token whose patches are all in the padding that the stock model cuts off does not reach the language model;
+* a newline is kept if its row of patches still holds a token, and dropped with the row otherwise;
+* CrossGET's cross token of the base image follows the base image's tokens; those of the tiles are dropped.
 
-How many features an image has depends on what is in it, so images are encoded before the prompt is shrunk, once.
+The number of features depends on the content of the image, so images are encoded once, before the prompt is compacted.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ def grid_geometry(config: Any) -> TowerGeometry:
     """Geometry of one tile.
 
     Raises:
-        ValueError: as for LLaVA, and where the class token is read as if it were a patch, which no grid can hold.
+        ValueError: as for LLaVA; and if the class token is read like a patch, because it has no place in the grid.
     """
     return _in_a_grid(config, geometry(config))
 
 
 def layered_grid_geometry(config: Any) -> TowerGeometry:
-    """The same for features that are several layers side by side (Granite Vision)."""
+    """The same for features concatenated from several layers (Granite Vision)."""
     return _in_a_grid(config, layered_geometry(config))
 
 
@@ -60,7 +60,7 @@ def _in_a_grid(config: Any, made: TowerGeometry) -> TowerGeometry:
 
 
 def require_sizes(kwargs: dict[str, Any]) -> Tensor:
-    """The images' sizes in pixels, (images, 2) height and width. Raises ``ValueError`` if they are missing."""
+    """(images, 2) height and width of the images in pixels. Raises ``ValueError`` if they are missing."""
     sizes = kwargs.get("image_sizes")
     if not isinstance(sizes, Tensor) or sizes.ndim != 2 or sizes.shape[1] != 2:
         raise ValueError(
@@ -71,12 +71,12 @@ def require_sizes(kwargs: dict[str, Any]) -> Tensor:
 
 
 def parts(model: Any, kwargs: dict[str, Any]) -> list[int]:
-    """Tiles of every image of a call."""
+    """Number of tiles of each image of a call."""
     return tile_counts(model.model, require_sizes(kwargs), kwargs.get("batch_num_images"))
 
 
 def counts(model: Any, kwargs: dict[str, Any]) -> list[int]:
-    """Features of every image of a call that the untouched model makes."""
+    """Number of features of each image of a call in the untouched model."""
     owner, config = model.model, model.config
     made = layouts(
         owner.pack_image_features,
@@ -89,11 +89,10 @@ def counts(model: Any, kwargs: dict[str, Any]) -> list[int]:
 
 
 def square_tiles(config: Any, most: float = float("inf")) -> Tiles:
-    """A square image: the base image and the largest square grid that the model knows, a newline behind every row.
+    """Tiles of a square image: the base image and the largest square grid of the model, with a newline after every row.
 
     Args:
-        config: of the model.
-        most: tiles that the grid may have.
+        config: configuration of the model. most: largest number of tiles in the grid.
     """
     size = config.vision_config.image_size
     sides = [height // size for height, width in config.image_grid_pinpoints if height == width]

@@ -1,7 +1,7 @@
 """LLaVA-NeXT-Video: images as in ``llava_next``, and videos.
 
-A frame is pooled on its grid of patches: every merged token is copied back to its patches in front of the pooling, and
-the cells behind it are merged again, to the share that the tower keeps (``hooks.projector.pooled_tiles``).
+A frame is pooled on its grid of patches, so every merged token is copied back to its patches before the pooling. The
+cells after it are merged again, to the share that the tower keeps (``hooks.projector.pooled_tiles``).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mllm_crossget.families.modality import all_of
 
 
 def video_counts(model: Any, kwargs: dict[str, Any], kept: Callable[[int], int] = all_of) -> list[int]:
-    """Features of every video: the frames' patches, pooled in squares of ``spatial_pool_stride``."""
+    """Number of features of each video: the frames' patches, pooled in squares of ``spatial_pool_stride``."""
     config = model.config
     side = config.vision_config.image_size // config.vision_config.patch_size // config.spatial_pool_stride
     return [frames * kept(side * side) for frames in frame_counts(model, kwargs)]

@@ -1,13 +1,13 @@
 """LLaVA-OneVision: single images cut into tiles, several images of one tile each, and videos.
 
-Single images are packed as in ``llava_next``: a merged token stands once, where its first patch that is not padding
-stood; newlines stay with rows that hold a token; the base image's cross token stands behind its tokens. A row with
+Single images are packed as in ``llava_next``. A merged token appears once, at the place of its first patch that is not
+padding. Newlines of rows that hold a token are kept, and the base image's cross token follows its tokens. A row with
 several images (``batch_num_images``) has one tile and one newline for each.
 
-Of two inputs the stock model computes new vectors from the grid of patches: images of so many tiles that the grid is
-resized (``vision_aspect_ratio="anyres_max_9"`` with more than nine tiles), and videos, whose frames are pooled. There
-every token is copied back to its patches in front of that step, and the cells behind it are merged again, to the share
-that the tower keeps (``hooks.projector.pooled_tiles``). A resized grid keeps newlines as above, a video its one
+For two inputs the stock model computes new vectors from the grid of patches. The grid of an image with many tiles is
+resized (``vision_aspect_ratio="anyres_max_9"`` with more than nine tiles), and the frames of videos are pooled. Every
+token is then copied back to its patches before that step. The cells after it are merged again, to the share that the
+tower keeps (``hooks.projector.pooled_tiles``). A resized grid keeps newlines as above, and a video keeps its one
 newline.
 """
 
@@ -35,7 +35,7 @@ from mllm_crossget.families.tile_packing import layouts
 
 
 def counts(model: Any, kwargs: dict[str, Any]) -> list[int]:
-    """Features of every image of a call that the untouched model makes."""
+    """Number of features of each image of a call in the untouched model."""
     owner, config = model.model, model.config
     made = layouts(
         owner.pack_image_features,
@@ -48,20 +48,20 @@ def counts(model: Any, kwargs: dict[str, Any]) -> list[int]:
 
 
 def video_counts(model: Any, kwargs: dict[str, Any], kept: Callable[[int], int] = all_of) -> list[int]:
-    """Features of every video: frames of half the height and width, and one newline."""
+    """Number of features of each video: frames of half the height and width, and one newline."""
     vision = model.config.vision_config
     side = math.ceil(vision.image_size // vision.patch_size / 2)
     return [frames * kept(side * side) + 1 for frames in frame_counts(model, kwargs)]
 
 
 def frame_counts(model: Any, kwargs: dict[str, Any]) -> list[int]:
-    """Frames of every video of a call."""
+    """Number of frames of each video of a call."""
     videos = kwargs["pixel_values_videos"]
     return [videos.shape[1]] * videos.shape[0]
 
 
 def largest_whole_grid(config: Any) -> Tiles:
-    """A square image of as many tiles as the model takes without resizing the grid."""
+    """Tiles of the largest square image whose grid the model does not resize."""
     return square_tiles(config, most=int(config.vision_aspect_ratio.removeprefix("anyres_max_")))
 
 

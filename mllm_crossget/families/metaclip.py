@@ -1,4 +1,4 @@
-"""MetaCLIP 2: CLIP's towers with another tokenizer, whose end mark the text's embedding is read from."""
+"""MetaCLIP 2: CLIP's towers with another tokenizer; the text embedding is read from that tokenizer's end mark."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ METACLIP_TOWER = TowerKind("metaclip_2_vision_model", prefix=1)
 
 
 def end_of_text(text_config: Any, input_ids: Tensor) -> Tensor:
-    """(B, T) ids -> (B,) place of the first end mark."""
+    """(B, T) ids -> (B,) column of the first end mark."""
     return (input_ids == text_config.eos_token_id).int().argmax(dim=-1)
 
 

@@ -1,8 +1,8 @@
-"""MiniCPM-V 4.6: packed SigLIP-like tower that merges 2 x 2 windows behind one of its layers, a merger of 2 x 2 cells,
+"""MiniCPM-V 4.6: packed SigLIP-like tower that merges 2 x 2 windows after one of its layers, a merger of 2 x 2 cells,
 Qwen3.5.
 
-Windows and merger want the whole grid; tokens are merged behind the merger, each slice and each frame of a video by
-itself. With ``downsample_mode="4x"``, in the configuration or in a call, the windows are left out and images have four
+Windows and merger need the whole grid, so tokens are merged behind the merger, separately for each slice and each frame
+of a video. With ``downsample_mode="4x"``, in the configuration or in a call, there are no windows, and images have four
 times as many tokens.
 """
 
@@ -16,16 +16,16 @@ from mllm_crossget.families.modality import Modality
 from mllm_crossget.flop_formulas import attention_flops, linear_flops, vit_flops
 
 EXAMPLE_SIDE = 28
-"""Patches along a side of the slice that tables and ``inspect`` show: 448 pixels at a patch of 16."""
+"""Patches per side of the example slice in tables and ``inspect``: 448 pixels with patches of 16 pixels."""
 
 
 def cells_of_slices(model: Any, kwargs: dict[str, Any]) -> list[int]:
-    """Placeholders of every slice of every image. Raises ``ValueError`` without ``target_sizes``."""
+    """Number of placeholders of each slice of each image. Raises ``ValueError`` without ``target_sizes``."""
     return _cells(model, kwargs, "target_sizes")
 
 
 def cells_of_frames(model: Any, kwargs: dict[str, Any]) -> list[int]:
-    """Placeholders of every frame of every video. Raises ``ValueError`` without ``target_sizes_videos``."""
+    """Number of placeholders of each frame of each video. Raises ``ValueError`` without ``target_sizes_videos``."""
     return _cells(model, kwargs, "target_sizes_videos")
 
 
@@ -38,20 +38,20 @@ def _cells(model: Any, kwargs: dict[str, Any], name: str) -> list[int]:
 
 
 def _cell(config: Any, mode: str | None = None) -> tuple[int, int]:
-    """Patches of a cell, down and across."""
+    """(rows, columns) of patches in a cell."""
     windows = 1 if (mode or config.downsample_mode) == "4x" else 2
     down, across = (windows * side**config.merger_times for side in config.merge_kernel_size)
     return down, across
 
 
 def example_cells(config: Any) -> int:
-    """Cells of the example slice."""
+    """Number of cells of the example slice."""
     down, across = _cell(config)
     return int((EXAMPLE_SIDE // down) * (EXAMPLE_SIDE // across))
 
 
 def tower_flops(config: Any) -> tuple[int, int]:
-    """Patch embedding, layers in front of the windows and behind them, and what merges them."""
+    """FLOPs of patch embedding, and of the layers before and after the windows with the window merging."""
     vision, patches = config.vision_config, EXAMPLE_SIDE**2
     embedding = linear_flops(patches, vision.num_channels * vision.patch_size**2, vision.hidden_size)
     layers = vision.num_hidden_layers
@@ -66,7 +66,7 @@ def tower_flops(config: Any) -> tuple[int, int]:
 
 
 def merger_flops(config: Any, features: int) -> int:
-    """Two matrices for every merging of cells; every one but the last keeps the tower's width."""
+    """FLOPs of two matrices for every merging of cells; all but the last keep the tower's width."""
     width, (down, across) = config.vision_config.hidden_size, config.merge_kernel_size
     inner, total = width * down * across, 0
     for left in range(config.merger_times - 1, -1, -1):

@@ -1,7 +1,7 @@
 """Mistral 3 (Small 3.1 and later): Pixtral's tower on packed images, a merger of 2 x 2 patches, an MLP.
 
-Tokens merge inside the tower, which packs all images into one row: every image runs by itself. The merger wants every
-block, so tokens are copied back to their patches in front of it, and the cells are merged again behind the projector.
+Tokens merge inside the tower, which packs all images into one row; here each image runs separately. The merger needs
+every block, so tokens are copied back to their patches before it, and the cells are merged again behind the projector.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from mllm_crossget.flop_formulas import attention_flops, linear_flops
 from mllm_crossget.schedule import TowerGeometry
 
 _EXAMPLE = 1024
-"""Pixels along a side of the picture that tables and ``inspect`` show."""
+"""Pixels per side of the example picture in tables and ``inspect``."""
 
 
 def by_tables(tables: tuple[Tensor, ...]) -> dict[str, Any]:
-    """The attention takes cosines and sines of one image, (T, ·) each."""
+    """Arguments of the attention: cosines and sines of one image, (T, ·) each."""
     return {"position_embeddings": tuple(table[0] for table in tables)}
 
 
@@ -61,7 +61,7 @@ def geometry(config: Any) -> TowerGeometry:
 
 
 def cells_of_images(model: Any, kwargs: dict[str, Any]) -> list[int]:
-    """Placeholders of every image. Raises ``ValueError`` without ``image_sizes``."""
+    """Number of placeholders of each image. Raises ``ValueError`` without ``image_sizes``."""
     sizes = kwargs.get("image_sizes")
     if sizes is None:
         raise ValueError("image_sizes is missing: it says how large images are; pass what the processor returns")
@@ -71,7 +71,7 @@ def cells_of_images(model: Any, kwargs: dict[str, Any]) -> list[int]:
 
 
 def example_cells(config: Any) -> int:
-    """Cells of a square picture of 1024 pixels, which the processor enlarges to whole cells."""
+    """Number of cells of a square picture of 1024 pixels, which the processor enlarges to whole cells."""
     return _example_side(config) ** 2
 
 
@@ -80,7 +80,7 @@ def _example_side(config: Any) -> int:
 
 
 def tower_flops(config: Any) -> tuple[int, int]:
-    """Patch embedding and layers on the example image."""
+    """FLOPs of patch embedding and of layers on the example image."""
     vision = config.vision_config
     patches, width = example_cells(config) * config.spatial_merge_size**2, vision.hidden_size
     layer = 4 * linear_flops(patches, width, width) + attention_flops(patches, patches, width)
@@ -90,7 +90,7 @@ def tower_flops(config: Any) -> tuple[int, int]:
 
 
 def projector_flops(config: Any, features: int) -> int:
-    """The merger's matrix on the patches of a cell, and two more behind it."""
+    """FLOPs of the merger's matrix on the patches of a cell, and of two matrices after it."""
     width, outputs = config.vision_config.hidden_size, config.text_config.hidden_size
     merger = linear_flops(features, width * config.spatial_merge_size**2, width)
     return merger + linear_flops(features, width, outputs) + linear_flops(features, outputs, outputs)

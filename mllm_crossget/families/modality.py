@@ -12,7 +12,7 @@ from mllm_crossget.schedule import TowerGeometry
 
 
 def all_of(tokens: int) -> int:
-    """Features of a part of so many placeholders in the untouched model."""
+    """Number of features of a part with ``tokens`` placeholders in the untouched model."""
     return tokens
 
 
@@ -24,20 +24,21 @@ class Modality:
         name: its key in transformers' ``mm_encoder_outputs`` ("image", "video").
         pixels: the keyword argument with the pixels.
         token: name of the configuration's field with the placeholder's token id.
-        encode: method of the features' owner that encodes it.
+        encode: name of the features owner's method that encodes it.
         ndim: dimensions that the pixels may have.
         arguments: further keyword arguments of the call that ``encode`` reads.
-        counts: (model, keyword arguments) -> placeholders of every image that the untouched model needs, where they
-            differ from image to image; the features are then counted by encoding first, if there are no
+        counts: (model, keyword arguments) -> number of placeholders that the untouched model needs for each image, if
+            it differs per image. Features are then counted by encoding the images first, unless there are
             ``reduced_counts``. None: every image has the schedule's count.
-        reduced_counts: (model, keyword arguments, placeholders of a part -> features of it) -> features of every image
-            of the reduced model, where they follow from the numbers of parts (frames); else None.
-        tokens_of: (model's configuration, pixels) -> placeholders of each of these images in the untouched model, where
-            the tower takes images of other sizes than the configuration's. Raises ``ValueError`` for a size that the
-            untouched model cannot take. None: the schedule's count, whatever the size.
-        tower: path to a vision tower of its own, with layers like the family's; "" where it shares that one.
+        reduced_counts: (model, keyword arguments, function from placeholders to features of a part) -> number of
+            features of each image in the reduced model, if it follows from the numbers of parts (frames); else None.
+        tokens_of: (model's configuration, pixels) -> number of placeholders of each of these images in the untouched
+            model, if the tower takes images of other sizes than the configuration's. Raises ``ValueError`` for a size
+            that the untouched model does not take. None: the schedule's count for every size.
+        tower: path to the modality's own vision tower, with layers like the family's; "" if it shares the family's
+            tower.
         geometry: configuration -> geometry of that tower.
-        parts: (model, keyword arguments) -> tower images (tiles, frames) of every image; None: one each.
+        parts: (model, keyword arguments) -> number of tower images (tiles, frames) of each image; None: one each.
     """
 
     name: str = "image"
@@ -56,11 +57,10 @@ class Modality:
 
 @dataclass(frozen=True)
 class Tiles:
-    """How often the tower runs for one image, for costs. The cross token of the first tile alone is read.
+    """How often the tower runs for one image, for costs. Only the first tile's cross token is read.
 
     Args:
-        count: tiles or frames.
-        newlines: vectors that the model adds to their features.
+        count: number of tiles or frames. newlines: number of vectors that the model adds to their features.
     """
 
     count: int = 1

@@ -1,7 +1,7 @@
 """PaddleOCR-VL: packed SigLIP-like tower with 2-D rotary positions, an MLP on 2 x 2 blocks, 3-D positions in the text.
 
-As for Qwen-VL (``qwen_vl``), the tower and the blocks are left alone, tokens are merged behind the projector, each
-image by itself, and those that stay keep the positions of their own cells.
+As in Qwen-VL (``qwen_vl``), the tower and the blocks are unchanged. Tokens are merged behind the projector, separately
+for each image, and kept tokens have the positions of their own cells.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mllm_crossget.flop_formulas import linear_flops, vit_flops
 
 
 def tower_flops(config: Any) -> tuple[int, int]:
-    """Patch embedding and layers on the example image."""
+    """FLOPs of patch embedding and of layers on the example image."""
     vision = config.vision_config
     patches = EXAMPLE_SIDE**2 * vision.spatial_merge_size**2
     inputs = vision.num_channels * vision.patch_size**2
@@ -24,7 +24,7 @@ def tower_flops(config: Any) -> tuple[int, int]:
 
 
 def projector_flops(config: Any, features: int) -> int:
-    """Two matrices on the patches of a cell."""
+    """FLOPs of two matrices on the patches of a cell."""
     inner = config.vision_config.hidden_size * config.vision_config.spatial_merge_size**2
     return linear_flops(features, inner, inner) + linear_flops(features, inner, config.text_config.hidden_size)
 

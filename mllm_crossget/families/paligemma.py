@@ -1,8 +1,8 @@
-"""PaliGemma and PaliGemma 2: SigLIP tower, one linear map, Gemma that reads images and question in both directions.
+"""PaliGemma and PaliGemma 2: SigLIP tower, one linear map, Gemma with bidirectional attention on images and question.
 
-Tokens merge inside the tower; the language model gets those of the last layer, with CrossGET's cross token as the last
-one of each image. ``token_type_ids`` (0 for the prefix that is read in both directions, 1 for the answer) shrink with
-the prompt, so the prefix is what it was without the removed placeholders. The loss is that of the user's labels.
+Tokens merge inside the tower. The language model gets those of the last layer, with CrossGET's cross token as the last
+one of each image. ``token_type_ids`` (0 for the bidirectional prefix, 1 for the answer) are compacted with the prompt,
+so the prefix is the same without the removed placeholders. The loss is computed on the user's labels.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ geometry = read_at_the_end(SIGLIP_TOWER, owner="PaliGemma")
 
 
 def projector_flops(config: Any, features: int) -> int:
-    """One linear map from the vision width to the text width."""
+    """FLOPs of one linear map from the vision width to the text width."""
     return linear_flops(features, config.vision_config.hidden_size, config.projection_dim)
 
 

@@ -1,7 +1,7 @@
-"""Model types that cannot be served, each with the reason; ``unsupported_reason`` and the table of families say it.
+"""Model types that are not supported, each with the reason that ``unsupported_reason`` and the table of families give.
 
-What each reason rests on was read in transformers 5.23; a name from the file that was read stands beside it, and a test
-looks whether it is still there.
+Each reason follows from the code of transformers 5.23. It names an identifier in the file that was read, and a test
+checks that the file still has it.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ class Refusal:
 
     Args:
         reason: for messages and tables.
-        evidence: what to look for in transformers' ``modeling_<model type>.py``.
-        file: the model type whose file that is, where it is another one.
+        evidence: identifier in transformers' ``modeling_<model type>.py``.
+        file: the model type of that file, if it is another one.
     """
 
     reason: str

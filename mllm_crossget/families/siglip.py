@@ -1,9 +1,10 @@
 """SigLIP's dual encoder (``SiglipModel``).
 
-As CLIP, but: the vision tower has no class token, its cross token starts as the mean of the patches, and the pooling
-head counts a merged token as often as it has patches. The text tower is bidirectional and reads the last column, which
-is padding more often than not: that token is protected, guides the matching and is what the cross token starts from.
-SigLIP is trained on texts padded to the full length without a mask; attention masks with zeros are refused.
+It differs from CLIP as follows. The vision tower has no class token, its cross token starts as the mean of the patches,
+and the pooling head counts a merged token as often as it has patches. The text tower is bidirectional, and the
+embedding is read from the last column, which is usually padding. That token is protected and guides the matching, and
+the cross token starts as its copy. SigLIP is trained on texts padded to the full length without a mask; attention masks
+with zeros are refused.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def geometry(config: Any) -> TowerGeometry:
     """Geometry of the vision tower of a ``SiglipConfig``.
 
     Raises:
-        ValueError: a tower without pooling head, which gives no image embedding.
+        ValueError: a tower without a pooling head, and so without an image embedding.
     """
     vision = config.vision_config
     if not getattr(vision, "vision_use_head", True):
@@ -51,7 +52,7 @@ def geometry(config: Any) -> TowerGeometry:
 
 
 def head_flops(config: Any, features: int) -> int:
-    """The text head on one token; the vision tower's pooling head is counted with its encoder."""
+    """FLOPs of the text head on one token; the vision tower's pooling head is counted with its encoder."""
     del features
     text = config.text_config
     return linear_flops(1, text.hidden_size, text.projection_size)

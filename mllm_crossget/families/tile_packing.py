@@ -1,8 +1,8 @@
-"""Images cut into tiles: what the stock packing of a LLaVA-NeXT-like model does with every patch.
+"""Images cut into tiles: where the stock packing of a LLaVA-NeXT-like model puts every patch.
 
-Nothing of the packing (grid of tiles, unpadding, newlines) is written again here. The model's own
-``pack_image_features`` runs on *index features*, one channel that holds the number of the patch, with a marker for the
-newline; what comes out is the order in which the stock model hands patches and newlines to the language model.
+The packing (grid of tiles, unpadding, newlines) is not reimplemented here. The model's own ``pack_image_features`` runs
+on *index features*: one channel that holds the index of the patch, with a marker for the newline. Its output is the
+order in which the stock model passes patches and newlines to the language model.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ NEWLINE = -1
 
 
 def tile_counts(owner: Any, image_sizes: Tensor, batch_num_images: Any = None) -> list[int]:
-    """Tiles of every image, the base image counted, as the stock model infers them.
+    """Number of tiles of each image, including the base image, as the stock model infers it.
 
     Args:
         owner: the module that has ``pack_image_features``.
         image_sizes: (images, 2) height and width in pixels.
-        batch_num_images: images in every row where the model takes that (LLaVA-OneVision: a row with several images has
-            one tile each), else None.
+        batch_num_images: number of images in each row, if the model has this argument; else None. In LLaVA-OneVision
+            the images of a row with several images have one tile each.
     """
     config = owner.config
     stock = vars(sys.modules[type(owner).__module__])["image_size_to_num_patches"]
@@ -40,7 +40,7 @@ def tile_counts(owner: Any, image_sizes: Tensor, batch_num_images: Any = None) -
 def layouts(
     pack: Callable[..., Any], tiles: list[int], patches: int, image_sizes: Tensor, *args: Any, **kwargs: Any
 ) -> list[Tensor]:
-    """What the stock packing makes of images of these tiles.
+    """The order of patches and newlines that the stock packing gives to images of these tiles.
 
     Args:
         pack: the stock ``pack_image_features``.
@@ -50,8 +50,8 @@ def layouts(
         args, kwargs: further arguments of ``pack``.
 
     Returns:
-        Per image, (L,) int64: for every feature the number of its patch (tile · patches + patch of the tile), or
-        ``NEWLINE``. Where the packing resizes the grid the numbers mean nothing, only the length does.
+        Per image, (L,) int64: for every feature the index of its patch (tile · patches + patch of the tile), or
+        ``NEWLINE``. If the packing resizes the grid, only the length is valid and not the indices.
     """
     index = [torch.arange(count * patches, dtype=torch.float64).view(count, patches, 1) for count in tiles]
     newline = torch.full((1,), NEWLINE, dtype=torch.float64)
@@ -60,16 +60,17 @@ def layouts(
 
 
 def places_that_stay(layout: Tensor, token: Tensor, tiles: int) -> Tensor:
-    """The entries of a layout that stay after merging: every token once, where its first patch stood, and newlines of
-    rows that are left.
+    """The entries of a layout that are kept after merging: each token once, at the place of its first patch, and
+    newlines of rows that hold a token.
 
-    A token all of whose patches lie in the padding does not appear. A newline goes if its row of the grid had patches
-    and no token stands in it any more. (Very narrow images are unpadded to rows without a patch: those stay.)
+    A token whose patches are all in the padding does not appear. A newline is dropped if its row of the grid had
+    patches and holds no token after merging. (Very narrow images are unpadded to rows without a patch; newlines of such
+    rows are kept.)
 
     Args:
-        layout: (L,) of one image, see ``layouts``.
-        token: (tiles · patches,) token that every patch has become, counted over all tiles.
-        tiles: tiles of the image; the first one is the base image, which stands in front of the grid.
+        layout: (L,) layout of one image, see ``layouts``.
+        token: (tiles · patches,) index of the token that each patch was merged into, counted over all tiles.
+        tiles: number of tiles of the image; the first one is the base image, which comes before the grid.
 
     Returns:
         (K,) ascending indices into ``layout``.
@@ -92,17 +93,17 @@ def reduced_layout(layout: Tensor, token: Tensor, stays: Tensor) -> Tensor:
 
     Args:
         layout, token: see ``places_that_stay``.
-        stays: what it returns.
+        stays: result of ``places_that_stay``.
     """
     return torch.where(layout[stays] == NEWLINE, NEWLINE, token[layout[stays].clamp(min=0)])
 
 
 def become(layout: Tensor, token: Tensor, stays: Tensor) -> Tensor:
-    """(L,) which of the entries that stay every entry of a layout has become; -1 for a newline that goes.
+    """(L,) index of the kept entry that each entry of a layout was merged into; -1 for a dropped newline.
 
     Args:
         layout, token: see ``places_that_stay``.
-        stays: what it returns.
+        stays: result of ``places_that_stay``.
     """
     rows = torch.arange(len(stays), device=layout.device)
     kept = token[layout[stays].clamp(min=0)]

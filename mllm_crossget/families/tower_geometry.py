@@ -1,4 +1,4 @@
-"""Geometries that several families share, made from a configuration: which tower, how many patches, what is read."""
+"""Geometries that several families share, made from a configuration: tower, number of patches, layer that is read."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def read_at_the_end(
     """Geometry of a family that reads the last layer of its tower.
 
     Args:
-        kinds: of towers that are served.
-        owner: the family's name in messages; "" for the configuration's class.
+        kinds: supported kinds of towers. owner: the family's name in messages; "" for the configuration's class.
         part: path from the configuration to the vision configuration.
         drops_prefix: see ``TowerGeometry``.
-        cells: configuration -> cells behind a projector of the whole grid; None where there is no such projector.
+        cells: configuration -> number of cells behind a projector that needs the whole grid; None if there is no such
+            projector.
 
     Returns:
         configuration -> geometry; raises ``ValueError`` for another vision tower.
@@ -42,14 +42,14 @@ def read_at_the_end(
 
 
 def layers_that_are_read(given: Any, layers: int) -> list[int]:
-    """Layers that have run when each part of the features is read, counted from 1, of a tower of so many.
+    """For each part of the features, the layer whose output it is, counted from 1, in a tower of ``layers`` layers.
 
     Args:
         given: the configuration's ``vision_feature_layer``, one number or several.
-        layers: of the tower.
+        layers: number of layers of the tower.
 
     Raises:
-        ValueError: a layer that the tower has not, or the embeddings in front of the first one.
+        ValueError: a layer that the tower does not have, or the embeddings before the first layer.
     """
     read = [layer if layer >= 0 else layers + 1 + layer for layer in ([given] if isinstance(given, int) else given)]
     if not read or not all(1 <= layer <= layers for layer in read):
@@ -61,16 +61,17 @@ def layers_that_are_read(given: Any, layers: int) -> list[int]:
 
 
 def reads_several_layers(config: Any) -> bool:
-    """Whether a model's features are several layers of its tower side by side."""
+    """Whether a model's features are concatenated from several layers of its tower."""
     given = config.vision_feature_layer
     return not isinstance(given, int) and len(given) > 1
 
 
 def layer_that_is_read(layer: Any, layers: int) -> int:
-    """Layers that have run at ``vision_feature_layer`` in a tower of so many; a list of one layer means that layer.
+    """The layer of ``vision_feature_layer``, counted from 1, in a tower of ``layers`` layers; a list of one layer means
+    that layer.
 
     Raises:
-        ValueError: several layers, or none of the tower's.
+        ValueError: several layers, or a layer that the tower does not have.
     """
     if not isinstance(layer, int) and len(layer) == 1:
         (layer,) = layer
@@ -89,10 +90,10 @@ def layer_that_is_read(layer: Any, layers: int) -> int:
 
 
 def cell_of_patches(factor: str) -> Callable[[Any, Tensor], Tensor]:
-    """What pixel shuffle takes for a cell all of whose patches are one token: these patches, which it shuffles itself.
+    """The input of pixel shuffle for a cell whose patches are all one token: these patches, which it shuffles itself.
 
     Args:
-        factor: name of the configuration's field with the patches along a side of a cell.
+        factor: name of the configuration's field with the number of patches per side of a cell.
 
     Returns:
         (configuration, (images, D) tokens) -> (images, factor², D).

@@ -1,4 +1,4 @@
-"""Towers that are served: how their layers are named, and what stands in front of the patches."""
+"""Supported towers: names of their layers, and tokens before the patches."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from mllm_crossget.schedule import TextGeometry
 class LayerNames:
     """Attribute names inside an encoder (``layers``) and inside its pre-norm layers.
 
-    ``fused`` tells that the attention multiplies ``qkv`` itself and does not use transformers' attention interface.
-    ``scale1``, ``scale2``: factors of what attention and MLP add (LayerScale), ``after1``, ``after2``: norms of it,
-    ``dropout``: of what the MLP adds; "" where a layer has none. ``rotary``: tables of the tokens' positions, each
-    (B, T, ·), -> keyword arguments by which the attention takes them; None where positions are added to the patches.
+    ``fused``: True if the attention multiplies ``qkv`` itself and does not use transformers' attention interface.
+    ``scale1``, ``scale2``: factors of the outputs of attention and MLP (LayerScale). ``after1``, ``after2``: norms of
+    these outputs. ``dropout``: dropout of the MLP's output. "" if a layer has none of these. ``rotary``: tables of the
+    tokens' rotary embeddings, each (B, T, ·), -> keyword arguments of the attention; None if positions are added to the
+    patches.
     """
 
     layers: str = "layers"
@@ -44,11 +45,11 @@ class LayerNames:
 
 @dataclass(frozen=True)
 class TowerKind:
-    """A kind of vision tower, known by the ``model_type`` of its configuration.
+    """A kind of vision tower, identified by the ``model_type`` of its configuration.
 
     Args:
-        model_type: of the vision configuration.
-        prefix: tokens in front of the patches (1 for a class token).
+        model_type: model type of the vision configuration. prefix: number of tokens before the patches (1 for a class
+            token).
         encoder: path from the tower to the module that holds the layers.
         names: attribute names inside it.
     """
@@ -61,9 +62,9 @@ class TowerKind:
 
 @dataclass(frozen=True)
 class BertNames:
-    """Attribute names inside an encoder and inside its post-norm layers, which may cross-attend to an image behind
-    their self-attention (BLIP). ``attention`` is the module that attends, norms and adds; ``inner`` the one inside it
-    that multiplies queries and keys."""
+    """Attribute names inside an encoder and inside its post-norm layers, which may cross-attend to an image after their
+    self-attention (BLIP). ``attention`` is the module with attention, norm and residual; ``inner`` is the module inside
+    it that multiplies queries and keys."""
 
     layers: str = "layer"
     attention: str = "attention"
@@ -87,15 +88,15 @@ INSTRUCTBLIPVIDEO_TOWER = TowerKind("instructblipvideo_vision_model", prefix=1)
 
 @dataclass(frozen=True)
 class TextSide:
-    """Where text cross tokens are written: into the first real token of every row's text, in front of every layer.
+    """Where text cross tokens are written: into the first real token of every row's text, before every layer.
 
     Args:
         model: path to the module that is called with the text and its mask (a decoder, an encoder, a Q-Former).
         layers: path from there to the list of layers.
         config: path from the configuration to the part that holds ``hidden_size``.
-        skip: real tokens in front of the text that are no text (query tokens, image features).
-        keyword: what the text and its mask begin with in the model's call: "qformer_" for ``qformer_input_ids`` and
-            ``qformer_attention_mask``, whose text then stands behind ``skip`` tokens that are in neither of them.
+        skip: number of real tokens before the text (query tokens, image features).
+        keyword: prefix of the text's argument names in the model's call: "qformer_" for ``qformer_input_ids`` and
+            ``qformer_attention_mask``. The text then follows ``skip`` tokens that are in neither of them.
     """
 
     model: str
@@ -110,19 +111,19 @@ class TextTower:
     """The text tower of a dual encoder, or a BERT that reads a text and an image.
 
     Args:
-        path: to the module whose ``forward`` takes ``input_ids``.
+        path: path to the module whose ``forward`` takes ``input_ids``.
         config: path from the configuration to the text configuration; "" if it is the text configuration.
-        end: (text configuration, (B, T) input ids) -> (B,) place of the token that the text's embedding is read from,
-            as the model itself finds it. It guides the matching and survives to the last layer.
-        causal: whether a token sees only those in front of it.
-        first: whether the first token is protected as well (CLIP's start mark).
-        takes_mask: whether padding that an attention mask names can be taken out; False where the model reads the last
-            column whatever it is (SigLIP).
+        end: (text configuration, (B, T) input ids) -> (B,) column of the token that the text's embedding is read from,
+            by the model's own rule. This token guides the matching and is never removed.
+        causal: whether attention is causal.
+        first: whether the first token is protected too (CLIP's start mark).
+        takes_mask: whether padding, as given by an attention mask, can be removed; False if the model always reads the
+            last column (SigLIP).
         encoder: path from the module to the one that holds the layers.
-        names: attribute names inside it, which say what kind of layers these are.
+        names: attribute names inside it; their class gives the kind of its layers.
         reads_image: whether its layers cross-attend to the image.
-        reader: path to the text decoder, inside the module with its head, that cross-attends to its states; "" where
-            there is none.
+        reader: path to the text decoder, inside the module with its head, that cross-attends to the tower's states; ""
+            if there is none.
     """
 
     path: str
@@ -138,12 +139,12 @@ class TextTower:
 
     @property
     def appends(self) -> bool:
-        """Whether its cross token travels as one more token; a BERT's is written into its first token instead, as
-        where text is not reduced (``Family.text_side``)."""
+        """Whether its cross token is one more token. The cross token of a BERT is written into its first token instead,
+        as in models whose text is not reduced (``Family.text_side``)."""
         return isinstance(self.names, LayerNames)
 
     def geometry(self, config: Any) -> TextGeometry:
-        """What a schedule needs to know, from the model's configuration."""
+        """The geometry that a schedule needs, from the model's configuration."""
         text = config_at(config, self.config)
         return TextGeometry(text.num_hidden_layers, text.max_position_embeddings, 1 + self.first, self.appends)
 
@@ -161,10 +162,10 @@ def patches_per_image(vision_config: Any) -> int:
 
 
 def tower_kind(model_type: str, kinds: tuple[TowerKind, ...], owner: str) -> TowerKind:
-    """The kind of a vision tower, among those that a family serves.
+    """The kind of a vision tower, among those that a family supports.
 
     Raises:
-        ValueError: it is none of them; the message names them.
+        ValueError: the tower is none of these; the message names them.
     """
     found = next((kind for kind in kinds if kind.model_type == model_type), None)
     if found is None:

@@ -1,8 +1,8 @@
-"""VideoLlava: one CLIP tower for images, another one for the frames of videos.
+"""VideoLlava: one CLIP tower for images, and another one for the frames of videos.
 
-Images are reduced as in LLaVA. So are frames, each by itself, in their own tower with cross tokens of its own; the
-stock model reads them with their class token, which stays. A frame keeps the same share of its tokens, or the same
-number where ``visual_tokens`` is given (its class token is one of them).
+Images are reduced as in LLaVA. Frames are reduced in the same way and separately, in a tower with its own cross tokens.
+The stock model reads frames with their class token, which is kept. A frame keeps the same share of its tokens as an
+image, or the same number if ``visual_tokens`` is given (its class token is one of them).
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from mllm_crossget.schedule import TowerGeometry
 
 
 def video_counts(model: Any, kwargs: dict[str, Any], kept: Callable[[int], int] = all_of) -> list[int]:
-    """Features of every video: the frames' patches and class tokens."""
+    """Number of features of each video: the frames' patches and class tokens."""
     per_frame = 1 + patches_per_image(model.config.vision_config)
     return [frames * kept(per_frame) for frames in frame_counts(model, kwargs)]
 
 
 def frame_geometry(config: Any) -> TowerGeometry:
-    """Geometry of the videos' tower: frames are read with their class token."""
+    """Geometry of the video tower: frames are read with their class token."""
     return dataclasses.replace(geometry(config), drops_prefix=False)
 
 

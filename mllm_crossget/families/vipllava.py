@@ -1,7 +1,7 @@
-"""VipLlava: LLaVA whose projector reads five layers of the CLIP tower side by side.
+"""VipLlava: LLaVA whose projector reads the concatenated states of five layers of the CLIP tower.
 
 Tokens merge in every layer up to the last one that is read. Tokens of the earlier layers are averaged, weighted by
-their size, into the groups of the last one, so that a row of the concatenation is one group of patches in all layers.
+token size, into the groups of the last one. So a row of the concatenation is one group of patches in all layers.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _TOWERS = (CLIP_TOWER,)
 
 
 def feature_layers(config: Any) -> list[int]:
-    """Layers that have run when each part of the features is read, counted from 1.
+    """For each part of the features, the layer whose output it is, counted from 1.
 
     Raises:
-        ValueError: a layer that the tower has not, or the embeddings in front of the first one.
+        ValueError: a layer that the tower does not have, or the embeddings before the first layer.
     """
     given = getattr(config, "vision_feature_layers", None)  # transformers before 5.23
     given = config.vision_feature_layer if given is None else given
@@ -41,7 +41,8 @@ def feature_layers(config: Any) -> list[int]:
 
 
 def geometry(config: Any) -> TowerGeometry:
-    """Geometry of a ``VipLlavaConfig``. Raises ``ValueError`` for another tower than CLIP, or a layer it has not."""
+    """Geometry of a ``VipLlavaConfig``. Raises ``ValueError`` for another tower than CLIP, or a layer that it does not
+    have."""
     vision = config.vision_config
     kind = tower_kind(vision.model_type, _TOWERS, "VipLlava")
     layers = vision.num_hidden_layers
@@ -49,7 +50,7 @@ def geometry(config: Any) -> TowerGeometry:
 
 
 def projector_flops(config: Any, features: int) -> int:
-    """All layers side by side to the text width, then text width to text width."""
+    """FLOPs of the concatenated layers to the text width, then text width to text width."""
     inputs, outputs = config.vision_config.hidden_size * len(feature_layers(config)), config.text_config.hidden_size
     return linear_flops(features, inputs, outputs) + linear_flops(features, outputs, outputs)
 

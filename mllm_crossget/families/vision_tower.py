@@ -1,4 +1,4 @@
-"""A CLIP or SigLIP vision tower on its own (``CLIPVisionModel``, ``SiglipVisionModel``), without text."""
+"""A CLIP or SigLIP vision tower without a text model (``CLIPVisionModel``, ``SiglipVisionModel``)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Steps that leave every image of a batch with its own number of tokens.
+"""Merging and pruning steps after which every image of a batch has its own number of tokens.
 
-Alive tokens of an image stand first, in their order; rows behind them are dead and have size 0. Shape suffixes: B
-batch, T rows before a step, M rows after it, D width.
+Alive tokens of an image come first, in their order; later rows are dead and have size 0. Shape suffixes: B batch, T
+rows before a step, M rows after it, D width.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_TINY = 1e-8  # the reference's, in the pooled token's weights
+_TINY = 1e-8  # as in the reference, in the pooled token's weights
 
 
 class Step(NamedTuple):
-    """One step, a merge or a pruning: where every token goes and how much of it.
+    """One merging or pruning step: the new row and the factor of every token.
 
     Attributes:
-        slot: (B, T) the row after the step that a token goes to; 0 for dead tokens.
+        slot: (B, T) row of every token after the step; 0 for dead tokens.
         share: (B, T) factor of the token in that row; 0 for dead tokens. May carry gradients.
-        size: (B, M) original tokens in each row after the step, float32; 0 for dead rows.
+        size: (B, M) number of original tokens in each row after the step, float32; 0 for dead rows.
     """
 
     slot: Tensor
@@ -29,7 +29,7 @@ class Step(NamedTuple):
 
 
 def reduce_tokens(x_BTD: Tensor, step: Step) -> Tensor:
-    """Carry a step out: (B, T, D) -> (B, M, D) in the same dtype, summed in float32; zeros in dead rows."""
+    """Apply a step: (B, T, D) -> (B, M, D) in the same dtype, summed in float32; zeros in dead rows."""
     batch, _, width = x_BTD.shape
     rows = step.size.shape[1]
     offset = torch.arange(0, batch * rows, rows, device=x_BTD.device)[:, None]
@@ -46,16 +46,15 @@ def lowest(scores_BT: Tensor, count_B: Tensor) -> Tensor:
 
 
 def merge_step(similarity_BTT: Tensor, importance_BT: Tensor, size_BT: Tensor, leaving_BT: Tensor) -> Step:
-    """Every leaving token goes into the most similar one that stays (CrossGET, section 3.3, for each image alone).
+    """Merge every removed token into the most similar kept one (CrossGET, section 3.3), separately for each image.
 
     Args:
-        similarity_BTT: ``ops.graph_scores``: -inf towards tokens that must not receive.
-        importance_BT: of the tokens, float32; softmax over a pair gives its weights.
-        size_BT: original tokens in each; 0 for dead ones.
-        leaving_BT: the tokens that leave. Where any leaves, one that may receive stays.
+        similarity_BTT: ``ops.graph_scores``: -inf towards tokens that must not take in others.
+        importance_BT: importance of the tokens, float32; the softmax over a pair gives its weights.
+        size_BT: number of original tokens in each; 0 for dead ones.
 
     Returns:
-        The step; M is the longest row's count. Without gradients.
+        The step, without gradients; M is the largest number of tokens in a row.
     """
     most = int(leaving_BT.sum(dim=1).max())
     src = leaving_BT.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[:, :most]
@@ -74,15 +73,14 @@ def merge_step(similarity_BTT: Tensor, importance_BT: Tensor, size_BT: Tensor, l
 
 
 def pooling_step(importance_BT: Tensor, size_BT: Tensor, leaving_BT: Tensor) -> Step:
-    """The leaving tokens of an image become one token behind the others: their mean by importance (MADTP).
+    """Pool the removed tokens of an image into one token after the others: their mean weighted by importance (MADTP).
 
     Args:
-        importance_BT: of the tokens; its gradient reaches the pooled token.
-        size_BT: original tokens in each; 0 for dead ones.
-        leaving_BT: the tokens that are pooled.
+        importance_BT: importance of the tokens; gradients flow from the pooled token to it.
+        size_BT: number of original tokens in each; 0 for dead ones.
 
     Returns:
-        The step; M is the longest row's count.
+        The step; M is the largest number of tokens in a row.
     """
     slot, count = _rows_of(size_BT, leaving_BT)
     pooled = leaving_BT.any(dim=1)
@@ -94,11 +92,11 @@ def pooling_step(importance_BT: Tensor, size_BT: Tensor, leaving_BT: Tensor) -> 
 
 
 def last_behind_pooled(step: Step, count_B: Tensor, pooled_B: Tensor) -> Step:
-    """The same pooling with the pooled token in front of the last token that stays, not behind it.
+    """The same pooling, with the pooled token before the last kept token and not after it.
 
     Args:
-        step: of ``pooling_step``, in which every row's last token stays.
-        count_B: (B,) tokens of every row in front of the step.
+        step: a step of ``pooling_step`` that keeps every row's last token.
+        count_B: (B,) number of tokens in each row before the step.
         pooled_B: (B,) rows that have a pooled token.
     """
     last = step.slot.gather(1, count_B[:, None] - 1)  # the pooled token's row is the next one
@@ -112,18 +110,17 @@ def last_behind_pooled(step: Step, count_B: Tensor, pooled_B: Tensor) -> Step:
 
 
 def _rows_of(size_BT: Tensor, leaving_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, T) row after the step of every token that stays (0 for the others), (B,) how many stay."""
+    """(B, T) row of every kept token after the step (0 for the others), and (B,) number of kept tokens."""
     stays = (size_BT > 0) & ~leaving_BT
     return (stays.cumsum(dim=1) - 1).masked_fill(~stays, 0), stays.sum(dim=1)
 
 
 def carry_mask(mask_BT: Tensor, importance_BT: Tensor, step: Step) -> Tensor:
-    """An attention mask that follows its tokens: a row gets the mask of its most important member; (B, M).
+    """(B, M) attention mask after a step: a row gets the mask of its most important member.
 
     Args:
         mask_BT: additive mask of every token.
-        importance_BT: of the tokens.
-        step: the step; rows that nothing goes to get 0.
+        importance_BT: importance of the tokens.
     """
     alive = step.share.detach() != 0
     worth = importance_BT.detach().float().masked_fill(~alive, -torch.inf)

@@ -1,4 +1,4 @@
-"""Whole rows by index."""
+"""Selection of whole rows by index."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def select_rows(x_BTD: Tensor, index_BR: Tensor) -> Tensor:
-    """(B, R, D) rows of every image by index; copied whole, several times faster than ``gather`` on a CPU."""
+    """(B, R, D) rows of every image by index. Whole rows are copied, several times faster than ``gather`` on a CPU."""
     batch, tokens, width = x_BTD.shape
     if batch == 1:
         return x_BTD[0].index_select(0, index_BR[0])[None]

@@ -1,4 +1,4 @@
-"""Which tokens stay, and from there to a ``Match``: the others are dropped, or go into the nearest one that stays.
+"""Selection of the kept tokens, and its ``Match``: the others are dropped, or merged into the nearest kept one.
 
 Shape suffixes: B batch, T tokens, D width.
 """
@@ -18,32 +18,33 @@ from mllm_crossget.ops.precision import without_autocast
 
 @torch.no_grad()
 def farthest_first(keys_BTD: Tensor, importance_BT: Tensor, kept: int, shielded_BT: Tensor) -> Tensor:
-    """(B, kept) tokens that stand for all: the most important one, then always the one that is least like those chosen.
+    """(B, kept) representative tokens: the most important one, then in each step the one least similar to those
+    selected.
 
-    Greedy k-centre (Gonzalez 1985) on the complete graph of cosine similarities; it leaves no token without a similar
-    one that stays (at most twice as far away as in the best choice). Max-min selection of visual tokens: DivPrune
-    (CVPR 2025), which drops the others.
+    Greedy k-centre (Gonzalez 1985) on the complete graph of cosine similarities. Every token has a similar kept one, at
+    most twice as far away as in the optimal selection. Max-min selection of visual tokens: DivPrune (CVPR 2025), which
+    drops the others.
 
     Args:
-        keys_BTD: what is compared, any float dtype; in float32. Not-a-number counts as 0.
-        importance_BT: decides the first choice.
-        kept: how many to choose, at least 1 and at most the tokens that are not shielded.
-        shielded_BT: True for tokens that are not chosen and do not count.
+        keys_BTD: metric tokens, any float dtype; compared in float32. NaN counts as 0.
+        importance_BT: decides the first selected token.
+        kept: how many to select, at least 1 and at most the number of unprotected tokens.
+        shielded_BT: True for protected tokens, which are not selected and not compared.
 
     Returns:
-        Different indices in the order of choice. Equal values: the lower index.
+        Different indices in the order of selection. Among equal values the lower index comes first.
     """
     return _farthest_first(keys_BTD, importance_BT, kept, shielded_BT)
 
 
 @torch.library.custom_op("mllm_crossget::farthest_first", mutates_args=())
 def _farthest_first(keys_BTD: Tensor, importance_BT: Tensor, kept: int, shielded_BT: Tensor) -> Tensor:
-    """As one operation: a compiler would unroll the loop over the choices."""
+    """As one custom operation, because a compiler would unroll the loop over the steps."""
     keys = normalised(keys_BTD).nan_to_num(nan=0.0)
     with without_autocast(keys.device):
         similarity = keys @ keys.mT
     chosen = torch.empty(len(keys), kept, dtype=torch.int64, device=keys.device)
-    # What a token has to its nearest chosen one; a token that may not be chosen (any more) has the most there is.
+    # Similarity of a token to its nearest selected one; +inf for tokens that cannot be selected (any more).
     nearest = torch.full_like(similarity[..., 0], -torch.inf).masked_fill_(shielded_BT, torch.inf)
     scores = importance_BT.float().nan_to_num(nan=0.0).masked_fill(shielded_BT, -torch.inf)
     place = scores.argmax(dim=1, keepdim=True)
@@ -57,7 +58,7 @@ def _farthest_first(keys_BTD: Tensor, importance_BT: Tensor, kept: int, shielded
 
 @register_flop_formula(torch.ops.mllm_crossget.farthest_first)
 def _flops_of_farthest_first(keys: Any, *rest: Any, **shapes: Any) -> int:
-    """All pairs."""
+    """FLOPs of all pairs."""
     del rest, shapes
     batch, tokens, width = keys
     return int(2 * batch * tokens * tokens * width)
@@ -70,19 +71,19 @@ def _shape_of_farthest_first(keys: Tensor, importance: Tensor, kept: int, shield
 
 @torch.no_grad()
 def highest(scores_BT: Tensor, kept: int) -> Tensor:
-    """(B, kept) tokens with the highest scores, highest first. Equal scores: the lower index, on every device."""
+    """(B, kept) tokens with the highest scores, highest first; among equal scores the lower index, on every device."""
     return scores_BT.argsort(dim=1, descending=True, stable=True)[:, :kept]
 
 
 def keep_only(stays_BT: Tensor, kept: int) -> Match:
-    """Every token that does not stay is thrown away.
+    """Drop every token that is not kept.
 
     Args:
-        stays_BT: True for the tokens that stay, ``kept`` in every row, at least one.
-        kept: how many, so that no shape depends on the data.
+        stays_BT: True for the kept tokens, ``kept`` in every row, at least one.
+        kept: their number, so that no shape depends on the data.
 
     Returns:
-        A pruning match; tokens that stay keep their order, and those that leave are noted down as gone into the first.
+        A pruning match. Kept tokens stay in order, and removed ones have the first kept one as destination.
     """
     kept_places, src = _places(stays_BT, kept)
     return _match(kept_places, src, kept_places[:, :1].expand_as(src), pruned=True)
@@ -90,16 +91,15 @@ def keep_only(stays_BT: Tensor, kept: int) -> Match:
 
 @torch.no_grad()
 def merge_into_nearest(stays_BT: Tensor, kept: int, keys_BTD: Tensor, shielded_BT: Tensor | None = None) -> Match:
-    """Every token that does not stay goes into the one that stays whose key has the largest cosine with its own.
+    """Merge every other token into the kept token whose key has the largest cosine with its own.
 
     Args:
-        stays_BT: True for the tokens that stay, ``kept`` in every row.
-        kept: how many.
-        keys_BTD: what is compared, any float dtype; in float32.
-        shielded_BT: True for tokens that stay but take in no other; at least one that stays does.
+        stays_BT: True for the kept tokens, ``kept`` in every row. kept: their number. keys_BTD: metric tokens, any
+            float dtype; compared in float32.
+        shielded_BT: True for kept tokens that take in no other; at least one kept token must be able to.
 
     Returns:
-        A merging match without weights (means by size). Equal cosines: the lower index.
+        A merging match without weights (means by token size). Among equal cosines the lower index is the destination.
     """
     kept_places, src = _places(stays_BT, kept)
     keys = normalised(keys_BTD)
@@ -111,7 +111,7 @@ def merge_into_nearest(stays_BT: Tensor, kept: int, keys_BTD: Tensor, shielded_B
 
 
 def _places(stays_BT: Tensor, kept: int) -> tuple[Tensor, Tensor]:
-    """(B, kept) tokens that stay and (B, T - kept) those that leave, ascending."""
+    """(B, kept) kept tokens and (B, T - kept) removed ones, ascending."""
     order = (~stays_BT).to(torch.uint8).argsort(dim=1, stable=True)
     return order[:, :kept], order[:, kept:]
 

@@ -26,12 +26,12 @@ _BERT_BASE = {
 
 @dataclass(frozen=True)
 class QFormerGeometry:
-    """A BLIP-2 or an InstructBLIP: ViT-g, Q-Former with 32 queries, and a language model.
+    """A BLIP-2 or InstructBLIP: ViT-g, Q-Former with 32 queries, and a language model.
 
     Args:
         kind: transformers' configuration class.
         text: the language model's class.
-        sizes: its arguments.
+        sizes: arguments of that class.
         image_token: id of the placeholder.
     """
 

@@ -209,10 +209,10 @@ def geometry_names() -> list[str]:
 
 
 def resolve(name_or_path: str | Path) -> Any:
-    """The configuration of a built-in geometry, a local folder, or a repository of the hub; no weights are read.
+    """The configuration of a built-in geometry, a local folder, or a repository of the hub. No weights are read.
 
     Raises:
-        ValueError: none of the three, or a configuration that transformers does not know.
+        ValueError: ``name_or_path`` is none of the three, or transformers does not know the configuration.
     """
     geometry = GEOMETRIES.get(str(name_or_path).lower())
     if geometry is not None:

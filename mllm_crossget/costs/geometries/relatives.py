@@ -1,4 +1,4 @@
-"""Published models around LLaVA: their configurations, without weights."""
+"""Configurations of published models related to LLaVA, without weights."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _llava_next() -> PreTrainedConfig:
 
 
 def _llava_onevision() -> PreTrainedConfig:
-    """The default grids of the configuration are those that were published: up to 6 x 6 tiles, resized beyond 9."""
+    """The configuration's default grids are the published ones: up to 6 x 6 tiles, resized beyond 9."""
     vision = SiglipVisionConfig(**_sizes(1152, 26, 16, 4304), image_size=384, patch_size=14, vision_use_head=False)
     text = Qwen2Config(
         **_sizes(3584, 28, 28, 18944), num_key_value_heads=4, vocab_size=152000, tie_word_embeddings=False
