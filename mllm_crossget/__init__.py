@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mllm_crossget.schedule import ramp
     from mllm_crossget.support import unsupported_reason
 
-# Loaded when they are asked for: what needs transformers' models takes seconds, a mistake on the command line need not.
+# Loaded on first use: importing transformers' models takes seconds, which a mistyped command need not wait for.
 _PLACES = {
     "CompactBatchSampler": "batching",
     "VisionCache": "hooks.ground.vision_cache",

@@ -1,4 +1,4 @@
-"""The library on one page: make a model cheaper, take it back, do it for a while."""
+"""The main functions: accelerate a model, restore it, accelerate it for the length of a ``with`` block."""
 
 from __future__ import annotations
 
@@ -51,23 +51,25 @@ def accelerate_mllm(
     """Make a model cheaper **in place** by merging visual tokens, and return it.
 
     The model keeps its class name, its inputs and the layout of its outputs: ``generate`` takes the processor's
-    full-length prompts and returns full-length sequences. A model that is accelerated already gets the new setting and
+    full-length prompts and returns full-length sequences. A model that is accelerated already gets the new settings and
     keeps its cross tokens. ``restore_mllm`` undoes everything.
 
     Args:
         model: a loaded transformers model of a supported family (``unsupported_reason(model)`` is None).
         config: a method's dataclass, such as ``CrossGetConfig(keep_ratio=0.25)``; instead of the keywords.
-        method: "crossget" (default), "madtp", "tome", "random", or one of others' (``methods.rivals``).
-        keep_ratio, visual_tokens, r: the dial, see ``ReductionConfig``; give at most one. In a dual encoder (CLIP,
-            SigLIP) they reduce the vision tower alone.
-        reuse_vision: whether encoded images are kept for the next question, see the function ``reuse_vision``; None:
-            as before.
+        method: "crossget" (default), "madtp", "tome", "random", or a published method of other authors
+            (``methods.rivals``).
+        keep_ratio, visual_tokens, r: how many tokens to keep, see ``ReductionConfig``; give at most one. In a dual
+            encoder (CLIP, SigLIP) they reduce the vision tower alone.
+        reuse_vision: whether encoded images are cached for further questions, see the function ``reuse_vision``; None:
+            no change.
         options: further fields of the method's dataclass; ``text_r`` or ``text_keep_ratio`` reduce the text tower of a
             dual encoder, or BLIP's text encoder.
 
     Raises:
-        ValueError: an unsupported model, two dials, a dial the tower cannot meet; the model is unchanged.
-        TypeError: not a torch module, or a setting of the wrong type.
+        ValueError: an unsupported model, more than one of ``keep_ratio``, ``visual_tokens`` and ``r``, or a value that
+            the tower cannot meet; the model is unchanged.
+        TypeError: ``model`` is not a torch module, or a setting has the wrong type.
         RuntimeError: another thread is inside the model; it is unchanged.
 
     Example:
@@ -94,7 +96,7 @@ def accelerate_mllm(
 def _change(
     model: nn.Module, family: Family, geometry: Geometry, method: Method, reuse_vision: bool | VisionCache | None
 ) -> None:
-    """Another setting, or the first, while no other thread is inside the model; after any error it is as it was."""
+    """Apply first or new settings while no other thread is inside the model. After any error the model is unchanged."""
     old = handle_of(model)
     with changing(model, "accelerate_mllm") as before:
         if old is not None:
@@ -105,13 +107,14 @@ def _change(
 
 
 def _use_cache_alone(model: nn.Module, handle: Handle, wanted: bool | VisionCache) -> None:
-    """Keep encoded images or not, while no other thread is inside the model."""
+    """Switch the cache of encoded images on or off while no other thread is inside the model."""
     with changing(model, "reuse_vision"):
         use_cache(model, handle, wanted)
 
 
 def _set_cache(model: nn.Module, old: Handle | None, wanted: bool | VisionCache | None = None) -> None:
-    """Keep encoded images where that was asked for, now or (None) before. A new setting encodes them otherwise."""
+    """Switch the cache of encoded images on if this call, or for None the old handle, asks for it. It starts empty,
+    because new settings change the features."""
     handle: Handle = vars(model)[HANDLE]
     if old is not None and old is not handle and old.vision_cache is not None:
         old.vision_cache.clear()
@@ -121,33 +124,33 @@ def _set_cache(model: nn.Module, old: Handle | None, wanted: bool | VisionCache 
 
 
 def reuse_vision(model: nn.Module, cache: bool | VisionCache = True) -> VisionCache | None:
-    """Keep what an accelerated model has encoded, so that the next question about an image costs no encoder time.
+    """Cache the encoded images of an accelerated model, so that further questions about an image take no encoder time.
 
-    Images are recognised by content: a 256-bit hash of each image's pixels, with its size or grid, type and device,
-    whatever batch it comes in. Only images that are not known are encoded, each of them once, and the least recently
-    used ones make room for new ones. For 336 px pixels the hash takes about a millisecond; on a GPU they are copied to
-    the CPU for it.
+    Images are recognised by content, independent of their batch: by a 256-bit hash of the pixels with size or grid,
+    type and device. Only images that are not in the cache are encoded, each of them once, and the least recently used
+    ones are dropped to make room. For an image of 336 px the hash takes about a millisecond; pixels on a GPU are copied
+    to the CPU for it.
 
     Answers are those of a model without a cache up to rounding: an image that was encoded in another batch may differ
-    in the last digits, as it does without a cache. The output of ``get_image_features`` then holds features alone,
-    hidden states are None. Videos are encoded every time.
+    in the last digits, as it does without a cache. For cached images the output of ``get_image_features`` holds
+    features alone, and hidden states are None. Videos are encoded every time.
 
-    The cache is not used in training, where gradients of the vision side are wanted, inside ``trace_merges``, under
-    ``torch.compile`` of the whole model, and with arguments that it does not know. It forgets everything with a new
-    setting, ``calibrate``, ``restore_mllm``, ``train()``, and every change of the vision side's weights that PyTorch
-    counts (optimisers, ``load_state_dict``, ``to``); after a write into ``parameter.data`` call ``cache.clear()``.
+    The cache is not used in training, if gradients of the vision side are needed, inside ``trace_merges``, under
+    ``torch.compile`` of the whole model, and with arguments that it does not know. It is emptied by new settings,
+    ``calibrate``, ``restore_mllm``, ``train()``, and every change of the vision side's weights that PyTorch counts
+    (optimisers, ``load_state_dict``, ``to``). After a write into ``parameter.data`` call ``cache.clear()``.
 
     Args:
-        model: accelerated; at any setting, ``keep_ratio=1`` too.
-        cache: True for a cache of 256 MiB (one that is there stays), ``VisionCache(max_bytes=...)`` for another size,
-            False to forget all and keep nothing.
+        model: the accelerated model, with any settings, including ``keep_ratio=1``.
+        cache: True for a cache of 256 MiB (an existing cache is kept), ``VisionCache(max_bytes=...)`` for another size,
+            False to remove the cache.
 
     Returns:
         The cache, which counts ``hits``, ``misses``, ``used_bytes`` and ``len``; None for False.
 
     Raises:
-        ValueError: the model is not accelerated, or its language side does not read features of the image alone.
-        TypeError: another kind of ``cache``.
+        ValueError: the model is not accelerated, or what its language side reads does not depend on the image alone.
+        TypeError: ``cache`` has another type.
 
     Example:
         >>> accelerate_mllm(model, keep_ratio=0.5, reuse_vision=True)
@@ -169,12 +172,12 @@ def reuse_vision(model: nn.Module, cache: bool | VisionCache = True) -> VisionCa
 def restore_mllm(model: Model) -> Model:
     """Undo ``accelerate_mllm`` and ``load_crossget`` **in place**, bit for bit, and return the model.
 
-    Learned cross tokens leave with it, and so does an adapter that ``load_crossget`` has put on: save them first if
-    they matter. A model that is not accelerated is returned as it is. After an interrupt (Ctrl-C) call it again.
+    Learned cross tokens are removed too, and so is an adapter that ``load_crossget`` added: save them first if they are
+    needed. A model that is not accelerated is returned unchanged. After an interrupt (Ctrl-C) call the function again.
 
     Raises:
-        TypeError: not a torch module.
-        ValueError: a module that is no accelerated model but holds one, in a wrapper that is not known.
+        TypeError: ``model`` is not a torch module.
+        ValueError: ``model`` is an unknown wrapper around an accelerated model.
         RuntimeError: another thread is inside the model; it is unchanged.
     """
     if not isinstance(model, nn.Module):
@@ -205,17 +208,18 @@ def restore_mllm(model: Model) -> Model:
 
 
 def _is_whole(model: nn.Module, handle: Handle) -> bool:
-    """Whether an accelerated model has all of its learned modules; an interrupted restore may have left it without."""
+    """Whether an accelerated model has all of its learned modules, some of which an interrupted restore may have
+    removed."""
     names = dict(base_model(model).named_modules())
     return all(path in names for path in handle.cross_paths.values())
 
 
 @contextmanager
 def accelerated(model: Model, config: ReductionConfig | None = None, **settings: Any) -> Iterator[Model]:
-    """Accelerate a model for the length of a ``with`` block; afterwards it is as it was before, also after an error.
+    """Accelerate a model inside a ``with`` block; afterwards it is as it was before, also after an error.
 
-    That includes its learned tokens, by value too, and an adapter that ``load_crossget`` puts on inside.
-    Arguments as ``accelerate_mllm``.
+    The values of its learned tokens are restored too, and an adapter that ``load_crossget`` adds inside is removed.
+    Arguments as in ``accelerate_mllm``.
     """
     supported_model(model)
     before = Before.of(model)
@@ -230,19 +234,19 @@ def _leave(before: Before) -> None:
     try:
         with alone(before.model, "leaving accelerated"):
             before.give_back()
-    except Exception:  # another thread is inside the model, which stays accelerated
+    except Exception:  # another thread is inside the model, so it stays accelerated
         raise
-    except BaseException:  # an interrupt, perhaps before anything was given back
+    except BaseException:  # an interrupt, possibly before anything was restored
         before.give_back()
         raise
 
 
 @contextmanager
 def unreduced(model: Model) -> Iterator[Model]:
-    """The model computes as before ``accelerate_mllm``, for the length of a ``with`` block, in this thread alone.
+    """The model computes as before ``accelerate_mllm`` inside a ``with`` block, in this thread alone.
 
-    For a teacher's forward pass with the same weights: unlike ``accelerated(model, keep_ratio=1)`` it leaves the
-    modules registered where a wrapper for distributed training or PEFT has seen them, and other threads as they are.
+    It serves a teacher's forward pass with the same weights. Unlike ``accelerated(model, keep_ratio=1)``, it keeps all
+    modules that a wrapper for distributed training or PEFT has registered, and does not affect other threads.
 
     Raises:
         ValueError: the model is not accelerated.
@@ -256,17 +260,18 @@ def unreduced(model: Model) -> Iterator[Model]:
 
 @contextmanager
 def trace_merges(model: nn.Module, *, tower: str = "vision") -> Iterator[list[LayerTrace]]:
-    """Record what every layer of a tower merges during a ``with`` block, in forwards of the thread that opened it.
+    """Record the merges of every layer of a tower inside a ``with`` block, in forwards of the thread that opened it.
 
     Args:
         model: the accelerated model.
-        tower: "vision", or "text" for the text tower of a dual encoder and BLIP's text encoder, or "video" where videos
-            have a tower of their own (VideoLlava), or "cells" for what is merged behind a projector of the whole grid.
+        tower: "vision"; "text" for the text tower of a dual encoder and BLIP's text encoder; "video" for a separate
+            tower of videos (VideoLlava); "cells" for the merging behind a projector that needs the whole grid.
 
-    Yields a list to which each forward of the tower appends one ``LayerTrace`` per layer (step of the merging).
+    Yields a list. Each forward of the tower appends one ``LayerTrace`` per layer (or merging step) to it.
 
     Raises:
-        ValueError: the model is not accelerated, or runs at ``keep_ratio=1`` where nothing is merged; another tower.
+        ValueError: the model is not accelerated, or runs at ``keep_ratio=1``, which merges nothing; or it has no such
+            tower.
     """
     if tower not in ("vision", "text", "video", "cells"):
         raise ValueError(f"tower must be 'vision', 'text', 'video' or 'cells', got {tower!r}")
@@ -285,7 +290,7 @@ def trace_merges(model: nn.Module, *, tower: str = "vision") -> Iterator[list[La
 
 
 def _traced(handle: Handle, tower: str) -> Any:
-    """State of the tower of that name, or None while nothing is reduced there."""
+    """State of the tower of that name; None if it is not reduced."""
     if tower == "video":
         return handle.modality_towers[tower].state if tower in handle.modality_towers else None
     if tower == "cells":

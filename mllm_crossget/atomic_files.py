@@ -1,6 +1,6 @@
-"""Files that are whole or as they were, whenever a process is killed or a disk is full, and lines added to a log.
+"""Atomic writes, which leave the old or the new file if a process is killed or a disk is full; and appended log lines.
 
-Knows nothing of what is written. POSIX ``rename`` replaces a file in one step; a reader sees the old or the new one.
+POSIX ``rename`` replaces a file in one step, so a reader sees either the old or the new file.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-_STALE_SECONDS = 3600.0  # older temporary files were left by a kill: no save of one file takes as long
+_STALE_SECONDS = 3600.0  # older temporary files are from killed processes: saving one file never takes this long
 _TEMPORARY = ".tmp"
 TEMPORARY_PATTERN = f"*.{'[0-9a-f]' * 8}{_TEMPORARY}*"
-"""Names of temporary files, for ``fnmatch``."""
+"""Pattern of the names of temporary files, for ``fnmatch``."""
 
 
 def write_bytes(path: str | Path, data: bytes) -> Path:
-    """Put ``data`` into a file, whole or not at all, and return the path. The folder is made if absent.
+    """Write ``data`` to a file, completely or not at all, and return the path. The folder is made if absent.
 
-    An existing file keeps its permissions, a link its target; a pipe or a device is written to.
+    An existing file keeps its permissions, and a link keeps its target. A pipe or a device is written to directly.
 
     Raises:
-        OSError: it cannot be written; the message names the path, and what was there is as it was.
+        OSError: the file cannot be written; the message names the path, and an existing file is unchanged.
     """
     with replaced(path) as new:
         new.write_bytes(data)
@@ -42,12 +42,12 @@ def write_text(path: str | Path, text: str) -> Path:
 
 @contextmanager
 def replaced(path: str | Path) -> Iterator[Path]:
-    """Yield a path beside the file to write to; behind the block it takes the file's place, after an error it goes.
+    """Yield a temporary path to write to. After the block it replaces the file; after an error it is deleted.
 
-    For writers that want a path (pictures). The temporary file has the file's suffix.
+    It is for writers that need a path (pictures). The temporary file has the file's suffix.
 
     Raises:
-        OSError: it cannot be written; the message names the file.
+        OSError: the file cannot be written; the message names the file.
     """
     real = Path(os.path.realpath(path))
     try:
@@ -69,7 +69,7 @@ def replaced(path: str | Path) -> Iterator[Path]:
 
 
 def _finish(new: Path, real: Path) -> None:
-    """What was written reaches the disk before its name does."""
+    """Write the content to the disk before the new name."""
     with new.open("rb") as file:
         os.fsync(file.fileno())
     if real.exists():
@@ -84,7 +84,7 @@ def _finish(new: Path, real: Path) -> None:
 
 
 def remove_stale(folder: Path, pattern: str, keep: Path | None = None) -> None:
-    """Remove what killed writers left in a folder: files of this pattern, an hour old or older."""
+    """Remove files that killed writers left in a folder: those of this pattern that are at least an hour old."""
     for left in folder.glob(pattern):
         with suppress(OSError):
             if left != keep and time.time() - left.stat().st_mtime > _STALE_SECONDS:
@@ -92,9 +92,9 @@ def remove_stale(folder: Path, pattern: str, keep: Path | None = None) -> None:
 
 
 def append_lines(path: str | Path, records: list[Any]) -> None:
-    """Add JSON values to a file, one a line, in a single write: safe from several processes.
+    """Append JSON values to a file, one per line, in a single write, which is safe with several processes.
 
-    What a kill left of a last line becomes a line of its own, which ``read_lines`` skips.
+    An incomplete last line of a killed process becomes a separate line, which ``read_lines`` skips.
 
     Raises:
         OSError: the file cannot be written; the message names the path.
@@ -116,7 +116,7 @@ def append_lines(path: str | Path, records: list[Any]) -> None:
 
 
 def _is_torn(descriptor: int) -> bool:
-    """Whether a regular file ends without the end of a line."""
+    """Whether a regular file ends without a newline."""
     state = os.fstat(descriptor)
     if not stat.S_ISREG(state.st_mode) or state.st_size == 0:
         return False
@@ -124,7 +124,7 @@ def _is_torn(descriptor: int) -> bool:
 
 
 def read_lines(path: str | Path) -> list[Any]:
-    """The JSON values of a file, one a line. Lines that are not whole are left out, with a warning.
+    """The JSON values of a file, one per line. Incomplete lines are left out, with a warning.
 
     Raises:
         OSError: the file cannot be read.

@@ -1,7 +1,7 @@
-"""Batches of requests that are of similar length *after* merging, and their answers in the order of the requests.
+"""Batches of requests that have similar lengths *after* merging, and their answers in the order of the requests.
 
-A batch is padded to its longest row. What counts is the length that the language model sees: two prompts of equal
-length differ after merging if one of them has an image and the other one has not.
+A batch is padded to its longest row. The length that counts is that of the language model's input: two prompts of equal
+length differ after merging if only one of them has an image.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from mllm_crossget.hooks.request.placeholders import expected_counts, image_coun
 
 Answer = TypeVar("Answer")
 Request = Mapping[str, Any]
-# Settings of ``generate`` that decide here too.
+# Options of ``generate`` that this file reads too.
 _READ_HERE = ("max_new_tokens", "pad_token_id", "eos_token_id", "num_return_sequences", "return_dict_in_generate")
 
 
 @torch.no_grad()
 def compact_lengths(model: nn.Module, inputs: Request, *, exact: bool = False) -> list[int]:
-    """Tokens of every row that the language model gets: without padding and without removed placeholders.
+    """Number of tokens of each row in the language model: without padding and without removed placeholders.
 
     Args:
-        model: accelerated or not.
-        inputs: what the processor returns for one or several rows; pixels are only looked at for their shape.
-        exact: where the number of visual tokens depends on what is in an image (``dynamic=True``, "madtp", images cut
-            into tiles), it is the settings' average share; True encodes the images to find it. With ``reuse_vision``
-            that is not lost, as the answer then needs no encoder.
+        model: accelerated or not. inputs: output of the processor for one or several rows; of the pixels only the shape
+            is used.
+        exact: how to count visual tokens if their number depends on the image (``dynamic=True``, "madtp", images cut
+            into tiles). False uses the settings' average share; True encodes the images. With ``reuse_vision`` this
+            work is not lost, because the answer then needs no encoder.
 
     Raises:
         ValueError: placeholders that do not fit the images.
@@ -57,20 +57,21 @@ def compact_lengths(model: nn.Module, inputs: Request, *, exact: bool = False) -
 
 
 class CompactBatchSampler(Sampler[list[int]]):
-    """Groups requests of similar length, for ``DataLoader(batch_sampler=...)``: each of them once, the longest first.
+    """Groups requests of similar length, for ``DataLoader(batch_sampler=...)``. Each request occurs once, the longest
+    first.
 
-    The same batches at every pass, so that a batch that does not fit into the memory is the first one. (For training,
-    where batches must be random, transformers' ``LengthGroupedSampler`` takes these lengths too.)
+    Every pass has the same batches. If a batch does not fit into memory, it is the first one. (Training needs random
+    batches; transformers' ``LengthGroupedSampler`` takes these lengths too.)
 
     Args:
-        lengths: tokens of every request, see ``compact_lengths``.
+        lengths: number of tokens of each request, see ``compact_lengths``.
         max_tokens: bound of rows times (longest row + ``new_tokens``) in a batch. A request that is longer than the
             bound has a batch of its own.
-        max_rows: bound of the rows in a batch; give one of the two at least.
+        max_rows: bound of the rows in a batch; give at least one of the two bounds.
         new_tokens: longest answer.
 
     Raises:
-        ValueError: no bound, or one below 1.
+        ValueError: no bound, or a bound below 1.
 
     Example:
         >>> batches = CompactBatchSampler(lengths, max_tokens=16_384, new_tokens=64)
@@ -111,7 +112,7 @@ class CompactBatchSampler(Sampler[list[int]]):
 
     @property
     def padding(self) -> float:
-        """Share of the prompts' columns that is padding, from 0 to 1."""
+        """Share of padding in the prompts' columns, from 0 to 1."""
         cells = sum(len(batch) * max(self.lengths[index] for index in batch) for batch in self.batches)
         return 1 - sum(self.lengths) / cells if cells else 0.0
 
@@ -140,13 +141,13 @@ class CompactBatchSampler(Sampler[list[int]]):
 def join_requests(requests: Iterable[Request], pad_token_id: int = 0) -> dict[str, Any]:
     """One batch of requests that the processor made one by one, padded on the left.
 
-    What has the shape of ``input_ids`` is padded on the left: ids with ``pad_token_id``, all else with zeros. Other
-    tensors (pixels, sizes, grids) follow one another; where their shapes differ (images of more or fewer tiles) zeros
-    are put behind, as the processors do.
+    Tensors of the shape of ``input_ids`` are padded on the left: ids with ``pad_token_id``, all others with zeros.
+    Other tensors (pixels, sizes, grids) are concatenated. If their shapes differ (images with different numbers of
+    tiles), they are padded with zeros at the end, as the processors do.
 
     Args:
         requests: each with ``input_ids`` and ``attention_mask`` (rows, columns); a request may lack images.
-        pad_token_id: the model's.
+        pad_token_id: padding token id of the model.
 
     Raises:
         ValueError: no request, or one without a mask.
@@ -189,18 +190,18 @@ def generate_in_batches(
 
     Args:
         model: a model with ``generate``, accelerated or not.
-        requests: what the processor returns for each, one row, on any device; a list, or an iterator.
+        requests: output of the processor for each request, with one row, on any device; a list or an iterator.
         max_tokens, max_rows: bounds of a batch, see ``CompactBatchSampler``.
         exact_lengths: see ``exact`` of ``compact_lengths``.
-        options: of ``generate``, such as ``max_new_tokens=64`` or a ``generation_config``.
+        options: options of ``generate``, such as ``max_new_tokens=64`` or a ``generation_config``.
 
     Returns:
-        New tokens of every request, (tokens,) each, in the order of the requests, up to and with the end token. They
-        are those of one request at a time, up to rounding.
+        New tokens of every request, (tokens,) each, in the order of the requests, up to and including the end token. Up
+        to rounding they are the same as with one request at a time.
 
     Raises:
         ValueError: no bound; several answers per request; a request of several rows; inputs among the options.
-        TypeError: requests that are one request, or no mappings.
+        TypeError: ``requests`` is a single request, or its items are not mappings.
 
     Example:
         >>> requests = [processor(images=image, text=text, return_tensors="pt") for image, text in questions]
@@ -246,7 +247,7 @@ def _check_requests(requests: Sequence[Request], options: Mapping[str, Any], cho
 
 
 def _listed(requests: Iterable[Request]) -> list[Request]:
-    """An iterator is used up after one look, so it is read once."""
+    """The requests as a list, because an iterator can be read only once."""
     if isinstance(requests, Mapping) or hasattr(requests, "input_ids"):
         raise TypeError("expected a list of requests, got one request; write [request]")
     if not isinstance(requests, Iterable):
@@ -262,7 +263,7 @@ def _is_request(request: Any) -> bool:
 
 
 def _until_end(tokens: Tensor, ends: Sequence[int | None], pad: int | None) -> Tensor:
-    """An answer up to its end token, or else without the padding behind it."""
+    """An answer up to its end token; without one, up to its padding."""
     values = tokens.tolist()
     stop = next((place + 1 for place, token in enumerate(values) if token in ends), len(values))
     while stop == len(values) and pad is not None and values and values[-1] == pad and pad not in ends:
@@ -271,6 +272,6 @@ def _until_end(tokens: Tensor, ends: Sequence[int | None], pad: int | None) -> T
 
 
 def _padded(values: Tensor, most: Sequence[int]) -> Tensor:
-    """Zeros behind all but the first dimension, up to ``most``."""
+    """Pad all dimensions but the first with zeros at the end, up to ``most``."""
     missing = [size - own for size, own in zip(most, values.shape[1:], strict=True)]
     return nn.functional.pad(values, [side for size in reversed(missing) for side in (0, size)])

@@ -1,6 +1,7 @@
-"""The small files of an accelerated model (``crossget_config.json``, ``crossget_weights/``) and the official ones.
+"""Read and write the small files of an accelerated model (``crossget_config.json``, ``crossget_weights/``), and read
+the official ones.
 
-Version 0.1 wrote ``crossget.safetensors`` in place of the folder; it is still read. Keys do not depend on module paths:
+Version 0.1 wrote ``crossget.safetensors`` instead of the folder; it is still read. Keys do not depend on module paths:
 ``vision.cross``, ``text.cross``, ``video.cross`` (layers, width each); for MADTP ``alignment.tokens`` (K, width),
 ``alignment.maps.0.weight``, ``alignment.text_maps.0.weight`` and so on.
 """
@@ -52,13 +53,13 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def save_crossget(model: nn.Module, save_directory: str | Path) -> list[Path]:
-    """Write the settings and the learned cross tokens of an accelerated model; returns the files' paths.
+    """Write the settings and the learned cross tokens of an accelerated model. Returns the paths of the files.
 
-    Both are replaced together: a reader, or a process that is killed, leaves the old pair or the new one.
+    Both are replaced together: a reader, or a kill, at any time finds the old pair or the new one.
 
     Raises:
         ValueError: the model is not accelerated.
-        OSError: a file cannot be written; what was there is as it was.
+        OSError: a file cannot be written; existing files are unchanged.
     """
     check_type("model", model, nn.Module)
     check_type("save_directory", save_directory, str | PathLike)
@@ -76,21 +77,21 @@ def load_crossget(
 ) -> Model:
     """Accelerate a model with saved settings and cross tokens, **in place**, and return it.
 
-    Where the folder holds a LoRA adapter too (``adapter_config.json``), it is put on the model with transformers' own
-    ``model.load_adapter``, so that the result computes what was fine-tuned. It takes the place of one that
-    ``load_crossget`` has put on before.
+    If the folder also holds a LoRA adapter (``adapter_config.json``), it is loaded with transformers' own
+    ``model.load_adapter``, so that the model computes as fine-tuned. It replaces an adapter that ``load_crossget``
+    added before.
 
     Args:
         model: the model that the files were made for, accelerated or not.
         name_or_path: a folder, or a repository of the hub, as ``save_crossget`` or ``save_pretrained`` wrote it.
-        config: settings to use instead of the saved ones (another ``keep_ratio``, say).
-        adapter: whether to load an adapter that is there. Not done, with a warning, for a model that PEFT has wrapped
-            already, or that carries an adapter of the user's.
+        config: settings to use instead of the saved ones, for example another ``keep_ratio``.
+        adapter: whether to load an adapter in the folder. It is not loaded, with a warning, if PEFT has wrapped the
+            model already, or if the model has an adapter of the user.
         hub_kwargs: passed to ``hf_hub_download`` (``revision``, ``token``, ...).
 
     Raises:
-        ValueError: a file is missing or corrupt, or made for another geometry, or belongs to other settings.
-        OSError: a file cannot be read. After any error the model is as it was.
+        ValueError: a file is missing or corrupt, was made for another geometry, or belongs to other settings.
+        OSError: a file cannot be read. After any error the model is unchanged.
         RuntimeError: another thread is inside the model.
     """
     check_type("model", model, nn.Module)
@@ -114,9 +115,10 @@ def load_crossget(
 def _read_saved(
     name_or_path: str | Path, config: ReductionConfig | None, hub_kwargs: dict[str, Any]
 ) -> tuple[ReductionConfig, dict[str, Tensor], Path]:
-    """Settings and learned tokens that were saved together; no tokens where there is no file of them.
+    """Settings and learned tokens that were saved together; no tokens if there is no file of them.
 
-    While another process saves, the file that was named may have gone: then the settings are others by now.
+    If another process saves at the same time, the named file may be deleted. The settings are then read again, because
+    they have changed too.
     """
     seen: Any = None
     while True:
@@ -133,7 +135,7 @@ def _read_saved(
                 seen = values
                 continue
             if not entry and not (Path(name_or_path) / LEGACY_WEIGHTS_NAME).exists():
-                return chosen, {}, path  # a family may have no place for tokens: seen when they are put
+                return chosen, {}, path  # a family may have no place for tokens: checked when they are loaded
             if isinstance(error, EntryNotFoundError):
                 raise ValueError(f"{name_or_path} has no {entry.get('file', LEGACY_WEIGHTS_NAME)}") from error
             raise
@@ -142,7 +144,7 @@ def _read_saved(
 def _saved_settings(
     name_or_path: str | Path, config: ReductionConfig | None, hub_kwargs: dict[str, Any]
 ) -> tuple[dict[str, Any], Path]:
-    """The JSON object of the settings' file, and its path; nothing where there is none and none is needed."""
+    """The JSON object of the settings file, and its path; an empty object if there is no file and none is needed."""
     try:
         path = find_file(name_or_path, CONFIG_NAME, **hub_kwargs)
     except (ValueError, EntryNotFoundError):
@@ -161,7 +163,8 @@ def load_official_cross_tokens(model: Model, path: str | Path, config: Reduction
         config: settings; by default ``CrossGetConfig.published(r=13)``.
 
     Raises:
-        ValueError: no such file, a damaged one, no cross tokens in it, or another geometry; the model is unchanged.
+        ValueError: the file is missing or damaged, has no cross tokens, or is for another geometry; the model is
+            unchanged.
     """
     check_type("model", model, nn.Module)
     check_type("path", path, str | PathLike)
@@ -182,7 +185,7 @@ def load_official_cross_tokens(model: Model, path: str | Path, config: Reduction
 def _read_official(file: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # bytes that are no pickle raise anything
+    except Exception as error:  # bytes that are not a pickle raise any type of error
         raise ValueError(
             f"{file} is damaged or no state dict of tensors as torch.save writes it; download it again"
         ) from error
@@ -228,7 +231,7 @@ def _handle(model: nn.Module) -> Handle:
 
 
 def _adapter_of(model: nn.Module, name_or_path: str | Path, hub_kwargs: dict[str, Any]) -> str | None:
-    """Where an adapter is to be loaded from, checked; None if there is none, or if the model has one of the user's."""
+    """The checked folder of an adapter to load; None if there is none, or if the model has an adapter of the user."""
     if not hasattr(base_model(model), "load_adapter"):
         return None
     if find_adapter_config_file(str(name_or_path), **hub_kwargs) is None:
@@ -247,10 +250,10 @@ def _adapter_of(model: nn.Module, name_or_path: str | Path, hub_kwargs: dict[str
 
 
 def check_adapter_file(name_or_path: str | Path, **hub_kwargs: Any) -> None:
-    """Raise ``ValueError`` for an adapter's weights that are damaged, not finite, or no floating numbers.
+    """Raise ``ValueError`` if an adapter's weights are damaged, not finite, or not floating-point numbers.
 
     Args:
-        name_or_path: folder or repository; ``adapter_model.bin`` of old versions is left to PEFT.
+        name_or_path: folder or repository; ``adapter_model.bin`` of old versions is not checked here but by PEFT.
         hub_kwargs: passed to ``hf_hub_download``.
     """
     try:
@@ -274,16 +277,15 @@ def _put_adapter(model: nn.Module, folder: str, hub_kwargs: dict[str, Any]) -> N
             check_new_weights(target, known)
     except OSError:
         raise
-    except Exception as error:  # PEFT raises anything for a configuration that is not its own
+    except Exception as error:  # PEFT raises any type of error for a configuration that is not its own
         raise ValueError(f"the adapter in {folder} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
 def check_new_weights(model: nn.Module, known: set[int]) -> None:
-    """Raise ``ValueError`` if parameters that came with an adapter cannot hold its values in their own type.
+    """Raise ``ValueError`` if an adapter's values do not fit into the dtype of the parameters that it added.
 
     Args:
-        model: with the adapter.
-        known: identities of the parameters that were there before.
+        model: the model with the adapter. known: ``id`` of the parameters that the model had before.
     """
     for name, one in model.named_parameters():
         if id(one) not in known and not one.is_meta and not torch.isfinite(one.double()).all():
@@ -293,7 +295,8 @@ def check_new_weights(model: nn.Module, known: set[int]) -> None:
 
 
 def _check_report(report: Any, folder: str) -> None:
-    """Nothing of the adapter was left out; its copy of the cross tokens may be missing, they have a file."""
+    """Check that all weights of the adapter were loaded. Its copy of the cross tokens may be left out, because they
+    have a file."""
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         names = sorted(map(str, getattr(report, kind, None) or ()))
         left = [name for name in names if kind != "missing_keys" or not is_cross_token(name)]
@@ -305,7 +308,7 @@ def _check_report(report: Any, folder: str) -> None:
 
 
 def _put_tokens(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Learned tokens into an accelerated model, checked before the first is written."""
+    """Write learned tokens into an accelerated model; all are checked before the first is written."""
     learned = _learned(model)
     tensors = _without_parked(model, learned, tensors)
     if learned and not tensors and path.name == CONFIG_NAME:
@@ -320,7 +323,7 @@ def _put_tokens(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> 
 
 
 def _learned(model: nn.Module) -> dict[str, Tensor]:
-    """The learned parameters that the model computes with, by their keys in the file."""
+    """The active learned parameters of the model, by their keys in the file."""
     live = live_cross_tokens(model)
     places = _handle(model).cross_paths
     return {key: tensor for place in places for key, _, tensor in learned_tensors(place, live[place])}
@@ -329,7 +332,7 @@ def _learned(model: nn.Module) -> dict[str, Tensor]:
 def _without_parked(
     model: nn.Module, learned: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
 ) -> Mapping[str, Tensor]:
-    """A setting may leave one tower of a dual encoder alone: its cross tokens are not needed."""
+    """The saved tensors without those of a tower that the settings do not reduce, as is possible in dual encoders."""
     if _handle(model).family.text_tower is None:
         return tensors
     parked = {"vision.cross", "text.cross"} - set(learned)
@@ -348,7 +351,7 @@ def _check_tensors(learned: Mapping[str, Tensor], tensors: Mapping[str, Tensor],
 
 
 def _check_numbers(tensors: Mapping[str, Tensor], path: Path, kinds: Mapping[str, torch.dtype]) -> None:
-    """Weights are floating numbers that are finite, also in the model's own type (``kinds``)."""
+    """Check that weights are finite floating-point numbers, also in the model's own dtype (``kinds``)."""
     strange = {name: _kind(tensor) for name, tensor in tensors.items() if not _is_plain(tensor)}
     if strange:
         raise ValueError(f"{path} holds no weights but {strange}; expected floating numbers, each with its value")
@@ -364,7 +367,7 @@ def _check_numbers(tensors: Mapping[str, Tensor], path: Path, kinds: Mapping[str
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether it is an ordinary tensor of floating numbers."""
+    """Whether it is an ordinary tensor of floating-point numbers."""
     ordinary = tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_quantized
     return ordinary and tensor.is_floating_point()
 

@@ -1,6 +1,6 @@
 """The command line: ``mllm-crossget COMMAND``. Every command is a dataclass of options and a function that takes it.
 
-A new command is one entry of ``COMMANDS``; its modules are imported when it is called, so that a missing extra of one
+A new command is one entry of ``COMMANDS``. Its modules are imported when it is called, so that a missing extra of one
 command does not stop the others.
 """
 
@@ -31,7 +31,7 @@ from mllm_crossget.user_files import read_yaml
 
 _PROGRAM = "mllm-crossget"
 _DEFAULT_METHOD = "crossget"
-_SHARED = {"seed"}  # options of the run that a method has too, so that the value may be meant for the run
+_SHARED = {"seed"}  # options that the run and a method both have, so that the value may be meant for the run
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,14 @@ class Command:
     """A sub-command.
 
     Args:
-        options: "module:dataclass". A field without a default may be given first, as a plain word.
+        options: "module:dataclass". A field without a default may be given first, without its option name.
         function: "module:function", called with the options (and the method's settings).
-        help: one line.
+        help: description in one line.
         takes_method: whether ``--method`` and that method's fields are options too.
         extra: the extra of the package that the command needs, as in ``pip install 'mllm-crossget[viz]'``.
-        settings: "module:dataclass" of further options, whose object is the function's last argument.
+        settings: "module:dataclass" of further options; the object is the function's last argument.
         takes_file: whether a YAML file with values for any of the options may be the first word.
-        details: "module:text" to print behind the options of ``--help``.
+        details: "module:text" to print after the options of ``--help``.
     """
 
     options: str
@@ -123,14 +123,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        argv: the words after the program's name; by default those of the process.
+        argv: the arguments after the program's name; by default those of the process.
 
     Returns:
-        Exit status: the command's own (0 if it says none), 2 after a mistake in the input or a file that cannot be
-        read or written, told in one line, or 130 after Ctrl-C.
+        Exit status: the command's own (0 if it returns none); 2 after a mistake in the input, or a file that cannot be
+            read or written, with a message in one line; 130 after Ctrl-C.
 
     Raises:
-        SystemExit: after ``--help``, ``--version`` and words that the parser does not know.
+        SystemExit: after ``--help``, ``--version`` and arguments that the parser does not know.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     name = _overview().parse_args(words[:1]).command
@@ -150,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {_in_one_line(error)}; pip install 'mllm-crossget[{command.extra}]'", file=sys.stderr)
         return 2
     except ImportError as error:
-        if error.name is not None:  # not one of ours, which say what to install
+        if error.name is not None:  # not our own error, which says what to install
             raise
         print(f"error: {_in_one_line(error)}", file=sys.stderr)
         return 2
@@ -158,7 +158,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _in_one_line(error: BaseException) -> str:
-    """What an error says; of one in a worker process of the data loader, its last line and not the traceback."""
+    """The message of an error; for an error in a worker process of the data loader, its last line without the
+    traceback."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"
     text = str(error)
@@ -168,11 +169,11 @@ def _in_one_line(error: BaseException) -> str:
 
 
 def parse_command(name: str, command: Command, words: Sequence[str]) -> tuple[Any, ...]:
-    """The arguments for a command's function: its options and, where it takes one, the method's settings.
+    """The arguments for a command's function: its options and, if it takes a method, the method's settings.
 
     Raises:
         ValueError, TypeError: from the dataclasses' own checks.
-        SystemExit: ``--help``, or words that the parser does not know.
+        SystemExit: ``--help``, or arguments that the parser does not know.
     """
     words, from_file = _read_file(words) if command.takes_file else (list(words), {})
     _refuse_repeated(words)
@@ -200,7 +201,7 @@ def parse_command(name: str, command: Command, words: Sequence[str]) -> tuple[An
 
 
 def _refuse_repeated(words: Sequence[str]) -> None:
-    """The parser would take the last of two values and drop the first without a word."""
+    """Refuse an option that is given twice: the parser would use the last value and silently drop the first."""
     names = Counter(word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--"))
     twice = [name for name, times in names.items() if times > 1]
     if twice:
@@ -208,27 +209,27 @@ def _refuse_repeated(words: Sequence[str]) -> None:
 
 
 def _told_early(name: str, kinds: Sequence[type], words: Sequence[str], from_file: Mapping[str, Any]) -> None:
-    """Mistakes in the options that are known so far, before the module with the others takes seconds to be imported."""
+    """Report mistakes in the options that are known already, before the import of the others takes seconds."""
     parser = HfArgumentParser([_parsable(kind) for kind in kinds], prog=f"{_PROGRAM} {name}", allow_abbrev=False)
     parser.add_argument("--method", default=_DEFAULT_METHOD, choices=method_names())
     known = {action.dest for action in parser._actions} - _SHARED
     _set_defaults(parser, {option: value for option, value in from_file.items() if option in known})
     values = vars(parser.parse_known_args(_with_leading_option(kinds[0], words))[0])
     if any(not values[name] for name in getattr(kinds[0], "REQUIRED", ())):
-        return  # told later: a name that is misspelt in the file is the likelier mistake
+        return  # reported later: a misspelt name in the file is the more likely mistake
     for kind in kinds:
         fields = [field for field in dataclasses.fields(kind) if field.name not in _SHARED]
         _built(kind, {field.name: values[field.name] for field in fields}, {}, from_file)
 
 
 def _taken_twice(kinds: Sequence[type]) -> dict[str, str]:
-    """Fields of the method (the second of the dataclasses) that another one has too: field -> name of its option."""
+    """Fields of the method (the second dataclass) that another dataclass has too: field -> name of its option."""
     others = {field.name for kind in (kinds[0], *kinds[2:]) for field in dataclasses.fields(kind)}
     return {field.name: f"method_{field.name}" for field in dataclasses.fields(kinds[1]) if field.name in others}
 
 
 def _overview() -> argparse.ArgumentParser:
-    """Knows the commands' names and one-line helps; their options are parsed by ``parse_command``."""
+    """The parser of the commands' names, with their one-line helps; ``parse_command`` parses their options."""
     parser = argparse.ArgumentParser(
         _PROGRAM, description="Fewer visual tokens in Hugging Face vision-language models."
     )
@@ -245,7 +246,7 @@ def _imported(path: str) -> Any:
 
 
 def _read_file(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """The words without a leading YAML file, and the file's values."""
+    """The arguments without a leading YAML file, and the file's values."""
     if not words or Path(words[0]).suffix not in (".yaml", ".yml"):
         return list(words), {}
     path = Path(words[0])
@@ -259,7 +260,7 @@ def _read_file(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
 
 
 def _set_defaults(parser: argparse.ArgumentParser, values: dict[str, Any]) -> None:
-    """Values of a file take the place of the options' defaults, so that words on the command line win over them."""
+    """Make a file's values the defaults of the options, so that options on the command line override them."""
     known = {action.dest for action in parser._actions}
     for name in values:
         if name not in known:
@@ -269,14 +270,14 @@ def _set_defaults(parser: argparse.ArgumentParser, values: dict[str, Any]) -> No
 
 
 def _method_name(words: Sequence[str], default: str = _DEFAULT_METHOD) -> str:
-    """The method decides which options there are, so it is looked up before they are parsed."""
+    """The name of the method, which is found before parsing because it decides which options exist."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--method", default=default)
     return str(parser.parse_known_args(list(words))[0].method)
 
 
 def _with_leading_option(kind: type, words: Sequence[str]) -> list[str]:
-    """``NAME ...`` as ``--first_field NAME ...`` where the first field has no default."""
+    """``NAME ...`` as ``--first_field NAME ...`` if the first field has no default."""
     fields = dataclasses.fields(kind)
     required = fields and fields[0].default is fields[0].default_factory is dataclasses.MISSING
     if required and words and not words[0].startswith("-"):
@@ -285,8 +286,8 @@ def _with_leading_option(kind: type, words: Sequence[str]) -> list[str]:
 
 
 def _parsable(kind: type, renamed: Mapping[str, str] | None = None) -> Any:
-    """A copy of a dataclass that the parser understands: help from the docstring, no checks of its own, and lists where
-    the original takes one value or a list of them. ``renamed`` fields get another option."""
+    """A copy of a dataclass for the parser: help from the docstring, no checks, and lists for fields that take one
+    value or a list. ``renamed`` fields get another option name."""
     hints, help_texts, renamed = get_type_hints(kind), _argument_help(kind), renamed or {}
     fields = []
     for field in dataclasses.fields(kind):
@@ -300,7 +301,7 @@ def _parsable(kind: type, renamed: Mapping[str, str] | None = None) -> Any:
 
 
 def _built(kind: type, values: Mapping[str, Any], renamed: Mapping[str, str], from_file: Mapping[str, Any]) -> Any:
-    """The dataclass from the parsed values. What a file gave has not seen the parser, so its types are checked here."""
+    """The dataclass from the parsed values. Values from a file bypass the parser, so their types are checked here."""
     hints = get_type_hints(kind)
     names = {field.name: renamed.get(field.name, field.name) for field in dataclasses.fields(kind)}
     chosen = {name: _at_home(values[option]) for name, option in names.items() if option in values}
@@ -316,7 +317,8 @@ def _built(kind: type, values: Mapping[str, Any], renamed: Mapping[str, str], fr
 
 
 def _at_home(value: Any) -> Any:
-    """Paths with the home folder for ``~``, which a shell leaves alone behind ``=`` and a file has no shell."""
+    """Paths with the home folder for ``~``, which a shell does not expand after ``=``, and nothing expands in a
+    file."""
     if isinstance(value, list):
         return [_at_home(item) for item in value]
     return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
@@ -332,7 +334,7 @@ def _list_of_union(hint: Any) -> Any:
 
 
 def _argument_help(kind: type) -> dict[str, str]:
-    """Field name -> what the ``Args`` or ``Attributes`` of the docstrings say of it, base classes included."""
+    """Field name -> its text in the ``Args`` or ``Attributes`` of the docstrings, including those of base classes."""
     texts: dict[str, str] = {}
     for base in reversed(kind.__mro__):
         block = re.search(r"\n\s*(?:Args|Attributes):\n(.*?)(?:\n\s*\n|\Z)", base.__doc__ or "", re.DOTALL)

@@ -1,6 +1,6 @@
-"""The settings every reduction method shares: one dial, its checks, and how they are written to and read from a file.
+"""The settings that all reduction methods share, their checks, and how they are written to and read from a file.
 
-Knows nothing of models. A method (see ``mllm_crossget.methods``) is a dataclass that derives from ``ReductionConfig``.
+They do not depend on models. A method (see ``mllm_crossget.methods``) is a dataclass derived from ``ReductionConfig``.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from mllm_crossget.place import Place
 CONFIG_NAME = "crossget_config.json"
 FORMAT_VERSION = 2
 WEIGHTS_FIELD = "weights"
-"""Field of the file, not of the settings: which learned weights belong to them."""
+"""A field of the file and not of the settings: the learned weights that belong to them."""
 _DIALS = ("keep_ratio", "visual_tokens", "r", "vision_r")
 _TEXT_DIALS = ("text_keep_ratio", "text_r")
 DIALS = (*_DIALS, *_TEXT_DIALS)
 POSITIONS = ("contiguous", "original")
 SCHEDULES = ("constant", "late", "output", "auto")
 _METHODS: dict[str, type[ReductionConfig]] = {}
-# How to reach the hub: nothing to do for a local folder. All other words say what is wanted, and a folder has it not.
+# Options of the download, ignored for a local folder. Other keywords select a version, which a folder does not have.
 _ONLY_FOR_DOWNLOADS = ("token", "cache_dir", "local_files_only", "subfolder")
 
 Config = TypeVar("Config", bound="ReductionConfig")
@@ -38,34 +38,33 @@ Config = TypeVar("Config", bound="ReductionConfig")
 
 @dataclass
 class ReductionConfig:
-    """How many visual tokens to keep. Give exactly one dial; with none, ``keep_ratio=0.5``.
+    """How many visual tokens to keep: a dial ``keep_ratio``, ``visual_tokens`` or ``r``; by default ``keep_ratio=0.5``.
 
-    Dual encoders (CLIP, SigLIP) and BLIP's models with a text encoder have a second dial for it. A dial reduces its own
-    tower alone: the text tower is left untouched without a text dial, the vision tower if there is a text dial only.
+    Dual encoders (CLIP, SigLIP) and BLIP's models with a text encoder have text dials too: ``text_keep_ratio``,
+    ``text_r``. A dial reduces its own tower alone. Without a text dial the text tower is unchanged, with a text dial
+    alone the vision tower.
 
     Args:
-        keep_ratio: share of the visual tokens that reaches the language side, in (0, 1]. 1 changes nothing at all.
+        keep_ratio: share of the visual tokens that reaches the language side, in (0, 1]. 1 does not change the model.
         visual_tokens: the same as a number of tokens per image.
         r: tokens removed in each layer of the vision tower (one integer for all layers, or a list with one per layer);
-            a layer never removes more than half of what it may remove.
-        vision_r: another name of ``r`` for dual encoders; 0 merges nothing, but the cross token travels along.
-        text_keep_ratio: share of a text's tokens that the last layer of the text tower is left with.
+            a layer removes at most half of its unprotected tokens.
+        vision_r: another name of ``r`` for dual encoders; 0 merges nothing, but adds the cross token.
+        text_keep_ratio: share of a text's tokens that are left after the last layer of the text tower.
         text_r: tokens removed in each layer of the text tower, as ``r``.
-        merge_every: merge in the first layer of the vision tower and in every such layer after it, not in all of them:
-            fewer matchings, later reduction. None is 1. A list ``r`` says the same layer by layer.
-        positions: of image tokens and text in the language model. None or "original": text keeps the positions of the
-            full prompt, and an image's token has the lower median position of the tokens that it stands for; distances
-            are those that the model has learned. "contiguous": tokens that stay close the gaps, as in the official
-            code.
-        size_bias: whether a token that stands for n visual tokens weighs as n of them in the language model's attention
-            (log n is added to its logits), in the prompt and in every decoding step. None: for methods that weigh
-            tokens by their sizes inside the tower.
+        merge_every: merge only in every n-th layer of the vision tower, from the first on: fewer matchings, later
+            reduction. None is 1. With a list ``r`` it is not needed.
+        positions: positions of image tokens and text in the language model. None or "original": text has the positions
+            of the full prompt, and an image token the lower median position of the tokens that it stands for, so that
+            distances are as the model has learned. "contiguous": positions without gaps, as in the official code.
+        size_bias: whether a token that stands for n visual tokens weighs as much as n in the language model's attention
+            (log n is added to its logits), in the prompt and in decoding. None: True for methods that weigh tokens by
+            size inside the tower.
         schedule: where a vision tower removes the tokens of ``keep_ratio`` or ``visual_tokens``. "constant": evenly
-            over its layers, as published. "late": in the last layers in front of the one that is read, which costs more
-            in the tower and keeps what its layers compute. "output": all at once, at the output of the layer that is
-            read; for methods that can select among so many. None or "auto": as late as costs allow, in layers and at
-            the output together (``removals.auto_removals``); even where there is no language model behind the tower,
-            and for dials that say it layer by layer.
+            over its layers, as published. "late": in the last layers before the one that is read, which costs more in
+            the tower but changes fewer layers. "output": all at once, at the output of the layer that is read, for
+            methods that can do so. None or "auto": as late as costs allow, in layers and at the output
+            (``removals.auto_removals``); evenly without a language model, and with ``r``.
 
     Raises:
         ValueError: two dials of one tower at once, or a value outside its range.
@@ -149,7 +148,7 @@ class ReductionConfig:
             raise ValueError(f"merge_every={self.merge_every}: dynamic counts are decided in every layer; leave it out")
 
     def _given(self, dials: tuple[str, ...]) -> list[str]:
-        """The dials of one tower that are set. Raises ``ValueError`` for more than one."""
+        """The given dials of one tower. Raises ``ValueError`` for more than one."""
         given = [name for name in dials if getattr(self, name) is not None]
         if len(given) > 1:
             settings = ", ".join(f"{name}={getattr(self, name)!r}" for name in given)
@@ -158,23 +157,23 @@ class ReductionConfig:
 
     @classmethod
     def published(cls: type[Config], **settings: Any) -> Config:
-        """The method exactly as its authors published it: tokens that stay close the gaps in the prompt, and every
-        token weighs the same in the language model.
+        """The method exactly as its authors published it: positions without gaps, and equal weights of all tokens in
+        the language model.
 
         Args:
-            settings: the dial and further fields, such as ``r=13``.
+            settings: a dial and further fields, such as ``r=13``.
         """
         return _marked_published(cls(**{**cls.published_settings, **settings}))
 
     @property
     def is_published(self) -> bool:
-        """Whether it was made by ``published``, or read from a file of version 0.1: then settings of the language model
-        may be given for models without one."""
+        """Whether it was made by ``published``, or read from a file of version 0.1. Settings of the language model are
+        then allowed for models without one."""
         return bool(vars(self).get(_MARK))
 
     @property
     def is_identity(self) -> bool:
-        """Whether this setting leaves the model untouched."""
+        """Whether these settings leave the model unchanged."""
         return not self.reduces_vision and not self.reduces_text
 
     @property
@@ -184,13 +183,12 @@ class ReductionConfig:
 
     @property
     def reduces_text(self) -> bool:
-        """Whether the text tower (of a dual encoder, of BLIP) is changed."""
+        """Whether the text tower (of a dual encoder or of BLIP) is changed."""
         return self.text_r is not None or self.text_keep_ratio not in (None, 1.0)
 
     @property
     def schedule_kind(self) -> str:
-        """Which of the schedules holds: the one that was asked for; else "auto", or "constant" where another setting
-        says in which layers tokens leave."""
+        """The given schedule; else "auto", or "constant" if another setting chooses the layers."""
         if self.schedule is not None:
             return self.schedule
         by_layer = self.vision_removals is not None or self.merge_every is not None or self.is_dynamic
@@ -208,12 +206,12 @@ class ReductionConfig:
 
     @property
     def is_dynamic(self) -> bool:
-        """Whether the number of tokens is chosen per image; the dial is then their average."""
+        """Whether the number of tokens is chosen per image; a dial then sets the average."""
         return False
 
     @property
     def has_learned_parts(self) -> bool:
-        """Whether the method puts learned modules into a model."""
+        """Whether the method adds learned modules to a model."""
         return self.uses_cross_tokens
 
     def to_dict(self) -> dict[str, Any]:
@@ -233,7 +231,7 @@ class ReductionConfig:
             raise TypeError(f"expected the fields of a method by name, got {type(values).__name__}")
         values = dict(values)
         version = values.pop("format_version", FORMAT_VERSION)
-        if version == 1:  # 0.1 knew one way: what its files mean is written out
+        if version == 1:  # 0.1 had only the published settings, which are written out here
             values = {**method_class(values.get("method", cls.method)).published_settings, **values}
             return _marked_published(cls.from_dict({**values, "format_version": FORMAT_VERSION}))
         if version != FORMAT_VERSION:
@@ -253,10 +251,10 @@ class ReductionConfig:
     def save_pretrained(self, save_directory: str | Path) -> Path:
         """Write ``crossget_config.json`` into a folder (made if absent) and return the file's path.
 
-        The file is replaced whole. Learned weights that the settings there belonged to belong to the new ones.
+        The file is replaced atomically. Learned weights of the old settings then belong to the new ones.
 
         Raises:
-            OSError: it cannot be written; what was there is as it was.
+            OSError: the file cannot be written; an existing file is unchanged.
         """
         path = Path(save_directory).expanduser() / CONFIG_NAME
         return write_settings(self, path, _weights_named_in(path))
@@ -267,11 +265,11 @@ class ReductionConfig:
 
         Args:
             name_or_path: the folder or the repository.
-            hub_kwargs: as ``find_file``.
+            hub_kwargs: as in ``find_file``.
 
         Raises:
-            ValueError: the file is missing from the folder, is not JSON, or does not hold valid settings; a keyword
-                that a folder has no use for.
+            ValueError: the file is missing from the folder, is not JSON, or does not hold valid settings; or a keyword
+                does not apply to a folder.
             TypeError: a keyword that ``hf_hub_download`` does not know.
         """
         path = find_file(name_or_path, CONFIG_NAME, **hub_kwargs)
@@ -279,14 +277,15 @@ class ReductionConfig:
 
     @classmethod
     def _from_file(cls: type[Config], values: Mapping[str, Any], path: Path) -> Config:
-        """As ``from_dict``. Every error is a ``ValueError`` that names the file."""
+        """As ``from_dict``, but every error is a ``ValueError`` that names the file."""
         try:
             return cls.from_dict({name: value for name, value in values.items() if name != WEIGHTS_FIELD})
         except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"{path} holds no valid settings: {error}") from error
 
     def push_to_hub(self, repo_id: str, *, token: str | None = None, private: bool | None = None) -> str:
-        """Upload ``crossget_config.json`` to a repository of the hub (made if absent); returns the commit's address."""
+        """Upload ``crossget_config.json`` to a repository of the hub (made if absent). Returns the address of the
+        commit."""
         api = HfApi(token=token)
         api.create_repo(repo_id, private=private, exist_ok=True)
         try:
@@ -310,7 +309,7 @@ def _marked_published(config: Config) -> Config:
 
 
 def register_method(kind: type[Config]) -> type[Config]:
-    """Class decorator: make a method known by its name to ``accelerate_mllm``, the command line and the tests."""
+    """Class decorator: register a method by name for ``accelerate_mllm``, the command line and the tests."""
     _METHODS[kind.method] = kind
     return kind
 
@@ -328,7 +327,7 @@ def method_names() -> list[str]:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The JSON object in a ``crossget_config.json``. Raises ``ValueError`` if there is none."""
+    """The JSON object in a ``crossget_config.json``. Raises ``ValueError`` if the file has none."""
     try:
         values = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -340,7 +339,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def write_settings(settings: ReductionConfig, path: Path, weights: Mapping[str, str] | None = None) -> Path:
-    """Write settings, and which learned weights belong to them. Raises ``OSError``; see ``save_pretrained``."""
+    """Write settings, and the entry of their learned weights. Raises ``OSError``; see ``save_pretrained``."""
     return write_text(path, _as_text(settings, weights))
 
 
@@ -350,7 +349,7 @@ def _as_text(settings: ReductionConfig, weights: Mapping[str, str] | None) -> st
 
 
 def _weights_named_in(path: Path) -> Mapping[str, str] | None:
-    """What an older file says of learned weights; None where it says nothing or cannot be read."""
+    """The entry of learned weights in an existing file; None if there is none or the file cannot be read."""
     try:
         found = read_settings(path).get(WEIGHTS_FIELD)
     except (OSError, ValueError):
@@ -363,13 +362,13 @@ def find_file(name_or_path: str | Path, filename: str, **hub_kwargs: Any) -> Pat
 
     Args:
         name_or_path: the folder (``~`` is the home folder), or a repository of the hub.
-        filename: of the file.
-        hub_kwargs: passed to ``hf_hub_download``. ``subfolder`` holds for a local folder too; ``token``, ``cache_dir``
-            and ``local_files_only`` have nothing to do there.
+        filename: name of the file.
+        hub_kwargs: passed to ``hf_hub_download``. ``subfolder`` applies to a local folder too, where ``token``,
+            ``cache_dir`` and ``local_files_only`` are ignored.
 
     Raises:
-        ValueError: the folder exists but does not contain the file, or was given a ``revision`` or another keyword that
-            only a repository has.
+        ValueError: the folder exists but does not contain the file, or a keyword such as ``revision`` applies only to a
+            repository.
         TypeError: a keyword that ``hf_hub_download`` does not know.
     """
     unknown = sorted(set(hub_kwargs) - set(inspect.signature(hf_hub_download).parameters))

@@ -1,7 +1,7 @@
-"""Whether the values in a dataclass are of the types that its annotations name. Knows no dataclass.
+"""Type checks of the values in a dataclass against its annotations.
 
-``"false"`` is no bool and ``[1]`` is no integer: taken as they come, the first would mean True and the second would
-fail far away from where it was written.
+``"false"`` is not a bool and ``[1]`` is not an integer. Without a check the first would count as True, and the second
+would fail far from where it was given.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ _WORDS = {
 
 
 def check_field_types(settings: Any) -> None:
-    """Check every field of a dataclass's instance against its annotation.
+    """Check every field of a dataclass instance against its annotation.
 
-    An integer may stand where a number is asked for, a tuple where a list is; a bool is neither integer nor number.
+    An integer is allowed for a number, and a tuple for a list. A bool is neither integer nor number.
 
     Args:
         settings: the instance.
 
     Raises:
-        TypeError: a value of another type, with the field's name, the value and what is allowed.
-        ValueError: a number that is not finite, or too large to be one.
+        TypeError: a value of another type; the message has the field's name, the value and what is allowed.
+        ValueError: a number that is not finite, or too large for a float.
     """
     kind: Any = type(settings)
     hints = _hints(kind)
@@ -55,7 +55,7 @@ def _problem(name: str, value: Any, hint: Any) -> Exception | None:
     if None in problems:
         return None
     items = next((problem for problem in problems if problem is not None and not _is_whole(problem)), None)
-    if items is not None:  # a list whose items are wrong, or a number that is no finite one: the nearest miss
+    if items is not None:  # a list with wrong items, or a number that is not finite: the most specific error
         return items
     known = [member for member in members if member is not type(None)]
     return TypeError(f"{name} must be {' or '.join(map(_named, known))}, got {value!r}"[:400])
@@ -114,7 +114,8 @@ def _hints(kind: type) -> dict[str, Any]:
 
 
 def check_least(settings: Any, **least: float) -> None:
-    """Check that fields are at least so large; None is left alone, of a list every item counts and one must be there.
+    """Check the smallest allowed values of fields. None is allowed; a list must not be empty, and all its items are
+    checked.
 
     Raises:
         ValueError: a smaller value, or an empty list.
@@ -139,7 +140,7 @@ def checked_ratio(name: str, value: Any) -> float:
     """A share in (0, 1]. Raises ``TypeError`` or ``ValueError`` that names the field."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number in (0, 1], got {value!r}")
-    if not 0 < value <= 1:  # nor is NaN
+    if not 0 < value <= 1:  # False for NaN too
         raise ValueError(f"{name} must be in (0, 1], got {value!r}; 1 keeps every token, 0.5 half of them")
     return float(value)
 
@@ -154,7 +155,7 @@ def checked_count(name: str, value: Any, least: int) -> int:
 
 
 def checked_removals(name: str, value: Any) -> int | list[int]:
-    """Tokens that layers remove: one integer for all, or a list. Raises ``TypeError`` or ``ValueError``."""
+    """Numbers of tokens that layers remove: one integer for all, or a list. Raises ``TypeError`` or ``ValueError``."""
     if isinstance(value, Sequence) and not isinstance(value, str):
         if not value:
             raise ValueError(f"{name} is an empty list; give one integer per layer of the tower, or one integer")

@@ -1,4 +1,4 @@
-"""What a schedule needs to know of a tower, of a text tower, or of the merging behind a projector. Integers only."""
+"""Sizes of a vision tower, of a text tower, or of the merging behind a projector, for a schedule. Integers only."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from mllm_crossget.flop_formulas import layer_flops
 
 @dataclass(frozen=True)
 class TowerCosts:
-    """FLOPs that a schedule can move, by formula (``costs.flops`` has the exact ones).
+    """FLOPs that depend on the schedule, by formula (``costs.flops`` has the exact ones).
 
     Args:
-        width: of the tower's tokens.
-        inner: width inside its MLP.
-        language_token: what the language model's layers spend on one more token of the prompt, without attention maps.
-        view_token: what a selection at the tower's output spends on the features of one token, which it compares.
+        width: channels of the tower's tokens. inner: width inside its MLP.
+        language_token: FLOPs of the language model's layers on one more token of the prompt, without attention maps.
+        view_token: FLOPs of one token's features, for a selection at the tower's output that compares features.
     """
 
     width: int
@@ -26,11 +25,11 @@ class TowerCosts:
     view_token: int = 0
 
     def tower(self, tokens: Sequence[int], output: bool = False) -> int:
-        """Layers of the tower that is read: projections and attention of the tokens that enter, and the MLP of those
-        that are left, where they leave between the two.
+        """FLOPs of the tower's layers up to the one that is read: projections and attention of the tokens that enter,
+        and the MLP of those that are left, as tokens are removed between the two.
 
         Args:
-            tokens: in front of the first layer and behind every layer.
+            tokens: number of tokens before the first layer and after every layer.
             output: whether the last layer removes its tokens at its output.
         """
         total = 0
@@ -40,26 +39,27 @@ class TowerCosts:
         return total + (tokens[-2] * self.view_token if output else 0)
 
     def language(self, features: int) -> int:
-        """The language model's layers on so many visual tokens."""
+        """FLOPs of the language model's layers on ``features`` visual tokens."""
         return features * self.language_token
 
 
 @dataclass(frozen=True)
 class TowerGeometry:
-    """What a schedule needs to know of a vision tower.
+    """Sizes of a vision tower, for a schedule.
 
     Args:
         patches: patch tokens per image that enter the first layer.
-        prefix: tokens in front of them that must survive (1 for a class token, else 0).
+        prefix: number of tokens before them that must be kept (1 for a class token, else 0).
         layers: layers of the tower.
-        read: layers that have run when the language side reads its features (23 of 24 for LLaVA-1.5).
+        read: number of layers that have run when the language side reads the features (23 of 24 for LLaVA-1.5).
         drops_prefix: whether the prefix is dropped before the language side.
-        cells: tokens per image behind a projector that makes them of the whole grid of patches, so that tokens are
-            copied back to their patches in front of it and its cells are merged again behind it; None where the
-            tower's tokens themselves go on.
-        fixed: whether every image has that many patches; otherwise they are the example that tables show, each image
-            gets a schedule of its own, and ``visual_tokens`` is a limit that small images stay below.
-        costs: what tells ``schedule="auto"`` how late tokens may leave; None where it is as "constant".
+        cells: number of cells per image behind a projector that needs the whole grid of patches. Tokens are then copied
+            back to their patches before it, and its cells are merged again after it. None if the projector takes the
+            tower's tokens.
+        fixed: whether every image has that many patches. Otherwise they are those of the example image in tables, each
+            image has its own schedule, and ``visual_tokens`` is a limit, which small images do not reach.
+        costs: costs by which ``schedule="auto"`` decides how late tokens are removed; None: "auto" is the same as
+            "constant".
     """
 
     patches: int
@@ -79,25 +79,23 @@ class TowerGeometry:
         return self.patches + (0 if self.drops_prefix else self.prefix)
 
     def of_patches(self, patches: int) -> TowerGeometry:
-        """The geometry of the same tower for an image of another size."""
+        """The geometry of the same tower for an image with this number of patches."""
         cells = None if self.cells is None else self.cells * patches // self.patches
         return replace(self, patches=patches, cells=cells)
 
     def of_cells(self, cells: int) -> TowerGeometry:
-        """Likewise for an image of so many cells."""
+        """The geometry of the same tower for an image with this number of cells."""
         return replace(self, patches=self.patches * cells // (self.cells or cells), cells=cells)
 
 
 @dataclass(frozen=True)
 class TextGeometry:
-    """What a schedule needs to know of a text tower.
+    """Sizes of a text tower, for a schedule.
 
     Args:
-        layers: of the tower.
-        context: most tokens of a text (77 for CLIP).
-        protected: tokens of a text that must survive: start and end mark for CLIP, the last token for SigLIP, the first
-            one for BLIP.
-        appends: whether a cross token travels as one more token.
+        layers: number of layers of the tower. context: largest number of tokens of a text (77 for CLIP). protected:
+            number of tokens of a text that must be kept: start and end mark for CLIP, the last token for SigLIP, the
+            first one for BLIP. appends: whether the cross token is one more token.
     """
 
     layers: int
@@ -108,12 +106,12 @@ class TextGeometry:
 
 @dataclass(frozen=True)
 class MergeGeometry:
-    """What a schedule needs to know of the merging behind a projector, alone or behind that inside the tower.
+    """Sizes of the merging behind a projector, alone or in addition to the merging inside the tower, for a schedule.
 
     Args:
-        tokens: visual tokens of one image (tile, video frame) behind the projector.
-        fixed: whether every image has that many; otherwise they are the example that tables show, each image gets a
-            schedule of its own, and ``visual_tokens`` is a limit that small images stay below.
+        tokens: number of visual tokens of one image (tile, video frame) behind the projector.
+        fixed: whether every image has that many tokens. Otherwise they are those of the example image in tables, each
+            image has its own schedule, and ``visual_tokens`` is a limit, which small images do not reach.
     """
 
     tokens: int

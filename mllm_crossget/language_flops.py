@@ -1,4 +1,4 @@
-"""FLOPs of the language models' layers and heads, by formula; ``costs.flops`` says what is counted."""
+"""FLOPs of the layers and heads of language models, by formula; ``costs.flops`` says what is counted."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def language_costs(text: Any, prompt: int, new_tokens: int) -> LanguageCosts:
     """FLOPs of a language model.
 
     Args:
-        text: its configuration.
-        prompt: visual and text tokens that it reads.
+        text: configuration of the language model.
+        prompt: number of visual and text tokens in the prompt.
         new_tokens: tokens to generate. The first one comes from the prompt's logits, so 0 and 1 decode nothing.
 
     Raises:
@@ -43,7 +43,7 @@ def token_flops(text: Any) -> int | None:
         return None
     one, two = (language_costs(text, prompt, 0).prefill for prompt in (1, 2))
     three = language_costs(text, 3, 0).prefill
-    curvature = (three - 2 * two + one) // 2  # of the attention maps, which grow with the square
+    curvature = (three - 2 * two + one) // 2  # quadratic part: the attention maps
     return two - one - 3 * curvature
 
 
@@ -59,7 +59,8 @@ def _gated(text: Any, prompt: int, new_tokens: int) -> LanguageCosts:
 
 
 def _gated_layers(text: Any, queries: int, keys: int) -> int:
-    """Per layer: q and o, k and v (fewer heads under GQA), attention, and a gated MLP of three matrices."""
+    """FLOPs of all layers, each with q and o, k and v (fewer heads under GQA), attention, and a gated MLP of three
+    matrices."""
     width, heads = text.hidden_size, text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or width // heads
     kv_width = head_dim * (getattr(text, "num_key_value_heads", None) or heads)
@@ -69,7 +70,7 @@ def _gated_layers(text: Any, queries: int, keys: int) -> int:
 
 
 def _gated_mlp_flops(text: Any, tokens: int) -> list[int]:
-    """Of every layer: a gated MLP, or a router and the experts that it chooses, with one that all tokens pass."""
+    """FLOPs per layer of a gated MLP, or of a router, the selected experts and a shared expert."""
     width = text.hidden_size
     if not hasattr(text, "num_experts"):
         return [3 * linear_flops(tokens, width, text.intermediate_size)] * text.num_hidden_layers
@@ -87,7 +88,8 @@ def _hybrid(text: Any, prompt: int, new_tokens: int) -> LanguageCosts:
 
 
 def _hybrid_layers(text: Any, queries: int, keys: int) -> int:
-    """Qwen3.5: softmax layers whose output is gated (q is twice as wide), and layers of the gated delta rule."""
+    """FLOPs of all layers of Qwen3.5: softmax attention with a gated output (q is twice as wide), or the gated delta
+    rule."""
     width, inner = text.hidden_size, text.num_attention_heads * text.head_dim
     kv_width = text.num_key_value_heads * text.head_dim
     softmax = linear_flops(queries, width, 2 * inner) + linear_flops(queries, inner, width)
@@ -101,9 +103,9 @@ _CHUNK = 64
 
 
 def _delta_rule_flops(text: Any, tokens: int) -> int:
-    """One layer of the gated delta rule: projections, a convolution of every channel by itself, and in every chunk of
-    64 tokens their products with one another and with the state. One token (decoding) updates the state with no matrix
-    product. The triangular system of a chunk is left out, as torch's counter does."""
+    """FLOPs of one layer of the gated delta rule: projections, a convolution per channel, and in every chunk of 64
+    tokens their products with one another and with the state. One token (decoding) updates the state without a matrix
+    product. The triangular system of a chunk is left out, as in torch's counter."""
     heads, key_dim, value_dim = text.linear_num_value_heads, text.linear_key_head_dim, text.linear_value_head_dim
     values, mixed = heads * value_dim, 2 * text.linear_num_key_heads * key_dim + heads * value_dim
     total = linear_flops(tokens, text.hidden_size, mixed + values + 2 * heads)
@@ -121,7 +123,8 @@ def _opt(text: Any, prompt: int, new_tokens: int) -> LanguageCosts:
 
 
 def _opt_layers(text: Any, queries: int, keys: int) -> int:
-    """Per layer: q, k, v, o, attention, and an MLP of two matrices; OPT-350M also maps its embeddings in and out."""
+    """FLOPs of all layers, each with q, k, v, o, attention, and an MLP of two matrices. OPT-350M also projects its
+    embeddings in and out."""
     width, narrow = text.hidden_size, text.word_embed_proj_dim
     layer = 4 * linear_flops(queries, width, width) + 2 * linear_flops(queries, width, text.ffn_dim)
     layer += attention_flops(queries, keys, width)
@@ -130,8 +133,8 @@ def _opt_layers(text: Any, queries: int, keys: int) -> int:
 
 
 def _t5(text: Any, prompt: int, new_tokens: int) -> LanguageCosts:
-    """The encoder on the prompt, and a decoder that starts with one token: its first pass makes the keys and values of
-    the encoder's tokens, which are cached. The prefill ends with that pass."""
+    """FLOPs of the encoder on the prompt, and of a decoder that starts with one token. The decoder's first pass makes
+    the keys and values of the encoder's tokens, which are cached; the prefill includes that pass."""
     inner = text.num_heads * text.d_kv
     encoder = _t5_attention(text, prompt, prompt, own_keys=prompt) + _t5_mlp(text, prompt)
     crossing = 2 * linear_flops(prompt, text.d_model, inner)
@@ -146,7 +149,7 @@ def _t5(text: Any, prompt: int, new_tokens: int) -> LanguageCosts:
 
 
 def _t5_attention(text: Any, queries: int, keys: int, own_keys: int) -> int:
-    """q and o on the queries, k and v on ``own_keys`` tokens, attention to all keys."""
+    """FLOPs of q and o on the queries, of k and v on ``own_keys`` tokens, and of the attention to all keys."""
     inner = text.num_heads * text.d_kv
     projections = 2 * linear_flops(queries, text.d_model, inner) + 2 * linear_flops(own_keys, text.d_model, inner)
     return projections + attention_flops(queries, keys, inner)

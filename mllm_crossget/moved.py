@@ -1,4 +1,4 @@
-"""Import paths of version 0.1 that have moved: they work, and warn once with the new place."""
+"""Import paths of version 0.1 that have moved. They still work, and warn once with the new path."""
 
 from __future__ import annotations
 
@@ -72,11 +72,11 @@ MOVED = {
 
 
 def moved_names(package: str, *modules: str) -> Callable[[str], Any]:
-    """A ``__getattr__`` for a package that has taken the name of a module of version 0.1.
+    """A ``__getattr__`` for a package that has the name of a module of version 0.1.
 
     Args:
         package: its dotted name.
-        modules: where the names of the old module are now, dotted names without the package's own.
+        modules: the modules that hold the names of the old module now, as dotted names inside the package.
     """
 
     def find(name: str) -> Any:
@@ -92,7 +92,7 @@ def moved_names(package: str, *modules: str) -> Callable[[str], Any]:
 
 
 class _OldPaths(MetaPathFinder, Loader):
-    """Answers for the old paths alone; a module behind one hands out the names of the new module."""
+    """Finder and loader for the old paths; a module of an old path has the names of the new module."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -114,6 +114,6 @@ def _warn(old: str, new: str) -> None:
 
 
 def answer_for_old_paths() -> None:
-    """Let imports of old paths be found; calling it again changes nothing."""
+    """Make imports of old paths work; calling it again changes nothing."""
     if not any(isinstance(finder, _OldPaths) for finder in sys.meta_path):
         sys.meta_path.append(_OldPaths())

@@ -6,12 +6,12 @@ from enum import Enum
 
 
 class Place(Enum):
-    """Where a method acts on its way from pixels to the answer.
+    """The place between pixels and answer where a method acts.
 
-    TOWER_LAYERS: in the layers of a tower, between attention and MLP (behind the projector, layer by layer, where a
-    model's tower is left alone). TOWER_OUTPUT: once, behind the layer that the language side reads. PROJECTOR: once, on
-    the features that take the placeholders' places. LANGUAGE_MODEL: in the language model's layers; nothing serves it
-    yet.
+    TOWER_LAYERS: in the layers of a tower, between attention and MLP; in several steps behind the projector, if a
+    model's tower is not changed. TOWER_OUTPUT: once, at the output of the layer that the language side reads.
+    PROJECTOR: once, on the features that replace the placeholders. LANGUAGE_MODEL: in the language model's layers; not
+    supported yet.
     """
 
     TOWER_LAYERS = "tower layers"

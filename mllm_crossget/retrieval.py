@@ -11,27 +11,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_CHUNK = 1024  # queries that are compared at a time: the (I, C) matrix is never held
-# Cosines nearer than this are equal: a processor may round the products of equal embeddings differently.
+_CHUNK = 1024  # number of queries that are compared at a time, so that the (I, C) matrix is never stored
+# Cosines that differ by less count as equal: a processor may round the products of equal embeddings differently.
 _ROUNDING = 1e-6
 
 
 def retrieval_ranks(
     image_IE: Tensor, text_CE: Tensor, image_of_caption_C: Tensor, *, normalize: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """At which place every query finds what belongs to it.
+    """The rank at which every query finds its answer.
 
-    Among equal similarities the wrong answers come first, so that a model that says the same for everything is not
-    rewarded. Similarities are equal where their cosines are less than 1e-6 apart, which is rounding.
+    Among equal similarities the wrong answers come first, so that a model with the same output for every input is not
+    rewarded. Similarities count as equal if their cosines differ by less than 1e-6, which is rounding.
 
     Args:
         image_IE, text_CE: embeddings of images and captions.
         image_of_caption_C: (C,) index of the image that each caption describes.
-        normalize: compare cosines (CLIP, SigLIP); False compares plain products.
+        normalize: compare cosines (CLIP, SigLIP); False compares dot products.
 
     Returns:
-        (I,) rank of each image's best placed caption among all captions, -1 for an image without a caption, and (C,)
-        rank of each caption's image among all images; 0 is the first place.
+        (I,) rank of each image's first caption among all captions, -1 for an image without a caption; and (C,) rank of
+        each caption's image among all images. 0 is the first rank.
 
     Raises:
         ValueError: shapes that do not fit, an index outside the images, or embeddings that are not finite.
@@ -55,12 +55,12 @@ def retrieval_ranks(
         similarity = texts[start : start + _CHUNK] @ images.mT
         own = owner[start : start + _CHUNK, None]
         found = similarity.gather(1, own) - _slack(texts[start : start + _CHUNK], images)
-        to_image.append((similarity >= found).sum(dim=1) - 1)  # minus itself: the own image is always as similar
+        to_image.append((similarity >= found).sum(dim=1) - 1)  # minus 1 for its own image
     return torch.cat(to_text), torch.cat(to_image)
 
 
 def _slack(queries_QE: Tensor, answers_AE: Tensor) -> Tensor:
-    """(Q, A) by how much products may differ that are equal but for rounding."""
+    """(Q, A) largest rounding difference between equal products."""
     return _ROUNDING * queries_QE.norm(dim=-1, keepdim=True) * answers_AE.norm(dim=-1)
 
 
@@ -78,10 +78,11 @@ def retrieval_recall(
     left out). Text to image: a caption counts as found if its image is among the first k.
 
     Args:
-        image_IE, text_CE: embeddings (``model.get_image_features(...).pooler_output`` and likewise for the text).
+        image_IE, text_CE: embeddings (``pooler_output`` of ``model.get_image_features(...)`` and of
+            ``get_text_features``).
         image_of_caption_C: (C,) index of the image that each caption describes; None: caption i describes image i.
-        ks: places to look at.
-        normalize: compare cosines (CLIP, SigLIP); False compares plain products.
+        ks: values of k.
+        normalize: compare cosines (CLIP, SigLIP); False compares dot products.
 
     Returns:
         ``image_to_text@k`` and ``text_to_image@k`` for every k.
@@ -89,7 +90,7 @@ def retrieval_recall(
     Raises:
         ValueError: shapes that do not fit, an index outside the images, values that are not finite, or a k below 1.
     """
-    ks = tuple(ks)  # an iterator is used up after one look
+    ks = tuple(ks)  # an iterator can be read only once
     if not ks or any(isinstance(k, bool) or not isinstance(k, int) or k < 1 for k in ks):
         raise ValueError(f"ks must be integers of at least 1, such as (1, 5, 10), got {ks!r}")
     if image_of_caption_C is None:

@@ -1,4 +1,4 @@
-"""Whether a model can be accelerated with some settings: everything is checked here, before anything is changed."""
+"""Checks whether a model can be accelerated with some settings. All checks run before anything is changed."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def supported_model(model: nn.Module) -> tuple[Family, nn.Module]:
     """The family of a model, and the model without wrappers that compute the same.
 
     Raises:
-        TypeError, ValueError: as ``supported_family``; a model that was wrapped for training in parallel, which would
-            not see new parameters.
+        TypeError, ValueError: as in ``supported_family``; or the model was wrapped for parallel training, and the
+            wrapper would miss new parameters.
     """
     target = base_model(model)
     if trains_in_parallel(model):
@@ -59,7 +59,7 @@ def supported_model(model: nn.Module) -> tuple[Family, nn.Module]:
 
 
 def supported_family(model: nn.Module) -> Family:
-    """The family of a model whose structure was checked. Raises ``TypeError`` or ``ValueError`` with the reason."""
+    """The family of a model, whose structure is checked. Raises ``TypeError`` or ``ValueError`` with the reason."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a loaded transformers model, got {type(model).__name__}; use from_pretrained")
     model_type = getattr(getattr(model, "config", None), "model_type", None)
@@ -109,7 +109,7 @@ def _why_no_family(model: nn.Module, model_type: str | None) -> str:
 
 
 def _served_inside(model: nn.Module) -> str | None:
-    """Path to a model of a family inside a wrapper of the user's own, or None."""
+    """Path to a supported model inside a user's own wrapper, or None."""
     for name, module in model.named_modules():
         config = getattr(module, "config", None)
         if name and getattr(config, "model_type", None) is not None:
@@ -129,8 +129,8 @@ def _whole_model(model: nn.Module) -> str:
 
 
 def _check_structure(model: nn.Module, family: Family, tower: bool) -> None:
-    """Everything that the hooks rely on is there, in the layers of the ``tower`` too if they are hooked. Raises
-    ``ValueError`` that names what is missing."""
+    """Check that the model has all modules that the hooks need, and those in the layers of the tower if ``tower``.
+    Raises ``ValueError`` that names what is missing."""
     paths = [family.tower, family.language_model, family.projector, family.features_owner]
     paths += [modality.tower for modality in family.modalities]
     paths += [*family.vision_projection, *family.text_projection]
@@ -172,7 +172,7 @@ def _check_layers(model: nn.Module, tower: str, encoder: nn.Module, names: Layer
 
 
 def check_dials(method: Method, family: Family, model: Any) -> None:
-    """The method's place and dials fit the model's towers and its geometry. Raises ``ValueError``."""
+    """Check that the method's place and its settings fit the model's towers and geometry. Raises ``ValueError``."""
     problem = place_problem(method, family, model)
     if problem is not None:
         raise ValueError(
@@ -223,7 +223,7 @@ def check_dials(method: Method, family: Family, model: Any) -> None:
 
 
 def place_problem(method: Method, family: Family, model: Any) -> str | None:
-    """Why a method cannot act where it wants to in a model, or None if it can."""
+    """Why a method cannot act at its place in a model, or None if it can."""
     if method.place is Place.TOWER_LAYERS:
         if _wants_of_images(method) or method.needs_features:
             return "inside layers there are keys and importance, not features, the question or other layers' attention"
@@ -245,7 +245,7 @@ def place_problem(method: Method, family: Family, model: Any) -> str | None:
 
 
 def _wants_of_images(method: Method) -> bool:
-    """Whether a method wants to know of an image what no layer knows."""
+    """Whether a method needs a signal that does not come from the layers."""
     return (
         method.needs_class_attention
         or method.needs_salience
@@ -284,8 +284,8 @@ def _output_problem(method: Method, family: Family, model: Any) -> str | None:
 
 
 def _check_thresholds(method: Method, family: Family, config: Any) -> None:
-    """Raise ``ValueError`` unless there is a threshold for every layer, or none: others would not be used, and layers
-    without one would remove nothing."""
+    """Raise ``ValueError`` unless there is a threshold for every layer, or none. Further thresholds would not be used,
+    and layers without one would remove nothing."""
     of_images = () if method.per_image is None else method.per_image.threshold or ()
     of_texts = getattr(method.per_text, "text_threshold", None) or ()
     vision = family.geometry(config)
@@ -310,7 +310,8 @@ def _check_own_tower(method: Method, name: str, geometry: TowerGeometry) -> None
 
 
 def _check_positions(method: Method, family: Family, model: nn.Module) -> None:
-    """Raise ``ValueError`` where the prompt is left as it is, or positions cannot be closed up."""
+    """Raise ``ValueError`` for settings of positions if the prompt is not changed, or if positions must keep their
+    gaps."""
     if not family.modalities:
         raise ValueError(
             f"{type(model).__name__} gets no shorter prompt: positions={method.positions!r} says nothing, leave it out"
@@ -323,7 +324,7 @@ def _check_positions(method: Method, family: Family, model: nn.Module) -> None:
 
 
 def _refuse_fixed_counts(model: nn.Module, family: Family) -> None:
-    """Raise ``ValueError`` for a model that needs the same number of tokens in every image."""
+    """Raise ``ValueError`` for a model that needs the same number of tokens for every image."""
     if not family.dynamic:
         able = ", ".join(sorted({known.model_type for known in families().values() if known.dynamic}))
         raise ValueError(

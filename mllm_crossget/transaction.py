@@ -1,4 +1,4 @@
-"""All or nothing: a model's acceleration and what it has learned, remembered, and given back after an error."""
+"""Transactions: the state of a model's acceleration and of its learned tokens is saved, and restored after an error."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from mllm_crossget.methods.method import Method
 
 @dataclass
 class Before:
-    """A model as it was.
+    """The saved state of a model.
 
     Attributes:
         model: the transformers model.
-        handle, method, cache: what it was accelerated with; None if it was not.
-        changes: entries of its journal.
-        tokens: the learned modules that it computes with, by place.
+        handle, method, cache: those it was accelerated with; None if it was not.
+        changes: number of entries of its journal.
+        tokens: its active learned modules, by place.
         places: ``Handle.cross_tokens``.
-        values: their parameters, what these held, and whether they asked for gradients.
+        values: their parameters, with the values and ``requires_grad`` of these.
         adapter: see ``Handle.adapter``.
     """
 
@@ -44,7 +44,7 @@ class Before:
 
     @classmethod
     def of(cls, model: nn.Module) -> Before:
-        """Remember a model."""
+        """Save the state of a model."""
         target, handle = base_model(model), handle_of(model)
         if handle is None:
             return cls(target, None, None, None, 0, {}, {}, [], None)
@@ -64,14 +64,14 @@ class Before:
         )
 
     def give_back(self) -> None:
-        """Make the model what it was: settings, learned modules and their values, adapter, kept images.
+        """Restore the model: settings, learned modules and their values, adapter, cached images.
 
-        An interrupt (Ctrl-C) is raised when that is done.
+        An interrupt (Ctrl-C) meanwhile is raised again after that.
         """
         try:
             self._give_back()
         except BaseException:
-            self._give_back()  # every step of it can be done again
+            self._give_back()  # each of its steps can be repeated
             raise
 
     def _give_back(self) -> None:
@@ -99,7 +99,7 @@ class Before:
             now.journal.rollback()
         if self.handle is None or self.method is None:
             return
-        self.handle.journal.rollback()  # of which an interrupt may have left something
+        self.handle.journal.rollback()  # an interrupt may have left entries
         apply_method(self.model, self.handle.family, self.handle.geometry, self.method, dict(self.tokens))
         handle: Handle = vars(self.model)[HANDLE]
         if self.cache is not None:
@@ -109,7 +109,7 @@ class Before:
 
 @contextmanager
 def unchanged_after_error(model: nn.Module) -> Iterator[None]:
-    """Whatever is raised in the ``with`` block, Ctrl-C too, leaves the model as it was in front of it."""
+    """Restore the model if anything is raised in the ``with`` block, including Ctrl-C."""
     before = Before.of(model)
     try:
         yield
@@ -120,14 +120,13 @@ def unchanged_after_error(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def changing(model: nn.Module, what: str) -> Iterator[Before]:
-    """A ``with`` block that changes a model, while no other thread is inside it; yields what it was before.
+    """A ``with`` block that changes a model while no other thread is inside it. Yields the state before.
 
-    Whatever is raised leaves the model as it was, also on the way out: an interrupt while other threads are let in
-    again, or a call of another thread that has begun meanwhile.
+    Any error leaves the model as it was. This includes errors at the end of the block: an interrupt while other threads
+    get access again, or a call that another thread has begun meanwhile.
 
     Args:
-        model: with or without wrappers.
-        what: the change, for the message.
+        model: the model, with or without wrappers. what: name of the change, for the error message.
 
     Raises:
         RuntimeError: another thread is inside the model, or changes it.
@@ -140,21 +139,21 @@ def changing(model: nn.Module, what: str) -> Iterator[Before]:
             try:
                 yield before
                 others_stayed_out()
-            except BaseException:  # taken back before others are let in again
+            except BaseException:  # restored before other threads get access again
                 before.give_back()
                 given_back = True
                 raise
     except BaseException:
-        if before is not None and not given_back:  # an interrupt, above or while others are let in again
+        if before is not None and not given_back:  # an interrupt, above or while others get access again
             before.give_back()
         raise
 
 
 @contextmanager
 def adapter_put_on(model: nn.Module) -> Iterator[None]:
-    """Remember what the ``with`` block changes in an accelerated model's tree of modules as ``Handle.adapter``.
+    """Record the changes of a ``with`` block to an accelerated model's tree of modules, as ``Handle.adapter``.
 
-    After an error, Ctrl-C too, it is taken back.
+    After an error, including Ctrl-C, they are undone.
     """
     handle: Handle = vars(model)[HANDLE]
     state = TreeState.of(model)
@@ -171,7 +170,7 @@ def adapter_put_on(model: nn.Module) -> Iterator[None]:
 
 
 def take_off_adapter(model: nn.Module) -> None:
-    """Take away the adapter that this library has put on an accelerated model, if there is one."""
+    """Remove the adapter that this library added to an accelerated model, if there is one."""
     handle = handle_of(model)
     if handle is None or handle.adapter is None:
         return

@@ -1,7 +1,7 @@
-"""Model types that are neither served nor refused by name: what their configuration says of the reason.
+"""Model types that are neither supported nor refused by name: the reason that follows from their configuration.
 
-Nothing is built and nothing is downloaded: a configuration, or the default one of a model type of the installed
-transformers, is all that is read.
+No model is built and nothing is downloaded. Only a configuration is read: the given one, or the default one of a model
+type of the installed transformers.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def picture_types() -> list[str]:
 
 
 def reason_of_type(model_type: str) -> str | None:
-    """Why a model type of the installed transformers is not served, or None if it is.
+    """Why a model type of the installed transformers is not supported, or None if it is.
 
     Raises:
         ValueError: a name that transformers does not know.
@@ -49,13 +49,13 @@ def reason_of_type(model_type: str) -> str | None:
         raise ValueError(f"transformers knows no model type {model_type!r}")
     try:
         config = CONFIG_MAPPING[model_type]()
-    except ValueError:  # vision-encoder-decoder: there is no configuration without its parts
+    except ValueError:  # vision-encoder-decoder: it has no configuration without its parts
         return "not written yet: it is put together from two models, which its configuration must name"
     return unlisted_reason(config)
 
 
 def unlisted_reason(config: Any) -> str:
-    """One sentence from the structure of a configuration of a model type that is not listed."""
+    """The reason in one sentence, from the configuration of a model type that is not listed."""
     vision = getattr(config, "vision_config", None)
     if isinstance(vision, PreTrainedConfig):
         return _reason_of_tower(vision)
@@ -92,7 +92,7 @@ def _reason_of_tower(vision: PreTrainedConfig) -> str:
 
 
 def _part_with_pictures(config: Any) -> str:
-    """Name of the sub-configuration that has a vision tower of its own, or ""."""
+    """Name of the sub-configuration that has its own vision tower, or ""."""
     for name, part in vars(config).items():
         if isinstance(part, PreTrainedConfig) and isinstance(getattr(part, "vision_config", None), PreTrainedConfig):
             return name

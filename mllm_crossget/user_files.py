@@ -1,5 +1,5 @@
-"""Files that a user names: pictures, models, YAML, outputs. Each is checked before work begins, and a mistake is a
-``ValueError`` that names the file. Knows no command.
+"""Files that a user names: pictures, models, YAML, outputs. Each is checked before work begins, and a mistake raises a
+``ValueError`` that names the file.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ Loaded = TypeVar("Loaded")
 
 
 def open_picture(source: Any) -> Image.Image:
-    """Decode one picture completely, as RGB and the right way up, as ``transformers.image_utils.load_image`` does.
+    """Decode one picture completely, as RGB and upright, as ``transformers.image_utils.load_image`` does.
 
     Args:
-        source: path (``~`` is the home folder), file, bytes, picture, or array or tensor (height, width), (height,
-            width, channels) or (channels, height, width) with 1, 3 or 4 channels: integers 0 to 255 or numbers 0 to 1.
+        source: path (``~`` is the home folder), file, bytes or picture. Or an array or tensor of integers 0 to 255 or
+            numbers 0 to 1: (height, width), or (height, width, channels) or (channels, height, width) with 1, 3 or 4
+            channels.
 
     Raises:
-        OSError, ValueError, SyntaxError: a file that Pillow cannot read, or an array that is no picture.
+        OSError, ValueError, SyntaxError: a file that Pillow cannot read, or an array that is not a picture.
     """
     if isinstance(source, Image.Image):
         return _upright(source)
@@ -40,12 +41,12 @@ def open_picture(source: Any) -> Image.Image:
 
 
 def read_pictures(files: list[str]) -> list[Image.Image]:
-    """The pictures of some files, as ``open_picture``. Raises ``ValueError`` that names the file."""
+    """The pictures in some files, see ``open_picture``. Raises ``ValueError`` that names the file."""
     pictures = []
     for file in files:
         try:
             pictures.append(open_picture(file))
-        # Pillow reports broken files with any of these.
+        # Pillow raises any of these for broken files.
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             reason = "there is no such file" if isinstance(error, FileNotFoundError) else error
             raise ValueError(f"the picture {file} cannot be read: {reason}; give the path of a PNG or JPEG") from error
@@ -53,15 +54,16 @@ def read_pictures(files: list[str]) -> list[Image.Image]:
 
 
 def read_yaml(path: str | Path) -> Any:
-    """What a YAML file holds. Raises ``ValueError`` for a missing file, for what is no YAML, and for a name twice."""
-    yaml: Any = importlib.import_module("yaml")  # of the extra that the command names
+    """The content of a YAML file. Raises ``ValueError`` for a missing file, for invalid YAML, and for a repeated
+    name."""
+    yaml: Any = importlib.import_module("yaml")  # installed by the extra that the command names
     loader: Any = yaml.SafeLoader
 
     class Strict(loader):
-        """A name that occurs twice would silently replace the first one."""
+        """Refuses repeated names, which would silently replace earlier ones."""
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            """As the original, after a look at the names."""
+            """As the original, after a check of the names."""
             twice = [str(name) for name, times in Counter(key.value for key, _ in node.value if
                      isinstance(key.value, str)).items() if times > 1]  # fmt: skip
             if twice:
@@ -78,10 +80,10 @@ def read_yaml(path: str | Path) -> Any:
 
 
 def load_model(name: str, load: Callable[[], Loaded]) -> Loaded:
-    """Whatever ``load`` returns for the model ``name``.
+    """The result of ``load`` for the model ``name``.
 
     Raises:
-        ValueError: no such folder or repository, or files in it that are missing or damaged.
+        ValueError: there is no such folder or repository, or files in it are missing or damaged.
     """
     folder = Path(name).expanduser()
     if not folder.is_dir() and (folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
@@ -97,7 +99,7 @@ def load_model(name: str, load: Callable[[], Loaded]) -> Loaded:
 
 
 def check_writable(*paths: str | Path | None) -> None:
-    """Make the folders of result files, before any work is done for them; None is no file.
+    """Make the folders of result files before the work begins; None means no file.
 
     Raises:
         ValueError: a file cannot be written there.
@@ -116,10 +118,10 @@ def check_writable(*paths: str | Path | None) -> None:
 
 
 def check_picture_output(*paths: str | None) -> None:
-    """As ``check_writable``, for pictures: their ending says the format.
+    """As ``check_writable``, for pictures, whose suffix gives the format.
 
     Raises:
-        ValueError: an ending that is no format of a picture, or a file that cannot be written.
+        ValueError: the suffix is not a picture format, or the file cannot be written.
     """
     for path in filter(None, paths):
         if Path(path).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp", ".pdf"):
@@ -128,7 +130,7 @@ def check_picture_output(*paths: str | None) -> None:
 
 
 def check_output_folder(folder: str | Path) -> None:
-    """Make a folder for results, before any work is done for them. Raises ``ValueError`` where none can be written."""
+    """Make a folder for results before the work begins. Raises ``ValueError`` if nothing can be written there."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()

@@ -1,4 +1,4 @@
-"""Pictures: what was merged into what, over the image; and accuracy against cost.
+"""Pictures of merged tokens over the image, and plots of accuracy against cost.
 
 ``merged_groups`` and ``draw_groups`` need no plotting library; ``plot_curves`` needs matplotlib (the ``viz`` extra).
 """
@@ -25,16 +25,16 @@ _BAR, _NUMBER_WIDTH = (70, 110, 180), 30
 
 @torch.no_grad()
 def merged_groups(model: nn.Module, pixel_values: Tensor) -> Tensor:
-    """Which token each patch ends up in, at the layer that the language side reads.
+    """The token that each patch was merged into, at the layer that the language side reads.
 
-    Where tokens are merged behind the projector, its cells take the place of the patches.
+    If tokens are merged behind the projector, the result is for its cells instead of the patches.
 
     Args:
         model: an accelerated model.
         pixel_values: (images, channels, height, width) as the processor makes them.
 
     Returns:
-        (images, patches) token numbers in row-major order of the patch grid; equal numbers were merged.
+        (images, patches) token indices in row-major order of the patch grid; patches with equal indices were merged.
 
     Raises:
         ValueError: the model is not accelerated, or merges nothing (``keep_ratio=1``).
@@ -50,7 +50,7 @@ def merged_groups(model: nn.Module, pixel_values: Tensor) -> Tensor:
 
 
 def _merged_cells(model: nn.Module, handle: Any, pixel_values: Tensor, trace: list[LayerTrace]) -> Tensor:
-    """(images, cells) token of every cell behind the projector; ``trace`` is under way."""
+    """(images, cells) token of every cell behind the projector; ``trace`` is still being recorded."""
     owner: Any = module_at(base_model(model), handle.family.features_owner)
     if handle.merge is not None:
         owner.get_image_features(pixel_values)
@@ -59,28 +59,28 @@ def _merged_cells(model: nn.Module, handle: Any, pixel_values: Tensor, trace: li
         owner.get_image_features(pixel_values)
     if cells:
         return cells[-1].source
-    source = trace[-1].source  # so high a dial that only patches have merged
+    source = trace[-1].source  # so many tokens are kept that only patches have merged
     return torch.arange(handle.geometry.placeholders, device=source.device).expand(len(source), -1)
 
 
 @torch.no_grad()
 def tokens_per_layer(model: nn.Module, pixel_values: Tensor) -> Tensor:
-    """How many tokens every image has in front of the first layer of the vision tower and after each; where tokens are
-    merged behind the projector, in front of the first step and after each.
+    """The number of tokens of every image before the first layer of the vision tower and after each layer. If tokens
+    are merged behind the projector: before the first merging step and after each step.
 
     Args:
         model: an accelerated model.
         pixel_values: (images, channels, height, width) as the processor makes them.
 
     Returns:
-        (images, layers + 1) integers, class token and cross token included.
+        (images, layers + 1) integers, including class token and cross token.
 
     Raises:
         ValueError: the model is not accelerated, or merges nothing (``keep_ratio=1``).
     """
     with trace_merges(model) as trace:
         handle: Any = handle_of(model)  # trace_merges has refused a model without one
-        if handle.merging is not None:  # tiles may come in rows, and behind the projector there is no other way
+        if handle.merging is not None:  # tiles may be in rows, and behind the projector this is the only entry
             owner: Any = module_at(base_model(model), handle.family.features_owner)
             owner.get_image_features(pixel_values)
         else:
@@ -91,7 +91,7 @@ def tokens_per_layer(model: nn.Module, pixel_values: Tensor) -> Tensor:
 
 
 def draw_counts(counts: Tensor, size: tuple[int, int]) -> Image.Image:
-    """One image's tokens as bars, a layer below the other, the first bar for what enters the tower.
+    """One image's token counts as horizontal bars, one per layer; the first bar is the tower's input.
 
     Args:
         counts: (layers + 1,) one row of ``tokens_per_layer``.
@@ -110,15 +110,15 @@ def draw_counts(counts: Tensor, size: tuple[int, int]) -> Image.Image:
 
 
 def draw_groups(image: Image.Image, groups: Tensor, scale: int = 3) -> Image.Image:
-    """The image with every merged group in its mean colour and white lines between groups.
+    """The image with each merged group in its mean colour, and white lines between groups.
 
     Args:
         image: the picture as the tower saw it (square, cropped as the processor does).
         groups: (patches,) one row of ``merged_groups``; patches must be a square number.
-        scale: enlargement.
+        scale: factor of enlargement.
 
     Raises:
-        ValueError: the number of patches is no square.
+        ValueError: the number of patches is not a square.
     """
     side = round(groups.numel() ** 0.5)
     if side * side != groups.numel():
@@ -176,7 +176,7 @@ def plot_curves(
     Args:
         curves: by name, points (x, y, low, high).
         path: file to write.
-        xlabel, ylabel, title: texts.
+        xlabel, ylabel, title: texts of the plot.
         baseline: (x, y) of the untouched model, drawn as a star.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -1,6 +1,6 @@
 """Fine-tuning with transformers' Trainer and PEFT: losses, data, adapters, the trainer and the ``train`` command.
 
-Needs the extra ``mllm-crossget[train]``. Nothing outside this folder imports it, but the command line when it is asked.
+Needs the extra ``mllm-crossget[train]``. Outside this folder only the command line imports it, when a command needs it.
 """
 
 import importlib
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from mllm_crossget.training.sampler import ModalityLengthSampler
     from mllm_crossget.training.trainer import CrossGetTrainer
 
-# Loaded when they are asked for: a mistake in an option of the command need not wait for PEFT and the Trainer.
+# Loaded on first use, so that a mistake in an option of the command need not wait for PEFT and the Trainer.
 _PLACES = {
     "BadSampleError": "data",
     "Budget": "compute_budget",

@@ -1,7 +1,7 @@
-"""LoRA and QLoRA for accelerated models: what to adapt, how to load it again, and what goes wrong silently otherwise.
+"""LoRA and QLoRA for accelerated models: what to adapt, how to load it again, and checks against silent failures.
 
 Order: ``from_pretrained`` -> (``prepare_quantized``) -> ``accelerate_mllm`` -> ``get_peft_model(model,
-lora_config(model))``. Cross tokens travel in the adapter through PEFT's ``modules_to_save``.
+lora_config(model))``. PEFT's ``modules_to_save`` stores the cross tokens in the adapter.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def lora_config(
 
     Args:
         model: the accelerated model.
-        r, alpha, dropout: of LoRA; the defaults are those of LLaVA's and CrossGET's LoRA scripts.
-        projector: None leaves it frozen, "lora" adapts it, "full" trains all of it (as the official scripts).
+        r, alpha, dropout: settings of LoRA; the defaults are those of LLaVA's and CrossGET's LoRA scripts.
+        projector: None freezes it, "lora" adapts it, "full" trains all of it (as in the official scripts).
         vision_tower: whether the layers of the vision tower get LoRA too.
         cross_tokens: whether the cross tokens (MADTP: the alignment tokens and their maps) are trained and saved with
             the adapter.
@@ -83,7 +83,7 @@ def lora_config(
 
 
 def learned_modules(handle: Handle) -> list[str]:
-    """Names, as PEFT's ``modules_to_save`` takes them, of the learned modules that an accelerated model has."""
+    """Names of an accelerated model's learned modules, for PEFT's ``modules_to_save``."""
     return sorted({path.rpartition(".")[2] for path in handle.cross_paths.values()})
 
 
@@ -105,15 +105,15 @@ def _linear_layers(model: nn.Module, place: str) -> str:
 def quantization_config(bits: int, dtype: torch.dtype = torch.bfloat16) -> BitsAndBytesConfig:
     """How to load a model for QLoRA (Dettmers et al. 2023): 4 bits as NF4 with double quantisation, or 8 bits.
 
-    Vision tower, projector and output layer stay as they are. LLaVA-1.5-7B takes about 4.5 GB in 4 bits.
+    Vision tower, projector and output layer are not quantised. LLaVA-1.5-7B takes about 4.5 GB in 4 bits.
 
     Args:
         bits: 4 or 8.
-        dtype: to compute in, and to store 4-bit weights in (so that FSDP and ZeRO-3 can shard them).
+        dtype: dtype of computation, and of the storage of 4-bit weights (so that FSDP and ZeRO-3 can shard them).
     """
     if bits not in (4, 8):
         raise ValueError(f"bits must be 4 or 8, got {bits}; leave quantisation out to train without it")
-    # The names are matched from the start of the full path, not anywhere in it (transformers 5.23).
+    # Names are matched from the start of the full path, not anywhere in it (transformers 5.23).
     skipped = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
     skipped += ["vision_model", "qformer", "language_projection", "language_model.lm_head"]  # BLIP-2
     if bits == 8:
@@ -131,12 +131,12 @@ def quantization_config(bits: int, dtype: torch.dtype = torch.bfloat16) -> BitsA
 def prepare_quantized(model: nn.Module, *, gradient_checkpointing: bool = False) -> nn.Module:
     """Make a 4-bit or 8-bit model trainable **in place** and return it; call it before ``accelerate_mllm``.
 
-    PEFT's ``prepare_model_for_kbit_training``, and a cure: on CPUs with AVX512-BF16, bitsandbytes 0.50 repacks a 4-bit
-    layer in its first forward without gradients, and the packed form has no backward. After the first evaluation the
-    gradients would silently be zero.
+    It calls PEFT's ``prepare_model_for_kbit_training`` and prevents an error of bitsandbytes 0.50. On CPUs with
+    AVX512-BF16 that version repacks a 4-bit layer in its first forward without gradients, and the packed form has no
+    backward. After the first evaluation the gradients would silently be zero.
 
     Args:
-        model: loaded with ``quantization_config(...)``.
+        model: a model loaded with ``quantization_config(...)``.
         gradient_checkpointing: recompute activations in the backward pass (less memory, about 30 % more time).
     """
     model = prepare_model_for_kbit_training(
@@ -149,12 +149,12 @@ def prepare_quantized(model: nn.Module, *, gradient_checkpointing: bool = False)
 
 
 def check_adapter(model: nn.Module, name_or_path: str | Path, **hub_kwargs: Any) -> None:
-    """Raise ``ValueError`` if an adapter holds cross or alignment tokens and the model has no place for them.
+    """Raise ``ValueError`` if an adapter holds cross or alignment tokens that the model does not have.
 
-    PEFT and transformers drop them without a word in that case. Call it before ``PeftModel.from_pretrained``.
+    PEFT and transformers silently drop them in that case. Call this before ``PeftModel.from_pretrained``.
 
     Args:
-        model: that the adapter is to be loaded into.
+        model: the model that the adapter will be loaded into.
         name_or_path: folder or repository with ``adapter_model.safetensors``.
         hub_kwargs: passed to ``hf_hub_download``.
     """
@@ -173,17 +173,17 @@ def check_adapter(model: nn.Module, name_or_path: str | Path, **hub_kwargs: Any)
 
 
 def load_finetuned(model: nn.Module, name_or_path: str | Path, **hub_kwargs: Any) -> PeftModel:
-    """Accelerate a model as it was when fine-tuned, **in place**, and put the adapter on it.
+    """Accelerate a model with the settings of its fine-tuning, **in place**, and add the adapter to it.
 
     Args:
-        model: the base model, as ``from_pretrained`` makes it; or what ``load_finetuned`` has returned: the new adapter
-            takes the old one's place.
+        model: the base model, as ``from_pretrained`` makes it; or a result of ``load_finetuned``, whose adapter is then
+            replaced.
         name_or_path: folder or repository that ``CrossGetTrainer`` wrote.
         hub_kwargs: passed to ``hf_hub_download``.
 
     Raises:
-        ValueError: files are missing, damaged or made for another model, or the model carries an adapter that
-            ``load_finetuned`` has not put on. The model is as it was.
+        ValueError: files are missing, damaged or made for another model, or the model has an adapter that
+            ``load_finetuned`` did not add. The model is unchanged.
 
     Example:
         >>> model = load_finetuned(LlavaForConditionalGeneration.from_pretrained(base), "runs/llava-crossget-lora")
@@ -198,7 +198,7 @@ def load_finetuned(model: nn.Module, name_or_path: str | Path, **hub_kwargs: Any
     find_file(name_or_path, CONFIG_NAME, **hub_kwargs)
     check_adapter_file(name_or_path, **hub_kwargs)
     with unchanged_after_error(target):
-        load_crossget(target, name_or_path, adapter=False, **hub_kwargs)  # takes an adapter of ours off
+        load_crossget(target, name_or_path, adapter=False, **hub_kwargs)  # removes an adapter of ours
         check_adapter(target, name_or_path, **hub_kwargs)
         try:
             known = {id(parameter) for parameter in target.parameters()}
@@ -207,7 +207,7 @@ def load_finetuned(model: nn.Module, name_or_path: str | Path, **hub_kwargs: Any
                 check_new_weights(target, known)
         except OSError:
             raise
-        except Exception as error:  # PEFT raises anything for a configuration that is not its own
+        except Exception as error:  # PEFT raises any type of error for a configuration that is not its own
             reason = f"{type(error).__name__}: {error}"
             raise ValueError(f"the adapter in {name_or_path} cannot be loaded: {reason}") from error
         return wrapped

@@ -1,7 +1,8 @@
-"""How an answer ends, and whether its words are known: what the labels teach beside the words themselves.
+"""End marks of answers in the labels, and words that the tokenizer does not know.
 
-A model that never sees an end mark in its labels does not learn to stop. Chat templates mark the assistant's words with
-``{% generation %}``, and some (the published LLaVA-1.5's) write the end mark behind them or not at all.
+A model that never sees an end mark in its labels does not learn to stop. Chat templates enclose the assistant's words
+in ``{% generation %}``. Some of them (the published one of LLaVA-1.5) write the end mark after this block or not at
+all.
 """
 
 from __future__ import annotations
@@ -12,29 +13,29 @@ from typing import Any
 
 from mllm_crossget.training.records import BadSampleError, Records
 
-_LOOKED_AT = 1000  # samples, spread over the data
+_LOOKED_AT = 1000  # number of samples that are checked, spread over the data
 _SHOWN = 5
 
 
 def with_end_marks(ids: list[int], learned: list[int], tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Give every answer an end mark that is learned.
+    """Give every answer an end mark that is part of the labels.
 
-    One that the template wrote inside the marks stays as it is. One that it wrote right behind them is learned too.
-    Where there is none, the tokenizer's own is put behind the answer's last word; blanks behind it are not learned.
+    An end mark inside the template's generation block is kept as it is. An end mark right after the block is made part
+    of the labels. If there is none, the tokenizer's own is put after the answer's last word, and blanks after it are
+    removed from the labels.
 
     Args:
-        ids: of a sample.
-        learned: 1 where the assistant's words are, else 0.
-        tokenizer: says which tokens are marks; without an end mark of its own nothing changes.
+        ids: token ids of a sample. learned: 1 for the assistant's words, else 0. tokenizer: its special tokens are the
+            marks; if it has no end mark, nothing changes.
 
     Returns:
-        Both lists, longer by the marks that were put in.
+        Both lists, longer by the added marks.
     """
     end = tokenizer.eos_token_id
     if end is None:
         return ids, learned
     marks, ids, learned = _marks(tokenizer), list(ids), list(learned)
-    for start, stop in reversed(_spans(learned)):  # from the last on, so that places in front stay what they are
+    for start, stop in reversed(_spans(learned)):  # from the last on, so that earlier indices do not change
         words = start + _without_blanks(ids[start:stop], tokenizer)
         if words == start or ids[words - 1] in marks:
             continue
@@ -59,8 +60,8 @@ def _spans(learned: list[int]) -> list[tuple[int, int]]:
 
 
 def unknown_words(records: Records, tokenizer: Any) -> str | None:
-    """What to warn of if words of the data are none of the tokenizer's, so that they are read and learned as one and
-    the same token; None if there are no such words, or no such token."""
+    """A warning if the tokenizer does not know words of the data, so that all of them become the same token. None if
+    there are no such words, or no such token."""
     unknown = tokenizer.unk_token_id
     if unknown is None:
         return None
@@ -68,7 +69,7 @@ def unknown_words(records: Records, tokenizer: Any) -> str | None:
     for index in range(0, len(records), max(1, len(records) // _LOOKED_AT)):
         try:
             record = records[index]
-        except BadSampleError:  # told when it is asked for
+        except BadSampleError:  # reported when the sample is used
             continue
         for message in record.messages:
             words = " ".join(part["text"] for part in message["content"] if part["type"] == "text")
@@ -88,14 +89,14 @@ def unknown_words(records: Records, tokenizer: Any) -> str | None:
 
 
 def _marks(tokenizer: Any) -> set[int]:
-    """Special tokens, the end mark among them, but for the one that stands for unknown words."""
+    """Special tokens, including the end mark, without the token for unknown words."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     special = {*tokenizer.all_special_ids, *(index for index, token in added.items() if token.special)}
     return special - {tokenizer.unk_token_id} | {tokenizer.eos_token_id}
 
 
 def _without_blanks(span: list[int], tokenizer: Any) -> int:
-    """Tokens of a span without the blank ones at its end."""
+    """Number of tokens of a span without the blank ones at its end."""
     count = len(span)
     while count and not tokenizer.decode([span[count - 1]]).strip():
         count -= 1
@@ -103,7 +104,7 @@ def _without_blanks(span: list[int], tokenizer: Any) -> int:
 
 
 def _end_behind(ids: list[int], start: int, end: int, tokenizer: Any) -> int | None:
-    """The place behind an end mark that follows at ``start``, with blanks at most in front of it, or None."""
+    """The index after an end mark that follows at ``start``, with only blanks before it; or None."""
     for place in range(start, len(ids)):
         if ids[place] == end:
             return place + 1

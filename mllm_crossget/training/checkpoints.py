@@ -1,4 +1,5 @@
-"""Which checkpoint of a run is whole. A kill or a full disk leaves folders that Trainer would pick and fail on."""
+"""Search for a complete checkpoint. A kill or a full disk leaves incomplete folders that Trainer would load and fail
+on."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:
-    """The newest checkpoint of a run from which training can go on, or None. Warns about broken newer ones."""
+    """The newest complete checkpoint of a run, or None. Warns about newer broken ones."""
     found = [path for path in Path(output_dir).glob("checkpoint-*") if _NAME.fullmatch(path.name)]
     for path in sorted(found, key=lambda path: -int(path.name.removeprefix("checkpoint-"))):
         problem = checkpoint_problem(path)
@@ -27,7 +28,7 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
 
 
 def checkpoint_problem(folder: str | Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None. Reads headers, not weights."""
+    """What is wrong with a checkpoint's files, or None. Only headers are read, not weights."""
     folder = Path(folder)
     if not folder.is_dir():
         return f"there is no folder {folder}"
