@@ -1,4 +1,4 @@
-"""Timing only: speed, memory, parts of the reducer. What a model costs by formula is in ``costs``."""
+"""Measurements: speed, memory, parts of the reducer. FLOPs by formula are in ``costs``."""
 
 from mllm_crossget.moved import moved_names
 

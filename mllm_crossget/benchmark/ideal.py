@@ -1,4 +1,4 @@
-"""A tower whose tokens disappear for nothing: what the reduction itself costs is what it takes above this."""
+"""A tower that drops tokens at no cost. The cost of the reduction itself is the time above this tower's."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from mllm_crossget.schedule import Schedule
 
 
 def has_ideal(model: nn.Module, family: Family) -> bool:
-    """Whether the vision tower is one that ``ideal_tower`` knows: CLIP's."""
+    """Whether ``ideal_tower`` supports the vision tower, which must be CLIP's."""
     tower = module_at(model, family.tower or "")
     return hasattr(tower, "pre_layrnorm") and hasattr(tower, "encoder")
 
 
 def ideal_tower(tower: Any, pixels: Tensor, schedule: Schedule) -> Tensor:
-    """The tower's own layers on the schedule's token counts; the last tokens are cut off by a view.
+    """Run the tower's layers on the schedule's token counts; a view cuts off the last tokens.
 
     Args:
         tower: a CLIP vision tower.
         pixels: (B, 3, height, width).
-        schedule: tokens after every layer, and whether a cross token travels along.
+        schedule: number of tokens after every layer, and whether there is a cross token.
     """
     hidden = tower.pre_layrnorm(tower.embeddings(pixels))
     if schedule.cross:

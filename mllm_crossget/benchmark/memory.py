@@ -1,4 +1,4 @@
-"""Most memory that a piece of work holds at a time, on a GPU and on a CPU."""
+"""Peak memory of a function, on a GPU and on a CPU."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
-    """Most bytes of tensors that ``run`` held beyond those that were there before.
+    """Peak bytes of tensors during ``run``, without those that existed before.
 
-    On a GPU the allocator keeps the account; on a CPU the profiler's record of every allocation is added up.
+    On a GPU the allocator counts them; on a CPU the profiler's records of all allocations are summed.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,5 +1,5 @@
-"""Where the time of one ``generate`` goes: seconds in the vision tower, between tower and language model, in the
-prefill and in decoding, measured in one and the same run."""
+"""Time of the parts of one ``generate``: seconds in the vision tower, between tower and language model, in the prefill
+and in decoding, all measured in the same run."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ PARTS = ("encoder", "projector", "prefill", "decode", "rest")
 
 @dataclass
 class PartClock:
-    """Reads the clock where a part begins and ends; on a GPU by events in its stream, which hold nothing up.
+    """Reads the clock at the begin and end of each part; on a GPU by events in its stream, which do not synchronise.
 
     Args:
-        device: that the model is on.
+        device: the device of the model.
     """
 
     device: torch.device
@@ -32,7 +32,7 @@ class PartClock:
 
     @contextmanager
     def watching(self, modules: dict[str, list[nn.Module]]) -> Iterator[None]:
-        """Time these modules' forwards, by part, while the block runs."""
+        """Time the forwards of these modules by part, inside a ``with`` block."""
         handles = []
         for part, members in modules.items():
             for module in members:
@@ -45,8 +45,8 @@ class PartClock:
                 handle.remove()
 
     def seconds(self, total: float) -> dict[str, float]:
-        """Seconds by part of a run that took ``total`` seconds, and forget them. The language model's first forward is
-        the prefill, all others are decoding; what lies outside of the parts is the "rest"."""
+        """Return and reset the seconds by part of a run that took ``total`` seconds. The language model's first forward
+        is the prefill, all others are decoding; time outside of the parts is the "rest"."""
         spent = {part: [self._between(*mark) for mark in marks] for part, marks in self._marks.items()}
         self._marks.clear()
         language = spent.pop("language", [])

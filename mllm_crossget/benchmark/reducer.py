@@ -1,7 +1,7 @@
-"""``mllm-crossget bench-reducer``: what the reduction itself takes against the number of tokens, without a model.
+"""``mllm-crossget bench-reducer``: time of the reduction itself by number of tokens, without a model.
 
-Compared in turns within one process: the matching with the formula of the paper's code written down literally, and the
-ways to get the importance of tokens out of an attention.
+It compares, in turns within one process, the matching with a literal implementation of the formula of the paper's code,
+and several ways to get the importance of tokens from attention.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from mllm_crossget.ops import (
 from mllm_crossget.ops.dispatch import MATCHING, cpu_kernels
 from mllm_crossget.user_files import check_writable
 
-_FEWEST = 8  # two of them are protected, half of the others may leave
-_SHORT = 10  # rounds of what is so short that a single interruption shows
+_FEWEST = 8  # two tokens are protected, and half of the others can be removed
+_SHORT = 10  # factor of rounds for work that is so short that a single interruption shows
 
 
 @dataclass
@@ -43,13 +43,13 @@ class ReducerOptions:
     """What to time.
 
     Args:
-        tokens: tokens of an image.
-        batch_sizes: images together.
+        tokens: numbers of tokens of an image.
+        batch_sizes: numbers of images in a batch.
         width: channels of a token.
-        heads: attention heads; a head's keys are what the matching compares.
-        removed: share of the tokens that leaves in one layer.
-        largest_literal: most tokens for which the literal formula and whole attention maps are tried.
-        rounds: measured rounds; ten times as many of the matching, which takes a few milliseconds.
+        heads: attention heads; the matching compares keys of one head's width.
+        removed: share of the tokens that one layer removes.
+        largest_literal: largest number of tokens for which the literal formula and whole attention maps are timed.
+        rounds: measured rounds; the matching has ten times as many, because it takes a few milliseconds.
         output: JSON file to write.
     """
 
@@ -72,7 +72,7 @@ class ReducerOptions:
 
 
 def run(options: ReducerOptions) -> int:
-    """Measure, print tables, write the JSON; returns 0."""
+    """Measure, print tables, write the JSON. Returns 0."""
     check_writable(options.output)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     small = [tokens for tokens in options.tokens if tokens <= options.largest_literal]
@@ -91,11 +91,11 @@ def run(options: ReducerOptions) -> int:
 
 
 def literal_matching(keys_BTD: Tensor, importance_BT: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Complete-graph soft matching as its formula is written: every step of it a whole map.
+    """Complete-graph soft matching, as its formula is written: every step uses a whole map.
 
-    Similarities; rank of each token by its best one; a triangle of -inf, scattered along rows and columns into the
-    order of the tokens, hides those that do not rank below; scores; sources; their best partner among all others; the
-    weights of every pair. First and last token are protected.
+    The steps: similarities; rank of each token by its best similarity; scores; sources; the best partner of each source
+    among all other tokens; weights of every pair. For the scores a triangle of -inf, scattered along rows and columns
+    into the order of the tokens, hides tokens that do not rank below. First and last token are protected.
 
     Args:
         keys_BTD: (B, T, D) keys.
@@ -127,8 +127,8 @@ def literal_matching(keys_BTD: Tensor, importance_BT: Tensor, r: int) -> tuple[T
 
 
 def importance_by_second_pass(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """Output and importance from two fused attentions: the second one, with queries and keys exchanged and each row's
-    log-sum as a bias, gives the column sums as its own log-sums; no map exists. CPU kernel.
+    """Output and importance from two fused attentions, without a map. The second one has queries and keys exchanged and
+    each row's log-sum as a bias, so its own log-sums are the column sums. CPU kernel.
 
     Args:
         query, key, value: (B, H, T, D) projections.
@@ -193,7 +193,7 @@ def _importance(options: ReducerOptions, batch: int, tokens: int, device: torch.
 
 
 def _scaling(options: ReducerOptions, device: torch.device) -> dict[str, Any]:
-    """Matching and merging of one image at every size, and how they grow."""
+    """Time of matching and merging of one image at every number of tokens, and its growth."""
     rows, times, memory = [], [], []
     for tokens in options.tokens:
         keys, importance = _keys(options, 1, tokens, device)
@@ -213,7 +213,7 @@ def _scaling(options: ReducerOptions, device: torch.device) -> dict[str, Any]:
 
 
 def growth(points: Sequence[tuple[float, float]]) -> float | None:
-    """Exponent of a power law through the points, by least squares of logarithms; None for fewer than two points."""
+    """Exponent of a power law, fitted by least squares of logarithms; None for fewer than two points."""
     if len(points) < 2:
         return None
     x, y = (torch.tensor([math.log(point[axis]) for point in points], dtype=torch.float64) for axis in (0, 1))
@@ -243,7 +243,7 @@ def _ratio(numerator: Timing, denominator: Timing) -> dict[str, float]:
 
 
 def tables(report: dict[str, Any]) -> list[Table]:
-    """The report for a terminal."""
+    """The report as tables for a terminal."""
     matching = Table("batch", "tokens", "literal (ms)", "ours (ms)", "faster (min – max)", "maps per image",
                      title="Matching")  # fmt: skip
     for row in report["matching"]:

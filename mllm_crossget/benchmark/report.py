@@ -1,4 +1,4 @@
-"""What the harness says of its runs: one JSON line per setting, a table, a plot."""
+"""The report of the speed harness: one JSON line per setting, a table, a plot."""
 
 from __future__ import annotations
 
@@ -27,15 +27,12 @@ class Setting:
     """One way to run the model.
 
     Attributes:
-        name: for tables.
-        method: the reduction; ``keep_ratio=1`` for the untouched model.
-        model: a copy that shares the weights.
-        schedule: token counts of an image.
-        clock: reads its times.
+        name: name in tables. method: the reduction; ``keep_ratio=1`` for the untouched model. model: a copy that shares
+            the weights. schedule: token counts of an image. clock: clock of its parts.
         way: "plain", "compiled" or "frozen".
         runs: seconds by part, one entry per measured round.
-        overheads: what the reduction costs, as shares of the untouched tower (of the same way), one entry per
-            round of the towers alone.
+        overheads: time of the reduction itself, as a share of the untouched tower's (run in the same way), one entry
+            per round of the towers alone.
     """
 
     name: str
@@ -50,15 +47,12 @@ class Setting:
 
 @dataclass(frozen=True)
 class Case:
-    """What all settings of a comparison share: prompts, answers, and the device's limits.
+    """Data that all settings of a comparison share: prompts, answers, and the device's limits.
 
     Attributes:
-        family: of the model.
-        text_tokens: words of a prompt.
-        batch: prompts, with one image each.
-        new_tokens: tokens of an answer.
-        speeds: of the device.
-        sizes: of the model.
+        family: family of the model. text_tokens: number of text tokens of a prompt. batch: number of prompts, with one
+            image each. new_tokens: number of tokens of an answer. speeds: measured speeds of the device. sizes: bytes
+            of the model's parts.
     """
 
     family: Family
@@ -69,22 +63,22 @@ class Case:
     sizes: Sizes
 
     def visual(self, setting: Setting) -> int:
-        """Tokens of an image in the language model."""
+        """Number of tokens of an image in the language model."""
         return visual_tokens(vars(setting.model)["config"], self.family, setting.schedule)
 
     def flops(self, setting: Setting) -> Flops:
-        """Of one prompt and its answer."""
+        """FLOPs of one prompt and its answer."""
         config = vars(setting.model)["config"]
         return model_flops(config, setting.method, text_tokens=self.text_tokens, new_tokens=self.new_tokens)
 
     def least(self, setting: Setting) -> float:
-        """Least seconds that the device could need for the batch."""
+        """Lower bound of the seconds that the device needs for the batch."""
         prompt = self.text_tokens + self.visual(setting)
         return least_seconds(self.speeds, self.flops(setting), self.sizes, self.batch, prompt, self.new_tokens)
 
 
 def report(settings: Sequence[Setting], case: Case) -> list[dict[str, Any]]:
-    """One line per setting; the first of them is what the others are compared with."""
+    """One line per setting; all are compared with the first setting."""
     untouched = settings[0]
     return [_line(setting, untouched, case) for setting in settings]
 
@@ -121,7 +115,7 @@ def _line(setting: Setting, untouched: Setting, case: Case) -> dict[str, Any]:
         line["reducer_overhead"] = spread(setting.overheads)
         encoder = spread([run["encoder"] for run in untouched.runs])["median"]
         needed = spread([_to_answer(run) for run in setting.runs])["median"]
-        # The same layers on the same numbers of tokens, had the reduction cost nothing, are this share of the time.
+        # Time of the same layers on the same token counts without the cost of the reduction, as a share of the time.
         line["encoder_and_prefill"]["share_of_ideal"] = 1 - line["reducer_overhead"]["median"] * encoder / needed
     if case.new_tokens > 1:
         decoded = case.batch * (case.new_tokens - 1)
@@ -134,19 +128,19 @@ def _to_answer(run: dict[str, float]) -> float:
 
 
 def _flops_to_answer(flops: Flops) -> int:
-    """Without the reducer's own, which are a cost and no saving."""
+    """FLOPs without the reducer's own."""
     return flops.patch_embedding + flops.encoder + flops.projector + flops.prefill
 
 
 def append(path: str | None, lines: Sequence[dict[str, Any]]) -> None:
-    """Add JSON lines to a file; None writes nothing."""
+    """Append JSON lines to a file; None writes nothing."""
     if path is None:
         return
     append_lines(path, list(lines))
 
 
 def read(path: str) -> list[dict[str, Any]]:
-    """All whole lines of a file that ``append`` wrote. Raises ``ValueError`` for a file of something else."""
+    """All complete lines of a file that ``append`` wrote. Raises ``ValueError`` for other files."""
     first = next(iter(Path(path).read_text().splitlines()), "{}")
     try:
         json.loads(first)
@@ -156,7 +150,7 @@ def read(path: str) -> list[dict[str, Any]]:
 
 
 def speed_table(title: str, lines: Sequence[dict[str, Any]]) -> Table:
-    """The lines for a terminal."""
+    """The lines as a table for a terminal."""
     table = Table("setting", title=title)
     for heading in (
         "batch", "new", "visual", "encoder (s)", "prefill (s)", "decode (s)", "reducer (p10 – p90)",
@@ -182,7 +176,8 @@ def speed_table(title: str, lines: Sequence[dict[str, Any]]) -> Table:
 
 
 def draw(lines: Sequence[dict[str, Any]], path: str) -> None:
-    """Speed-up of the whole ``generate`` against visual tokens, with the ceilings, one panel per batch and answer.
+    """Plot the speed-up of the whole ``generate`` against visual tokens, with its ceilings; one panel per batch size
+    and answer length.
 
     Raises:
         ImportError: matplotlib is missing.

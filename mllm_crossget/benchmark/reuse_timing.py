@@ -1,8 +1,8 @@
-"""``mllm-crossget bench-reuse``: what a second question about an image costs if its features are kept, and what keeping
-those of many images takes.
+"""``mllm-crossget bench-reuse``: time of a second question about an image with cached features, and memory of the cache
+for many images.
 
-Seconds: one model, the first and the second question in turns. Memory: the embedded model looks at so many different
-pictures, with a small cache; nothing else grows with their number.
+Time: one model answers the first and the second question in turns. Memory: the embedded model encodes many different
+pictures with a small cache; nothing else grows with their number.
 """
 
 from __future__ import annotations
@@ -41,12 +41,10 @@ class ReuseOptions:
 
     Args:
         geometry: a built-in geometry, which gets random weights, or a local folder or repository of the hub.
-        llm_layers: keep only so many layers of the language model, for small machines.
-        text_tokens: words of a question.
-        rounds: measured rounds; one more comes first and is not counted.
-        dtype: "float32", "bfloat16" or "float16".
-        images: different pictures for the memory; 0 leaves that out.
-        cache_mebibytes: bound of the cache that they go through.
+        llm_layers: use only this many layers of the language model, for small machines. text_tokens: number of text
+            tokens of a question. rounds: measured rounds; one more comes first and is not counted. dtype: "float32",
+            "bfloat16" or "float16". images: number of different pictures for the memory measurement; 0 leaves it out.
+            cache_mebibytes: bound of the cache in that measurement.
         output: JSON file to write.
     """
 
@@ -66,7 +64,7 @@ class ReuseOptions:
 
 
 def run(options: ReuseOptions, method: Method) -> int:
-    """Measure, print a table, write the JSON; returns 0."""
+    """Measure, print a table, write the JSON. Returns 0."""
     check_writable(options.output)
     _check_model(options, method)
     memory = many_images(options.images, options.cache_mebibytes) if options.images else None
@@ -84,7 +82,7 @@ def run(options: ReuseOptions, method: Method) -> int:
 
 
 def _check_model(options: ReuseOptions, method: Method) -> None:
-    """Before the memory of many images is measured. Raises ``ValueError`` for what has no features to keep."""
+    """Check the model before the memory measurement. Raises ``ValueError`` for a model without features to cache."""
     config = resolve(options.geometry)
     family = family_of(config)
     if family is None or family.features_owner is None:
@@ -98,7 +96,7 @@ def _check_model(options: ReuseOptions, method: Method) -> None:
 
 @torch.inference_mode()
 def questions(options: ReuseOptions, method: Method) -> dict[str, Any]:
-    """Seconds of encoder (and projector) and of a whole first token, for the first and the second question."""
+    """Seconds of the encoder (with projector) and of the whole first token, for the first and the second question."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, options.dtype)
     model, family = load(
@@ -139,12 +137,10 @@ def questions(options: ReuseOptions, method: Method) -> dict[str, Any]:
 
 @torch.inference_mode()
 def many_images(images: int, mebibytes: int, batch: int = 50) -> dict[str, Any]:
-    """The embedded model encodes so many different pictures; what the cache holds, and how the process grows.
+    """Let the embedded model encode many different pictures, and measure the cache and the memory of the process.
 
     Args:
-        images: pictures of noise, each another one.
-        mebibytes: bound of the cache.
-        batch: pictures together.
+        images: number of different noise pictures. mebibytes: bound of the cache. batch: number of pictures in a batch.
     """
     model, _ = load_embedded()
     cache = VisionCache(max_bytes=mebibytes * MEBIBYTE)
@@ -168,7 +164,7 @@ def many_images(images: int, mebibytes: int, batch: int = 50) -> dict[str, Any]:
 
 
 def table(report: dict[str, Any]) -> Table:
-    """The report for a terminal."""
+    """The report as a table for a terminal."""
     made = Table(
         "", "median (ms)", "p10 – p90", title=f"{report['options']['geometry']}, images kept between questions"
     )
@@ -186,14 +182,14 @@ def table(report: dict[str, Any]) -> Table:
 
 
 def _other_words(ids: Tensor, image: int) -> Tensor:
-    """Another question about the same image: the words in reverse."""
+    """Another question about the same image: the words in reverse order."""
     other = ids.clone()
     other[ids != image] = ids[ids != image].flip(0)
     return other
 
 
 def _resident_bytes() -> int:
-    """Memory that this process has now; on other systems than Linux the most that it has had so far."""
+    """Current memory of this process; on other systems than Linux its peak so far."""
     now = Path("/proc/self/statm")
     if now.exists():
         return int(now.read_text().split()[1]) * resource.getpagesize()

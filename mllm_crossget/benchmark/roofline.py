@@ -1,5 +1,5 @@
-"""The least time that a device can need, from its measured speed in products and in reading memory: a ceiling for every
-speed-up, and what share of it was reached."""
+"""Roofline: the shortest possible time of a device, from its measured speed of matrix products and of memory reads. It
+gives a ceiling for every speed-up, and the share of it that was reached."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mllm_crossget.costs.flops import Flops
 
 @dataclass(frozen=True)
 class Device:
-    """What a device can do at best.
+    """Best measured speeds of a device.
 
     Attributes:
         flops: floating-point operations per second in a large matrix product.
@@ -28,11 +28,11 @@ class Device:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes that have to be read.
+    """Bytes that must be read from memory.
 
     Attributes:
-        encoder, language: weights of the vision tower with its projector, and of the language model with its head.
-        cache: keys and values of one token of the prompt, in all layers.
+        encoder, language: bytes of the weights of the vision tower with its projector, and of the language model with
+            its head. cache: bytes of the keys and values of one token of the prompt, in all layers.
     """
 
     encoder: int
@@ -42,7 +42,7 @@ class Sizes:
 
 def probe(device: torch.device, dtype: torch.dtype, side: int | None = None, repeats: int = 5) -> Device:
     """Measure a device: the best of a few products of matrices with ``side`` rows (by default 8192 on a GPU, 4096
-    elsewhere), and of readings of them."""
+    elsewhere), and of a few memory reads of such matrices."""
     side = side or (8192 if device.type == "cuda" else 4096)
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     large = torch.randn(4 * side, side, device=device, dtype=dtype)
@@ -65,15 +65,13 @@ def sizes_of(parts: dict[str, list[nn.Module]], head: nn.Module | None, text: An
 
 
 def least_seconds(device: Device, flops: Flops, sizes: Sizes, batch: int, prompt: int, new_tokens: int) -> float:
-    """The roofline of one ``generate``: in every part the slower of computing and of reading weights and cache.
+    """The roofline of one ``generate``: for every part the larger time of computing and of reading weights and cache.
 
     Args:
         device: measured speeds.
-        flops: of one prompt with its image and its answer; the reducer's are left out.
-        sizes: bytes to read.
-        batch: prompts.
-        prompt: tokens of a prompt in the language model.
-        new_tokens: of the answer; the first one comes with the prefill.
+        flops: FLOPs of one prompt with its image and its answer; the reducer's are left out. sizes: bytes to read.
+            batch: number of prompts. prompt: number of tokens of a prompt in the language model. new_tokens: number of
+            tokens of the answer; the first one comes from the prefill.
     """
     encoder = flops.patch_embedding + flops.encoder + flops.projector
     seconds = max(batch * encoder / device.flops, sizes.encoder / device.bandwidth)

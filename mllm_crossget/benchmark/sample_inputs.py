@@ -1,4 +1,4 @@
-"""Prompts with one image each for a model of any size, without a processor: random pixels, random words."""
+"""Prompts with one image each for a model of any size, without a processor: random pixels, random tokens."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _PLAIN = ("llava", "vipllava", "paligemma", "blip-2", "llava_next")
 def prompt_inputs(
     config: Any, family: Family, batch: int, text_tokens: int, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """What ``generate`` wants: ``batch`` prompts of ``text_tokens`` words around one image; square images where a
-    model cuts them into tiles.
+    """Arguments of ``generate``: ``batch`` prompts of ``text_tokens`` text tokens around one image. Images are square
+    if a model cuts them into tiles.
 
     Raises:
         ValueError: a model type whose prompts the harness cannot write.

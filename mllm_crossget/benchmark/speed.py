@@ -1,7 +1,8 @@
-"""``mllm-crossget bench``: seconds, memory and their ceiling, of a model with and without a reduction.
+"""``mllm-crossget bench``: time and memory of a model with and without a reduction, and the ceiling of the speed-up.
 
-All settings live in one process as copies of one model that share its weights, and take turns in every round; ratios
-are taken within a round. The weights are random unless a folder or a repository is given, which changes no time.
+All settings run in one process, as copies of one model that share its weights. They take turns in every round, and
+ratios are taken within a round. The weights are random unless a folder or a repository is given; this does not change
+times.
 """
 
 from __future__ import annotations
@@ -48,21 +49,20 @@ class BenchOptions:
         geometry: a built-in geometry, which gets random weights, or a local folder or repository of the hub.
         methods: reduction methods.
         keep_ratios: shares of the visual tokens to keep; 0 leaves them out.
-        r: removals per layer, as a setting beside the keep ratios.
-        batch_sizes: prompts with one image each.
-        text_tokens: words of a prompt.
+        r: removals per layer, as a further setting beside the keep ratios. batch_sizes: numbers of prompts with one
+            image each. text_tokens: number of text tokens of a prompt.
         new_tokens: lengths of the answers; 1 is the time to the first token.
-        llm_layers, vision_layers: keep only so many layers of the language model and of the tower, for small machines.
+        llm_layers, vision_layers: use only this many layers of the language model and of the tower, for small machines.
         rounds: measured rounds; one more comes first and is not counted.
-        tower_rounds: rounds of the vision towers alone, for what the reduction itself costs.
+        tower_rounds: rounds of the vision towers alone, for the cost of the reduction itself.
         dtype: "float32", "bfloat16" or "float16".
-        attn_implementation: "sdpa", "eager" or "flash_attention_2", of the whole model.
-        compile: time every setting also with the layers of its vision tower compiled into one graph.
-        freeze: compile vision tower and prefill of every setting, with the weights as constants: on a CPU the compiler
-            then packs them for the numbers of rows that each setting has, which costs memory for a second copy.
+        attn_implementation: "sdpa", "eager" or "flash_attention_2", for the whole model.
+        compile: also time every setting with the layers of its vision tower compiled into one graph.
+        freeze: compile vision tower and prefill of every setting, with the weights as constants. On a CPU the compiler
+            then packs them for the setting's numbers of rows, which costs memory for a second copy.
         memory: also measure the peak memory, in one more run of every setting.
         output: file that gets one JSON line per setting, batch size and answer length; lines are appended.
-        plot: picture to write of the speed-ups beside their ceilings, of all lines in ``output`` if that is given.
+        plot: picture of the speed-ups and their ceilings to write; of all lines in ``output`` if that is given.
     """
 
     geometry: str = "llava-1.5-7b"
@@ -94,17 +94,17 @@ class BenchOptions:
         check_choice(self, "attn_implementation", ATTENTIONS)
         if self.compile and self.freeze:
             raise ValueError("freeze compiles too, and compile would not be used; give one of them")
-        reductions(self)  # says what is wrong with a method or a dial
+        reductions(self)  # raises for a wrong method or dial
 
 
 def run(options: BenchOptions) -> int:
-    """Measure, print a table, append the JSON lines, draw the plot; returns 0."""
+    """Measure, print a table, append the JSON lines, draw the plot. Returns 0."""
     check_writable(options.output)
     check_picture_output(options.plot)
     if options.plot is not None:
-        importlib.import_module("matplotlib")  # the plot comes last
+        importlib.import_module("matplotlib")  # checked first, as the plot comes last
         if options.output is not None and Path(options.output).exists():
-            read(options.output)  # the new lines go behind these
+            read(options.output)  # checked first, as new lines are appended
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, options.dtype)
     model, family = load(options, device, dtype)
@@ -145,7 +145,7 @@ def load(options: BenchOptions, device: torch.device, dtype: torch.dtype) -> tup
     if options.vision_layers is not None:
         config.vision_config.num_hidden_layers = options.vision_layers
     for _, method in reductions(options):
-        make_schedule(method, family.geometry(config))  # before the model takes its time
+        make_schedule(method, family.geometry(config))  # checked before the model is built
     if options.geometry.lower() in GEOMETRIES:
         with torch.device(device):
             model = kind.from_config(config, **attention)
@@ -156,7 +156,7 @@ def load(options: BenchOptions, device: torch.device, dtype: torch.dtype) -> tup
 
 
 def make_settings(model: nn.Module, family: Family, options: BenchOptions, device: torch.device) -> list[Setting]:
-    """The untouched model first, then every method at every dial."""
+    """The untouched model first, then every method with every dial."""
     ways = ("plain", "compiled") if options.compile else ("plain",)
     if options.freeze:
         ways = ("frozen",)
@@ -164,7 +164,7 @@ def make_settings(model: nn.Module, family: Family, options: BenchOptions, devic
 
 
 def reductions(options: BenchOptions) -> list[tuple[str, Any]]:
-    """(name, settings) of the untouched model first, then of every method at every dial.
+    """(name, settings) of the untouched model first, then of every method with every dial.
 
     Raises:
         ValueError: an unknown method, or a dial outside its range.
@@ -190,13 +190,14 @@ def _setting(model: nn.Module, family: Family, name: str, method: Any, way: str,
 
 
 def compile_parts(model: Any, family: Family, device: torch.device, frozen: bool) -> None:
-    """Compile the vision tower into one graph; ``frozen``: the prefill too, and let the compiler pack the weights.
+    """Compile the vision tower into one graph. ``frozen``: compile the prefill too, and let the compiler pack the
+    weights.
 
-    The forwards are compiled and not the modules, so that the clock's hooks stay outside of the graphs.
+    The forwards are compiled, not the modules, so that the clock's hooks stay outside of the graphs.
     """
     tower = module_at(model, family.tower or "")
     size = config_at(vars(model)["config"], family.vision_config).image_size
-    with torch.no_grad():  # transformers puts its hooks for hidden states in place at the first call, with a lock
+    with torch.no_grad():  # the first call lets transformers install its hooks for hidden states, with a lock
         tower(torch.zeros(1, 3, size, size, device=device, dtype=model.dtype), output_hidden_states=True)
     tower.forward = _compiled(tower.forward, frozen, fullgraph=True)
     if not frozen:
@@ -206,26 +207,26 @@ def compile_parts(model: Any, family: Family, device: torch.device, frozen: bool
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         columns = next(kwargs[name].shape[1] for name in ("inputs_embeds", "input_ids") if kwargs.get(name) is not None)
-        return (compiled if columns > 1 else plain)(*args, **kwargs)  # a decoding step has another shape every time
+        return (compiled if columns > 1 else plain)(*args, **kwargs)  # every decoding step has another shape
 
     language.forward = forward
 
 
 def _compiled(work: Callable[..., Any], frozen: bool, fullgraph: bool = False) -> Callable[..., Any]:
-    """For one shape at a time."""
+    """The compiled function, for one shape at a time."""
     compiled: Callable[..., Any] = torch.compile(work, fullgraph=fullgraph, dynamic=False)
     if not frozen:
         return compiled
 
     def constant(*args: Any, **kwargs: Any) -> Any:
-        with compiler.patch(freezing=True):  # as an option of ``torch.compile`` it comes too late: after the tracing
+        with compiler.patch(freezing=True):  # as an option of ``torch.compile`` it is applied after tracing, too late
             return compiled(*args, **kwargs)
 
     return constant
 
 
 def with_shared_weights(model: nn.Module) -> Any:
-    """A copy of the modules around the same parameters and buffers."""
+    """A copy of the modules with the same parameters and buffers."""
     tensors: Sequence[Tensor] = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
@@ -239,7 +240,7 @@ def measure(
     new_tokens: int,
     speeds: Device,
 ) -> list[dict[str, Any]]:
-    """Let the settings take turns; one line per setting."""
+    """Run the settings in turns. Returns one line per setting."""
     model, device = settings[0].model, settings[0].clock.device
     batch = len(inputs["input_ids"])
     for setting in settings:
@@ -263,7 +264,7 @@ def measure(
 
 
 def timed_run(setting: Setting, family: Family, inputs: dict[str, Tensor], new_tokens: int) -> dict[str, float]:
-    """Seconds of one ``generate``: in all, and by part."""
+    """Seconds of one ``generate``, in total and by part."""
     with setting.clock.watching(parts_of(setting.model, family)):
         total = seconds_of(lambda: generate(setting.model, inputs, new_tokens), setting.clock.device)
     return {"total": total, **setting.clock.seconds(total)}
@@ -271,8 +272,8 @@ def timed_run(setting: Setting, family: Family, inputs: dict[str, Tensor], new_t
 
 @torch.inference_mode()
 def time_towers(settings: list[Setting], family: Family, pixels: Tensor, rounds: int) -> None:
-    """Fill in what the reduction costs each setting, as shares of the untouched tower: a tower, and right in front of
-    or behind it the same layers on the same counts with their tokens cut off for nothing, compiled if the tower is."""
+    """Measure the cost of the reduction in each setting, as shares of the untouched tower's time. It is the difference
+    between the tower and its ideal tower, which runs right before or after it and is compiled if the tower is."""
     untouched = {setting.way: module_at(setting.model, family.tower or "")
                  for setting in settings if setting.method.is_identity}  # fmt: skip
     reduced = [setting for setting in settings if not setting.method.is_identity]
@@ -293,7 +294,7 @@ def time_towers(settings: list[Setting], family: Family, pixels: Tensor, rounds:
 def _ideal(setting: Setting, untouched: nn.Module) -> Callable[[Tensor], Tensor]:
     tower = with_shared_weights(untouched)
     for module in tower.modules():
-        module._forward_hooks.clear()  # transformers' hooks for hidden states read a variable that no graph can hold
+        module._forward_hooks.clear()  # transformers' hooks for hidden states read a variable that a graph cannot hold
 
     def ideal(pixels: Tensor) -> Tensor:
         return ideal_tower(tower, pixels, setting.schedule)

@@ -1,4 +1,4 @@
-"""Honest timing: warm, synchronised, the settings taken in turn inside one process, spread reported."""
+"""Timing after a warm-up, synchronised, with settings in turns inside one process, and with the spread."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Timing:
     """Seconds of one setting over the rounds.
 
     Attributes:
-        seconds: one figure per round, in the order measured.
+        seconds: one value per round, in order.
     """
 
     seconds: tuple[float, ...]
@@ -34,7 +34,7 @@ class Timing:
         return statistics.median(self.seconds)
 
     def as_dict(self) -> dict[str, float | int]:
-        """For JSON: minimum, median and maximum in seconds, and the rounds."""
+        """For JSON: minimum, median and maximum in seconds, and the number of rounds."""
         return {
             "min_s": min(self.seconds),
             "median_s": self.median,
@@ -46,15 +46,15 @@ class Timing:
 def alternate(
     settings: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device | None = None, label: str = "timing"
 ) -> dict[str, Timing]:
-    """Time every setting once per round, all in turn, after one unmeasured round.
+    """Time every setting once per round, in turns, after one unmeasured round.
 
-    Taking turns spreads the machine's moods over all settings, so that ratios within a round can be trusted.
+    Taking turns spreads changes of the machine's speed over all settings, so that ratios within a round are reliable.
 
     Args:
         settings: what to run, by name.
         rounds: measured rounds, at least 1.
         device: synchronised around each run if it is a CUDA device.
-        label: of the progress bar.
+        label: label of the progress bar.
     """
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
@@ -77,20 +77,20 @@ def seconds_of(work: Callable[[], Any], device: torch.device | None = None) -> f
 
 
 def spread(values: Sequence[float]) -> dict[str, float | int]:
-    """Median, tenth and ninetieth percentile, extremes and number of some figures."""
+    """Median, tenth and ninetieth percentile, extremes and number of values."""
     ordered = torch.tensor(sorted(values), dtype=torch.float64)
     low, median, high = torch.quantile(ordered, torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)).tolist()
     return {"median": median, "p10": low, "p90": high, "min": min(values), "max": max(values), "rounds": len(values)}
 
 
 def ratio(numerator: Timing, denominator: Timing) -> tuple[float, float, float]:
-    """Median, least and greatest ratio of two settings, round by round."""
+    """Median, smallest and largest ratio of two settings, round by round."""
     ratios = [a / b for a, b in zip(numerator.seconds, denominator.seconds, strict=True)]
     return statistics.median(ratios), min(ratios), max(ratios)
 
 
 def environment() -> dict[str, str | int]:
-    """Hardware and versions that a figure belongs to; Numba's where it matches and merges."""
+    """Hardware and versions of a measurement, including Numba's if it does the matching and merging."""
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
         "threads": torch.get_num_threads(),
@@ -104,8 +104,8 @@ def environment() -> dict[str, str | int]:
 
 
 def allocator() -> str:
-    """What the C library's allocator was told, or which one stands in for it; "" by default. Memory that it gives back
-    to the system between two layers has to be asked for again, page by page."""
+    """Settings of the C library's allocator, or the allocator that replaces it; "" by default. They matter because
+    memory that is returned to the system between two layers must be allocated again, page by page."""
     told = {name: os.environ[name] for name in sorted(os.environ) if name.startswith("MALLOC_")}
     if os.environ.get("LD_PRELOAD"):
         told["LD_PRELOAD"] = ":".join(Path(name).name for name in os.environ["LD_PRELOAD"].split(":"))

@@ -1,7 +1,8 @@
-"""A small trained LLaVA that ships with the package, and the held-out questions that test it.
+"""A small trained LLaVA that is part of the package, and held-out questions that test it.
 
-A test bench for token reduction without downloads, not a claim about LLaVA-1.5. It reads coloured handwritten digits on
-photographs: 96 x 96 pixels, 144 visual tokens, eight CLIP layers, four Llama layers, 1.8 million weights.
+It is a test bench for token reduction without downloads; its results say nothing about LLaVA-1.5. The model reads
+coloured handwritten digits on photographs: 96 x 96 pixels, 144 visual tokens, eight CLIP layers, four Llama layers, 1.8
+million weights.
 """
 
 from pathlib import Path
@@ -14,8 +15,8 @@ from .questions import KINDS, Question, held_out_questions
 
 WEIGHTS_FOLDER = Path(__file__).parent / "weights"
 OLD_WEIGHTS_FOLDER = Path(__file__).parent / "weights_0_1"
-"""Weights of version 0.1. Half of their training rows had squeezed image positions, as no published LLaVA has: results
-with positions that close the gaps look better on them than they are."""
+"""Weights of version 0.1. Half of their training rows had squeezed image positions, unlike any published LLaVA, so
+results with positions without gaps look too good on them."""
 
 __all__ = [
     "KINDS",
@@ -39,7 +40,7 @@ def load_embedded(
     """Load the embedded LLaVA and its processor from the package's own files, offline.
 
     Args:
-        dtype: of the loaded weights; they are stored in bfloat16.
+        dtype: dtype of the loaded weights, which are stored in bfloat16.
         folder: ``OLD_WEIGHTS_FOLDER`` for the weights of version 0.1.
 
     Returns:

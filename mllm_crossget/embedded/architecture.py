@@ -24,7 +24,7 @@ VOCABULARY = (PAD, BOS, EOS, UNKNOWN, IMAGE, *WORDS)
 VISUAL_TOKENS = (CANVAS // PATCH) ** 2
 VISION_WIDTH, TEXT_WIDTH = 128, 128
 
-# Vicuna's manner. The generation marks tell trainers which tokens are the assistant's, the end mark included.
+# As Vicuna's. The generation marks enclose the assistant's tokens, including the end mark.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'user' %}USER: "
@@ -47,7 +47,7 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer: lower case, split at spaces and stops, `<s>` put in front."""
+    """A word-level tokenizer: lower case, split at spaces and punctuation, with `<s>` first."""
     ids = {word: index for index, word in enumerate(VOCABULARY)}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Lowercase()
@@ -68,7 +68,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_processor() -> LlavaProcessor:
-    """LLaVA's processor for 96 x 96 pictures: 144 placeholders an image; needs PIL, not torchvision."""
+    """LLaVA's processor for 96 x 96 pictures, with 144 placeholders per image; needs PIL, not torchvision."""
     side = {"height": CANVAS, "width": CANVAS}
     pictures = CLIPImageProcessorPil(
         size=side, crop_size=side, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3
@@ -84,7 +84,8 @@ def build_processor() -> LlavaProcessor:
 
 
 def build_config() -> LlavaConfig:
-    """Eight vision layers, of which LLaVA reads seven (`vision_feature_layer=-2`), and four language layers."""
+    """Configuration with eight vision layers, of which LLaVA reads seven (`vision_feature_layer=-2`), and four language
+    layers."""
     special: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     return LlavaConfig(
         vision_config=CLIPVisionConfig(
@@ -117,14 +118,14 @@ def build_config() -> LlavaConfig:
 
 
 def build_model(seed: int = 0) -> LlavaForConditionalGeneration:
-    """The untrained model with initial weights that learn in minutes instead of hours."""
+    """The untrained model, with initial weights that train in minutes instead of hours."""
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(build_config())
     with torch.no_grad():
         vision = model.model.vision_tower
         vision.embeddings.position_embedding.weight[1:] = grid_positions(CANVAS // PATCH, VISION_WIDTH)
         vision.embeddings.position_embedding.weight[0].zero_()
-        # Patch and position have to weigh about the same, and three colour channels of 8 x 8 pixels are many inputs.
+        # Patch and position embeddings need similar sizes, and a patch of 8 x 8 pixels in 3 colours has many inputs.
         vision.embeddings.patch_embedding.weight.normal_(std=0.06)
         for layer in vision.encoder.layers:
             look_at_alike(layer.self_attn.q_proj.weight, layer.self_attn.k_proj.weight)
@@ -145,7 +146,7 @@ def grid_positions(side: int, width: int) -> Tensor:
 
 
 def look_at_alike(query: nn.Parameter, key: nn.Parameter, alike: float = 0.7) -> None:
-    """Start a query and a key projection nearly equal, so that tokens first attend to what resembles them.
+    """Initialise a query and a key projection nearly equal, so that tokens first attend to similar tokens.
 
     Trockman and Kolter, "Mimetic Initialization of Self-Attention Layers", 2023.
     """
@@ -156,5 +157,5 @@ def look_at_alike(query: nn.Parameter, key: nn.Parameter, alike: float = 0.7) ->
 
 
 def _nearly_copy(weight: nn.Parameter, gain: float) -> None:
-    """Start a square projection near `gain` times the identity, so that attention first copies words unchanged."""
+    """Initialise a square projection near `gain` times the identity, so that attention first copies words unchanged."""
     weight.normal_(std=0.1 * weight.shape[1] ** -0.5).add_(gain * torch.eye(weight.shape[0]))

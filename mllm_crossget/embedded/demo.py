@@ -1,4 +1,5 @@
-"""``mllm-crossget demo``: the embedded model answers held-out questions at several budgets, and shows the merging."""
+"""``mllm-crossget demo``: the embedded model answers held-out questions at several keep ratios, with pictures of the
+merging."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ from mllm_crossget.user_files import check_output_folder
 from mllm_crossget.visualize import contact_sheet, draw_groups, merged_groups, plot_curves
 
 _TIMED_BATCH = 32
-_SHOWN_DIGITS = 6  # the picture shows the first scene with at least so many
+_SHOWN_DIGITS = 6  # the picture shows the first scene with at least this many digits
 _PLAIN_WIDTH = 130
 VARIANTS: dict[str, dict[str, Any]] = {
     "random-drop": {"method": "random", "drop": True},
@@ -40,16 +41,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class DemoOptions:
-    """Answer held-out questions with the embedded model at several budgets.
+    """Answer held-out questions with the embedded model at several keep ratios.
 
     Args:
-        methods: reduction methods; "random-drop" throws random tokens away instead of merging them. "-constant",
-            "-late" and "crossget-output" remove them by this schedule, "-published" is the method as published.
+        methods: reduction methods. "random-drop" drops random tokens instead of merging them. Names with "-constant"
+            and "-late", and "crossget-output", use this schedule; names with "-published" are the method as published.
         keep_ratios: shares of the visual tokens that reach the language model.
         limit: number of questions (all, more than 2,000, if not given).
         batch_size: questions in a batch.
-        rounds: timed rounds of each setting.
-        examples: questions to show with both answers.
+        rounds: timed rounds of each setting. examples: number of questions to show with both answers.
         output_dir: folder for the table's JSON and the pictures.
     """
 
@@ -81,11 +81,11 @@ def _check_fixed(method: Method) -> None:
 
 
 def run(options: DemoOptions) -> int:
-    """Answer, time, print one table, write JSON and pictures; returns 0."""
+    """Answer, time, print one table, write JSON and pictures. Returns 0."""
     check_output_folder(options.output_dir)
-    importlib.import_module("matplotlib")  # the curves come last
+    importlib.import_module("matplotlib")  # checked first, as the curves come last
     console = Console()
-    if not console.is_terminal:  # a file or a pipe has no width of its own
+    if not console.is_terminal:  # a file or a pipe has no width
         console = Console(width=_PLAIN_WIDTH)
     settings = {"untouched": make_method("crossget", 1.0)}
     for name in options.methods:
@@ -123,7 +123,7 @@ def make_method(name: str, keep_ratio: float) -> Method:
 def _time_prefill(
     model: Any, processor: Any, settings: dict[str, Method], questions: list[Question], rounds: int
 ) -> dict[str, Any]:
-    """Image encoder, projector and prefill of one batch, up to the first token; all settings in turn."""
+    """Time image encoder, projector and prefill of one batch, up to the first token; all settings in turns."""
     batch = [question for question in questions if question.kind != "caption"][:_TIMED_BATCH]
     inputs = batch_inputs(processor, batch).to(model.device, model.dtype)
 
@@ -183,7 +183,7 @@ def _share(accuracy: dict[str, float]) -> str:
 
 
 def _show_examples(console: Console, questions: list[Question], answers: dict[str, list[str]], count: int) -> None:
-    shown = list(answers)[:4]  # the untouched model and the first method's budgets
+    shown = list(answers)[:4]  # the untouched model and the first method's keep ratios
     table = Table(title="A few questions")
     for column in ("question", "right answer", *shown):
         table.add_column(column)

@@ -1,7 +1,7 @@
-"""A small CLIP for image-text retrieval on the embedded scenes: sizes, tokenizer, captions, training-only read-outs.
+"""A small CLIP for image-text retrieval on the embedded scenes: sizes, tokenizer, captions, training-only heads.
 
-A caption names every digit of a scene with its colour, in any order and one of several wordings. Its weights are not
-shipped: ``scripts/train_retrieval.py`` trains it from nothing in a quarter of an hour on one core.
+A caption names every digit of a scene with its colour, in any order and one of several wordings. The package has no
+weights of it: ``scripts/train_retrieval.py`` trains it from scratch in a quarter of an hour on one core.
 Shapes: B scenes, P = 144 patches, V vision width, E embedding width.
 """
 
@@ -35,8 +35,8 @@ class RetrievalSet:
     """Held-out pictures and their captions.
 
     Attributes:
-        pixels: [B, 3, S, S] in -1..1, as the model takes them.
-        captions: several for every picture, picture by picture.
+        pixels: [B, 3, S, S] in -1..1, the model's input. captions: several captions for every picture, picture by
+            picture.
         image_of_caption: [captions] index of the picture that a caption belongs to.
     """
 
@@ -46,7 +46,7 @@ class RetrievalSet:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer: lower case, ``<start>`` in front and ``<end>`` behind, padded on the right."""
+    """A word-level tokenizer: lower case, with ``<start>`` first and ``<end>`` last, padded on the right."""
     ids = {word: index for index, word in enumerate(VOCABULARY)}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Lowercase()
@@ -67,7 +67,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_config() -> CLIPConfig:
-    """Six layers in both towers; the alignment loss of the reference wants equal depths."""
+    """Configuration with six layers in both towers; the alignment loss of the reference needs equal depths."""
     sizes = {
         "hidden_size": WIDTH,
         "intermediate_size": 2 * WIDTH,
@@ -84,7 +84,7 @@ def build_config() -> CLIPConfig:
 
 
 def build_model(seed: int = 0) -> CLIPModel:
-    """The untrained model with initial weights that learn in minutes (see ``architecture.build_model``)."""
+    """The untrained model, with initial weights that train in minutes (see ``architecture.build_model``)."""
     torch.manual_seed(seed)
     model = CLIPModel(build_config())
     with torch.no_grad():
@@ -136,7 +136,7 @@ def tokenize(tokenizer: PreTrainedTokenizerFast, captions: Sequence[str]) -> dic
 
 
 class SceneHeads(nn.Module):
-    """Read-outs that exist only in training: digit and colour of every patch, coloured digits of the whole picture."""
+    """Heads that exist only in training: digit and colour of every patch, coloured digits of the whole picture."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -150,7 +150,7 @@ class SceneHeads(nn.Module):
         return digit + patch_loss(self.colour(patches_BPV).float(), labels.colour, NO_COLOUR)
 
     def shown_loss(self, embeds_BE: Tensor, layout: Layout) -> Tensor:
-        """Which of the 80 coloured digits the picture shows, read from its embedding; summed over the 80."""
+        """Loss of which of the 80 coloured digits the picture shows, read from its embedding; summed over the 80."""
         pair = (layout.value * len(COLOURS) + layout.colour).masked_fill(~layout.present, 0)
         target = torch.zeros(len(layout), 10 * len(COLOURS)).scatter_add_(1, pair, layout.present.float()).clamp(max=1)
         logits = self.shown(embeds_BE).float()

@@ -1,4 +1,4 @@
-"""Ask a LLaVA the questions of the test set through stock `generate`, and score its answers."""
+"""Let a LLaVA answer the questions of the test set with stock `generate`, and score its answers."""
 
 import math
 from collections import defaultdict
@@ -11,14 +11,14 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from .questions import Question
 
-_MOST_TOKENS = {"caption": 32, "sum": 8}  # most new tokens of an answer, end mark included
+_MOST_TOKENS = {"caption": 32, "sum": 8}  # largest number of new tokens of an answer, including the end mark
 _SHORT = 3  # the same for the other kinds
 _Z = 1.959964  # two-sided 95 % of the normal distribution
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """A share of right answers with its Wilson 95 % interval.
+    """A share of correct answers with its Wilson 95 % interval.
 
     Wilson, "Probable inference, the law of succession, and statistical inference", 1927.
     """
@@ -28,7 +28,7 @@ class Accuracy:
 
     @property
     def share(self) -> float:
-        """Share of right answers, 0..1."""
+        """Share of correct answers, 0..1."""
         return self.right / self.asked
 
     @property
@@ -55,7 +55,7 @@ class Score:
 
     @property
     def mean(self) -> float:
-        """Mean of the kinds' shares: every kind counts the same, however often it was asked."""
+        """Mean of the kinds' shares: every kind has the same weight, independent of its number of questions."""
         return sum(accuracy.share for accuracy in self.kinds.values()) / len(self.kinds)
 
     def as_dict(self) -> dict[str, object]:
@@ -96,8 +96,8 @@ def answer(
     Args:
         model: any LLaVA, reduced or not; it is called as a user would call it.
         processor: its processor.
-        questions: what `held_out_questions` returns.
-        batch_size: questions in a batch; sums and captions, whose answers are longer, have batches of their own.
+        questions: result of `held_out_questions`. batch_size: questions in a batch; sums and captions, whose answers
+            are longer, have separate batches.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -123,7 +123,7 @@ def _answer_batch(
 
 
 def score(questions: Sequence[Question], answers: Sequence[str]) -> Score:
-    """Compare answers with the only right ones, word for word."""
+    """Compare answers with the only correct ones, word for word."""
     if len(questions) != len(answers) or not questions:
         raise ValueError(f"need one answer for every question, got {len(answers)} for {len(questions)} questions")
     hits: dict[str, list[bool]] = defaultdict(list)

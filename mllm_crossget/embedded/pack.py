@@ -1,7 +1,7 @@
 """Write the digits and photographs of `data/` from scikit-learn: `python -m mllm_crossget.embedded.pack`.
 
-Needed once, by the makers of the package; everybody else reads the packed files, so scikit-learn is no run-time
-dependency. Nothing else in the package imports this module.
+It is needed once, by the package's authors. Users read the packed files, so scikit-learn is not a run-time dependency.
+Nothing else in the package imports this module.
 """
 
 from pathlib import Path
@@ -11,7 +11,7 @@ from PIL import Image
 
 from .scenes import DATA_FOLDER
 
-PHOTO_SIZE = (320, 213)  # half of the original 640 x 427 pixels: crops are blurred to a low contrast anyway
+PHOTO_SIZE = (320, 213)  # half of the original 640 x 427 pixels, because crops are blurred to a low contrast
 
 
 def pack(folder: Path = DATA_FOLDER) -> None:

@@ -1,8 +1,8 @@
-"""Losses that train the embedded LLaVA from nothing in minutes of CPU time. No optimiser, no loop, no files.
+"""Losses that train the embedded LLaVA from scratch in minutes of CPU time. No optimiser, no loop, no files.
 
-Plain end-to-end training does not get off the ground in minutes. Two phases do: first the tower and the projector learn
-from dense labels of every patch, and the projector's output is aligned with the language model's own word embeddings;
-then everything learns from questions and answers, many of them packed behind one image.
+Plain end-to-end training does not converge in minutes, but two phases do. In the first, the tower and the projector
+learn from dense labels of every patch, and the projector's output is aligned with the language model's own word
+embeddings. In the second, all parts learn from questions and answers, many of them packed after one image.
 Shapes: B scenes, K digit slots, P = 144 patches, V vision width, T text width, L packed length.
 """
 
@@ -18,10 +18,10 @@ from .architecture import BOS, EOS, IMAGE, TEXT_WIDTH, VISION_WIDTH, VISUAL_TOKE
 from .questions import ask
 from .scenes import CANVAS, CELL, COLOURS, COLUMNS, PATCH, ROWS, Layout, Scene
 
-IGNORE = -100  # label of a patch that a digit only touches
+IGNORE = -100  # label of a patch that a digit only partly covers
 NO_DIGIT, NO_COLOUR = 10, len(COLOURS)
 GRID = CANVAS // PATCH
-# Questions about one image in a joint step, and the weight of an answer token: long answers must not drown short ones.
+# Questions about one image in a joint step, and the weight of an answer token, so that long answers do not dominate.
 MENU: tuple[tuple[str, int, float], ...] = (
     ("digit_by_colour", 1, 1.0),
     ("colour_by_digit", 1, 1.0),
@@ -38,14 +38,13 @@ MENU: tuple[tuple[str, int, float], ...] = (
 
 @dataclass
 class PatchLabels:
-    """What every patch shows.
+    """Labels of every patch.
 
     Attributes:
         digit: [B, P] 0-9, `NO_DIGIT`, or `IGNORE`.
         colour: [B, P] 0-7, `NO_COLOUR`, or `IGNORE`.
-        row: [B, P] 0-2, the grid row of the digit, or of the patch where there is none.
-        column: [B, P] 0-2, likewise.
-        heart: [B, P] 1.0 for the one patch that holds a digit's centre: what counting needs.
+        row: [B, P] 0-2, the grid row of the digit, or of the patch if there is no digit. column: [B, P] 0-2, the grid
+            column in the same way. heart: [B, P] 1.0 for the one patch that holds a digit's centre, for counting.
         shown: [B, 10] 1.0 for the digits that the scene shows.
     """
 
@@ -84,7 +83,7 @@ def label_patches(layout: Layout, ink: Tensor) -> PatchLabels:
 
 
 class DenseHeads(nn.Module):
-    """Read-outs that exist only in training: of the tower's patches and class token, and of the projector's output."""
+    """Heads that exist only in training: on the tower's patches and class token, and on the projector's output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,7 +94,8 @@ class DenseHeads(nn.Module):
 
 
 def cell_mask(dtype: torch.dtype = torch.float32) -> Tensor:
-    """Additive attention mask [1, 1, 1 + P, 1 + P]: a patch sees its cell and the class token, which sees all."""
+    """Additive attention mask [1, 1, 1 + P, 1 + P]: a patch attends to its cell and the class token, which attends to
+    all."""
     place = torch.arange(GRID) * PATCH // CELL
     cell = (place[:, None] * 3 + place).flatten()
     seen = F.pad(cell[:, None] == cell, (1, 0, 1, 0), value=True)
@@ -103,7 +103,7 @@ def cell_mask(dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def see(model: LlavaForConditionalGeneration, pixels: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The tower without its last layer, which LLaVA does not read, and the projector.
+    """Run the tower without its last layer, which LLaVA does not read, and the projector.
 
     Args:
         model: the LLaVA.
@@ -123,7 +123,7 @@ def see(model: LlavaForConditionalGeneration, pixels: Tensor, mask: Tensor | Non
 def dense_loss(
     model: LlavaForConditionalGeneration, heads: DenseHeads, hidden: Tensor, visual: Tensor, labels: PatchLabels
 ) -> tuple[Tensor, dict[str, float]]:
-    """The loss of the dense labels and its readable parts; `hidden` and `visual` are what `see` returns."""
+    """The loss of the dense labels and its parts by name; `hidden` and `visual` are the results of `see`."""
     patches = hidden[:, 1:]
     digit_logits = heads.digit(patches).float()
     parts = {
@@ -142,7 +142,7 @@ def dense_loss(
 
 
 def patch_loss(logits: Tensor, target: Tensor, nothing: int, background: float = 0.3) -> Tensor:
-    """Cross-entropy over patches [B, P, classes]; bare patches, the majority, count less."""
+    """Cross-entropy over patches [B, P, classes]; patches without a digit, the majority, have less weight."""
     weight = torch.ones(logits.shape[-1])
     weight[nothing] = background
     return F.cross_entropy(logits.flatten(0, 1), target.flatten(), weight, ignore_index=IGNORE)
@@ -151,8 +151,8 @@ def patch_loss(logits: Tensor, target: Tensor, nothing: int, background: float =
 def _word_loss(embedding: Tensor, visual: Tensor, labels: PatchLabels, sharpness: float = 5.0) -> Tensor:
     """Align visual tokens [B, P, T] with the words for what they show.
 
-    A visual token should be nearest to its digit's word among the digits, to its colour's among the colours, and so on:
-    then the language model, whose attention starts as a copy, can say what it looks at from the first step.
+    A visual token should be nearest to its digit's word among the digits, to its colour's word among the colours, and
+    so on. The language model's attention starts as a copy, so it can then name what it attends to from the first step.
     """
 
     def score(words: tuple[str, ...]) -> Tensor:
@@ -168,13 +168,12 @@ def _word_loss(embedding: Tensor, visual: Tensor, labels: PatchLabels, sharpness
 
 @dataclass
 class Pack:
-    """Rows of one image prefix and many questions behind it, which do not see one another.
+    """Rows of one image prefix and many questions after it, which do not attend to one another.
 
     Attributes:
-        ids: [B, L] token ids, image placeholders included.
-        mask: [B, 1, L, L] additive: 0 where a token may look, minus infinity elsewhere.
-        positions: [B, L] position ids: every question goes on right after the prefix.
-        labels: [B, L] the token that should come next, or `IGNORE`.
+        ids: [B, L] token ids, including image placeholders. mask: [B, 1, L, L] additive: 0 for keys that a token may
+            attend to, minus infinity elsewhere. positions: [B, L] position ids: every question continues right after
+            the prefix. labels: [B, L] the token that should come next, or `IGNORE`.
         weights: [B, L] weight of that token in the loss.
     """
 
@@ -186,7 +185,7 @@ class Pack:
 
 
 def pack_questions(scenes: list[Scene], tokenizer: PreTrainedTokenizerFast, chance: random.Random) -> Pack:
-    """Ask every scene the whole menu, in the words of the chat template."""
+    """All questions of the menu for every scene, written by the chat template."""
     head = [VOCABULARY.index(word) for word in (BOS, "user", ":", *[IMAGE] * VISUAL_TOKENS)]
     rows = [_branches(scene, tokenizer, chance) for scene in scenes]
     length = len(head) + max(sum(len(ids) for ids, _, _ in branches) for branches in rows)
@@ -225,7 +224,8 @@ def _branches(
 
 
 def answer_loss(model: LlavaForConditionalGeneration, visual: Tensor, pack: Pack) -> tuple[Tensor, float]:
-    """Weighted cross-entropy of the answer tokens given the visual tokens [B, P, T], and the share predicted right."""
+    """Weighted cross-entropy of the answer tokens given the visual tokens [B, P, T], and the share of correct
+    predictions."""
     embeddings = model.get_input_embeddings()(pack.ids)
     here = (pack.ids == VOCABULARY.index(IMAGE))[..., None]
     embeddings = embeddings.masked_scatter(here, visual.to(embeddings.dtype))

@@ -1,4 +1,4 @@
-"""What the columns of a sample and the fields of a turn may be, so that nothing that was written is lost silently."""
+"""Checks of the columns of a sample and the fields of a turn, so that no content is silently lost."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 _READ = ("id", "image", "images", "messages", "conversations")
-# Columns that would change what is learned, if they were read: their samples are not what their author meant without.
+# Columns that would change what is learned if they were read: without them a sample has another meaning.
 _CONTENT = (
     "system", "tools", "tool_calls", "video", "videos", "audio", "audios", "prompt", "completion", "chosen", "rejected",
     "question", "answer", "instruction", "input", "output", "response", "text", "caption", "weight",
@@ -18,14 +18,14 @@ _OF_A_PART = {"text": ("type", "text"), "image": ("type", "image", "path", "url"
 
 
 def check_columns(name: str, rows: Any) -> None:
-    """Refuse columns with content that is not read, and warn once of all others that are not.
+    """Refuse columns whose content would be ignored, and warn once about other columns that are not read.
 
     Args:
-        name: of the file, for the messages.
+        name: name of the file, for messages.
         rows: a list of rows, or a ``datasets.Dataset``.
 
     Raises:
-        ValueError: a column with content that is not read, or two columns of the same meaning.
+        ValueError: a column whose content would be ignored, or two columns of the same meaning.
     """
     found = _columns(rows)
     lost = [column for column in _CONTENT if column in found]
@@ -43,7 +43,7 @@ def check_columns(name: str, rows: Any) -> None:
 
 
 def images_of(row: Mapping[str, Any]) -> list[Any]:
-    """The pictures of a row, from its column or from the parts of its turns, in their order.
+    """The pictures of a row in order, from its column or from the parts of its turns.
 
     Raises:
         ValueError: pictures in both places.
@@ -63,7 +63,7 @@ def images_of(row: Mapping[str, Any]) -> list[Any]:
 
 
 def turn_problem(turn: Mapping[str, Any]) -> str | None:
-    """What a turn says that would not be read, or None."""
+    """The content of a turn that would be ignored, or None."""
     for one, other in (("role", "from"), ("content", "value")):
         if turn.get(one) is not None and turn.get(other) is not None:
             return f"a turn has {one!r} and {other!r}, of which one is not read; keep one"
@@ -81,8 +81,8 @@ def turn_problem(turn: Mapping[str, Any]) -> str | None:
 
 
 def joined_parts(parts: list[dict[str, str]]) -> list[dict[str, str]]:
-    """The parts of a turn, with a space where two texts would stand without one: templates move the pictures away, or
-    write the texts one behind the other."""
+    """The parts of a turn, with a space between two texts that have none: templates move the pictures away, or
+    concatenate the texts."""
     joined: list[dict[str, str]] = []
     before = ""
     for part in parts:
@@ -96,7 +96,7 @@ def joined_parts(parts: list[dict[str, str]]) -> list[dict[str, str]]:
 
 
 def _inside(turns: Iterable[Any]) -> Iterable[Any]:
-    """Pictures that stand in the image parts themselves."""
+    """Pictures that are given inside the image parts."""
     for turn in turns:
         content = turn.get("content", turn.get("value")) if isinstance(turn, Mapping) else None
         for part in content if isinstance(content, Sequence) and not isinstance(content, str) else ():
@@ -105,7 +105,7 @@ def _inside(turns: Iterable[Any]) -> Iterable[Any]:
 
 
 def _is_empty(value: Any) -> bool:
-    """What a table has in the place of a field that a row does not have."""
+    """Whether a value is what a table holds for a missing field."""
     return value is None or (isinstance(value, (str, list, dict)) and not value)
 
 

@@ -1,8 +1,8 @@
-"""Keeping a run of a method that chooses per image at its budget: thresholds or temperature follow what is learned.
+"""Keep a method that chooses per image at its budget during training, by adjusting thresholds or temperature.
 
-Training moves the scores that thresholds are compared with. ``BudgetCallback`` finds new thresholds every so many steps
-(``calibrate``), so that the dial stays the average. In MADTP's reference mode there are no thresholds: it moves the
-temperature as the official scripts do, up where the model costs more than the target and down where it costs less.
+Training changes the scores that are compared with thresholds. ``BudgetCallback`` finds new thresholds (``calibrate``)
+at regular steps, so that the average stays as set. MADTP's reference mode has no thresholds. There the callback changes
+the temperature as the official scripts do: up if the model costs more than the target, and down if it costs less.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from mllm_crossget.hooks.tower.counts_per_image import recorded_sizes
 from mllm_crossget.methods.capabilities import Tempered
 from mllm_crossget.methods.method import Method
 
-# Steps of the temperature by how far the cost is from the target, in GFLOPs of the published model (multiply-adds
-# counted once); the last one is for everything nearer.
+# Steps of the temperature by the distance of the cost from the target, in GFLOPs of the published model (multiply-adds
+# counted once); the last step is for all smaller distances.
 _NLVR2 = ((30, 1.0), (10, 0.5), (5, 0.25), (1, 0.1), (0, 0.01))
 _VQA = ((50, 0.25), (30, 0.15), (10, 0.1), (5, 0.05), (2, 0.01), (0, 0.01))
 _OTHERS = ((50, 0.5), (30, 0.3), (20, 0.2), (10, 0.1), (5, 0.05), (2, 0.02), (0, 0.01))
@@ -39,12 +39,13 @@ _COLDEST, _HOTTEST = 0.01, 1e4
 
 @dataclass(frozen=True)
 class Budget:
-    """What a run may cost.
+    """The cost that a run may have.
 
     Attributes:
         saved: share of the untouched model's FLOPs that is saved.
-        gflops: of the published untouched model, multiply-adds counted once; the unit of the temperature's steps.
-        steps: (distance from the target in GFLOPs, step of the temperature), falling.
+        gflops: GFLOPs of the published untouched model, multiply-adds counted once; the unit of the temperature's
+            steps.
+        steps: (distance from the target in GFLOPs, step of the temperature), in descending order.
     """
 
     saved: float
@@ -57,11 +58,11 @@ class Budget:
 
     @property
     def target_gflops(self) -> float:
-        """GFLOPs that the published model is left with (multiply-adds counted once)."""
+        """GFLOPs of the published model at this budget (multiply-adds counted once)."""
         return (1 - self.saved) * self.gflops
 
     def step(self, share: float) -> float:
-        """The temperature's next step if the model costs ``share`` of the untouched one: up above the target."""
+        """The temperature's next step if the model costs ``share`` of the untouched one; positive above the target."""
         gap = (share - (1 - self.saved)) * self.gflops
         size = next(step for distance, step in self.steps if abs(gap) >= distance)
         return math.copysign(size, gap)
@@ -84,10 +85,10 @@ PUBLISHED_BUDGETS = {
 def budget_of(text: str | float) -> Budget:
     """A named budget such as "nlvr2-0.8", or the share of FLOPs to save as a number.
 
-    A published target is a share of its own model's cost, and is asked of another model as that share.
+    A published target is a share of its own model's cost, and the same share is used for other models.
 
     Raises:
-        ValueError: neither of both.
+        ValueError: ``text`` is neither of the two.
     """
     if text in PUBLISHED_BUDGETS:
         return PUBLISHED_BUDGETS[str(text)]
@@ -102,25 +103,25 @@ def budget_of(text: str | float) -> Budget:
 
 
 def method_for(config: Any, method: Method, budget: Budget, *, text_tokens: int = 60, images: int = 1) -> Method:
-    """The settings whose dial meets a budget; in MADTP's reference mode, which has no dial, as they are."""
+    """The settings that meet a budget; unchanged in MADTP's reference mode, where the temperature sets the cost."""
     if method.tempered is not None:
         return method
     return dial_for_savings(config, method, budget.saved, text_tokens=text_tokens, images=images)
 
 
 class BudgetCallback(TrainerCallback):
-    """Keeps a method that chooses per image at its budget while the model learns.
+    """Keeps a method that chooses per image at its budget during training.
 
-    In front of the first step, every ``every`` steps, and behind the last one: new thresholds, so that the average over
-    ``images`` is that of the dial. In MADTP's reference mode the temperature is searched once and then moved by
-    ``budget``'s steps. A run that goes on from a checkpoint takes the checkpoint's thresholds or temperature.
+    Before the first step, every ``every`` steps, and after the last one it finds new thresholds, so that the average
+    over ``images`` is as set. In MADTP's reference mode the temperature is searched once and then changed by
+    ``budget``'s steps. A run that is resumed from a checkpoint takes the checkpoint's thresholds or temperature.
 
     Args:
-        images: (images, channels, height, width) pixel values, some dozens, of what the model is trained on.
+        images: (images, channels, height, width) pixel values of some dozens of training images.
         every: optimiser steps between two adjustments.
-        budget: for the reference mode.
-        texts: for a dual encoder whose text tower is pruned too, as ``calibrate`` takes them.
-        text_tokens: of the prompt whose cost is counted in the reference mode.
+        budget: the budget, for the reference mode.
+        texts: for a dual encoder whose text tower is pruned too; in the form that ``calibrate`` takes.
+        text_tokens: number of text tokens in the prompt whose cost is counted in the reference mode.
 
     Attributes:
         history: one entry per adjustment: step, and average visual tokens or temperature and share of the FLOPs.
@@ -143,19 +144,19 @@ class BudgetCallback(TrainerCallback):
         self.history: list[dict[str, float]] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Thresholds or temperature for the model as it begins."""
+        """Thresholds or temperature for the initial model."""
         if _temperature_decides(_method(model)) and self.budget is None:
             raise ValueError('reference=True decides by temperature; give BudgetCallback a budget, such as "nlvr2-0.8"')
         if state.global_step == 0:
             self._adjust(model, 0, search=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """An adjustment every ``every`` steps, in front of a checkpoint of the same step."""
+        """An adjustment every ``every`` steps, before a checkpoint of the same step."""
         if state.global_step % self.every == 0:
             self._adjust(model, state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """What is saved at the end fits the final weights."""
+        """An adjustment to the final weights, before they are saved."""
         if state.global_step % self.every and not _temperature_decides(_method(model)):
             self._adjust(model, state.global_step)
 
@@ -176,7 +177,8 @@ class BudgetCallback(TrainerCallback):
         self.history.append(entry | {"temperature": _tempered(model).temperature, "share": share})
 
     def _search(self, model: nn.Module, budget: Budget) -> None:
-        """The temperature at which the model meets its budget, by halving: the hotter, the fewer tokens are kept."""
+        """The temperature at which the model meets its budget, by bisection: a higher temperature keeps fewer
+        tokens."""
         low, high = math.log(_COLDEST), math.log(_HOTTEST)
         for _ in range(20):
             middle = (low + high) / 2
@@ -191,7 +193,7 @@ class BudgetCallback(TrainerCallback):
 
     @torch.no_grad()
     def _share(self, model: nn.Module) -> float:
-        """Of the untouched model's FLOPs, on the callback's images."""
+        """Cost on the callback's images, as a share of the untouched model's FLOPs."""
         handle, target = _handle(model), base_model(model)
         tower = module_at(target, handle.family.tower or "")
         images = self.images.to(next(tower.parameters()).device)
@@ -205,7 +207,7 @@ class BudgetCallback(TrainerCallback):
 
 
 def take_settings(model: nn.Module, folder: str | Path) -> None:
-    """Go on with the thresholds and the temperature that a checkpoint was written with."""
+    """Set the thresholds and the temperature that a checkpoint was written with."""
     handle = handle_of(model)
     if handle is None or not handle.method.is_dynamic:
         return

@@ -1,8 +1,8 @@
-"""From records to batches: the chat template masks the prompt, bad samples are reported, text-only batches get a dummy
-image so that all processes of a sharded run do the same.
+"""From records to batches: the chat template masks the prompt, bad samples are reported, and text-only batches get a
+dummy image so that all processes of a sharded run do the same.
 
-The forms of the data, as ``load_records`` reads them. A JSON file holds a list of samples, a JSONL file one sample per
-line. LLaVA's form, where ``<image>`` stands for a picture::
+``load_records`` reads these formats. A JSON file holds a list of samples, and a JSONL file one sample per line. LLaVA's
+format, where ``<image>`` stands for a picture::
 
     {"id": "1", "image": "a.jpg", "conversations": [
         {"from": "human", "value": "<image>\\nWhat is this?"}, {"from": "gpt", "value": "A cat."}]}
@@ -14,11 +14,11 @@ Chat messages, whose content is text or a list of parts::
         {"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "Same?"}]},
         {"role": "assistant", "content": "Yes."}]}
 
-``id`` may be left out, and so may ``image`` where a sample has no picture. Pictures are paths (relative ones start at
-``image_folder``, by default the data file's folder), and in parquet files or data sets also bytes or pictures; in
-Python also arrays or tensors. There are as many ``<image>`` tags or image parts as pictures, or none: the pictures then
-come first. A picture may also stand in its part: ``{"type": "image", "path": "a.jpg"}``. The words of ``assistant`` and
-``gpt`` are learned.
+``id`` may be left out, and so may ``image`` if a sample has no picture. Pictures are paths (relative ones start at
+``image_folder``, by default the data file's folder). In parquet files and data sets they may also be bytes or pictures,
+and in Python arrays or tensors. The number of ``<image>`` tags or image parts must be that of the pictures, or zero;
+the pictures then come first. A picture may also be given in its part: ``{"type": "image", "path": "a.jpg"}``. The
+labels are the words of ``assistant`` and ``gpt``.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from mllm_crossget.training.losses import IGNORE
 from mllm_crossget.training.pairs import answers_apart, encode_pair, prompt_tokens_per_image, writes_pairs
 from mllm_crossget.training.records import BadSampleError, Record, Records, load_records
 
-# LLaVA-1.5's conversation ("vicuna_v1"), with the marks that tell which tokens are the assistant's.
+# LLaVA-1.5's conversation ("vicuna_v1"), with marks around the assistant's tokens.
 VICUNA_TEMPLATE = (
     "{% if messages[0]['role'] == 'system' %}"
     "{% for part in messages[0]['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %} {% else %}"
@@ -60,29 +60,30 @@ VICUNA_TEMPLATE = (
 )
 _ON_BAD_SAMPLE = ("skip", "stop")
 _ASPECTS = ("pad", "keep")
-_MEAN_COLOUR = (122, 116, 104)  # CLIP's mean, which LLaVA-1.5 pads pictures with
+_MEAN_COLOUR = (122, 116, 104)  # CLIP's mean colour, with which LLaVA-1.5 pads pictures
 
 
 class TrainingData(Dataset[dict[str, Tensor]]):
-    """Encoded samples, made when they are asked for.
+    """Encoded samples, which are made on access.
 
     Args:
-        records: what ``load_records`` returns.
-        processor: the model's processor. Its chat template must mark the assistant's words with
-            ``{% generation %}``; one that does not is replaced by LLaVA-1.5's (``VICUNA_TEMPLATE``, with the
-            tokenizer's own end mark). An answer that the template does not end gets the tokenizer's end mark, which is
-            learned. Words that the tokenizer does not know are warned of, with their share.
-        max_length: most tokens of a sample, image placeholders included; longer ones are cut at the end.
+        records: result of ``load_records``. processor: the model's processor. Its chat template must mark the
+            assistant's words with ``{% generation %}``; one that does not is replaced by LLaVA-1.5's
+            (``VICUNA_TEMPLATE``, with the tokenizer's own end mark). An answer that the template does not end gets the
+            tokenizer's end mark, which is learned. Words that the tokenizer does not know are warned of, with their
+            share.
+        max_length: largest number of tokens of a sample, including image placeholders; longer ones are cut at the end.
         on_bad_sample: "skip" takes the next good sample of the same modality instead and writes id and reason to
             ``bad_sample_file``; "stop" raises.
-        bad_sample_file: JSON lines, one per bad sample.
+        bad_sample_file: file of JSON lines, one per bad sample.
         image_aspect: "pad" makes pictures square first, as LLaVA-1.5 was trained; "keep" leaves that to the processor.
-        prompt_template: for models that know no chat, such as BLIP-2: what stands around the question's ``{}``.
-        model: for those models: the model, whose language model says where the answer goes and how it ends.
+        prompt_template: for models without a chat template, such as BLIP-2: the text around the question, which
+            replaces ``{}``.
+        model: for those models: the model; its language model determines where the answer is put and how it ends.
 
     Raises:
-        ValueError: an unknown setting, one that would not be used, or no model where one is needed.
-        TypeError: a ``max_length`` that is no integer.
+        ValueError: an unknown setting, a setting that would not be used, or no model although one is needed.
+        TypeError: ``max_length`` is not an integer.
         BadSampleError: from ``data[i]`` with ``on_bad_sample="stop"``.
     """
 
@@ -138,7 +139,7 @@ class TrainingData(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """``input_ids``, ``labels`` (both (L,)) and, with an image, ``pixel_values`` (images, 3, height, width).
 
-        For an encoder-decoder the labels are the answer alone, of their own length.
+        For an encoder-decoder the labels are the answer alone, with their own length.
         """
         for candidate in self._candidates(index):
             try:
@@ -183,7 +184,7 @@ class TrainingData(Dataset[dict[str, Tensor]]):
         return sample | ({"pixel_values": encoded["pixel_values"]} if images else {})
 
     def _candidates(self, index: int) -> list[int]:
-        """The sample, then those behind it of the same modality: grouping by modality must not break."""
+        """The sample, then later ones of the same modality, so that grouping by modality does not break."""
         order = [*range(index, len(self)), *range(index)]
         return [candidate for candidate in order if self.has_image[candidate] == self.has_image[index]]
 
@@ -194,7 +195,7 @@ class TrainingData(Dataset[dict[str, Tensor]]):
         if self.bad_sample_file is not None:
             try:
                 append_lines(self.bad_sample_file, [{"id": error.identity, "reason": error.reason}])
-            except OSError as problem:  # the report is not worth the run
+            except OSError as problem:  # a failed report must not end the run
                 warnings.warn(f"{problem}; the sample is skipped all the same: {error}", stacklevel=2)
 
     def _square(self, image: Image.Image) -> Image.Image:
@@ -209,11 +210,11 @@ class TrainingData(Dataset[dict[str, Tensor]]):
 class Collator:
     """Pads rows on the right and stacks images; a batch without images gets one masked dummy image.
 
-    Without it, one process would run the vision tower and another would not: DDP and FSDP hang, ZeRO crashes.
+    Without it, one process would run the vision tower and another would not: DDP and FSDP would hang, ZeRO would crash.
 
     Args:
-        model: the accelerated model; its configuration says how large the dummy is.
-        pad_token_id: of the tokenizer.
+        model: the accelerated model; its configuration gives the size of the dummy image.
+        pad_token_id: padding token id of the tokenizer.
         pad_to: pad rows to a multiple of this.
 
     Raises:
@@ -239,9 +240,10 @@ class Collator:
         self.sides = tuple(side) if isinstance(side, (list, tuple)) else (side, side)
 
     def __call__(self, samples: list[dict[str, Tensor]]) -> dict[str, Any]:
-        """``input_ids``, ``attention_mask``, ``labels`` (all (B, L)), ``pixel_values`` and, if so, ``dummy_image``.
+        """``input_ids``, ``attention_mask``, ``labels`` (all (B, L)), ``pixel_values`` and, with a dummy,
+        ``dummy_image``.
 
-        An encoder-decoder's labels have a length of their own; a Q-Former's text comes with its mask.
+        An encoder-decoder's labels have their own length; a Q-Former's text comes with its mask.
         """
         rows = [(sample["input_ids"], sample["labels"]) for sample in samples]
         masks = [torch.ones_like(ids) for ids, _ in rows]
@@ -269,8 +271,8 @@ class Collator:
         return -(-length // self.pad_to) * self.pad_to
 
     def _with_dummy(self, ids: Tensor, labels: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """A masked block of placeholders behind the row, then one visible token that nothing learns from: without it
-        the block would be outer padding, which is dropped from the prompt and would no longer match the image."""
+        """Append a masked block of placeholders to the row, then one unmasked token without a label. Without this token
+        the block would be outer padding, which is removed from the prompt, and would no longer match the image."""
         block = torch.full((self.placeholders,), self.image_token)
         tail = torch.cat([block, torch.tensor([self.pad])]).to(ids)
         mask = torch.cat([torch.ones_like(ids), torch.zeros_like(block).to(ids), torch.ones_like(ids[:1])])
@@ -279,7 +281,7 @@ class Collator:
 
 
 def bad_samples(path: str | Path) -> dict[str, str]:
-    """Id -> reason of the samples that were skipped, over all workers and epochs; empty if the file does not exist."""
+    """Id -> reason of the skipped samples, over all workers and epochs; empty if the file does not exist."""
     file = Path(path)
     rows = read_lines(file) if file.is_file() else []
     whole = [row for row in rows if isinstance(row, dict) and {"id", "reason"} <= row.keys()]
@@ -291,7 +293,7 @@ def _padded(rows: list[Tensor], length: int, value: int) -> Tensor:
 
 
 def _with_images(messages: list[dict[str, Any]], images: list[Image.Image]) -> list[dict[str, Any]]:
-    """The messages with the opened pictures in their image parts."""
+    """The messages with the decoded pictures in their image parts."""
     rest = iter(images)
     return [
         {

@@ -1,4 +1,5 @@
-"""``mllm-crossget train config.yaml``: load, accelerate, wrap, train, save. Also for torchrun and its like.
+"""``mllm-crossget train config.yaml``: load, accelerate, wrap, train, save. It also runs under torchrun and similar
+launchers.
 
 mllm-crossget train scripts/configs/embedded.yaml --learning_rate 1e-4
 torchrun --nproc_per_node 8 -m mllm_crossget train scripts/configs/llava_1.5_7b.yaml --deepspeed zero3.json
@@ -43,13 +44,13 @@ _GO_FURTHER = "Give a larger max_steps or num_train_epochs, another output_dir, 
 
 
 def run(options: TrainOptions, method: Method, args: TrainerSettings) -> int:
-    """Train, and write the result to ``args.output_dir``; returns 0.
+    """Train, and write the result to ``args.output_dir``. Returns 0.
 
-    A run that was stopped (SIGTERM, kill, a full disk) goes on from its last complete checkpoint when it is started
+    A run that was stopped (SIGTERM, kill, a full disk) resumes from its last complete checkpoint when it is started
     again with the same settings.
 
     Raises:
-        ValueError: settings, data, model or checkpoint that cannot be used, each with what to write instead.
+        ValueError: settings, data, model or checkpoint cannot be used; the message says what to write instead.
         OSError: a checkpoint could not be written.
     """
     check_output_folder(output_folder(args))
@@ -78,10 +79,10 @@ def run(options: TrainOptions, method: Method, args: TrainerSettings) -> int:
 
 
 def _earlier_run(options: TrainOptions, args: TrainerSettings, resume: str | None) -> str | None:
-    """The checkpoint, or the result in the output folder, that this run goes on from; checked against the options.
+    """The checkpoint, or the result in the output folder, that this run resumes from; checked against the options.
 
     Raises:
-        ValueError: the options are others than those of the earlier run.
+        ValueError: the options differ from those of the earlier run.
     """
     folder = output_folder(args)
     automatic = args.resume_from_checkpoint in _AUTOMATIC
@@ -89,7 +90,7 @@ def _earlier_run(options: TrainOptions, args: TrainerSettings, resume: str | Non
     if earlier is not None:
         check_same_options(options, Path(earlier).parent if resume else folder)
     elif args.process_index == 0:
-        (folder / BAD_SAMPLES_NAME).unlink(missing_ok=True)  # of an earlier run
+        (folder / BAD_SAMPLES_NAME).unlink(missing_ok=True)  # from an earlier run
         write_options(options, folder)
     return earlier
 
@@ -108,14 +109,14 @@ def _finish(trainer: CrossGetTrainer, options: TrainOptions, args: TrainerSettin
 def make_trainer(
     options: TrainOptions, method: Method, args: TrainerSettings, earlier: str | None = None
 ) -> CrossGetTrainer:
-    """Model, adapter, data and trainer of a run, in the only order that works; what is quickly checked comes first.
+    """Model, adapter, data and trainer of a run, made in the only order that works; quick checks come first.
 
     Args:
-        options, method, args: of the run.
-        earlier: checkpoint or result that the run goes on from; its reduction must be the same.
+        options, method, args: settings of the run. earlier: checkpoint or result that the run resumes from; its
+            reduction must be the same.
 
     Raises:
-        ValueError: settings, data or a model that cannot be used, or would not be.
+        ValueError: settings, data or a model that cannot be used, or settings that would not be used.
     """
     check_run(options, method, args)
     _start_deepspeed_on_cpu(args)
@@ -185,10 +186,10 @@ def load_base(options: TrainOptions, args: TrainerSettings) -> tuple[nn.Module, 
 
 
 def prepare_for_tuning(model: nn.Module, options: TrainOptions, args: TrainerSettings) -> nn.Module:
-    """Freeze what does not learn, or wrap the accelerated model with PEFT."""
+    """Freeze parameters that are not trained, or wrap the accelerated model with PEFT."""
     handle = handle_of(model)
-    assert handle is not None  # accelerate_mllm put it there
-    if not args.fsdp:  # which wants one dtype in a unit
+    assert handle is not None  # accelerate_mllm has set it
+    if not args.fsdp:  # FSDP needs one dtype per unit
         for module in live_cross_tokens(model).values():
             module.float()  # small updates of a low-precision vector would be lost
     if options.tuning == "lora":
@@ -213,7 +214,7 @@ def prepare_for_tuning(model: nn.Module, options: TrainOptions, args: TrainerSet
 
 
 def resume_point(args: TrainerSettings) -> str | None:
-    """The checkpoint to go on from. Raises ``ValueError`` for a named one that is not whole."""
+    """The checkpoint to resume from. Raises ``ValueError`` if a given one is not complete."""
     choice = args.resume_from_checkpoint
     if choice in (None, "", "no", "false", "False"):
         return None
@@ -249,7 +250,8 @@ def _data(records: Records, processor: Any, options: TrainOptions, output_dir: P
 def _callbacks(
     options: TrainOptions, method: Method, data: TrainingData | None, budget: Budget | None
 ) -> list[BudgetCallback]:
-    """What keeps a method that chooses per image at its budget; its images are spread over the training data."""
+    """The callback that keeps a method that chooses per image at its budget; its images are spread over the training
+    data."""
     if not method.is_dynamic or data is None:
         return []
     pictured = [index for index, has_image in enumerate(data.has_image) if has_image]
@@ -262,7 +264,8 @@ def _callbacks(
 
 
 def _start_deepspeed_on_cpu(args: TrainerSettings) -> None:
-    """Without a GPU, ZeRO-3 asks for the number of processes while the model is loaded: they must have met by then."""
+    """Initialise the processes early if there is no GPU, because ZeRO-3 asks for their number while the model is
+    loaded."""
     if args.deepspeed and args.use_cpu:
         import deepspeed  # only needed here
 

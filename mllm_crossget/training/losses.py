@@ -1,4 +1,4 @@
-"""Loss terms of the fine-tuning beside the task's own: alignment of the cross tokens, and distillation.
+"""Further loss terms of fine-tuning: alignment of the cross tokens, and distillation.
 
 The alignment loss itself is computed in the model's forward (``output.alignment_loss``): DDP, ZeRO and FSDP must see
 every use of a parameter there. Shape suffixes: B rows, L columns, V vocabulary.
@@ -24,19 +24,21 @@ IGNORE = -100
 
 
 def alignment_term(output: Any, weight: float, accumulation_steps: int, *, masked: bool = False) -> Tensor | None:
-    """The weighted alignment loss of one micro-batch, scaled so that accumulated micro-batches give their mean.
+    """The weighted alignment loss of one micro-batch, scaled so that accumulated micro-batches sum to their mean.
 
-    Trainer divides the task loss by the tokens of the whole accumulated batch. A term that is a mean over a micro-batch
-    must be divided by their number, or its weight would silently be ``weight * accumulation_steps``.
+    Trainer divides the task loss by the number of tokens of the whole accumulated batch. A term that is a mean over one
+    micro-batch must be divided by the number of micro-batches. Otherwise its weight would silently be ``weight *
+    accumulation_steps``.
 
     Args:
-        output: of the accelerated model in training mode.
+        output: output of the accelerated model in training mode.
         weight: factor of the loss (``CrossGetConfig.alignment_weight``).
-        accumulation_steps: micro-batches in this optimiser step; 1 in evaluation.
-        masked: the batch's only image is a dummy: the term is zero, but stays in the graph, as sharded training needs.
+        accumulation_steps: number of micro-batches in this optimiser step; 1 in evaluation.
+        masked: True if the batch's only image is a dummy. The term is then zero, but stays in the graph, as sharded
+            training needs.
 
     Returns:
-        A scalar, or None where the model has no alignment loss (evaluation, another method, no image at all).
+        A scalar, or None if the model has no alignment loss (evaluation, another method, no image at all).
     """
     alignment = output.get("alignment_loss")
     if alignment is None:
@@ -56,12 +58,12 @@ def distillation_loss(
 
     Args:
         student_BLV, teacher_BLV: logits in the same columns; the teacher's get no gradient.
-        labels_BL: the task's labels; a column counts if the next one's label is not -100.
+        labels_BL: the task's labels; a column counts if the label of the next column is not -100.
         temperature: softens both distributions.
-        tokens: divide by this number (answer tokens of the whole accumulated batch); by default by those seen here.
+        tokens: divisor (number of answer tokens of the whole accumulated batch); by default the number in this batch.
 
     Raises:
-        ValueError: the logits differ in shape, so they cannot belong to the same prompts.
+        ValueError: the logits differ in shape, so they are not of the same prompts.
     """
     if student_BLV.shape != teacher_BLV.shape:
         raise ValueError(f"student logits are {tuple(student_BLV.shape)}, teacher logits {tuple(teacher_BLV.shape)}")
@@ -73,13 +75,14 @@ def distillation_loss(
 
 
 def teacher_logits(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    """Logits (B, L, V) of the same weights without token reduction and without the adapter; no second copy.
+    """Logits (B, L, V) of the same weights without token reduction and without the adapter, without a copy of the
+    model.
 
-    With PEFT the teacher is the model as it was before the fine-tuning; without it, the present weights.
+    With PEFT the teacher is the model before fine-tuning; without it, the teacher has the current weights.
 
     Args:
         model: the accelerated model, not wrapped for distributed training.
-        inputs: of ``model.forward``; labels are left out.
+        inputs: arguments of ``model.forward``; labels are left out.
     """
     inputs = {name: value for name, value in inputs.items() if name != "labels"}
     disabled = model.disable_adapter() if wrapped_by_peft(model) else nullcontext()  # type: ignore[operator]

@@ -1,4 +1,4 @@
-"""Options of ``mllm-crossget train``: what learns what, and this library's defaults of the training arguments."""
+"""Options of ``mllm-crossget train``: this library's defaults of the training arguments."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class TrainerSettings(TrainingArguments):
     """transformers' ``TrainingArguments`` with this library's defaults.
 
     Args:
-        report_to: "default" is TensorBoard where it is installed and nothing elsewhere; else as in transformers.
-        resume_from_checkpoint: "auto" goes on from the last complete checkpoint of output_dir if there is one; "no"
-            starts anew; or a folder.
+        report_to: "default" is TensorBoard if it is installed, else nothing; other values as in transformers.
+        resume_from_checkpoint: "auto" resumes from the last complete checkpoint of output_dir if there is one; "no"
+            starts from the beginning; or a folder.
         enable_jit_checkpoint: save and stop cleanly after SIGTERM.
         train_sampling_strategy: "group_by_length" groups by modality too; "random"; "sequential".
-        remove_unused_columns: must stay off, the data has its own columns.
-        save_total_limit: checkpoints to keep; the one before the last survives a failing save.
+        remove_unused_columns: must be off, because the data has its own columns.
+        save_total_limit: number of checkpoints to keep; with two, the older one is still there if a save fails.
     """
 
     report_to: str | list[str] | None = field(default_factory=lambda: "default")
@@ -46,10 +46,10 @@ class TrainerSettings(TrainingArguments):
 
 
 def output_folder(args: TrainingArguments) -> Path:
-    """Where a run writes: ``output_dir``, which transformers fills in where it was not given.
+    """The folder that a run writes to: ``output_dir``, for which transformers has a default.
 
     Raises:
-        ValueError: arguments whose ``output_dir`` was taken away.
+        ValueError: ``output_dir`` was removed from the arguments.
     """
     if args.output_dir is None:
         raise ValueError("output_dir is None: give the folder that the run writes to")

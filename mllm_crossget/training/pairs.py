@@ -1,7 +1,7 @@
-"""Samples for models that know no chat (BLIP-2, InstructBLIP): one image, one prompt, one answer.
+"""Samples for models without a chat template (BLIP-2, InstructBLIP): one image, one prompt, one answer.
 
-The prompt is what the model's processor writes: ``num_query_tokens`` image tokens, then the text. A decoder's answer
-follows in the same row; an encoder-decoder's stands alone in the labels.
+The prompt is written by the model's processor: ``num_query_tokens`` image tokens, then the text. For a decoder the
+answer follows in the same row; for an encoder-decoder the labels hold it alone.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from mllm_crossget.training.records import BadSampleError, Record
 
 
 def writes_pairs(processor: Any) -> bool:
-    """Whether the model of this processor takes a prompt and an answer and no chat."""
+    """Whether the model of this processor takes a prompt and an answer instead of a chat."""
     return getattr(processor, "num_query_tokens", None) is not None
 
 
 def answers_apart(config: Any) -> bool:
-    """Whether labels are the answer alone (an encoder-decoder language model)."""
+    """Whether labels hold the answer alone (an encoder-decoder language model)."""
     return bool(getattr(config, "text_config", config).is_encoder_decoder)
 
 
 def prompt_tokens_per_image(model: nn.Module) -> int:
-    """Placeholders that a prompt holds for one image."""
+    """Number of placeholders in a prompt for one image."""
     handle = handle_of(model)
     if handle is None:
         raise ValueError("the model is not accelerated; call accelerate_mllm(model) first")
@@ -44,13 +44,12 @@ def encode_pair(
     Args:
         processor: the model's processor.
         record: one question (or none, for a caption) and one answer.
-        images: its opened pictures; exactly one.
-        template: text with ``{}`` where the question goes.
-        text_config: the language model's configuration: where the answer goes, and the token that ends it.
-        max_length: most tokens of a row, image tokens included.
+        images: its decoded pictures; exactly one. template: text with ``{}`` in the place of the question. text_config:
+            the language model's configuration, which gives the place of the answer and its end token. max_length:
+            largest number of tokens of a row, including image tokens.
 
     Raises:
-        BadSampleError: another number of images or turns, or too long.
+        BadSampleError: another number of images or turns, or too many tokens.
     """
     if len(images) != 1:
         raise BadSampleError(record.identity, f"it has {len(images)} images; {type(processor).__name__} needs one each")
@@ -60,7 +59,7 @@ def encode_pair(
     question, answer = (_text(message) for message in record.messages)
     encoded = processor(images=images[0], text=template.replace("{}", question).strip(), return_tensors="pt")
     prompt = encoded["input_ids"][0]
-    # Behind a prompt, byte-pair vocabularies have words with their space.
+    # After a prompt, words of byte-pair vocabularies include their leading space.
     spoken = processor.tokenizer(" " + answer.strip(), add_special_tokens=False)["input_ids"]
     target = torch.tensor([*spoken, text_config.eos_token_id])
     sample = {"input_ids": prompt, "labels": target}

@@ -1,4 +1,4 @@
-"""Reading training files: LLaVA's instruction JSON, chat messages, parquet. Knows no processor.
+"""Reading training files: LLaVA's instruction JSON, chat messages, parquet. No processor is involved.
 
 Every format becomes records with ``id``, ``messages`` (the roles and parts of a chat template) and ``images``.
 """
@@ -21,10 +21,10 @@ _ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "ass
 
 
 class BadSampleError(ValueError):
-    """A training sample that cannot be used: its id and why."""
+    """A training sample that cannot be used, with its id and the reason."""
 
     def __init__(self, identity: str, reason: str | None = None) -> None:
-        # A worker of the data loader hands over one text: a traceback that ends with the message.
+        # A worker of the data loader passes on one text: a traceback that ends with the message.
         told = (
             identity.rpartition("BadSampleError: ")[2].strip() if reason is None else f"sample {identity!r}: {reason}"
         )
@@ -40,7 +40,7 @@ class Record:
     """One sample.
 
     Attributes:
-        identity: of the sample, in the file or its place there.
+        identity: id of the sample in the file, or its index there.
         messages: chat messages whose content is a list of ``{"type": "image"}`` and ``{"type": "text", "text": ...}``.
         images: paths, bytes or pictures, in the order of the image parts.
     """
@@ -55,7 +55,7 @@ class Records:
 
     Args:
         rows: a list of dictionaries, or a ``datasets.Dataset``.
-        image_folder: where relative image paths start.
+        image_folder: folder that relative image paths start from.
     """
 
     def __init__(self, rows: Sequence[Any], image_folder: str | Path = ".") -> None:
@@ -65,7 +65,7 @@ class Records:
         return len(self.rows)
 
     def identity(self, index: int) -> str:
-        """The row's ``id``, or its place where it has none."""
+        """The row's ``id``, or its index if it has none."""
         row = self.rows[index]
         return str(row.get("id", index)) if isinstance(row, Mapping) else str(index)
 
@@ -100,12 +100,13 @@ class Records:
             if isinstance(image, (str, Path)):
                 image = self.folder / Path(image).expanduser()
             return open_picture(image)
-        # PIL reports broken files with any of these.
+        # PIL raises any of these for broken files.
         except (OSError, SyntaxError, ValueError, KeyError, TypeError, Image.DecompressionBombError) as error:
             raise BadSampleError(identity, f"its image cannot be read: {error}") from error
 
     def sketch(self) -> tuple[list[int], list[bool]]:
-        """Length in words and presence of an image of every row, without opening one; 0 for malformed rows."""
+        """Length in words, and whether there is an image, for every row, without opening images; 0 for malformed
+        rows."""
         lengths, pictured = [], []
         for row in self.rows:
             row = row if isinstance(row, Mapping) else {}
@@ -121,12 +122,12 @@ def load_records(path: str | Path, image_folder: str | Path | None = None, split
     Args:
         path: ``.json`` or ``.jsonl`` (LLaVA's ``conversations`` or chat ``messages``), ``.parquet``, a folder written
             by ``datasets.save_to_disk``, or the name of a dataset on the hub.
-        image_folder: where relative image paths start; by default the file's folder.
-        split: of a hub dataset, or of a folder that holds several; "train" if not given.
+        image_folder: folder that relative image paths start from; by default the file's folder.
+        split: split of a hub dataset, or of a folder that holds several; "train" if not given.
 
     Raises:
-        ValueError: the file does not exist, is not valid, or holds no samples; columns whose content would be lost; a
-            split of a file that has none.
+        ValueError: the file does not exist, is not valid, or holds no samples; the content of a column would be lost;
+            or a split is given for a file that has none.
     """
     file = Path(path).expanduser()
     folder = Path(image_folder).expanduser() if image_folder is not None else file.parent
@@ -171,7 +172,7 @@ def _read_dataset(file: Path, name: str, split: str | None) -> Any:
         rows = datasets.load_dataset(name, split=split or "train")
     for column, feature in rows.features.items():
         inner = getattr(feature, "feature", feature)
-        if isinstance(inner, datasets.Image):  # decoded here it could not be skipped when it is broken
+        if isinstance(inner, datasets.Image):  # a broken image that is decoded here could not be skipped
             raw = datasets.Image(decode=False)
             rows = rows.cast_column(column, raw if inner is feature else datasets.List(raw))
     return rows
@@ -196,7 +197,7 @@ def _of_split(folder: Path, split: str | None) -> Any:
 def _has_image(row: Mapping[str, Any]) -> bool:
     try:
         return bool(images_of(row))
-    except ValueError:  # told when the row is asked for
+    except ValueError:  # reported when the row is used
         return False
 
 
@@ -223,7 +224,7 @@ def _message(turn: Any, identity: str) -> dict[str, Any]:
 
 
 def _parts(text: str) -> list[dict[str, str]]:
-    """Text with image tags as parts, images first, as LLaVA puts them."""
+    """Text with image tags as parts, with the images first, as in LLaVA."""
     words = text.replace(f"{_IMAGE_TAG}\n", _IMAGE_TAG).split(_IMAGE_TAG)
     rest = " ".join(word.strip() for word in words if word.strip())
     return [{"type": "image"}] * (len(words) - 1) + [{"type": "text", "text": rest}]

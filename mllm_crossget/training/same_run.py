@@ -1,6 +1,6 @@
-"""Whether a folder's earlier run is the one that is started again: its settings, and whether it is finished.
+"""Checks whether a folder's earlier run is the one that is started again, and whether it is finished.
 
-Going on with other settings would mix two runs; training a finished run again would replace its result.
+Resuming with other settings would mix two runs; training a finished run again would replace its result.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mllm_crossget.training.options import TrainerSettings, TrainOptions, output
 
 OPTIONS_NAME = "train_options.json"
 _STATE_NAME = "trainer_state.json"
-# What a run may change when it goes on; of paths, the last name counts, as data and models move.
+# Options that may change when a run is resumed. Of paths only the last name is compared, as data and models move.
 _FREE = ("eval_data", "image_folder", "on_bad_sample", "calibration_images", "calibration_every")
 _PATHS = ("model", "train_data")
 _MOVED_BY_TRAINING = ("threshold", "text_threshold", "temperature")
@@ -25,13 +25,14 @@ _WAYS_OUT = "give another output_dir, or --resume_from_checkpoint no to start an
 
 
 def write_options(options: TrainOptions, output_dir: str | Path) -> None:
-    """Leave the options beside the checkpoints, for ``check_same_options``."""
+    """Write the options beside the checkpoints, for ``check_same_options``."""
     text = json.dumps(dataclasses.asdict(options), indent=2, sort_keys=True) + "\n"
     (Path(output_dir) / OPTIONS_NAME).write_text(text)
 
 
 def check_same_options(options: TrainOptions, output_dir: str | Path) -> None:
-    """Raise ``ValueError`` that names the options in which the run of a folder differs; nothing where none are left."""
+    """Raise ``ValueError`` that names the options in which the run of a folder differs, if the folder has its
+    options."""
     file = Path(output_dir) / OPTIONS_NAME
     if not file.is_file():
         return
@@ -60,13 +61,13 @@ def check_same_method(method: Method, folder: str | Path) -> None:
 
 
 def finished_step(args: TrainerSettings, steps: int) -> int | None:
-    """The step at which the folder's earlier run ended and wrote its result, if that is no less than ``steps``."""
+    """The step at which the folder's earlier run ended and wrote its result, if that is at least ``steps``."""
     step = last_step(output_folder(args))
     return step if step is not None and step >= steps else None
 
 
 def last_step(folder: str | Path) -> int | None:
-    """The step of a checkpoint, or of a folder that a finished run has written its result to; None for neither."""
+    """The step of a checkpoint, or of a folder with the result of a finished run; None for neither."""
     try:
         return int(json.loads((Path(folder) / _STATE_NAME).read_text())["global_step"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -74,7 +75,7 @@ def last_step(folder: str | Path) -> int | None:
 
 
 def planned_steps(args: TrainerSettings, batches: int) -> int:
-    """Optimiser steps of a whole run, of which each epoch has so many batches in a process."""
+    """Number of optimiser steps of a whole run, whose epochs have ``batches`` batches per process."""
     if args.max_steps > 0:
         return args.max_steps
     per_epoch = max(1, math.ceil(batches / args.gradient_accumulation_steps))

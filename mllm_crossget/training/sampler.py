@@ -1,4 +1,4 @@
-"""Batches of rows of similar length and one modality, in an order that follows from (seed, epoch) alone."""
+"""Batches of rows of similar length and one modality, in an order that depends only on (seed, epoch)."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ from torch.utils.data import Sampler
 
 
 class ModalityLengthSampler(Sampler[int]):
-    """Orders a dataset so that a batch holds either images or text alone, and rows of similar length.
+    """Orders a dataset so that a batch has rows of similar length, either all with images or all without.
 
-    As LLaVA's ``group_by_modality_length``. Every process gets the same order, and a resumed epoch the same as the
-    interrupted one. The last, incomplete group of each modality is mixed; the collator copes with it.
+    It works as LLaVA's ``group_by_modality_length``. Every process gets the same order, and a resumed epoch has the
+    same order as the interrupted one. The last, incomplete groups of both modalities are mixed, which the collator
+    handles.
 
     Args:
         lengths: length of every sample, in any unit.
-        has_image: whether it has an image.
-        batch_size: rows of one process and micro-batch.
-        batches: micro-batches of an optimiser step over all processes.
-        seed: of the order.
+        has_image: whether each sample has an image. batch_size: number of rows of one process and micro-batch. batches:
+            number of micro-batches of an optimiser step over all processes. seed: seed of the order.
     """
 
     def __init__(
@@ -34,7 +33,7 @@ class ModalityLengthSampler(Sampler[int]):
         return len(self.lengths)
 
     def set_epoch(self, epoch: int) -> None:
-        """Another epoch, another order."""
+        """Set the epoch, which changes the order."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
@@ -51,7 +50,7 @@ class ModalityLengthSampler(Sampler[int]):
         yield from rest
 
     def _grouped(self, members: list[int], generator: torch.Generator) -> tuple[list[list[int]], list[int]]:
-        """Random groups of one optimiser step's size, each sorted by length and dealt out to its micro-batches."""
+        """Random groups of one optimiser step's size, each sorted by length and distributed over its micro-batches."""
         size = self.batch_size * self.batches
         shuffled = [members[index] for index in torch.randperm(len(members), generator=generator).tolist()]
         whole = len(shuffled) // size * size

@@ -1,6 +1,6 @@
-"""What ``mllm-crossget train`` can be told, beside the settings of the reduction and of the Trainer.
+"""Options of ``mllm-crossget train``, in addition to the settings of the reduction and of the Trainer.
 
-Imports nothing of transformers, so that a mistake is told before the Trainer is loaded.
+This file imports nothing of transformers, so that a mistake is reported before the Trainer is loaded.
 """
 
 from __future__ import annotations
@@ -31,35 +31,35 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 @dataclass
 class TrainOptions:
-    """Which model learns what from which data.
+    """The model, the data, and the parameters that are trained.
 
     Args:
         model: folder or hub name of the model; "embedded" is the small one that ships with the package.
         train_data: JSON, JSONL or parquet file, folder of ``datasets.save_to_disk``, or hub name.
-        eval_data: likewise, for ``eval_strategy``.
-        image_folder: where relative image paths start; by default the data file's folder.
-        tuning: "lora" (language model and cross tokens), "full" (everything but the vision tower, and the cross
-            tokens), "bridge" (what lies between tower and language model, and the cross tokens), or "cross_tokens"
+        eval_data: data for ``eval_strategy``, in the same forms.
+        image_folder: folder that relative image paths start from; by default the data file's folder.
+        tuning: "lora" (language model and cross tokens), "full" (all weights except those of the vision tower, and
+            cross tokens), "bridge" (modules between tower and language model, and cross tokens), or "cross_tokens"
             alone.
-        train_cross_tokens: whether cross tokens learn.
-        lora_r: rank.
-        lora_alpha: scale of the adapter is lora_alpha / lora_r.
-        lora_dropout: dropout in front of the adapter, 0 to 1.
+        train_cross_tokens: whether cross tokens are trained.
+        lora_r: rank of LoRA.
+        lora_alpha: the scale of the adapter is lora_alpha / lora_r.
+        lora_dropout: dropout before the adapter, 0 to 1.
         projector: with LoRA: "frozen", "lora", or "full".
         vision_tower: with LoRA: adapt the vision tower too; with full or bridge tuning: train it too.
         bits: 4 or 8 for QLoRA, 16 for no quantisation.
-        dtype: of the frozen weights: auto (as stored), float32, bfloat16, float16.
-        max_length: most tokens of a sample, image placeholders included.
-        image_aspect: "pad" pictures to squares as LLaVA-1.5, or "keep" them as they are.
-        prompt_template: what stands around the question for models that know no chat (BLIP-2), such as
-            "Question: {} Answer:".
+        dtype: dtype of the frozen weights: auto (as stored), float32, bfloat16, float16.
+        max_length: largest number of tokens of a sample, including image placeholders.
+        image_aspect: "pad" pictures to squares as LLaVA-1.5 does, or "keep" their shape.
+        prompt_template: text around the question for models without a chat template (BLIP-2), such as "Question: {}
+            Answer:".
         on_bad_sample: "skip" (counted, ids in bad_samples.jsonl) or "stop".
-        budget: for the dial, in place of keep_ratio, visual_tokens and r: a share of FLOPs to save, such as 0.8, or a
-            published target, such as nlvr2-0.8; for one image and 60 tokens of text.
-        calibration_images: of the training data, that a method which chooses per image is calibrated on.
-        calibration_every: steps between two calibrations.
+        budget: used instead of keep_ratio, visual_tokens and r: a share of FLOPs to save, such as 0.8, or a published
+            target, such as nlvr2-0.8; for one image and 60 tokens of text.
+        calibration_images: number of training images for the calibration of a method that chooses per image.
+        calibration_every: number of steps between two calibrations.
         distillation_weight: factor of the distillation towards the unaccelerated model, 0 is off.
-        distillation_temperature: softens its distributions.
+            distillation_temperature: softens both distributions.
     """
 
     REQUIRED: ClassVar[tuple[str, ...]] = ("model", "train_data")

@@ -42,20 +42,20 @@ _COUNTS = ("steps", "rows", "images", "tokens")
 class CrossGetTrainer(Trainer):
     """``transformers.Trainer`` for an accelerated model: task loss + weight · alignment loss (+ distillation).
 
-    Logs, beside Trainer's own, ``task_loss``, ``alignment_loss`` (unweighted), ``distillation_loss``,
-    ``visual_tokens`` (per image, on average) and ``flops_saved`` (share of one forward pass). Right under gradient
-    accumulation, ``num_items_in_batch`` and data parallelism, as the terms are scaled like the task loss.
+    It logs, in addition to Trainer's own values, ``task_loss``, ``alignment_loss`` (unweighted), ``distillation_loss``,
+    ``visual_tokens`` (average per image) and ``flops_saved`` (share of one forward pass). The terms are scaled like the
+    task loss, so they are correct under gradient accumulation, ``num_items_in_batch`` and data parallelism.
 
     Args:
-        train_cross_tokens: whether the cross tokens learn. With False they stay as they are.
+        train_cross_tokens: whether the cross tokens are trained. With False they do not change.
         distillation_weight: factor of the distillation towards the unaccelerated model (0 = off; costs one more
             forward pass without gradients).
         distillation_temperature: softens both distributions.
-        args, kwargs: as ``transformers.Trainer``.
+        args, kwargs: as in ``transformers.Trainer``.
 
     Raises:
-        ValueError: a model that was not accelerated, or whose cross tokens PEFT froze; label smoothing; a sharding
-            backend that was asked for but is not active; several GPUs in one process.
+        ValueError: a model that is not accelerated, or whose cross tokens PEFT has frozen; label smoothing; a requested
+            sharding backend that is not active; several GPUs in one process.
 
     Example:
         >>> model = accelerate_mllm(model, keep_ratio=0.25)
@@ -63,7 +63,7 @@ class CrossGetTrainer(Trainer):
         >>> CrossGetTrainer(model=model, args=args, train_dataset=data, data_collator=collator).train()
     """
 
-    model: nn.Module  # Trainer says that it may be None, which its own __init__ refuses
+    model: nn.Module  # Trainer types it as optional, but its __init__ refuses None
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ class CrossGetTrainer(Trainer):
         self.distillation_temperature = distillation_temperature
         self._window: dict[str, Any] = {}
         if answers_apart(base_model(self.model).config):
-            self.model_accepts_loss_kwargs = False  # T5 averages its loss over the micro-batch whatever it is told
+            self.model_accepts_loss_kwargs = False  # T5 always averages its loss over the micro-batch
         _check_model(self.model, train_cross_tokens)
         _check_arguments(self)
         _start_alignment(self.model, train_cross_tokens)
@@ -96,7 +96,7 @@ class CrossGetTrainer(Trainer):
         distils = self.distillation_weight > 0 and model.training
         teacher = teacher_logits(self.accelerator.unwrap_model(model), inputs) if distils else None
         task, output = super().compute_loss(model, inputs, True, num_items_in_batch)
-        # Where Trainer does not scale the task loss by the tokens of the whole step, it divides the sum itself.
+        # If Trainer does not scale the task loss by the tokens of the whole step, it divides the sum of losses itself.
         scaled = model.training and self.model_accepts_loss_kwargs and num_items_in_batch is not None
         parts = self.current_gradient_accumulation_steps if model.training else 1
         steps = parts if scaled else 1
@@ -117,14 +117,15 @@ class CrossGetTrainer(Trainer):
         return (loss, output) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As Trainer, with the terms of the loss and what the reduction saves added to training logs."""
+        """As Trainer; training logs also have the loss terms, the visual tokens and the saved FLOPs."""
         if "loss" in logs and self._window:
             logs = {**logs, **self._summary()}
             self._window = {}
         super().log(logs, start_time)
 
     def _distillation(self, student: Tensor, teacher: Tensor, labels: Tensor, tokens: Tensor | int | None) -> Tensor:
-        """Scaled as Trainer scales the task loss: by the tokens of all ranks, times the ranks that will be averaged."""
+        """The distillation loss with Trainer's scale of the task loss: by the tokens of all ranks, times the number of
+        ranks that are averaged."""
         loss = distillation_loss(student, teacher, labels, temperature=self.distillation_temperature, tokens=tokens)
         averaged = tokens is not None and self.args.average_tokens_across_devices
         return loss * self.accelerator.num_processes if averaged else loss
@@ -143,14 +144,14 @@ class CrossGetTrainer(Trainer):
             self._window[name] = self._window.get(name, 0.0) + value
 
     def _summary(self) -> dict[str, float]:
-        """Means since the last log, over all processes."""
+        """Means over all processes since the last log."""
         names = (*_TERMS, *_COUNTS)
         values = torch.stack([torch.as_tensor(self._window.get(name, 0.0)).float().cpu() for name in names])
         values = self.accelerator.reduce(values.to(self.accelerator.device), "sum").cpu()
         total = dict(zip(names, values.tolist(), strict=True))
         summary = {name: total[name] / total["steps"] for name in _TERMS if name in self._window}
         handle = _handle(self.model)
-        if total["images"] and handle.method.tempered is None:  # which has no dial that would tell
+        if total["images"] and handle.method.tempered is None:  # with a temperature no setting gives the counts
             text = round((total["tokens"] - total["images"] * prompt_tokens_per_image(self.model)) / total["rows"])
             summary["visual_tokens"] = handle.schedule.features
             summary["flops_saved"] = flops_saved(self.model, max(1, text))
@@ -177,7 +178,7 @@ class CrossGetTrainer(Trainer):
         if self.args.should_save and self._saves_adapter:
             state = None if state_dict is None else _cross_tokens_in(state_dict, _handle(self.model))
             write_files(self.model, output_dir or output_folder(self.args), state)
-        elif self.args.should_save and _handle(self.model).method.is_identity:  # whose save_pretrained is the stock one
+        elif self.args.should_save and _handle(self.model).method.is_identity:  # its save_pretrained is the stock one
             _handle(self.model).method.save_pretrained(output_dir or output_folder(self.args))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -196,19 +197,19 @@ class CrossGetTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             take_settings(target, resume_from_checkpoint)
             return
-        # Trainer itself would find nothing: transformers 5 renames a LLaVA's weights on disk.
+        # Trainer would find no weight: transformers 5 stores a LLaVA's weights under other names.
         stock = AutoModelForImageTextToText.from_pretrained(resume_from_checkpoint, dtype=target.dtype)
         target.load_state_dict(stock.state_dict(), strict=False)
         if not _handle(target).method.is_identity:
             load_crossget(target, resume_from_checkpoint, adapter=False)
 
     def take_checkpoint(self, folder: str) -> None:
-        """The weights and the state of a checkpoint, without training."""
+        """Load the weights and the state of a checkpoint, without training."""
         self._load_from_checkpoint(folder)
         self.state = TrainerState.load_from_json(str(Path(folder) / "trainer_state.json"))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """``README.md`` with the run's settings and metrics, in place of the stub that PEFT writes."""
+        """Write ``README.md`` with the run's settings and metrics, instead of the stub that PEFT writes."""
         if self.is_world_process_zero():
             base = kwargs.get("finetuned_from") or config_of(base_model(self.model))._name_or_path
             data = str(kwargs.get("dataset") or "own data")
@@ -257,14 +258,14 @@ def _check_model(model: nn.Module, train_cross_tokens: bool) -> None:
 
 
 def _start_alignment(model: nn.Module, train_cross_tokens: bool) -> None:
-    """Maps that never learned cannot begin at zero."""
+    """Give maps that were never trained small random weights: at zero they would have no gradient."""
     alignment: Any = live_cross_tokens(model).get("alignment")
     if alignment is not None and train_cross_tokens and "alignment" in _handle(model).cross_paths:
         alignment.draw_maps()
 
 
 def _counts(module: nn.Module, parameter: nn.Parameter) -> bool:
-    """Not the copy that PEFT keeps of the state before training."""
+    """False for the copy that PEFT keeps of the state before training."""
     original = getattr(module, "original_module", None)
     return original is None or all(parameter is not kept for kept in original.parameters())
 
@@ -309,7 +310,7 @@ def _check_arguments(trainer: CrossGetTrainer) -> None:
 
 
 def _cross_tokens_in(state: dict[str, Tensor], handle: Handle) -> dict[str, Tensor]:
-    """The learned tokens of a gathered state dict under the names of a model without PEFT."""
+    """The learned tokens of a gathered state dict, with the names of a model without PEFT."""
     found = {}
     for path in handle.cross_paths.values():
         pattern = re.compile(rf"(?:^|\.){re.escape(path)}\.(?:modules_to_save\.[^.]+\.)?((?!original_module\.).+)$")
@@ -321,12 +322,12 @@ def _cross_tokens_in(state: dict[str, Tensor], handle: Handle) -> dict[str, Tens
 
 
 def _is_of_hub(base: str) -> bool:
-    """Whether a base model's name means something on the hub; a folder of this machine and "embedded" do not."""
+    """Whether a base model's name can be a repository of the hub; a local folder and "embedded" are not."""
     return base not in ("", "embedded") and not Path(base).expanduser().is_dir() and base.count("/") <= 1
 
 
 def _base_and_its_loading(base: str, kind: str) -> tuple[str, str]:
-    """The base model in words for a reader elsewhere, and the line that loads it."""
+    """The base model in words for readers on other machines, and the line that loads it."""
     if base == "embedded" or Path(base) == WEIGHTS_FOLDER:
         line = "from mllm_crossget.embedded import load_embedded; base_model, _ = load_embedded()"
         return "The small model that ships with mllm_crossget", line
