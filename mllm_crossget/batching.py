@@ -29,8 +29,8 @@ def compact_lengths(model: nn.Module, inputs: Request, *, exact: bool = False) -
     """Number of tokens of each row in the language model: without padding and without removed placeholders.
 
     Args:
-        model: accelerated or not. inputs: output of the processor for one or several rows; of the pixels only the shape
-            is used.
+        model: accelerated or not.
+        inputs: output of the processor for one or several rows; of the pixels only the shape is used.
         exact: how to count visual tokens if their number depends on the image (``dynamic=True``, "madtp", images cut
             into tiles). False uses the settings' average share; True encodes the images. With ``reuse_vision`` this
             work is not lost, because the answer then needs no encoder.

@@ -285,7 +285,8 @@ def check_new_weights(model: nn.Module, known: set[int]) -> None:
     """Raise ``ValueError`` if an adapter's values do not fit into the dtype of the parameters that it added.
 
     Args:
-        model: the model with the adapter. known: ``id`` of the parameters that the model had before.
+        model: the model with the adapter.
+        known: ``id`` of the parameters that the model had before.
     """
     for name, one in model.named_parameters():
         if id(one) not in known and not one.is_meta and not torch.isfinite(one.double()).all():

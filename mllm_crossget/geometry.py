@@ -14,7 +14,8 @@ class TowerCosts:
     """FLOPs that depend on the schedule, by formula (``costs.flops`` has the exact ones).
 
     Args:
-        width: channels of the tower's tokens. inner: width inside its MLP.
+        width: channels of the tower's tokens.
+        inner: width inside its MLP.
         language_token: FLOPs of the language model's layers on one more token of the prompt, without attention maps.
         view_token: FLOPs of one token's features, for a selection at the tower's output that compares features.
     """
@@ -93,9 +94,11 @@ class TextGeometry:
     """Sizes of a text tower, for a schedule.
 
     Args:
-        layers: number of layers of the tower. context: largest number of tokens of a text (77 for CLIP). protected:
-            number of tokens of a text that must be kept: start and end mark for CLIP, the last token for SigLIP, the
-            first one for BLIP. appends: whether the cross token is one more token.
+        layers: number of layers of the tower.
+        context: largest number of tokens of a text (77 for CLIP).
+        protected: number of tokens of a text that must be kept: start and end mark for CLIP, the last token for SigLIP,
+            the first one for BLIP.
+        appends: whether the cross token is one more token.
     """
 
     layers: int

@@ -126,7 +126,8 @@ def changing(model: nn.Module, what: str) -> Iterator[Before]:
     get access again, or a call that another thread has begun meanwhile.
 
     Args:
-        model: the model, with or without wrappers. what: name of the change, for the error message.
+        model: the model, with or without wrappers.
+        what: name of the change, for the error message.
 
     Raises:
         RuntimeError: another thread is inside the model, or changes it.

@@ -27,8 +27,11 @@ class Setting:
     """One way to run the model.
 
     Attributes:
-        name: name in tables. method: the reduction; ``keep_ratio=1`` for the untouched model. model: a copy that shares
-            the weights. schedule: token counts of an image. clock: clock of its parts.
+        name: name in tables.
+        method: the reduction; ``keep_ratio=1`` for the untouched model.
+        model: a copy that shares the weights.
+        schedule: token counts of an image.
+        clock: clock of its parts.
         way: "plain", "compiled" or "frozen".
         runs: seconds by part, one entry per measured round.
         overheads: time of the reduction itself, as a share of the untouched tower's (run in the same way), one entry
@@ -50,9 +53,12 @@ class Case:
     """Data that all settings of a comparison share: prompts, answers, and the device's limits.
 
     Attributes:
-        family: family of the model. text_tokens: number of text tokens of a prompt. batch: number of prompts, with one
-            image each. new_tokens: number of tokens of an answer. speeds: measured speeds of the device. sizes: bytes
-            of the model's parts.
+        family: family of the model.
+        text_tokens: number of text tokens of a prompt.
+        batch: number of prompts, with one image each.
+        new_tokens: number of tokens of an answer.
+        speeds: measured speeds of the device.
+        sizes: bytes of the model's parts.
     """
 
     family: Family

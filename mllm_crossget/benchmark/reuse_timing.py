@@ -41,10 +41,12 @@ class ReuseOptions:
 
     Args:
         geometry: a built-in geometry, which gets random weights, or a local folder or repository of the hub.
-        llm_layers: use only this many layers of the language model, for small machines. text_tokens: number of text
-            tokens of a question. rounds: measured rounds; one more comes first and is not counted. dtype: "float32",
-            "bfloat16" or "float16". images: number of different pictures for the memory measurement; 0 leaves it out.
-            cache_mebibytes: bound of the cache in that measurement.
+        llm_layers: use only this many layers of the language model, for small machines.
+        text_tokens: number of text tokens of a question.
+        rounds: measured rounds; one more comes first and is not counted.
+        dtype: "float32", "bfloat16" or "float16".
+        images: number of different pictures for the memory measurement; 0 leaves it out.
+        cache_mebibytes: bound of the cache in that measurement.
         output: JSON file to write.
     """
 
@@ -140,7 +142,9 @@ def many_images(images: int, mebibytes: int, batch: int = 50) -> dict[str, Any]:
     """Let the embedded model encode many different pictures, and measure the cache and the memory of the process.
 
     Args:
-        images: number of different noise pictures. mebibytes: bound of the cache. batch: number of pictures in a batch.
+        images: number of different noise pictures.
+        mebibytes: bound of the cache.
+        batch: number of pictures in a batch.
     """
     model, _ = load_embedded()
     cache = VisionCache(max_bytes=mebibytes * MEBIBYTE)

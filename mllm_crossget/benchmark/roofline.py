@@ -32,7 +32,8 @@ class Sizes:
 
     Attributes:
         encoder, language: bytes of the weights of the vision tower with its projector, and of the language model with
-            its head. cache: bytes of the keys and values of one token of the prompt, in all layers.
+            its head.
+        cache: bytes of the keys and values of one token of the prompt, in all layers.
     """
 
     encoder: int
@@ -69,9 +70,11 @@ def least_seconds(device: Device, flops: Flops, sizes: Sizes, batch: int, prompt
 
     Args:
         device: measured speeds.
-        flops: FLOPs of one prompt with its image and its answer; the reducer's are left out. sizes: bytes to read.
-            batch: number of prompts. prompt: number of tokens of a prompt in the language model. new_tokens: number of
-            tokens of the answer; the first one comes from the prefill.
+        flops: FLOPs of one prompt with its image and its answer; the reducer's are left out.
+        sizes: bytes to read.
+        batch: number of prompts.
+        prompt: number of tokens of a prompt in the language model.
+        new_tokens: number of tokens of the answer; the first one comes from the prefill.
     """
     encoder = flops.patch_embedding + flops.encoder + flops.projector
     seconds = max(batch * encoder / device.flops, sizes.encoder / device.bandwidth)

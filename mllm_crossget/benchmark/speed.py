@@ -49,8 +49,9 @@ class BenchOptions:
         geometry: a built-in geometry, which gets random weights, or a local folder or repository of the hub.
         methods: reduction methods.
         keep_ratios: shares of the visual tokens to keep; 0 leaves them out.
-        r: removals per layer, as a further setting beside the keep ratios. batch_sizes: numbers of prompts with one
-            image each. text_tokens: number of text tokens of a prompt.
+        r: removals per layer, as a further setting beside the keep ratios.
+        batch_sizes: numbers of prompts with one image each.
+        text_tokens: number of text tokens of a prompt.
         new_tokens: lengths of the answers; 1 is the time to the first token.
         llm_layers, vision_layers: use only this many layers of the language model and of the tower, for small machines.
         rounds: measured rounds; one more comes first and is not counted.

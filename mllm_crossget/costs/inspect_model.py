@@ -71,7 +71,8 @@ def inspection(config: Any, method: Method, text_tokens: int = 60, new_tokens: i
     Args:
         config: a transformers configuration.
         method: the reduction.
-        text_tokens: tokens of the prompt without image placeholders. new_tokens: tokens to generate.
+        text_tokens: tokens of the prompt without image placeholders.
+        new_tokens: tokens to generate.
 
     Raises:
         ValueError: an unsupported model, or a setting that its tower cannot meet.

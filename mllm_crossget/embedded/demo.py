@@ -49,7 +49,8 @@ class DemoOptions:
         keep_ratios: shares of the visual tokens that reach the language model.
         limit: number of questions (all, more than 2,000, if not given).
         batch_size: questions in a batch.
-        rounds: timed rounds of each setting. examples: number of questions to show with both answers.
+        rounds: timed rounds of each setting.
+        examples: number of questions to show with both answers.
         output_dir: folder for the table's JSON and the pictures.
     """
 

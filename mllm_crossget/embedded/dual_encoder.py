@@ -35,8 +35,8 @@ class RetrievalSet:
     """Held-out pictures and their captions.
 
     Attributes:
-        pixels: [B, 3, S, S] in -1..1, the model's input. captions: several captions for every picture, picture by
-            picture.
+        pixels: [B, 3, S, S] in -1..1, the model's input.
+        captions: several captions for every picture, picture by picture.
         image_of_caption: [captions] index of the picture that a caption belongs to.
     """
 

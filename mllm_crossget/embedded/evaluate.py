@@ -96,8 +96,8 @@ def answer(
     Args:
         model: any LLaVA, reduced or not; it is called as a user would call it.
         processor: its processor.
-        questions: result of `held_out_questions`. batch_size: questions in a batch; sums and captions, whose answers
-            are longer, have separate batches.
+        questions: result of `held_out_questions`.
+        batch_size: questions in a batch; sums and captions, whose answers are longer, have separate batches.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")

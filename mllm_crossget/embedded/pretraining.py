@@ -43,8 +43,9 @@ class PatchLabels:
     Attributes:
         digit: [B, P] 0-9, `NO_DIGIT`, or `IGNORE`.
         colour: [B, P] 0-7, `NO_COLOUR`, or `IGNORE`.
-        row: [B, P] 0-2, the grid row of the digit, or of the patch if there is no digit. column: [B, P] 0-2, the grid
-            column in the same way. heart: [B, P] 1.0 for the one patch that holds a digit's centre, for counting.
+        row: [B, P] 0-2, the grid row of the digit, or of the patch if there is no digit.
+        column: [B, P] 0-2, the grid column in the same way.
+        heart: [B, P] 1.0 for the one patch that holds a digit's centre, for counting.
         shown: [B, 10] 1.0 for the digits that the scene shows.
     """
 
@@ -171,9 +172,10 @@ class Pack:
     """Rows of one image prefix and many questions after it, which do not attend to one another.
 
     Attributes:
-        ids: [B, L] token ids, including image placeholders. mask: [B, 1, L, L] additive: 0 for keys that a token may
-            attend to, minus infinity elsewhere. positions: [B, L] position ids: every question continues right after
-            the prefix. labels: [B, L] the token that should come next, or `IGNORE`.
+        ids: [B, L] token ids, including image placeholders.
+        mask: [B, 1, L, L] additive: 0 for keys that a token may attend to, minus infinity elsewhere.
+        positions: [B, L] position ids: every question continues right after the prefix.
+        labels: [B, L] the token that should come next, or `IGNORE`.
         weights: [B, L] weight of that token in the loss.
     """
 

@@ -1,7 +1,7 @@
-"""Questions about scenes, their answers, and the fixed held-out test set. Knows scenes, no model.
+"""Questions about scenes, their answers, and the fixed held-out test set. It does not depend on a model.
 
-Every question depends on the picture and on its own words, and has exactly one right answer: colours are unique in a
-scene, a digit is asked after only where it occurs once, a place only where a digit stands.
+Every question depends on the picture and on its own words, and has exactly one correct answer. Colours are unique in a
+scene, questions about a digit are asked only if it occurs once, and questions about a place only if a digit is there.
 """
 
 import random
@@ -16,12 +16,12 @@ from .scenes import COLOURS, Item, Scene, render, sample_layouts, to_image
 
 # The kinds of the test set.
 KINDS = ("digit_by_colour", "colour_by_digit", "position", "count", "exists", "largest", "sum", "caption")
-# Kinds that the model also learns, because they teach it what the others need; not part of the test set.
+# Kinds for training only: they teach the model skills that the other kinds need.
 PRACTICE_KINDS = ("place", "places", "inventory")
 
 TEST_SEED = 2024
 TEST_SCENES = 290
-_CAPTION_EVERY = 2  # scenes: captions are long answers, and one checks all digits of its scene
+_CAPTION_EVERY = 2  # one caption per two scenes: captions are long, and one checks all digits of its scene
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Question:
     Attributes:
         kind: one of `KINDS`.
         text: the question as a user would write it.
-        answer: the only right answer, words and stops separated by single spaces.
+        answer: the only correct answer, with words and punctuation separated by single spaces.
         scene: what the picture shows, in words.
-        scene_index: which scene of the test set it is.
+        scene_index: index of the scene in the test set.
         image: the picture, 96 x 96 RGB.
     """
 
@@ -65,7 +65,7 @@ class PairQuestion:
 
 
 def ask(scene: Scene, kind: str, chance: random.Random) -> tuple[str, str] | None:
-    """A random question of a kind about a scene and its answer; None where the scene has no unambiguous one."""
+    """A random question of a kind about a scene, and its answer; None if the scene has no unambiguous one."""
     if kind not in _ASKERS:
         raise ValueError(f"kind must be one of {', '.join(_ASKERS)}, got {kind!r}")
     return _ASKERS[kind](scene, chance)
@@ -74,7 +74,7 @@ def ask(scene: Scene, kind: str, chance: random.Random) -> tuple[str, str] | Non
 def held_out_questions(limit: int | None = None) -> list[Question]:
     """The fixed test set (or its first `limit` questions): digits and backgrounds that training never saw.
 
-    The questions come scene by scene, so the first n are a fair sample of all kinds.
+    The questions are in the order of the scenes, so the first n are a fair sample of all kinds.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1 or None for all questions, got {limit}")
@@ -93,10 +93,10 @@ def held_out_questions(limit: int | None = None) -> list[Question]:
 
 
 def ask_of_pairs(scenes: Sequence[Scene], count: int, chance: random.Random) -> list[tuple[str, str, tuple[int, int]]]:
-    """Questions about two of the scenes each: text, answer, and which two, in order.
+    """Questions about two of the scenes each: text, answer, and the indices of the two scenes in order.
 
-    Every second answer is "yes"; of the others two thirds show the digit in one of the pictures, so that neither of
-    them alone tells the answer.
+    Every second answer is "yes". In two thirds of the others one picture shows the digit, so that a single picture does
+    not give the answer.
     """
     shown = [{item.digit for item in scene.items} for scene in scenes]
     asked = []
@@ -168,7 +168,7 @@ def _largest(scene: Scene, chance: random.Random) -> tuple[str, str]:
 
 def _sum(scene: Scene, chance: random.Random) -> tuple[str, str]:
     one, other = chance.sample(scene.items, 2)
-    # The addends come first: a small model reads one digit after the other and adds what it has written.
+    # The addends come first: a small model reads one digit after the other and adds the written ones.
     answer = f"{one.digit} and {other.digit} is {one.digit + other.digit}"
     return f"What is the sum of {one.colour} and {other.colour}?", answer
 
@@ -212,7 +212,7 @@ _ASKERS = {
     "inventory": _inventory,
 }
 
-# Every word of the questions and answers above, of the chat template, and of nothing else.
+# All words of the questions and answers above and of the chat template, and no others.
 WORDS: tuple[str, ...] = (
     *("user", "assistant", ":", "?", ".", ","),
     *(str(number) for number in range(19)),

@@ -24,10 +24,10 @@ PHOTOS = ("china.jpg", "flower.jpg")
 CANVAS = 96  # pixels
 CELL = 32  # pixels: the canvas is 3 x 3 cells
 PATCH = 8  # pixels: the canvas is 12 x 12 patches = 144 visual tokens
-SLOTS = 6  # most digits in one scene
-FEWEST = 2  # least digits in one scene
-TRAIN_DIGITS = 1437  # scikit-learn's digits before this index train, the others test
-TRAIN_WIDTH = 2 / 3  # share of a photograph's width that trains
+SLOTS = 6  # largest number of digits in a scene
+FEWEST = 2  # smallest number of digits in a scene
+TRAIN_DIGITS = 1437  # scikit-learn's digits before this index are for training, the others for the test
+TRAIN_WIDTH = 2 / 3  # share of a photograph's width for training
 GLYPH = 24  # pixels of a digit's drawing before it is placed
 
 ROWS = ("top", "middle", "bottom")
@@ -46,7 +46,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 
 @dataclass(frozen=True)
 class Item:
-    """One digit of a scene: its value 0-9, colour name, and the words for its place in the 3 x 3 grid."""
+    """One digit of a scene: its value 0-9, its colour name, and the words for its place in the 3 x 3 grid."""
 
     digit: int
     colour: str
@@ -63,7 +63,7 @@ class Scene:
 
 @dataclass
 class Layout:
-    """Everything that draws B scenes, one row a scene; K slots, of which the present ones come first.
+    """All parameters of the drawings of B scenes, one row per scene. K slots; empty slots come last.
 
     Attributes:
         source: [B, K] index into scikit-learn's digits.
@@ -93,7 +93,7 @@ class Layout:
 
     @property
     def present(self) -> Tensor:
-        """[B, K] true where a slot holds a digit."""
+        """[B, K] True if the slot holds a digit."""
         return self.cell < len(ROWS) * len(COLUMNS)
 
     def __len__(self) -> int:
@@ -145,14 +145,14 @@ def to_image(pixels: Tensor) -> Image.Image:
 
 
 def digit_range(split: Split) -> tuple[int, int]:
-    """First and one-past-last index of the digits that a split may draw."""
+    """First and one-past-last index of the digits of a split."""
     if split not in ("train", "test"):
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")
     return (0, TRAIN_DIGITS) if split == "train" else (TRAIN_DIGITS, len(digits()[1]))
 
 
 def photo_range(split: Split) -> tuple[float, float]:
-    """Left and right edge, as shares of a photograph's width, of the part that a split may show."""
+    """Left and right edge of a split's part of the photographs, as shares of their width."""
     if split not in ("train", "test"):
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")
     return (0.0, TRAIN_WIDTH) if split == "train" else (TRAIN_WIDTH, 1.0)
@@ -161,8 +161,8 @@ def photo_range(split: Split) -> tuple[float, float]:
 def sample_layouts(count: int, split: Split, generator: torch.Generator, crowded: bool = False) -> Layout:
     """Draw `count` random layouts from a split; the same generator state gives the same layouts.
 
-    Crowded scenes hold four to nine digits and may repeat a colour: more for the tower to learn from, too many for
-    questions.
+    Crowded scenes hold four to nine digits and may repeat a colour. They give the tower more to learn, but cannot have
+    unambiguous questions.
     """
     fewest, slots = (4, 9) if crowded else (FEWEST, SLOTS)
 
@@ -208,10 +208,10 @@ def render(layout: Layout, jitter: torch.Generator | None = None) -> tuple[Tenso
 
     Args:
         layout: what to draw, B scenes with K slots.
-        jitter: where given, every digit is bent at random with it (training only; rendering is else deterministic).
+        jitter: generator of random distortions of every digit, for training only. None: rendering is deterministic.
 
     Returns:
-        Pixels [B, 3, S, S] in 0..1, whole multiples of 1/255, and the digits' ink [B, K, S, S] in 0..1.
+        Pixels [B, 3, S, S] in 0..1, as multiples of 1/255, and the digits' ink [B, K, S, S] in 0..1.
     """
     drawings = digits()[0][layout.source]
     if jitter is not None:
@@ -220,7 +220,7 @@ def render(layout: Layout, jitter: torch.Generator | None = None) -> tuple[Tenso
     palette = torch.tensor(list(COLOURS.values())) / 255
     paint = (palette[layout.colour] + layout.tint).clamp(0, 1)
     pixels = _background(layout)
-    for slot in range(ink.shape[1]):  # digits hardly overlap: the order does not matter
+    for slot in range(ink.shape[1]):  # digits hardly overlap, so the order does not matter
         alpha = ink[:, slot, None]
         pixels = pixels * (1 - alpha) + paint[:, slot, :, None, None] * alpha
     return (pixels * 255).round() / 255, ink
@@ -243,7 +243,7 @@ def _background(layout: Layout) -> Tensor:
 def _place(drawings: Tensor, layout: Layout) -> Tensor:
     """Ink [B, K, S, S] of the drawings [B, K, 1, GLYPH, GLYPH] at their places; nothing in empty slots."""
     cos, sin = layout.angle.cos(), layout.angle.sin()
-    # A canvas offset (dx, dy) from the digit's centre reads the drawing at the offset turned back and divided by size.
+    # A canvas offset (dx, dy) from the digit's centre samples the drawing at the offset rotated back, divided by size.
     across = torch.stack([cos, sin], -1)
     down = torch.stack([-sin, cos], -1)
     centred = CANVAS - 2 * layout.middle
@@ -261,7 +261,7 @@ def _place(drawings: Tensor, layout: Layout) -> Tensor:
 
 
 def _bend(drawings: Tensor, generator: torch.Generator) -> Tensor:
-    """Shear, warp and thicken or thin drawings [N, 1, G, G] at random, so that 1437 digits do for many scenes."""
+    """Shear, warp and thicken or thin drawings [N, 1, G, G] at random, so that 1437 digits suffice for many scenes."""
     number, size = drawings.shape[0], drawings.shape[-1]
 
     def uniform(reach: float, *shape: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""``mllm-crossget show``: for each image, what was merged and how many tokens every layer kept."""
+"""``mllm-crossget show``: for each image, a picture of the merged tokens and the number of tokens after every layer."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ _ENLARGED = 3
 
 @dataclass
 class ShowOptions:
-    """Draw what a method keeps of each image.
+    """Draw the tokens that a method keeps of each image.
 
     Args:
         images: picture files; without any, scenes of the embedded model's test set.
         model: folder or repository of a LLaVA; without one, the embedded model.
-        calibrate_on: picture files to calibrate a method on that chooses per image; by default the shown ones, and for
-            the embedded model 200 other scenes of its test set.
-        scenes: how many of the embedded model's scenes to show.
-        output: the picture that is written.
+        calibrate_on: picture files for the calibration of a method that chooses per image; by default the shown ones,
+            and for the embedded model 200 other scenes of its test set.
+        scenes: number of the embedded model's scenes to show.
+        output: picture file to write.
     """
 
     images: list[str] = field(default_factory=list)
@@ -51,7 +51,7 @@ class ShowOptions:
 
 
 def run(options: ShowOptions, method: Method) -> int:
-    """Draw and write one picture with a row per image; returns 0. Raises ``ValueError`` for bad options."""
+    """Draw and write one picture with a row per image. Returns 0. Raises ``ValueError`` for bad options."""
     wants = method.needs_calibration
     if options.calibrate_on and not wants:
         raise ValueError(f"calibrate_on is for methods that choose per image; {method.method} does not: leave it out")
@@ -95,7 +95,7 @@ def _load(name: str) -> tuple[Any, Any]:
 
 
 def _scenes(count: int, seed: int) -> list[Image.Image]:
-    """Scenes like the test set's."""
+    """Scenes like those of the test set."""
     layouts = sample_layouts(count, "test", torch.Generator().manual_seed(seed))
     return [to_image(pixels) for pixels in render(layouts)[0]]
 

@@ -72,7 +72,8 @@ class Family:
         vision: the tower, and the modules that read it.
         docs: its line in the table of families.
         prompt: how features reach the prompt.
-        language: the language model or text tower. crossing: where cross tokens are compared.
+        language: the language model or text tower.
+        crossing: where cross tokens are compared.
         costs: FLOP formulas.
         classes: names of the supported model classes, if the model type has others of another structure. Empty: all
             classes that no other family of this model type names.

@@ -23,8 +23,8 @@ class VisionSide:
         config: path from the configuration to the vision configuration.
         geometry: configuration -> the tower's geometry, or a ``MergeGeometry`` if tokens are merged behind the
             projector. Raises ``ValueError`` if the configuration is not supported.
-        kinds: supported kinds of towers. projector: path to the module that maps vision features to the text width, or
-            None.
+        kinds: supported kinds of towers.
+        projector: path to the module that maps vision features to the text width, or None.
         view: paths of the modules (norm, projector) that turn the tower's tokens into features, in order, if they map
             each token separately. Empty if a feature is made of several tokens or layers.
         dynamic: whether methods that choose the number of tokens per image are supported.

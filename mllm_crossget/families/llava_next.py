@@ -92,7 +92,8 @@ def square_tiles(config: Any, most: float = float("inf")) -> Tiles:
     """Tiles of a square image: the base image and the largest square grid of the model, with a newline after every row.
 
     Args:
-        config: configuration of the model. most: largest number of tiles in the grid.
+        config: configuration of the model.
+        most: largest number of tiles in the grid.
     """
     size = config.vision_config.image_size
     sides = [height // size for height, width in config.image_grid_pinpoints if height == width]

@@ -60,7 +60,8 @@ class Tiles:
     """How often the tower runs for one image, for costs. Only the first tile's cross token is read.
 
     Args:
-        count: number of tiles or frames. newlines: number of vectors that the model adds to their features.
+        count: number of tiles or frames.
+        newlines: number of vectors that the model adds to their features.
     """
 
     count: int = 1

@@ -21,7 +21,8 @@ def read_at_the_end(
     """Geometry of a family that reads the last layer of its tower.
 
     Args:
-        kinds: supported kinds of towers. owner: the family's name in messages; "" for the configuration's class.
+        kinds: supported kinds of towers.
+        owner: the family's name in messages; "" for the configuration's class.
         part: path from the configuration to the vision configuration.
         drops_prefix: see ``TowerGeometry``.
         cells: configuration -> number of cells behind a projector that needs the whole grid; None if there is no such

@@ -48,8 +48,8 @@ class TowerKind:
     """A kind of vision tower, identified by the ``model_type`` of its configuration.
 
     Args:
-        model_type: model type of the vision configuration. prefix: number of tokens before the patches (1 for a class
-            token).
+        model_type: model type of the vision configuration.
+        prefix: number of tokens before the patches (1 for a class token).
         encoder: path from the tower to the module that holds the layers.
         names: attribute names inside it.
     """

@@ -1,1 +1,1 @@
-"""Other people's tools that this library plugs into; each one is imported only by the tool itself."""
+"""Plug-ins for other tools; each one is imported only by its tool."""

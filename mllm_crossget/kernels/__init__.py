@@ -1,1 +1,2 @@
-"""Kernels for GPUs, in Triton. Each of them answers as the torch code in ``ops`` does, which stays the oracle."""
+"""Compiled kernels: Triton for GPUs, Numba for CPUs. Each has the same results as the torch code in ``ops``, its
+reference."""

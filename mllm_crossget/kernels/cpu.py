@@ -1,8 +1,8 @@
-"""Matching and merging on a CPU, compiled by Numba: beside the product of the keys, one call for each.
+"""Matching and merging on a CPU, compiled by Numba: one call for each, in addition to the product of the keys.
 
-In torch they are a hundred small operations, and starting these takes longer than what they do. Decisions and sums are
-those of the torch code in the same order; cosines and weights are so up to rounding. Everything runs in one thread,
-whose cache holds a map. Shape suffixes: B batch, T tokens, R sources, D width.
+In torch they are a hundred small operations, whose calls take longer than their work. Decisions and sums are the same
+as in the torch code, in the same order; cosines and weights are the same up to rounding. One thread does all the work,
+because its cache holds a map. Shape suffixes: B batch, T tokens, R sources, D width.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ _NOTHING = np.float32(-np.inf)
 _ZERO, _ONE, _TWO, _INFINITE = np.float32(0), np.float32(1), np.float32(2), np.float32(np.inf)
 _MOST = np.finfo(np.float32).max
 _SIGN, _MAGNITUDE = np.int32(31), np.int32(2**31 - 1)
-_NOBODY = np.zeros((1, 1), np.bool_)  # is shielded, in any image
-_PER_REMOVAL = 3  # tokens that are scored first; two to three are needed, as half of the nearest pairs stay
-_SHORTEST = np.float32(1e-12)  # length of a key; keeps one of zeros from becoming NaN, as in ops.graph
+_NOBODY = np.zeros((1, 1), np.bool_)  # mask of protected tokens if there are none in any image
+_PER_REMOVAL = 3  # tokens that are scored first, per removal; two to three are needed
+_SHORTEST = np.float32(1e-12)  # smallest length of a key, so that a zero key does not become NaN, as in ops.graph
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Kept on the disk for the next process; where Numba finds no place to write, made anew in every process."""
+    """Compile a function. The result is cached on disk for the next process; if Numba cannot write, every process
+    compiles."""
     try:
         return njit(cache=True, nogil=True)(function)
     except RuntimeError:
@@ -44,9 +45,9 @@ def _usable(importance, shielded):
 
 @_compiled
 def _largest(values, bits):
-    """Largest of some floats, none of them NaN. ``bits``: one int32 to work in.
+    """Largest of some floats, none of which is NaN. ``bits``: an int32 as working memory.
 
-    They are compared as integers of the same order: the maximum of these may be taken in any order, many at a time.
+    They are compared as integers of the same order, whose maximum can be computed in any order, many at a time.
     """
     integers = values.view(np.int32)
     largest = np.int32(-(2**31))
@@ -59,8 +60,8 @@ def _largest(values, bits):
 
 @_compiled
 def _lengths(products, shielded):
-    """(T,) one over the length of each key. Products from and to keys that are not finite become 0, from and to
-    shielded ones -inf."""
+    """(T,) inverse length of each key. Products with keys that are not finite become 0, products with protected ones
+    -inf."""
     tokens = len(products)
     finite = np.empty(tokens, np.bool_)
     factor = np.ones(tokens, np.float32)
@@ -79,8 +80,8 @@ def _lengths(products, shielded):
 
 @_compiled
 def _best(products, factor, row, bits):
-    """(T,) the largest cosine of every token, along rows and along columns as ``ops.graph.best_of_map``. The map stays
-    as it is but for -inf on its diagonal: to write the cosines into it would take as long as to find them."""
+    """(T,) largest cosine of every token, over its row and its column as in ``ops.graph.best_of_map``. The map only
+    gets -inf on its diagonal: writing the cosines into it would take as long as computing them."""
     tokens = len(products)
     best = np.full(tokens, _NOTHING)
     along_rows = np.empty(tokens, np.float32)
@@ -99,12 +100,12 @@ def _best(products, factor, row, bits):
 
 @_compiled
 def _score(products, factor, importance, best, i, row, bits):
-    """Importance of a token minus its similarity to the best token that ranks below it."""
+    """Importance of a token minus its similarity to the most similar token that ranks below it."""
     own, length, product = best[i], factor[i], products[i]
     for j in range(i):
         row[j] = product[j] * (length * factor[j]) if best[j] < own else _NOTHING
     row[i] = _NOTHING
-    for j in range(i + 1, len(row)):  # equal ones: the lower index ranks first
+    for j in range(i + 1, len(row)):  # among equal values the lower index ranks first
         row[j] = product[j] * (length * factor[j]) if best[j] <= own else _NOTHING
     return importance[i] - _largest(row, bits)
 
@@ -113,8 +114,8 @@ def _score(products, factor, importance, best, i, row, bits):
 def _sources(products, factor, best, importance, r, row, bits):
     """(R,) the tokens with the smallest scores, ascending.
 
-    No score is below importance minus best similarity, its floor. Tokens with small floors are scored first; the r-th
-    smallest of these scores is a limit, and only tokens whose floor is not above it can be among the r that leave.
+    A score is at least its floor: importance minus best similarity. Tokens with small floors are scored first. The r-th
+    smallest of these scores is a limit: only tokens whose floor is at most the limit can be among the r sources.
     """
     floor = importance - best
     count = min(_PER_REMOVAL * r, len(floor))
@@ -133,7 +134,7 @@ def _sources(products, factor, best, importance, r, row, bits):
 
 @_compiled
 def _nearest_survivor(products, factor, i, leaving, row, bits):
-    """The token most like a source that is no source itself; equal ones: lower index."""
+    """The token most similar to a source among those that are not sources; the lower index among equal ones."""
     length, product = factor[i], products[i]
     for j in range(len(row)):
         row[j] = _NOTHING if leaving[j] else product[j] * (length * factor[j])
@@ -159,8 +160,8 @@ def _layout(src, dst, leaving, kept, slot):
 
 @_compiled
 def _match(maps, start, importance, shielded, first, r, places, weight):
-    """The images from ``start`` on. ``maps``: products of the keys of the tokens from ``first`` on; changed.
-    ``places``: for sources, destinations, survivors and slots, one behind the other."""
+    """Match the images from ``start`` on. ``maps``: products of the keys of the tokens from ``first`` on; changed in
+    place. ``places``: memory for sources, destinations, kept tokens and slots, in this order."""
     matched, tokens = maps.shape[1], importance.shape[1]
     row, bits = np.empty(matched, np.float32), np.empty(1, np.int32)
     for index in range(len(maps)):
@@ -184,7 +185,7 @@ def _match(maps, start, importance, shielded, first, r, places, weight):
 
 @_compiled
 def _merge(x, size, src, dst, kept, slot, weight, rows, new_size):
-    """See ``ops.merging.merge``; ``rows`` are the survivors, and ``weight`` may be empty."""
+    """See ``ops.merging.merge``; ``rows`` are the kept tokens, and ``weight`` may be empty."""
     weighted = weight.shape[1] > 0
     for image in range(len(x)):
         sources, total = src[image], new_size[image]
@@ -217,12 +218,13 @@ def match_images(
     """Complete-graph soft matching (see ``ops.matching``).
 
     Args:
-        keys_BTD: (B, T, D) keys of the tokens that may be matched, on the CPU; any float dtype.
+        keys_BTD: (B, T, D) keys of the tokens to match, on the CPU; any float dtype.
         importance_BT: (B, all tokens) float32.
-        shielded_BT: (B, T) True for tokens that neither leave nor receive; None: there are none.
-        r: at least 1, at most half of the tokens that may leave.
-        first: tokens in front of those that may be matched.
-        groups: images to make the maps of together, no group larger than the first one.
+        shielded_BT: (B, T) True for protected tokens, which are neither removed nor take in others; None: there are
+            none.
+        r: at least 1, at most half of the unprotected tokens.
+        first: number of tokens before those to match.
+        groups: images whose maps are made together, with no group larger than the first one.
 
     Returns:
         The parts of an ``ops.matching.Match``.
@@ -251,19 +253,19 @@ def merge_images(
     Args:
         x_BTD: (B, T, D) tokens.
         size_BT: (B, T) float32.
-        src_BR, dst_BR, kept_BS, slot_BT, weight_BR2: of the match; at least one source.
+        src_BR, dst_BR, kept_BS, slot_BT, weight_BR2: parts of the match, with at least one source.
     """
     batch, tokens, width = x_BTD.shape
     x = x_BTD.contiguous()
     src, dst, kept, slot = (_array(places) for places in (src_BR, dst_BR, kept_BS, slot_BT))
     weight = np.empty((batch, 0, 2), np.float32) if weight_BR2 is None else _array(weight_BR2)
     every = kept_BS if batch == 1 else kept_BS + torch.arange(0, batch * tokens, tokens)[:, None]
-    rows = x.view(-1, width).index_select(0, every.flatten()).view(batch, -1, width)  # in several threads
+    rows = x.view(-1, width).index_select(0, every.flatten()).view(batch, -1, width)  # runs in several threads
     new_size = np.empty(kept.shape, np.float32)
     _merge(_array(x), _array(size_BT), src, dst, kept, slot, weight, rows.numpy(), new_size)
     return rows, torch.from_numpy(new_size)
 
 
 def _array(tensor: Tensor) -> Any:
-    """A view for Numba, contiguous: it compiles anew for other layouts."""
+    """A contiguous view for Numba, which would compile again for other layouts."""
     return tensor.detach().contiguous().numpy()

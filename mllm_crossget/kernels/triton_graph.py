@@ -1,7 +1,7 @@
-"""The questions of ``ops.graph`` answered in one launch each: similarities live in registers and reach no memory.
+"""The queries of ``ops.graph`` in one launch each: similarities stay in registers and are not written to memory.
 
-Products and comparisons are in float32. Run so far in Triton's interpreter only, not on a GPU: it is therefore off
-unless asked for (see ``ops.graph.similarity_graph``). Shape suffixes: B batch, T tokens, R sources, D width.
+Products and comparisons are in float32. So far it was run only in Triton's interpreter, not on a GPU. It is therefore
+off by default (see ``ops.graph.similarity_graph``). Shape suffixes: B batch, T tokens, R sources, D width.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ def _tile(keys, rows, columns, tokens, WIDTH: tl.constexpr, ROWS: tl.constexpr, 
 @triton.jit
 def _best_kernel(keys, hidden, rank, best, tokens, RANKED: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
                  COLUMNS: tl.constexpr, CHANNELS: tl.constexpr):  # fmt: skip
-    """Largest similarity of some rows to the tokens of a higher rank number; without ranks: to all tokens, and of these
-    to the rows, into ``best``, which then holds -inf before.
+    """Largest similarity of some rows to the tokens of a higher rank number, written into ``best``. Without ranks: to
+    all tokens, and of these tokens to the rows; ``best`` must then hold -inf before.
 
-    Without ranks the blocks left of the diagonal are left out, and a product counts for both of its tokens: the two
-    directions of a pair may round differently, but the two tokens must see the same number.
+    Without ranks the blocks left of the diagonal are skipped, and a product counts for both of its tokens. The two
+    directions of a pair may round differently, but both tokens must get the same number.
     """
     image = tl.program_id(0)
     keys += image * tokens * WIDTH
@@ -70,7 +70,7 @@ def _best_kernel(keys, hidden, rank, best, tokens, RANKED: tl.constexpr, WIDTH: 
 @triton.jit
 def _survivor_kernel(keys, hidden, src, dst, tokens, sources, WIDTH: tl.constexpr, ROWS: tl.constexpr,
                      COLUMNS: tl.constexpr, CHANNELS: tl.constexpr):  # fmt: skip
-    """The most similar token that may receive, of some sources; equal ones: lower index."""
+    """The most similar token of each source among those that can take in others; the lower index among equal ones."""
     image = tl.program_id(0)
     keys += image * tokens * WIDTH
     place = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -91,14 +91,15 @@ def _survivor_kernel(keys, hidden, src, dst, tokens, sources, WIDTH: tl.constexp
 
 
 class FusedSimilarity:
-    """A ``ops.graph.Graph`` without a map.
+    """An ``ops.graph.Graph`` without a map.
 
-    Tokens that are nearest to each other have equal ``best`` to the bit on every processor, as the same products count
-    for both; a maximum is the same in whatever order it is taken.
+    Tokens that are nearest to each other have bitwise equal ``best`` on every processor, because the same products
+    count for both. A maximum does not depend on its order.
 
     Args:
         keys_BTD: (B, T, D) keys of length 1, float32.
-        shielded_BT: (B, T) True for tokens that neither leave nor receive; None: there are none.
+        shielded_BT: (B, T) True for protected tokens, which are neither removed nor take in others; None: there are
+            none.
     """
 
     def __init__(self, keys_BTD: Tensor, shielded_BT: Tensor | None) -> None:

@@ -1,8 +1,8 @@
-"""The attention that every token receives, in two launches: log-sums of the rows, then sums of the columns. Logits live
-in registers; no map reaches memory.
+"""The attention that every token receives, in two launches: log-sums of the rows, then sums of the columns. Logits stay
+in registers, and no map is written to memory.
 
-Products are accumulated in float32. Run so far in Triton's interpreter only, not on a GPU: it is therefore off unless
-asked for (see ``ops.importance.attention_importance``). Shape suffixes: B batch, H heads, T tokens, D width.
+Products are accumulated in float32. So far it was run only in Triton's interpreter, not on a GPU. It is therefore off
+by default (see ``ops.importance.attention_importance``). Shape suffixes: B batch, H heads, T tokens, D width.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _ROWS, _COLUMNS = 64, 64
 @triton.jit
 def _logits(query, key, bias, row, column, tokens, query_step, key_step, scaling, BIASED: tl.constexpr,
             WIDTH: tl.constexpr, CHANNELS: tl.constexpr):  # fmt: skip
-    """(ROWS, COLUMNS) logits of one head; -inf behind the last token."""
+    """(ROWS, COLUMNS) logits of one head; -inf after the last token."""
     channel = tl.arange(0, CHANNELS)
     left = tl.load(query + row[:, None] * query_step + channel[None, :],
                    mask=(row[:, None] < tokens) & (channel[None, :] < WIDTH), other=0.0)  # fmt: skip
@@ -47,7 +47,7 @@ def _row_kernel(query, key, bias, log_sum, tokens, heads, query_image, query_hea
         tile = _logits(query, key, bias + image * tokens, row, column, tokens, query_step, key_step, scaling, BIASED,
                        WIDTH, CHANNELS)  # fmt: skip
         now = tl.maximum(largest, tl.max(tile, axis=1))
-        finite = tl.where(now == float("-inf"), 0.0, now)  # dead keys alone so far
+        finite = tl.where(now == float("-inf"), 0.0, now)  # only dead keys so far
         total = total * tl.exp(largest - finite) + tl.sum(tl.exp(tile - finite[:, None]), axis=1)
         largest = now
     tl.store(log_sum + place * tokens + row, largest + tl.log(total), mask=row < tokens)
@@ -57,7 +57,7 @@ def _row_kernel(query, key, bias, log_sum, tokens, heads, query_image, query_hea
 def _column_kernel(query, key, bias, log_sum, weights, received, tokens, heads, query_image, query_head, query_step,
                    key_image, key_head, key_step, scaling, BIASED: tl.constexpr, WIDTH: tl.constexpr,
                    CHANNELS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
-    """Weighted sum over the rows of what every column receives."""
+    """Weighted sum over the rows of the attention to every column."""
     place = tl.program_id(0).to(tl.int64)
     image, head = place // heads, place % heads
     query += image * query_image + head * query_head
@@ -77,13 +77,13 @@ def _column_kernel(query, key, bias, log_sum, weights, received, tokens, heads, 
 def received_attention(
     query_BHTD: Tensor, key_BHTD: Tensor, scaling: float, bias_BT: Tensor | None, weights_BT: Tensor
 ) -> Tensor:
-    """Attention every token receives, averaged over heads.
+    """Attention that every token receives, averaged over heads.
 
     Args:
         query_BHTD, key_BHTD: (B, H, T, D) projections of one float dtype.
         scaling: factor of the logits.
         bias_BT: (B, T) added to the logits of each key, -inf for dead ones, or None.
-        weights_BT: (B, T) how much each query's attention counts.
+        weights_BT: (B, T) weight of each query's attention.
 
     Returns:
         (B, T) float32.

@@ -83,7 +83,8 @@ class LayerShape:
         tokens: number of tokens that enter it, of one image or text.
         removed: number of tokens that it removes.
         prefix: number of tokens before the patches (class token) or before the text (start mark).
-        width: channels of the tokens. heads: attention heads.
+        width: channels of the tokens.
+        heads: attention heads.
     """
 
     tokens: int

@@ -21,18 +21,23 @@ class Method(ReductionConfig):
     """Base class of the methods. A new method sets the class attributes, implements ``match`` and is decorated with
     ``register_method``. The command line, the tests and the benchmark then find it.
 
-    Class attributes: place: where it acts (``config.Place``). ``TOWER_LAYERS``: ``match`` is called in every layer that
-    removes tokens, with ``r`` at most half of the unprotected ones. ``TOWER_OUTPUT`` and ``PROJECTOR``: ``match`` is
-    called once per image with the whole ``r``, which may be all tokens but one. needs_importance: needs
-    ``Signals.importance``. needs_features: needs ``Signals.features``; not available inside a tower's layers.
-    needs_class_attention: needs ``Signals.class_attention``; available only at the output of a tower with a class
-    token. needs_salience: needs ``Signals.salience``; not available inside a tower's layers. Behind a projector it is
-    available only if every feature is one of the tower's tokens. needs_middle, needs_next_layer: need
-    ``Signals.middle`` and ``Signals.following``; available at a tower's output. needs_text: needs ``Signals.text``;
-    available behind the projector. The kept tokens then depend on the question, so encoded images cannot be reused for
-    another question. selects_at_output: ``match_at_output`` can remove any number of tokens at the output of the layer
-    that is read. proportional_attention: layers after a merge weigh tokens by their size. moving_settings: fields that
-    change during training and are restored from a checkpoint.
+    Class attributes:
+        place: where it acts (``config.Place``). ``TOWER_LAYERS``: ``match`` is called in every layer that removes
+            tokens, with ``r`` at most half of the unprotected ones. ``TOWER_OUTPUT`` and ``PROJECTOR``: ``match`` is
+            called once per image with the whole ``r``, which may be all tokens but one.
+        needs_importance: needs ``Signals.importance``.
+        needs_features: needs ``Signals.features``; not available inside a tower's layers.
+        needs_class_attention: needs ``Signals.class_attention``; available only at the output of a tower with a class
+            token.
+        needs_salience: needs ``Signals.salience``; not available inside a tower's layers. Behind a projector it is
+            available only if every feature is one of the tower's tokens.
+        needs_middle, needs_next_layer: need ``Signals.middle`` and ``Signals.following``; available at a tower's
+            output.
+        needs_text: needs ``Signals.text``; available behind the projector. The kept tokens then depend on the question,
+            so encoded images cannot be reused for another question.
+        selects_at_output: ``match_at_output`` can remove any number of tokens at the output of the layer that is read.
+        proportional_attention: layers after a merge weigh tokens by their size.
+        moving_settings: fields that change during training and are restored from a checkpoint.
     """
 
     needs_importance: ClassVar[bool] = False

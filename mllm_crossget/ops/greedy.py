@@ -35,7 +35,8 @@ def determinantal_first(keys_BTD: Tensor, quality_BT: Tensor, kept: int) -> Tens
     rest follows in the order of the rounding errors.
 
     Args:
-        keys_BTD: metric tokens, any float dtype; compared in float32. quality_BT: q, at least 0.
+        keys_BTD: metric tokens, any float dtype; compared in float32.
+        quality_BT: q, at least 0.
         kept: how many to choose, 1 to T.
 
     Returns:

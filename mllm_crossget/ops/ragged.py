@@ -52,6 +52,7 @@ def merge_step(similarity_BTT: Tensor, importance_BT: Tensor, size_BT: Tensor, l
         similarity_BTT: ``ops.graph_scores``: -inf towards tokens that must not take in others.
         importance_BT: importance of the tokens, float32; the softmax over a pair gives its weights.
         size_BT: number of original tokens in each; 0 for dead ones.
+        leaving_BT: True for the removed tokens. If any is removed, one that can take in others must be kept.
 
     Returns:
         The step, without gradients; M is the largest number of tokens in a row.
@@ -78,6 +79,7 @@ def pooling_step(importance_BT: Tensor, size_BT: Tensor, leaving_BT: Tensor) -> 
     Args:
         importance_BT: importance of the tokens; gradients flow from the pooled token to it.
         size_BT: number of original tokens in each; 0 for dead ones.
+        leaving_BT: True for the tokens that are pooled.
 
     Returns:
         The step; M is the largest number of tokens in a row.
@@ -121,6 +123,7 @@ def carry_mask(mask_BT: Tensor, importance_BT: Tensor, step: Step) -> Tensor:
     Args:
         mask_BT: additive mask of every token.
         importance_BT: importance of the tokens.
+        step: the step; rows without members get 0.
     """
     alive = step.share.detach() != 0
     worth = importance_BT.detach().float().masked_fill(~alive, -torch.inf)

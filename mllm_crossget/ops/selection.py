@@ -94,8 +94,9 @@ def merge_into_nearest(stays_BT: Tensor, kept: int, keys_BTD: Tensor, shielded_B
     """Merge every other token into the kept token whose key has the largest cosine with its own.
 
     Args:
-        stays_BT: True for the kept tokens, ``kept`` in every row. kept: their number. keys_BTD: metric tokens, any
-            float dtype; compared in float32.
+        stays_BT: True for the kept tokens, ``kept`` in every row.
+        kept: their number.
+        keys_BTD: metric tokens, any float dtype; compared in float32.
         shielded_BT: True for kept tokens that take in no other; at least one kept token must be able to.
 
     Returns:

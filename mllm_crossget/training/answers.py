@@ -25,8 +25,9 @@ def with_end_marks(ids: list[int], learned: list[int], tokenizer: Any) -> tuple[
     removed from the labels.
 
     Args:
-        ids: token ids of a sample. learned: 1 for the assistant's words, else 0. tokenizer: its special tokens are the
-            marks; if it has no end mark, nothing changes.
+        ids: token ids of a sample.
+        learned: 1 for the assistant's words, else 0.
+        tokenizer: its special tokens are the marks; if it has no end mark, nothing changes.
 
     Returns:
         Both lists, longer by the added marks.

@@ -67,11 +67,11 @@ class TrainingData(Dataset[dict[str, Tensor]]):
     """Encoded samples, which are made on access.
 
     Args:
-        records: result of ``load_records``. processor: the model's processor. Its chat template must mark the
-            assistant's words with ``{% generation %}``; one that does not is replaced by LLaVA-1.5's
-            (``VICUNA_TEMPLATE``, with the tokenizer's own end mark). An answer that the template does not end gets the
-            tokenizer's end mark, which is learned. Words that the tokenizer does not know are warned of, with their
-            share.
+        records: result of ``load_records``.
+        processor: the model's processor. Its chat template must mark the assistant's words with ``{% generation %}``;
+            one that does not is replaced by LLaVA-1.5's (``VICUNA_TEMPLATE``, with the tokenizer's own end mark). An
+            answer that the template does not end gets the tokenizer's end mark, which is learned. Words that the
+            tokenizer does not know are warned of, with their share.
         max_length: largest number of tokens of a sample, including image placeholders; longer ones are cut at the end.
         on_bad_sample: "skip" takes the next good sample of the same modality instead and writes id and reason to
             ``bad_sample_file``; "stop" raises.

@@ -112,8 +112,8 @@ def make_trainer(
     """Model, adapter, data and trainer of a run, made in the only order that works; quick checks come first.
 
     Args:
-        options, method, args: settings of the run. earlier: checkpoint or result that the run resumes from; its
-            reduction must be the same.
+        options, method, args: settings of the run.
+        earlier: checkpoint or result that the run resumes from; its reduction must be the same.
 
     Raises:
         ValueError: settings, data or a model that cannot be used, or settings that would not be used.

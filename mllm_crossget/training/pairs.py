@@ -44,9 +44,10 @@ def encode_pair(
     Args:
         processor: the model's processor.
         record: one question (or none, for a caption) and one answer.
-        images: its decoded pictures; exactly one. template: text with ``{}`` in the place of the question. text_config:
-            the language model's configuration, which gives the place of the answer and its end token. max_length:
-            largest number of tokens of a row, including image tokens.
+        images: its decoded pictures; exactly one.
+        template: text with ``{}`` in the place of the question.
+        text_config: the language model's configuration, which gives the place of the answer and its end token.
+        max_length: largest number of tokens of a row, including image tokens.
 
     Raises:
         BadSampleError: another number of images or turns, or too many tokens.

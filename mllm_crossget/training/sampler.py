@@ -17,8 +17,10 @@ class ModalityLengthSampler(Sampler[int]):
 
     Args:
         lengths: length of every sample, in any unit.
-        has_image: whether each sample has an image. batch_size: number of rows of one process and micro-batch. batches:
-            number of micro-batches of an optimiser step over all processes. seed: seed of the order.
+        has_image: whether each sample has an image.
+        batch_size: number of rows of one process and micro-batch.
+        batches: number of micro-batches of an optimiser step over all processes.
+        seed: seed of the order.
     """
 
     def __init__(

@@ -59,7 +59,7 @@ class TrainOptions:
         calibration_images: number of training images for the calibration of a method that chooses per image.
         calibration_every: number of steps between two calibrations.
         distillation_weight: factor of the distillation towards the unaccelerated model, 0 is off.
-            distillation_temperature: softens both distributions.
+        distillation_temperature: softens both distributions.
     """
 
     REQUIRED: ClassVar[tuple[str, ...]] = ("model", "train_data")

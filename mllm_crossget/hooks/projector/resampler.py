@@ -28,7 +28,8 @@ _CALL = "resampled"
 class ResampledFeatures(ReducedFeatures):
     """Mixin for the owner of ``get_image_features``: tower and resampler share a dictionary of one call.
 
-    Class attributes: resampler: mixin for the module that reads the tower's tokens.
+    Class attributes:
+        resampler: mixin for the module that reads the tower's tokens.
     """
 
     resampler: ClassVar[type[nn.Module]]

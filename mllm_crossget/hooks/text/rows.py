@@ -126,8 +126,8 @@ def match_and_merge(
     Args:
         method: chooses the tokens to merge.
         slot: the recorded values of the attention.
-        columns: layout of the rows, and how many tokens are removed. first: whether the first token is protected in
-            addition to the one that is read out.
+        columns: layout of the rows, and how many tokens are removed.
+        first: whether the first token is protected in addition to the one that is read out.
         hidden: (B, T, D).
         size: (B, T) token sizes, None as long as nothing was merged.
     """

@@ -1,7 +1,7 @@
 """Plug-in for lmms-eval: ``lmms-eval --model llava_hf_crossget --model_args pretrained=...,keep_ratio=0.5 ...``.
 
-Found by lmms-eval through the entry point ``lmms_eval.models``. Imports nothing of lmms-eval here: it reads the entry
-points while its own modules are still being loaded.
+lmms-eval finds it through the entry point ``lmms_eval.models``. This file imports nothing of lmms-eval, which reads the
+entry points while its own modules are still being loaded.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ _MODELS = "mllm_crossget.integrations.lmms_eval.models"
 
 
 def manifests() -> list[Any]:
-    """The models that lmms-eval learns from this package (a list of its ``ModelManifest``)."""
+    """The models that this package adds to lmms-eval (a list of its ``ModelManifest``)."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return [
@@ -31,7 +31,7 @@ def manifests() -> list[Any]:
 
 
 def tasks_dir() -> Path:
-    """Folder with the tasks that ship with the library, for lmms-eval's ``--include_path``.
+    """Folder with the tasks of this package, for lmms-eval's ``--include_path``.
 
     ``python -m mllm_crossget.integrations.lmms_eval`` prints it.
     """

@@ -1,7 +1,7 @@
-"""The answer log: every batch is on disk before the next one starts, so that a killed run goes on where it was.
+"""The answer log: every batch is on disk before the next one starts, so that a killed run can resume.
 
-One JSON line per batch in ``answers.rank<r>.jsonl``, after a line that says which run it is. A run reads the files of
-all ranks, so that it may go on with another number of processes.
+``answers.rank<r>.jsonl`` has a line that identifies the run, then one JSON line per batch. A run reads the files of all
+ranks, so that it can resume with another number of processes.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ class AnswerLog:
     """Answers of a run by request, in memory and, if there is a folder, on disk.
 
     Args:
-        folder: where the files are; None keeps the answers in memory only.
-        settings: what the answers depend on, as JSON types.
-        rank: of this process.
+        folder: folder of the files; None keeps the answers in memory only.
+        settings: settings that the answers depend on, as JSON types.
+        rank: rank of this process.
 
     Raises:
-        ValueError: the folder holds the answers of a run with other settings, or a damaged file.
+        ValueError: the folder holds answers of a run with other settings, or a damaged file.
     """
 
     def __init__(self, folder: Path | None, settings: dict[str, Any], rank: int) -> None:
@@ -58,26 +58,26 @@ class AnswerLog:
         self._texts |= {tuple(answer["key"]): answer for answer in batch["answers"]}
 
     def _write(self, record: dict[str, Any]) -> None:
-        assert self._file is not None  # callers have looked
+        assert self._file is not None  # checked by the callers
         self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
 
 
 def read_batches(folder: Path) -> list[dict[str, Any]]:
-    """All ranks' batches from a folder of finished answer logs; empty if there are none."""
+    """The batches of all ranks from a folder of finished answer logs; empty if there are none."""
     texts = [_whole_lines(path.read_bytes()) for path in sorted(folder.glob("answers.rank*.jsonl"))]
     records = [json.loads(line) for text in texts for line in text.splitlines()]
     return [record for record in records if "answers" in record]
 
 
 def _whole_lines(data: bytes) -> str:
-    """Without what a kill left of a last line, be it half a character."""
+    """The text without an incomplete last line, which a kill may cut even inside a character."""
     return data[: data.rfind(b"\n") + 1].decode()
 
 
 def _records(path: Path, settings: dict[str, Any], repair: bool) -> list[dict[str, Any]]:
-    """The batches of one file. What a kill left of a last line is dropped, and cut off in the process's own file."""
+    """The batches of one file. An incomplete last line is dropped, and removed from the process's own file."""
     data = path.read_bytes()
     whole = _whole_lines(data)
     if repair and len(whole.encode()) != len(data):

@@ -1,8 +1,8 @@
 """``mllm-crossget eval``: a suite of lmms-eval tasks over methods and keep ratios, one process and one JSON per run.
 
-Every run is the unmodified command line ``python -m lmms_eval --config ...`` in a process of its own, so that memory,
-failures and torchrun are its own business. What is finished is not repeated; what was killed goes on with the request
-batch that was in flight.
+Every run is the unmodified command line ``python -m lmms_eval --config ...`` in a separate process, so that memory,
+failures and torchrun do not affect other runs. Finished runs are not repeated; a killed run resumes with the batch that
+it was working on.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mllm_crossget.integrations.lmms_eval.results import collect, read_result, w
 from mllm_crossget.user_files import check_output_folder, read_yaml
 
 BASELINE = "none"
-_TAIL = 25  # lines of a failed run's log that are shown
+_TAIL = 25  # number of lines of a failed run's log that are shown
 
 
 @dataclass
@@ -36,19 +36,19 @@ class EvalOptions:
     """An experiment: ``mllm-crossget eval experiment.yaml [--any_option value]``.
 
     Args:
-        suite: YAML file with a list of runs, as lmms-eval's own --config takes it; one task per run.
+        suite: YAML file with a list of runs, in the format of lmms-eval's own --config; one task per run.
         output_dir: folder of the results, one JSON per run; lmms-eval's raw files are in its folder "work".
-        pretrained: model, a folder or a repository of the hub; "embedded" is the one that ships with the package.
+        pretrained: model, a folder or a repository of the hub; "embedded" is the model of this package.
         model: llava_hf_crossget or blip2_hf_crossget.
         methods: reduction methods.
-        keep_ratios: shares of the visual tokens to keep, each with each method.
-        rs: tokens removed per vision layer, each with each method.
+        keep_ratios: shares of the visual tokens to keep; each is run with each method.
+        rs: tokens removed per vision layer; each is run with each method.
         baseline: also run the untouched model (reduction=none) on the same code path.
-        adapter: trained adapter or official cross_tokens.bin for every run but the baseline's.
-        model_args: further arguments of the model, as lmms-eval writes them: dtype=bfloat16,load_in_4bit=true.
+        adapter: trained adapter or official cross_tokens.bin for all runs except the baseline's.
+        model_args: further arguments of the model, in lmms-eval's format: dtype=bfloat16,load_in_4bit=true.
         tasks: only these tasks of the suite.
-        batch_size: requests in a batch of one process; instead of the suite's own.
-        limit: questions per task, to try things out; all if not given.
+        batch_size: requests in a batch of one process; overrides that of the suite.
+        limit: number of questions per task, for trials; all if not given.
         processes: more than 1 starts every run with torchrun, data parallel.
         device: such as cuda:1 or cpu; by default a GPU if there is one.
     """
@@ -74,7 +74,7 @@ class EvalOptions:
         if not self.suite:
             raise ValueError("no suite given: name a YAML file such as eval/suites/embedded.yaml")
         for name in self.methods:
-            kind = method_class(name)  # says which there are, and next what is wrong with a dial
+            kind = method_class(name)  # raises for an unknown method; the next lines raise for a wrong dial
             for keep_ratio in self.keep_ratios:
                 kind(keep_ratio=keep_ratio)
             for removed in self.rs:
@@ -99,7 +99,7 @@ class Run:
     Attributes:
         setting: short name such as "none" or "crossget keep_ratio=0.5".
         entry: the options of lmms-eval's command line.
-        config: what the result depends on, kept in its JSON.
+        config: settings that the result depends on, stored in its JSON.
     """
 
     setting: str
@@ -108,15 +108,15 @@ class Run:
 
     @property
     def name(self) -> str:
-        """File name without ending."""
+        """File name without suffix."""
         return f"{self.entry['tasks']}.{self.setting.replace(' ', '_').replace('=', '_')}"
 
 
 def run(options: EvalOptions) -> int:
-    """Run what has no result yet; returns 0, or 1 after the first run that failed, told with its reason.
+    """Run all tasks without a result. Returns 0, or 1 after the first failed run, whose reason is printed.
 
     Raises:
-        ValueError: a suite that cannot be read, or an output folder with results of another experiment.
+        ValueError: the suite cannot be read, or the output folder has results of another experiment.
     """
     folder = Path(options.output_dir)
     runs = planned(options)
@@ -132,7 +132,7 @@ def run(options: EvalOptions) -> int:
 
 
 def planned(options: EvalOptions) -> list[Run]:
-    """Every run of an experiment: the baseline first, then each method with each dial, each on all tasks."""
+    """All runs of an experiment: the baseline first, then each method with each dial, each on all tasks."""
     dials = [("keep_ratio", value) for value in options.keep_ratios] + [("r", value) for value in options.rs]
     settings: list[dict[str, Any]] = [{"reduction": "none"}] if options.baseline else []
     settings += [{"method": name, dial: value} for name, (dial, value) in itertools.product(options.methods, dials)]
@@ -193,10 +193,10 @@ def _finished(item: Run, folder: Path) -> bool:
 
 
 def _execute(item: Run, folder: Path, options: EvalOptions) -> str | None:
-    """Run one task and write its JSON; returns what went wrong, or None."""
+    """Run one task and write its JSON. Returns the reason of a failure, or None."""
     work = folder / "work" / item.name
     raw = work / "lmms_eval"
-    shutil.rmtree(raw, ignore_errors=True)  # of a killed run; the answer log beside it stays
+    shutil.rmtree(raw, ignore_errors=True)  # from a killed run; the answer log beside it is kept
     work.mkdir(parents=True, exist_ok=True)
     journal = work / "answers"
     entry = {
@@ -230,7 +230,7 @@ def _command(config: Path, processes: int) -> list[str]:
 
 
 def _environment() -> dict[str, str]:
-    """Without a GPU accelerate must be told to start gloo."""
+    """Environment of a run; without a GPU it tells accelerate to use gloo."""
     return {**os.environ, **({} if torch.cuda.is_available() else {"ACCELERATE_USE_CPU": "true"})}
 
 

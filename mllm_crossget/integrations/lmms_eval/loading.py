@@ -1,4 +1,4 @@
-"""From the words of ``--model_args`` to a loaded, reduced model and its processor. Knows nothing of lmms-eval."""
+"""From ``--model_args`` to a loaded, reduced model and its processor. It does not depend on lmms-eval."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ EMBEDDED = "embedded"
 
 @dataclass
 class ModelArgs:
-    """What ``--model_args`` may say about the model.
+    """The arguments of ``--model_args`` about the model.
 
     Args:
-        pretrained: folder or repository of the hub; "embedded" is the small model that ships with the package.
-        reduction: "none" for the untouched model, the baseline on the same code path. Otherwise leave it out.
+        pretrained: folder or repository of the hub; "embedded" is the small model of this package.
+        reduction: "none" for the untouched model, as a baseline on the same code path. Otherwise leave it out.
         method: "crossget" (default), "tome", "random".
-        keep_ratio, visual_tokens, r: the dial, at most one; ``r`` may be a list such as [13,13,...].
+        keep_ratio, visual_tokens, r: the dial; give at most one. ``r`` may be a list such as [13,13,...].
         adapter: folder or repository with saved settings and cross tokens (``save_crossget``), a LoRA adapter or both,
-            or the official ``cross_tokens.bin``. Its own settings hold unless a method or dial is given.
-        dtype: "auto" (float32 on a CPU, elsewhere what the checkpoint stores), "float32", "bfloat16" or "float16".
+            or the official ``cross_tokens.bin``. Its own settings are used unless a method or dial is given.
+        dtype: "auto" (float32 on a CPU, elsewhere the dtype of the checkpoint), "float32", "bfloat16" or "float16".
         load_in_4bit, load_in_8bit: quantise with bitsandbytes while loading.
         attn_implementation: passed to ``from_pretrained``.
         device: such as "cuda:1" or "cpu"; by default a GPU if there is one.
-        device_map: such as "auto", to spread one model over several GPUs; instead of ``device``.
+        device_map: such as "auto", to split one model over several GPUs; instead of ``device``.
         options: further fields of the method, such as ``drop=true`` of "random".
 
     Raises:
-        ValueError: arguments that contradict each other, or a value that is not known.
+        ValueError: arguments that contradict each other, or an unknown value.
     """
 
     pretrained: str
@@ -80,7 +80,7 @@ class ModelArgs:
 
     @property
     def given(self) -> dict[str, Any]:
-        """The dial and the method's options as far as they were given."""
+        """The given dial and the given options of the method."""
         dials = {name: getattr(self, name) for name in _DIALS if getattr(self, name) is not None}
         return {**dials, **self.options}
 
@@ -90,7 +90,7 @@ class ModelArgs:
         return str(WEIGHTS_FOLDER) if self.pretrained == EMBEDDED else self.pretrained
 
     def method_settings(self) -> Method | None:
-        """The method's dataclass, or None where neither a method nor a dial was given, or for the baseline.
+        """The method's dataclass; None if neither a method nor a dial is given, and for the baseline.
 
         Raises:
             ValueError, TypeError: an unknown method, option or value.
@@ -113,13 +113,13 @@ def load_model(args: ModelArgs, device: torch.device, full_precision: tuple[str,
 
     Args:
         args: the arguments.
-        device: where the model goes, unless a ``device_map`` spreads it.
-        full_precision: paths of the modules that are never quantised.
+        device: device of the model, unless a ``device_map`` splits it.
+        full_precision: paths of modules that are never quantised.
 
     Raises:
         ValueError: arguments, adapter or model that do not fit each other.
     """
-    method = args.method_settings()  # before anything is loaded
+    method = args.method_settings()  # checked before anything is loaded
     settings: dict[str, Any] = {"dtype": _dtype(args, device), "device_map": args.device_map or {"": device}}
     if args.attn_implementation:
         settings["attn_implementation"] = args.attn_implementation
@@ -134,7 +134,7 @@ def reduce_model(model: nn.Module, args: ModelArgs, method: Method | None) -> nn
     """Apply reduction and adapter to a loaded model, in place, and return it.
 
     Raises:
-        ValueError: an adapter that holds nothing of ours, or cross tokens for the baseline.
+        ValueError: an adapter without files of this library, or cross tokens for the baseline.
     """
     none = args.reduction == "none"
     if args.adapter is None:
@@ -161,7 +161,8 @@ def used_method(model: nn.Module) -> Method | None:
 
 
 def _adapted_settings(args: ModelArgs, method: Method | None) -> ReductionConfig | None:
-    """The adapter's own settings (None), those of a method named by the user, or the adapter's with another dial."""
+    """None for the adapter's own settings; else the settings of the given method, or the adapter's with another
+    dial."""
     if method is None or args.method:
         return method
     saved = ReductionConfig.from_pretrained(args.adapter or "")
@@ -175,7 +176,7 @@ def _is_official(adapter: str) -> bool:
 
 
 def _has_settings(adapter: str) -> bool:
-    """A local folder may lack them; a repository of the hub is asked for the file, which says so if it lacks it."""
+    """Whether there are settings. True for a repository of the hub, where the download reports a missing file."""
     path = Path(adapter)
     return (path / CONFIG_NAME).is_file() if path.is_dir() else True
 

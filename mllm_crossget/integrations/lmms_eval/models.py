@@ -1,7 +1,7 @@
 """The models that lmms-eval calls: ``llava_hf_crossget`` and ``blip2_hf_crossget``, each chat and simple.
 
-One base class does everything; a family says how messages become inputs. An error stops the run: it is never turned
-into an empty answer.
+A base class does all but the conversion of messages to inputs, which a subclass does for its family. An error stops the
+run and is never turned into an empty answer.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ class CrossGetModel(lmms):
     """A transformers model with a reduction from this library, for lmms-eval.
 
     Args:
-        pretrained: folder, repository of the hub, or "embedded" for the model that ships with the package.
+        pretrained: folder, repository of the hub, or "embedded" for the model of this package.
         batch_size: requests in a batch of one process.
-        journal: folder for the answer log, with which a killed run goes on where it was; None: no log.
+        journal: folder of the answer log, with which a killed run can resume; None: no log.
         device: such as "cuda:1"; by default a GPU if there is one. Under torchrun every process has its own.
         max_batch_size: not used; lmms-eval may pass it.
-        model_args: see ``ModelArgs``; what is no field of it goes to the method.
+        model_args: see ``ModelArgs``; names that are not its fields go to the method.
     """
 
     encoder_parts: ClassVar[tuple[str, ...]]
@@ -93,7 +93,7 @@ class CrossGetModel(lmms):
         self._warm = False
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
-        """Answers to lmms-eval's requests, in their order. Raises what ``generate`` raises, which ends the run."""
+        """Answers to lmms-eval's requests, in their order. Errors of ``generate`` end the run."""
         return stopping(lambda: self._answers(requests))
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
@@ -109,17 +109,17 @@ class CrossGetModel(lmms):
         raise NotImplementedError
 
     def new_tokens(self, output: torch.Tensor, inputs: Any) -> torch.Tensor:
-        """(B, new) what ``generate`` added to the prompt."""
+        """(B, new) tokens that ``generate`` added to the prompt."""
         return output[:, inputs["input_ids"].shape[1] :]
 
     def _prepare_processor(self) -> None:
-        """Pads on the side that generation needs."""
+        """Make the processor pad on the side that generation needs."""
         self.processor.tokenizer.padding_side = "right" if self._is_encoder_decoder else "left"
         if self.processor.tokenizer.pad_token is None:
             self.processor.tokenizer.pad_token = self.processor.tokenizer.eos_token
 
     def _answer_settings(self) -> dict[str, Any]:
-        """What the answers depend on beside the question, as JSON types."""
+        """Settings that the answers depend on besides the question, as JSON types."""
         args, method = self._args, used_method(self._model)
         return {
             "model": type(self).__name__,
@@ -189,7 +189,7 @@ class CrossGetModel(lmms):
         }
 
     def _visual_tokens(self, images: int, placeholders: int) -> tuple[int | None, int | None]:
-        """What leaves the tower and what the language model reads. Not known where pictures are cut into tiles."""
+        """Numbers of tokens after the tower and in the language model. None if pictures are cut into tiles."""
         counts = self._image_tokens
         if counts is None:
             return None, placeholders
@@ -207,7 +207,7 @@ class CrossGetModel(lmms):
         return int(getattr(config, "image_token_id", None) or config.image_token_index)
 
     def _length(self, new: torch.Tensor) -> int:
-        """Tokens of one answer up to and with its end mark."""
+        """Number of tokens of one answer, up to and including its end mark."""
         ends = self._model.generation_config.eos_token_id
         marks = ends if isinstance(ends, (list, tuple)) else [ends]
         found = torch.isin(new, torch.tensor([mark for mark in marks if mark is not None], device=new.device)).nonzero()
@@ -215,13 +215,13 @@ class CrossGetModel(lmms):
 
     def _result(self, request: Request) -> GenerationResult:
         answer = self._log.get(request)
-        if answer is None:  # a copy that only fills up this rank's share
+        if answer is None:  # a copy that only pads this rank's share
             return GenerationResult(text="")
         counts = TokenCounts(input_tokens=answer["input_tokens"], output_tokens=answer["new_tokens"])
         return GenerationResult(text=answer["text"], token_counts=counts)
 
     def _report(self) -> None:
-        """Into lmms-eval's own results, key ``throughput``: of this rank, warm-up excluded."""
+        """Add this rank's throughput, without the warm-up, to lmms-eval's own results, under the key ``throughput``."""
         made = self._log.batches
         if not made:
             return
@@ -232,7 +232,7 @@ class CrossGetModel(lmms):
 
 
 class LlavaHfCrossGet(CrossGetModel):
-    """LLaVA and everything with a chat template and ``<image>`` placeholders; several images in a request."""
+    """LLaVA and other models with a chat template and ``<image>`` placeholders; a request may have several images."""
 
     is_simple = False
     encoder_parts = ("model.vision_tower", "model.multi_modal_projector")
@@ -249,16 +249,16 @@ class LlavaHfCrossGet(CrossGetModel):
 
 
 class LlavaHfCrossGetSimple(LlavaHfCrossGet):
-    """The same from a task's plain text and pictures (``--force_simple``)."""
+    """The same for a task's plain text and pictures (``--force_simple``)."""
 
     is_simple = True
 
 
 class Blip2HfCrossGet(CrossGetModel):
-    """BLIP-2 and InstructBLIP: one image in a request, and no chat template.
+    """BLIP-2 and InstructBLIP: one image per request, and no chat template.
 
     Args:
-        prompt: what the model reads, with the task's words at ``{}``, such as ``Question: {} Short answer:``.
+        prompt: the prompt, with ``{}`` for the task's text, such as ``Question: {} Short answer:``.
         arguments: see ``CrossGetModel``.
     """
 
@@ -283,7 +283,8 @@ class Blip2HfCrossGet(CrossGetModel):
         return self.processor(images=flat, text=texts, padding=True, return_tensors="pt"), counts
 
     def new_tokens(self, output: torch.Tensor, inputs: Any) -> torch.Tensor:
-        """(B, new); decoders repeat the prompt in front, encoder-decoders begin with a start mark."""
+        """(B, new) tokens; the output of decoders starts with the prompt, that of encoder-decoders with a start
+        mark."""
         if self._is_encoder_decoder:
             return output[:, 1:]
         prompt = inputs["input_ids"]
@@ -293,15 +294,15 @@ class Blip2HfCrossGet(CrossGetModel):
 
 
 class Blip2HfCrossGetSimple(Blip2HfCrossGet):
-    """The same from a task's plain text and picture (``--force_simple``)."""
+    """The same for a task's plain text and picture (``--force_simple``)."""
 
     is_simple = True
 
 
 def stopping(work: Callable[[], Result]) -> Result:
-    """Do something; an error ends the process with its reason also where lmms-eval's command line would go on.
+    """Run ``work``; an error ends the process with its reason, also if lmms-eval's command line would continue.
 
-    Unless it was asked for ``--verbosity DEBUG``, lmms-eval 0.7.3 prints an ``Exception`` and exits with status 0.
+    Without ``--verbosity DEBUG``, lmms-eval 0.7.3 prints an ``Exception`` and exits with status 0.
     """
     try:
         return work()
@@ -319,7 +320,7 @@ def _checked_batch_size(value: int | str) -> int:
 
 
 def _files(name: str) -> list[list[str | int]]:
-    """Names and sizes of local files that decide the answers; nothing for a repository of the hub."""
+    """Names and sizes of local files that the answers depend on; empty for a repository of the hub."""
     path = Path(name)
     files = sorted(item for item in path.iterdir() if item.is_file()) if path.is_dir() else [path] * path.is_file()
     return [[item.name, item.stat().st_size] for item in files]

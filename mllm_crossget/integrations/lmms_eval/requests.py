@@ -1,4 +1,4 @@
-"""lmms-eval's request tuples, chat and simple, as one kind of request. Knows no model."""
+"""lmms-eval's request tuples, chat and simple, as one type of request. It does not depend on a model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 _IMAGE_TOKEN = "<image>"
-# What lmms-eval writes itself into every task that names no stop string; its own llava_hf ignores stop strings.
+# lmms-eval writes this into every task without a stop string; its own llava_hf ignores stop strings.
 _DEFAULT_UNTIL = ["\n\n"]
 _PASSED_ON = (
     "min_new_tokens",
@@ -21,7 +21,7 @@ _PASSED_ON = (
     "length_penalty",
     "early_stopping",
 )
-_DEFAULT_NEW_TOKENS = 1024  # as lmms-eval's llava_hf
+_DEFAULT_NEW_TOKENS = 1024  # as in lmms-eval's llava_hf
 
 
 @dataclass
@@ -29,11 +29,11 @@ class Request:
     """One question.
 
     Attributes:
-        key: what makes it the same question in another run: task, split, document, repetition and a digest of the
-            words and of the generation settings.
-        messages: chat messages of ``{"type": "image"}`` and ``{"type": "text"}`` parts, made when first needed.
+        key: identifies the question over runs: task, split, document, repetition, and a digest of the text and of the
+            generation settings.
+        messages: chat messages of ``{"type": "image"}`` and ``{"type": "text"}`` parts, made on first use.
         generation: the task's generation settings.
-        padding: whether it is there only to make ranks equal, with an answer that nobody reads.
+        padding: whether it only makes the ranks equal, so that its answer is not used.
     """
 
     key: tuple[str, ...]
@@ -43,7 +43,7 @@ class Request:
 
     @property
     def group(self) -> str:
-        """Requests of one batch agree in this."""
+        """A key that all requests of a batch must share."""
         return json.dumps(self.generation, sort_keys=True, default=str)
 
 
@@ -67,7 +67,7 @@ def images_of(messages: list[dict[str, Any]]) -> list[Image.Image]:
     """The pictures of a conversation, RGB, in order.
 
     Raises:
-        TypeError: a video, a sound, or a picture that is no PIL image.
+        TypeError: a video, a sound, or a picture that is not a PIL image.
     """
     found = []
     for part in _parts(messages):
@@ -81,12 +81,12 @@ def images_of(messages: list[dict[str, Any]]) -> list[Image.Image]:
 
 
 def text_of(messages: list[dict[str, Any]]) -> str:
-    """The words of a conversation without its roles, for models without chat template."""
+    """The text of a conversation without its roles, for models without a chat template."""
     return "\n".join(part["text"] for part in _parts(messages) if part["type"] == "text").strip()
 
 
 def generate_options(generation: dict[str, Any]) -> dict[str, Any]:
-    """A task's generation settings as options of ``generate``. Greedy unless the task wants a temperature above 0."""
+    """A task's generation settings as options of ``generate``. Greedy unless the task has a temperature above 0."""
     options = {name: generation[name] for name in _PASSED_ON if generation.get(name) is not None}
     options["max_new_tokens"] = generation.get("max_new_tokens", _DEFAULT_NEW_TOKENS)
     temperature = generation.get("temperature") or 0
@@ -99,7 +99,7 @@ def generate_options(generation: dict[str, Any]) -> dict[str, Any]:
 
 
 def cut(text: str, generation: dict[str, Any]) -> str:
-    """The answer up to the task's first stop string. The one that lmms-eval adds by itself does not count."""
+    """The answer up to the task's first stop string, without the one that lmms-eval adds itself."""
     until = generation.get("until") or []
     stops = [until] if isinstance(until, str) else list(until)
     if stops != _DEFAULT_UNTIL:
@@ -136,7 +136,7 @@ def _chat_messages(messages: Any) -> list[dict[str, Any]]:
 
 
 def _simple_messages(context: str, visuals: Any) -> list[dict[str, Any]]:
-    """One user turn: pictures where the words say ``<image>``, or in front of them."""
+    """One user turn, with pictures at the ``<image>`` tags, or before the text if it has no tags."""
     pictures = [{"type": "image", "image": visual} for visual in visuals or []]
     words = context.split(_IMAGE_TOKEN)
     if len(words) == 1:

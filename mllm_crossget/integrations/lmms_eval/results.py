@@ -1,6 +1,6 @@
 """The JSON of one run: settings, versions, hardware, metrics with intervals, costs, and the score of every question.
 
-Figures are taken from lmms-eval's own files and the answer log; ``compare`` pairs two runs by question.
+The values come from lmms-eval's own files and the answer log; ``compare`` pairs two runs by question.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mllm_crossget.integrations.lmms_eval.token_costs import summary
 
 FORMAT_VERSION = 1
 _DRAWS = 10_000
-_AT_ONCE = 4_000_000  # drawn questions in memory
+_AT_ONCE = 4_000_000  # number of drawn questions in memory
 _PACKAGES = ("lmms_eval", "datasets", "accelerate", "bitsandbytes")
 _DIGITS = 6
 _SAME = 1e-6
@@ -31,8 +31,8 @@ def collect(config: dict[str, Any], results: Path, journal: Path) -> dict[str, A
     """The JSON of a finished run.
 
     Args:
-        config: what the run was asked for; ``tasks`` is its one task.
-        results: lmms-eval's ``..._results.json``; the samples lie beside it.
+        config: settings of the run; ``tasks`` is its one task.
+        results: lmms-eval's ``..._results.json``; the samples are beside it.
         journal: folder of the answer log.
     """
     report = json.loads(results.read_text())
@@ -60,7 +60,7 @@ def collect(config: dict[str, Any], results: Path, journal: Path) -> dict[str, A
 
 
 def write_result(path: Path, result: dict[str, Any]) -> None:
-    """Write a result whole or not at all."""
+    """Write a result, completely or not at all."""
     write_text(path, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -70,17 +70,17 @@ def read_result(path: Path) -> dict[str, Any]:
 
 
 def checked_result(result: dict[str, Any], source: str) -> dict[str, Any]:
-    """The result that was read from ``source``, as it is. Raises ``ValueError`` for another format."""
+    """The unchanged result that was read from ``source``. Raises ``ValueError`` for another format."""
     if result.get("format_version") != FORMAT_VERSION:
         raise ValueError(f"{source} has format_version={result.get('format_version')!r}, expected {FORMAT_VERSION}")
     return result
 
 
 def question_scores(result: dict[str, Any], metric: str) -> dict[str, float]:
-    """Score by document of a metric that is a mean over questions.
+    """Score per document, for a metric that is a mean over questions.
 
     Raises:
-        ValueError: the metric is no mean over questions, or the result has no such metric.
+        ValueError: the metric is not a mean over questions, or the result does not have it.
     """
     if metric not in result["scores"]:
         raise ValueError(f"{metric!r} has no score for every question; {sorted(result['scores'])} have")
@@ -105,7 +105,8 @@ def compare(one: dict[str, Any], other: dict[str, Any], metric: str) -> dict[str
 
 
 def bootstrap(values: np.ndarray) -> tuple[float, float]:
-    """The 95 % percentile interval of the mean of (questions,) values; the same draws for the same number of them."""
+    """The 95 % percentile interval of the mean of (questions,) values. The draws depend only on the number of
+    values."""
     generator = np.random.default_rng(0)
     rows, means = max(1, _AT_ONCE // len(values)), np.empty(_DRAWS)
     for start in range(0, _DRAWS, rows):
@@ -116,7 +117,7 @@ def bootstrap(values: np.ndarray) -> tuple[float, float]:
 
 
 def _values(results: dict[str, Any], task: str) -> dict[str, Any]:
-    """lmms-eval's figures of the first filter, without their standard errors. A group has them at its sub-tasks."""
+    """lmms-eval's values of the first filter, without standard errors. A group has them in its sub-tasks."""
     figures = {name.split(",")[0]: value for name, value in results.get(task, {}).items() if "_stderr" not in name}
     return {name: value for name, value in figures.items() if name not in ("alias", "samples")}
 
@@ -128,8 +129,8 @@ def _samples(results: Path, task: str) -> list[dict[str, Any]]:
 
 
 def _scores(samples: list[dict[str, Any]], metric: str, mean: float) -> list[float] | None:
-    """The metric's figure at every question: a number, or the ``score`` of a dictionary. None if their mean is not the
-    metric, as with F1, CIDEr and MME's sums."""
+    """The metric's value for every question: a number, or the ``score`` of a dictionary. None if their mean is not the
+    metric, as for F1, CIDEr and MME's sums."""
     found = [sample.get(metric) for sample in samples]
     numbers = [value.get("score") if isinstance(value, dict) else value for value in found]
     if not numbers or not all(isinstance(value, (bool, int, float)) for value in numbers):
@@ -146,13 +147,13 @@ def _metric(value: float, scores: list[float] | None) -> dict[str, float | None]
 
 
 def _digest(samples: list[dict[str, Any]]) -> str:
-    """Of documents, words and right answers; lmms-eval 0.7.3's own hash is the same for all documents."""
+    """Digest of documents, texts and correct answers; lmms-eval 0.7.3's own hash is the same for all documents."""
     words = [[sample["doc_id"], sample["input"], sample["target"]] for sample in samples]
     return hashlib.sha256(json.dumps(words).encode()).hexdigest()[:16]
 
 
 def _line(values: Any) -> str:
-    """One line of JSON instead of one per question."""
+    """JSON of all values in one line instead of one line per question."""
     return " ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
 
 

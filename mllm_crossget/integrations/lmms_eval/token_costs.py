@@ -1,6 +1,6 @@
-"""What answering costs: visual tokens, FLOPs, memory, and the time of encoder, prefill and decoding.
+"""Costs of the answers: visual tokens, FLOPs, memory, and the time of encoder, prefill and decoding.
 
-Encoder: vision tower and projector. Prefill: everything else up to the first token's logits. Decode: the rest.
+Encoder: vision tower and projector. Prefill: all other modules up to the first token's logits. Decoding: the rest.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _GIGA = 1e9
 
 @dataclass(frozen=True)
 class Phases:
-    """Seconds of one batch: in the vision side, until the first token's logits beside that, and after it."""
+    """Seconds of one batch: in the vision side, in the rest up to the first token's logits, and after them."""
 
     encoder: float
     prefill: float
@@ -48,12 +48,12 @@ class Phases:
 
 
 class Stopwatch:
-    """Times one ``generate``, with hooks that are there only while it runs.
+    """Times one ``generate``, with hooks that exist only during the call.
 
     Args:
-        model: with an output embedding, whose first call ends the prefill.
-        encoder_parts: paths of the modules of the vision side; none inside another.
-        device: synchronised at the borders of the phases if it is a CUDA device.
+        model: a model with an output embedding, whose first call ends the prefill.
+        encoder_parts: paths of the modules of the vision side, none of which is inside another.
+        device: synchronised between the phases if it is a CUDA device.
     """
 
     def __init__(self, model: nn.Module, encoder_parts: Sequence[str], device: torch.device) -> None:
@@ -64,7 +64,7 @@ class Stopwatch:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Time the block; afterwards ``phases`` holds the result."""
+        """Time a ``with`` block; afterwards ``phases`` holds the result."""
         entered: list[float] = []
         encoder: list[float] = []
         first: list[float] = []
@@ -99,14 +99,14 @@ class Stopwatch:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Start measuring the peak anew (a GPU only; a process keeps its highest mark)."""
+    """Reset the peak (only on a GPU; the peak of a process cannot be reset)."""
     if device.type == "cuda":
         for index in range(torch.cuda.device_count()):
             torch.cuda.reset_peak_memory_stats(index)
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the highest sum of allocated tensors on the GPUs, or on a CPU the process's highest resident size."""
+    """Peak bytes: of allocated tensors on the GPUs, or on a CPU of the process's resident size."""
     if device.type == "cuda":
         return sum(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count()))
     unit = 1 if sys.platform == "darwin" else 1024
@@ -115,8 +115,8 @@ def peak_memory(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class ImageTokens:
-    """Tokens of one image: placeholders that the processor writes, what leaves the vision tower, and what of it the
-    language model reads (BLIP-2: always 32)."""
+    """Token counts of one image: placeholders that the processor writes, tokens after the vision tower, and tokens in
+    the language model (BLIP-2: always 32)."""
 
     placeholders: int
     tower: int
@@ -150,7 +150,7 @@ def gflops_counter(model: Any) -> Callable[[int, int, int], float | None]:
                 new_tokens=new_tokens,
                 one_softmax=one_softmax,
             )
-        except ValueError:  # no formula for this family or language model
+        except ValueError:  # this family or language model has no formula
             return None
         return flops.total / _GIGA
 
@@ -160,7 +160,7 @@ def gflops_counter(model: Any) -> Callable[[int, int, int], float | None]:
 def summary(batches: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Means over requests, and over batches for the time to the first token, from the records of the answer log.
 
-    Requests of batches that were not timed count for tokens and FLOPs only. Values that no request has are left out.
+    Requests of batches that were not timed count only for tokens and FLOPs. Values that no request has are left out.
     """
     requests = [answer for batch in batches for answer in batch["answers"]]
     timed = [batch for batch in batches if batch["seconds"] is not None]

@@ -1,4 +1,4 @@
-"""What the tasks ``embedded_vqa`` and ``embedded_caption`` ask, show and count as right."""
+"""Questions, pictures and scores of the tasks ``embedded_vqa`` and ``embedded_caption``."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def _documents(captions: bool) -> Dataset:
 
 
 def short_questions(stand_in: Dataset) -> Dataset:
-    """Every held-out question but the captions; ``index`` is its place in ``held_out_questions``."""
+    """All held-out questions except the captions; ``index`` is the question's index in ``held_out_questions``."""
     return _documents(captions=False)
 
 
 def captions(stand_in: Dataset) -> Dataset:
-    """The held-out captions; ``index`` is the question's place in ``held_out_questions``."""
+    """The held-out captions; ``index`` is the question's index in ``held_out_questions``."""
     return _documents(captions=True)
 
 
@@ -43,12 +43,12 @@ def picture(doc: dict[str, Any]) -> list[Image.Image]:
 
 
 def words(doc: dict[str, Any], lmms_eval_specific_kwargs: dict[str, Any] | None = None) -> str:
-    """The question as the embedded model learned to read it."""
+    """The question in the format that the embedded model was trained on."""
     return str(doc["question"])
 
 
 def exact_match(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """1 for the only right answer, as the package's own evaluator counts."""
+    """1 for the only correct answer, as in the package's own evaluation."""
     return {"exact_match": float(results[0] == doc["answer"])}
 
 

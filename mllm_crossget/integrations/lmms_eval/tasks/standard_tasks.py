@@ -16,12 +16,13 @@ def seed_images(dataset: Dataset) -> Dataset:
 
 
 def first_letter(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """1 if the answer begins with the right letter, as lmms-eval counts SEED-Bench."""
+    """1 if the answer begins with the correct letter, as lmms-eval scores SEED-Bench."""
     return {"exact_match": float(results[0].strip()[:1].lower() == doc["answer"].strip().lower())}
 
 
 def mmbench_cn_static(results: list[dict[str, Any]], args: Any) -> float:
-    """MMBench-CN accuracy in per cent by lmms-eval's rules for finding the letter; nothing is written or asked."""
+    """MMBench-CN accuracy in per cent by lmms-eval's rules for finding the letter; no file is written and no judge is
+    asked."""
     from lmms_eval.tasks.mmbench.cn_utils import mmbench_evaluator
 
     overall, _, _ = mmbench_evaluator.eval_result(results, eval_method="static")
@@ -29,12 +30,12 @@ def mmbench_cn_static(results: list[dict[str, Any]], args: Any) -> float:
 
 
 def flickr30k_choices(dataset: Dataset) -> Dataset:
-    """Flickr30k with four captions per picture and the right one's letter."""
+    """Flickr30k with four captions per picture and the letter of the correct one."""
     return _choices(dataset, "caption")
 
 
 def coco2017_choices(dataset: Dataset) -> Dataset:
-    """COCO 2017 with four captions per picture and the right one's letter."""
+    """COCO 2017 with four captions per picture and the letter of the correct one."""
     return _choices(dataset, "answer")
 
 
@@ -51,12 +52,12 @@ def choice_words(doc: dict[str, Any], lmms_eval_specific_kwargs: dict[str, Any] 
 
 
 def first_letter_of_choice(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """1 if the answer begins with the right caption's letter."""
+    """1 if the answer begins with the letter of the correct caption."""
     return {"exact_match": float(results[0].strip()[:1].upper() == doc["choice"])}
 
 
 def _choices(dataset: Dataset, column: str) -> Dataset:
-    """The right letter goes round with the picture's number, so that a constant answer has a quarter right."""
+    """The correct letter alternates with the picture's index, so that a constant answer is correct for a quarter."""
     captions = [texts[0] for texts in dataset[column]]
     choices, letters = [], []
     for number in range(len(captions)):
