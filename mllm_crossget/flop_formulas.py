@@ -17,7 +17,7 @@ def attention_flops(queries: int, keys: int, width: int) -> int:
 
 def layer_flops(entering: int, inside: int, width: int, inner: int) -> int:
     """FLOPs of a layer of a plain vision transformer: q, k, v, o and attention on the ``entering`` tokens, and an MLP
-    of two matrices on the ``inside`` tokens, which are left after the layer's merging."""
+    of two matrices on the ``inside`` tokens. The latter are left after the layer's merging."""
     attention = 4 * linear_flops(entering, width, width) + attention_flops(entering, entering, width)
     return attention + 2 * linear_flops(inside, width, inner)
 

@@ -68,8 +68,8 @@ def _determinantal_first(keys_BTD: Tensor, quality_BT: Tensor, kept: int) -> Ten
 @torch.no_grad()
 def coverage_first(keys_BTD: Tensor, weight_BT: Tensor, kept: int, added: bool = False) -> Tensor:
     """(B, kept) tokens that cover all tokens. Each step takes the token with the largest product of its weight and its
-    gain in coverage, Σ_j max(0, cos(k_i, k_j) - best_j). best_j is the largest cosine of token j with a selected one;
-    it starts at 0.
+    gain in coverage, Σ_j max(0, cos(k_i, k_j) - best_j). Here best_j is the largest cosine of token j with a selected
+    one; it starts at 0.
 
     Args:
         keys_BTD: what is compared, any float dtype; in float32.

@@ -25,8 +25,8 @@ class AlignmentTokens(nn.Module):
         layers: number of layers of the tower.
         tower_width: channels of the tower's tokens.
         maps: False compares the tower's tokens directly, without a map.
-        text_maps: number of maps for a text side: one per layer (published for CLIP), or one that its layers share. 0
-            for a model without text, and for a text side that is as wide as the alignment tokens and has no map.
+        text_maps: number of maps for a text side. It is one per layer (published for CLIP), or 1 if the layers share a
+            map. It is 0 without a text side, or if the text is as wide as the alignment tokens and has no map.
         text_width: channels of the text's tokens.
         dtype, device: of the parameters.
     """

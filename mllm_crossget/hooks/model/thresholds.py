@@ -78,7 +78,7 @@ def calibrate(model: nn.Module, images: Any = None, processor: Any = None, *, te
         model: accelerated with ``CrossGetConfig(dynamic=True, ...)`` or ``MadtpConfig(...)``.
         images: (images, channels, height, width) pixel values as the processor makes them; or pictures, with
             ``processor``. They should be like those that the model will see. On other images of that kind the average
-            is off by about the relative spread of their counts / sqrt(images): some dozens of images suffice for a
+            is off by about the relative spread of their counts / sqrt(images). Some dozens of images suffice for a
             spread of 20 %, a thousand for 60 %.
         processor: a transformers processor or image processor, for pictures and for texts that are strings.
         texts: for MADTP with ``text_keep_ratio`` or ``text_r``: strings, or ``input_ids`` and ``attention_mask`` as the
