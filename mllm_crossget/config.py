@@ -38,7 +38,7 @@ Config = TypeVar("Config", bound="ReductionConfig")
 
 @dataclass
 class ReductionConfig:
-    """How many visual tokens to keep: a dial ``keep_ratio``, ``visual_tokens`` or ``r``; by default ``keep_ratio=0.5``.
+    """The token budget, set by one dial: ``keep_ratio`` (by default 0.5), ``visual_tokens`` or ``r``.
 
     Dual encoders (CLIP, SigLIP) and BLIP's models with a text encoder have text dials too: ``text_keep_ratio``,
     ``text_r``. A dial reduces its own tower alone. Without a text dial the text tower is unchanged, with a text dial
