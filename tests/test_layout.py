@@ -6,6 +6,7 @@ One test per rule; it looks at every file and names those that break it. Three r
 from __future__ import annotations
 
 import ast
+import re
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 PARTS = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in FILES}
 MOST_LINES_OF_A_FILE = 400
 MOST_LINES_OF_A_FUNCTION = 60
+MOST_WORDS_OF_A_SENTENCE = 62
 
 _BASE = {"atomic_files", "config", "field_types", "geometry", "schedule", "ops"}
 _FLOOR = {*_BASE, "flop_formulas", "language_flops", "families", "methods"}
@@ -175,6 +177,41 @@ def long_parts(path: Path) -> Iterator[str]:
 
 def test_nothing_is_long() -> None:
     long = [f"{name_of(path)}: {what}" for path in FILES for what in long_parts(path)]
+    assert not long, "\n".join(long)
+
+
+# What begins a text of its own in a docstring: a section, an entry of it such as a parameter, an item of a list.
+_BEGINS_A_TEXT = re.compile(r"\s*(\w+( \w+)?:$|[-*] |\d+\. )| {4}[\w*]+(, [\w*]+)*: ")
+_END_OF_A_SENTENCE = re.compile(r"""(?<=[.!?])[`"')\]]*\s+(?=[A-Z`"'(\[])""")
+
+
+def sentences(docstring: str) -> Iterator[str]:
+    """The sentences of a docstring, without blocks of code."""
+    texts, in_code = [""], False
+    for line in docstring.splitlines():
+        fence = line.strip().startswith("```")
+        in_code ^= fence
+        if fence or in_code or line.strip().startswith((">>>", "...")):
+            texts.append("")
+            continue
+        if not line.strip() or _BEGINS_A_TEXT.match(line):
+            texts.append("")
+        texts[-1] += f" {line.strip()}"
+    for text in texts:
+        yield from (sentence for sentence in _END_OF_A_SENTENCE.split(text.strip()) if sentence)
+
+
+def long_sentences(path: Path) -> Iterator[str]:
+    tree = ast.parse(path.read_text())
+    for name, node in [("the module", tree), *definitions(path)]:
+        for sentence in sentences(ast.get_docstring(node) or ""):
+            words = len(sentence.split())
+            if words > MOST_WORDS_OF_A_SENTENCE:
+                yield f"{name} has a sentence of {words} words, {MOST_WORDS_OF_A_SENTENCE} are allowed: {sentence}"
+
+
+def test_no_sentence_of_a_docstring_is_long() -> None:
+    long = [f"{name_of(path)}: {what}" for path in FILES for what in long_sentences(path)]
     assert not long, "\n".join(long)
 
 
