@@ -109,7 +109,7 @@ def test_a_change_gives_a_list_to_paste(entered: list[Entry]) -> None:
     """A renamed function keeps its sentence, a new file asks for one."""
     renamed = [(file, "merged") if function == "merge" else (file, function) for file, function in entered]
     text = to_paste([*renamed, ("ops/new.py", "new")])
-    assert re.search(r"\| `ops/merging.py` \| `merged` \| Adds the leaving tokens", text)
+    assert re.search(r"\| `ops/merging.py` \| `merged` \| Merges the removed tokens", text)
     assert re.search(r"\| `ops/new.py` \| `new` \| SAY WHAT HAPPENS", text)
 
 
