@@ -237,8 +237,8 @@ def _adapter_of(model: nn.Module, name_or_path: str | Path, hub_kwargs: dict[str
     if find_adapter_config_file(str(name_or_path), **hub_kwargs) is None:
         return None
     handle = handle_of(model)
-    own = handle is not None and handle.adapter is not None
-    if wrapped_by_peft(model) or (getattr(base_model(model), "_hf_peft_config_loaded", False) and not own):
+    has_our_adapter = handle is not None and handle.adapter is not None
+    if wrapped_by_peft(model) or (getattr(base_model(model), "_hf_peft_config_loaded", False) and not has_our_adapter):
         warnings.warn(
             f"the model carries an adapter, so the one in {name_or_path} was not loaded: its cross tokens were; "
             "pass adapter=False if that is meant, or give the model without its adapter",
@@ -342,10 +342,10 @@ def _without_parked(
 
 def _check_tensors(learned: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: Path) -> None:
     expected = {key: tuple(parameter.shape) for key, parameter in learned.items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if found != expected:
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if shapes != expected:
         raise ValueError(
-            f"{path} does not fit this model: it holds {found}, the model needs {expected} (layers, width); "
+            f"{path} does not fit this model: it holds {shapes}, the model needs {expected} (layers, width); "
             "was it made for another model?"
         )
     _check_numbers(tensors, path, {key: parameter.dtype for key, parameter in learned.items()})
@@ -353,9 +353,9 @@ def _check_tensors(learned: Mapping[str, Tensor], tensors: Mapping[str, Tensor],
 
 def _check_numbers(tensors: Mapping[str, Tensor], path: Path, kinds: Mapping[str, torch.dtype]) -> None:
     """Check that weights are finite floating-point numbers, also in the model's own dtype (``kinds``)."""
-    strange = {name: _kind(tensor) for name, tensor in tensors.items() if not _is_plain(tensor)}
-    if strange:
-        raise ValueError(f"{path} holds no weights but {strange}; expected floating numbers, each with its value")
+    not_plain = {name: _kind(tensor) for name, tensor in tensors.items() if not _is_plain(tensor)}
+    if not_plain:
+        raise ValueError(f"{path} holds no weights but {not_plain}; expected floating numbers, each with its value")
     bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor.double()).all()]
     if bad:
         raise ValueError(f"{path} holds values in {bad} that are not finite; the file is damaged")

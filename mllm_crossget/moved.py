@@ -82,10 +82,10 @@ def moved_names(package: str, *modules: str) -> Callable[[str], Any]:
     def find(name: str) -> Any:
         if not name.startswith("__"):
             for module in modules:
-                found = vars(importlib.import_module(f"{_PACKAGE}.{module}"))
-                if name in found:
+                names = vars(importlib.import_module(f"{_PACKAGE}.{module}"))
+                if name in names:
                     _warn(f"{package}.{name}", f"{_PACKAGE}.{module}.{name}")
-                    return found[name]
+                    return names[name]
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
     return find

@@ -46,16 +46,16 @@ def retrieval_ranks(
     for start in range(0, len(images), _CHUNK):
         similarity = images[start : start + _CHUNK] @ texts.mT
         rows = torch.arange(start, start + len(similarity), device=images.device)
-        own = rows[:, None] == owner
-        best = similarity.masked_fill(~own, -torch.inf).amax(dim=1, keepdim=True)
-        rank = ((similarity >= best - _slack(images[start : start + _CHUNK], texts)) & ~own).sum(dim=1)
-        to_text.append(torch.where(own.any(dim=1), rank, -1))
+        is_own = rows[:, None] == owner
+        best = similarity.masked_fill(~is_own, -torch.inf).amax(dim=1, keepdim=True)
+        rank = ((similarity >= best - _slack(images[start : start + _CHUNK], texts)) & ~is_own).sum(dim=1)
+        to_text.append(torch.where(is_own.any(dim=1), rank, -1))
     to_image = []
     for start in range(0, len(texts), _CHUNK):
         similarity = texts[start : start + _CHUNK] @ images.mT
-        own = owner[start : start + _CHUNK, None]
-        found = similarity.gather(1, own) - _slack(texts[start : start + _CHUNK], images)
-        to_image.append((similarity >= found).sum(dim=1) - 1)  # minus 1 for its own image
+        own_image = owner[start : start + _CHUNK, None]
+        own_similarity = similarity.gather(1, own_image) - _slack(texts[start : start + _CHUNK], images)
+        to_image.append((similarity >= own_similarity).sum(dim=1) - 1)  # minus 1 for its own image
     return torch.cat(to_text), torch.cat(to_image)
 
 

@@ -50,10 +50,10 @@ class PartClock:
         spent = {part: [self._between(*mark) for mark in marks] for part, marks in self._marks.items()}
         self._marks.clear()
         language = spent.pop("language", [])
-        found = {part: sum(values) for part, values in spent.items()}
-        found |= {"prefill": sum(language[:1]), "decode": sum(language[1:])}
-        found["rest"] = total - sum(found.values())
-        return {part: found.get(part, 0.0) for part in PARTS}
+        by_part = {part: sum(values) for part, values in spent.items()}
+        by_part |= {"prefill": sum(language[:1]), "decode": sum(language[1:])}
+        by_part["rest"] = total - sum(by_part.values())
+        return {part: by_part.get(part, 0.0) for part in PARTS}
 
     def _starter(self, part: str) -> Any:
         def start(module: nn.Module, args: Any, kwargs: Any) -> None:

@@ -117,9 +117,9 @@ def run(options: BenchOptions) -> int:
         if has_ideal(model, family):
             time_towers(settings, family, inputs["pixel_values"].flatten(0, -4), options.tower_rounds)
         for new_tokens in options.new_tokens:
-            made = measure(settings, family, options, inputs, new_tokens, speeds)
-            append(options.output, made)
-            lines += made
+            new_lines = measure(settings, family, options, inputs, new_tokens, speeds)
+            append(options.output, new_lines)
+            lines += new_lines
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)  # a pipe has no width, and eleven columns do not fit into rich's 80
@@ -172,11 +172,11 @@ def reductions(options: BenchOptions) -> list[tuple[str, Any]]:
     """
     dials: list[dict[str, Any]] = [{"keep_ratio": keep} for keep in options.keep_ratios if keep]
     dials += [{"r": options.r}] if options.r is not None else []
-    wanted: list[tuple[str, Any]] = [("untouched", method_class(options.methods[0])(keep_ratio=1.0))]
+    settings: list[tuple[str, Any]] = [("untouched", method_class(options.methods[0])(keep_ratio=1.0))]
     for name in options.methods:
-        wanted += [(f"{name} {key}={value}", method_class(name)(**{key: value}))
+        settings += [(f"{name} {key}={value}", method_class(name)(**{key: value}))
                    for dial in dials for key, value in dial.items()]  # fmt: skip
-    return wanted
+    return settings
 
 
 def _setting(model: nn.Module, family: Family, name: str, method: Any, way: str, device: torch.device) -> Setting:
@@ -249,9 +249,9 @@ def measure(
     label = f"batch {batch}, {new_tokens} new tokens"
     for turn in tqdm(range(options.rounds + 1), desc=label, leave=False):
         for setting in settings:
-            found = timed_run(setting, family, inputs, new_tokens)
+            seconds = timed_run(setting, family, inputs, new_tokens)
             if turn:
-                setting.runs.append(found)
+                setting.runs.append(seconds)
     sizes = _sizes(model, family, getattr(torch, options.dtype))
     case = Case(family, options.text_tokens, batch, new_tokens, speeds, sizes)
     shared = {"geometry": options.geometry, "options": asdict(options), "environment": environment()}

@@ -99,17 +99,17 @@ def environment() -> dict[str, str | int]:
         "transformers": version("transformers"),
         "mllm_crossget": version("mllm-crossget"),
         **({"numba": version("numba")} if cpu_kernels(torch.empty(0)) else {}),
-        **({"allocator": told} if (told := allocator()) else {}),
+        **({"allocator": settings} if (settings := allocator()) else {}),
     }
 
 
 def allocator() -> str:
     """Settings of the C library's allocator, or the allocator that replaces it; "" by default. They matter because
     memory that is returned to the system between two layers must be allocated again, page by page."""
-    told = {name: os.environ[name] for name in sorted(os.environ) if name.startswith("MALLOC_")}
+    variables = {name: os.environ[name] for name in sorted(os.environ) if name.startswith("MALLOC_")}
     if os.environ.get("LD_PRELOAD"):
-        told["LD_PRELOAD"] = ":".join(Path(name).name for name in os.environ["LD_PRELOAD"].split(":"))
-    return " ".join(f"{name}={value}" for name, value in told.items())
+        variables["LD_PRELOAD"] = ":".join(Path(name).name for name in os.environ["LD_PRELOAD"].split(":"))
+    return " ".join(f"{name}={value}" for name, value in variables.items())
 
 
 def _processor() -> str:

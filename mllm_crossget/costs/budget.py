@@ -43,11 +43,11 @@ def dial_for_savings(config: Any, method: Method, saved: float, *, text_tokens: 
     while low <= high:
         tokens = (low + high) // 2
         try:
-            found = 1 - model_flops(config, _with_dial(method, visual_tokens=tokens), **cost).total / untouched
+            savings = 1 - model_flops(config, _with_dial(method, visual_tokens=tokens), **cost).total / untouched
         except ValueError:  # fewer than the tower can reach
             low = tokens + 1
             continue
-        if found >= saved:
+        if savings >= saved:
             best, low = tokens, tokens + 1
         else:
             high = tokens - 1
@@ -77,8 +77,8 @@ def measured_flops(config: Any, method: Method, counts: Tensor, *, text_tokens: 
     for row in counts.tolist():
         removals = tuple(a - b for a, b in itertools.pairwise(row))
         features = row[geometry.read] - (geometry.prefix if geometry.drops_prefix else 0)
-        own = Schedule(removals, tuple(row), planned.placeholders, features, planned.cross, planned.drop_cross)
-        total += model_flops(config, method, text_tokens=text_tokens, schedule=own).total
+        measured = Schedule(removals, tuple(row), planned.placeholders, features, planned.cross, planned.drop_cross)
+        total += model_flops(config, method, text_tokens=text_tokens, schedule=measured).total
     return total / len(counts)
 
 

@@ -111,14 +111,14 @@ def _schedules(config: Any, method: Method, geometry: Geometry, text_tokens: int
     """Total FLOPs by every schedule that the method and its settings allow; empty if ``r`` is a list."""
     if not isinstance(geometry, TowerGeometry) or not method.reduces_vision:
         return {}
-    found = {}
+    totals = {}
     for kind in SCHEDULES:
         try:
             chosen = replace(method, schedule=kind)
-            found[kind] = model_flops(config, chosen, text_tokens=text_tokens, new_tokens=new_tokens).total
+            totals[kind] = model_flops(config, chosen, text_tokens=text_tokens, new_tokens=new_tokens).total
         except ValueError:  # not allowed with this method, setting or projector
             continue
-    return found if len(found) > 1 else {}
+    return totals if len(totals) > 1 else {}
 
 
 def _text_counts(config: Any, tower: TextTower, method: Method, text_tokens: int) -> dict[str, Any]:
@@ -166,8 +166,8 @@ def _print_inspection(options: InspectOptions, report: dict[str, Any]) -> None:
         console.print(_layer_table(report, "text_", "text tower"))
     console.print(_flops_table(report))
     if report["schedules"]:
-        told = ", ".join(f"{kind} {flops / 1e9:.2f}" for kind, flops in report["schedules"].items())
-        console.print(f"total GFLOPs by schedule: {told}")
+        totals = ", ".join(f"{kind} {flops / 1e9:.2f}" for kind, flops in report["schedules"].items())
+        console.print(f"total GFLOPs by schedule: {totals}")
 
 
 def _layer_table(report: dict[str, Any], prefix: str = "", tower: str = "vision tower") -> Table:

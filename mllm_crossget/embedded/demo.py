@@ -117,8 +117,8 @@ def make_method(name: str, keep_ratio: float) -> Method:
     """A method's settings from its name, or from a variant's name (``VARIANTS``)."""
     fields = dict(VARIANTS.get(name, {"method": name}))
     kind = method_class(fields.pop("method"))
-    made = kind.published if fields.pop("published", False) else kind
-    return made(keep_ratio=keep_ratio, **fields)  # type: ignore[return-value]
+    constructor = kind.published if fields.pop("published", False) else kind
+    return constructor(keep_ratio=keep_ratio, **fields)  # type: ignore[return-value]
 
 
 def _time_prefill(

@@ -215,8 +215,8 @@ def _branches(
     scene: Scene, tokenizer: PreTrainedTokenizerFast, chance: random.Random
 ) -> list[tuple[list[int], int, float]]:
     """Token ids of question and answer, number of answer tokens, and weight, for every question of the menu."""
-    asked = [(ask(scene, kind, chance), weight) for kind, times, weight in MENU for _ in range(times)]
-    pairs = [(*pair, weight) for pair, weight in asked if pair is not None]
+    menu = [(ask(scene, kind, chance), weight) for kind, times, weight in MENU for _ in range(times)]
+    pairs = [(*pair, weight) for pair, weight in menu if pair is not None]
     questions = tokenizer([f"{question} ASSISTANT:" for question, _, _ in pairs], add_special_tokens=False).input_ids
     answers = tokenizer([f"{answer}{EOS}" for _, answer, _ in pairs], add_special_tokens=False).input_ids
     return [
@@ -234,7 +234,7 @@ def answer_loss(model: LlavaForConditionalGeneration, visual: Tensor, pack: Pack
     hidden = model.model.language_model(
         inputs_embeds=embeddings, attention_mask=pack.mask, position_ids=pack.positions, use_cache=False
     ).last_hidden_state
-    asked = pack.labels != IGNORE
-    logits, target, weight = model.lm_head(hidden[asked]).float(), pack.labels[asked], pack.weights[asked]
+    has_label = pack.labels != IGNORE
+    logits, target, weight = model.lm_head(hidden[has_label]).float(), pack.labels[has_label], pack.weights[has_label]
     loss = (F.cross_entropy(logits, target, reduction="none") * weight).sum() / weight.sum()
     return loss, (logits.argmax(-1) == target).float().mean().item()

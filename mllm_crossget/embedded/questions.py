@@ -99,7 +99,7 @@ def ask_of_pairs(scenes: Sequence[Scene], count: int, chance: random.Random) -> 
     not give the answer.
     """
     shown = [{item.digit for item in scene.items} for scene in scenes]
-    asked = []
+    questions = []
     for number in range(count):
         digit = chance.randrange(10)
         with_it = [place for place, digits in enumerate(shown) if digit in digits]
@@ -112,8 +112,8 @@ def ask_of_pairs(scenes: Sequence[Scene], count: int, chance: random.Random) -> 
         first = chance.choice(pools[0])
         pair = [first, chance.choice([place for place in pools[1] if place != first])]
         chance.shuffle(pair)
-        asked.append((f"Is there a {digit} and a {digit}?", "yes" if both else "no", (pair[0], pair[1])))
-    return asked
+        questions.append((f"Is there a {digit} and a {digit}?", "yes" if both else "no", (pair[0], pair[1])))
+    return questions
 
 
 def pair_questions(count: int) -> list[PairQuestion]:
@@ -122,14 +122,14 @@ def pair_questions(count: int) -> list[PairQuestion]:
         raise ValueError(f"count must be at least 1, got {count}")
     layouts = sample_layouts(TEST_SCENES, "test", torch.Generator().manual_seed(TEST_SEED))
     scenes, pixels = layouts.scenes(), render(layouts)[0]
-    found = []
+    questions = []
     for text, answer, (one, other) in ask_of_pairs(scenes, count, random.Random(TEST_SEED)):
         digit = int(text.split()[3])
         shown = sum(any(item.digit == digit for item in scenes[place].items) for place in (one, other))
         images = (to_image(pixels[one]), to_image(pixels[other]))
         kind = ("none", "one", "both")[shown]
-        found.append(PairQuestion(kind, text, answer, (scenes[one], scenes[other]), images))
-    return found
+        questions.append(PairQuestion(kind, text, answer, (scenes[one], scenes[other]), images))
+    return questions
 
 
 def _digit_by_colour(scene: Scene, chance: random.Random) -> tuple[str, str]:

@@ -106,8 +106,8 @@ class Family:
     @property
     def title(self) -> str:
         """Its name for readers: the model type, with the classes or the variant."""
-        told = ", ".join(self.classes) or self.variant
-        return f"{self.model_type} ({told})" if self.variant else self.model_type
+        suffix = ", ".join(self.classes) or self.variant
+        return f"{self.model_type} ({suffix})" if self.variant else self.model_type
 
     def serves(self, class_names: Iterable[str]) -> bool:
         """Whether a model with one of these class names has this family's structure."""

@@ -78,14 +78,14 @@ def parts(model: Any, kwargs: dict[str, Any]) -> list[int]:
 def counts(model: Any, kwargs: dict[str, Any]) -> list[int]:
     """Number of features of each image of a call in the untouched model."""
     owner, config = model.model, model.config
-    made = layouts(
+    stock_layouts = layouts(
         owner.pack_image_features,
         parts(model, kwargs),
         patches_per_image(config.vision_config),
         require_sizes(kwargs),
         vision_feature_select_strategy=config.vision_feature_select_strategy,
     )
-    return [len(layout) for layout in made]
+    return [len(layout) for layout in stock_layouts]
 
 
 def square_tiles(config: Any, most: float = float("inf")) -> Tiles:

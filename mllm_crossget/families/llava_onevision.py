@@ -37,14 +37,14 @@ from mllm_crossget.families.tile_packing import layouts
 def counts(model: Any, kwargs: dict[str, Any]) -> list[int]:
     """Number of features of each image of a call in the untouched model."""
     owner, config = model.model, model.config
-    made = layouts(
+    stock_layouts = layouts(
         owner.pack_image_features,
         parts(model, kwargs),
         grid_geometry(config).patches,
         require_sizes(kwargs),
         vision_aspect_ratio=config.vision_aspect_ratio,
     )
-    return [len(layout) for layout in made]
+    return [len(layout) for layout in stock_layouts]
 
 
 def video_counts(model: Any, kwargs: dict[str, Any], kept: Callable[[int], int] = all_of) -> list[int]:

@@ -36,8 +36,8 @@ def read_at_the_end(
         vision = config_at(config, part)
         prefix = tower_kind(vision.model_type, kinds, owner or type(config).__name__).prefix
         layers = vision.num_hidden_layers
-        made = None if cells is None else cells(config)
-        return TowerGeometry(patches_per_image(vision), prefix, layers, layers, drops_prefix, made)
+        cell_count = None if cells is None else cells(config)
+        return TowerGeometry(patches_per_image(vision), prefix, layers, layers, drops_prefix, cell_count)
 
     return geometry
 
@@ -63,8 +63,8 @@ def layers_that_are_read(given: Any, layers: int) -> list[int]:
 
 def reads_several_layers(config: Any) -> bool:
     """Whether a model's features are concatenated from several layers of its tower."""
-    given = config.vision_feature_layer
-    return not isinstance(given, int) and len(given) > 1
+    feature_layer = config.vision_feature_layer
+    return not isinstance(feature_layer, int) and len(feature_layer) > 1
 
 
 def layer_that_is_read(layer: Any, layers: int) -> int:

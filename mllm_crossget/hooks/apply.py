@@ -94,9 +94,11 @@ def _hook_vision(model: Any, handle: Handle, geometry: TowerGeometry) -> None:
     handle.encoder_path, handle.tower = _hook_encoder(model, handle, family.tower or "", "vision", geometry)
     for modality in family.modalities:
         if modality.tower and modality.geometry is not None:
-            own = modality_geometry(family, modality, model.config)
-            made = _hook_encoder(model, handle, modality.tower, modality.name, own)
-            handle.modality_towers[modality.name] = ModalityTower(made[0], make_schedule(handle.method, own), made[1])
+            own_geometry = modality_geometry(family, modality, model.config)
+            hooked = _hook_encoder(model, handle, modality.tower, modality.name, own_geometry)
+            handle.modality_towers[modality.name] = ModalityTower(
+                hooked[0], make_schedule(handle.method, own_geometry), hooked[1]
+            )
     if family.text_tower is not None and family.text_tower.appends and hasattr(tower, "head"):
         hook_pooling(handle.journal, tower, handle.tower)
     if handle.method.is_dynamic and (family.readers or family.cross_attentions is not None):
@@ -196,7 +198,7 @@ def _add_alignment_tokens(model: Any, handle: Handle) -> None:
     text_count, text_width = _text_side(model, handle)
     tower_width = config_at(model.config, family.vision_config).hidden_size if seen else text_width
     width = space.width if space.maps else tower_width
-    made = AlignmentTokens(
+    new_tokens = AlignmentTokens(
         space.count,
         width,
         len(layers) if seen else 0,
@@ -207,8 +209,8 @@ def _add_alignment_tokens(model: Any, handle: Handle) -> None:
         *_kind_of(layers[0]),
     )
     old = handle.cross_tokens.get("alignment")
-    if old is None or _shapes(old) != _shapes(made):
-        handle.cross_tokens["alignment"] = made
+    if old is None or _shapes(old) != _shapes(new_tokens):
+        handle.cross_tokens["alignment"] = new_tokens
     handle.journal.add_module(encoder, "alignment_tokens", handle.cross_tokens["alignment"])
     handle.cross_paths["alignment"] = f"{path}.alignment_tokens"
     if tower is not None:

@@ -97,10 +97,10 @@ class DynamicMethod(Method):
             shielded: (B, T) True for tokens that must be kept.
             least: (B,) smallest number of removals, from the limit on a single image; or None.
         """
-        wanted = self.tokens_below(scores, threshold)
+        count = self.tokens_below(scores, threshold)
         if least is not None:
-            wanted = torch.maximum(wanted, least)
-        return torch.minimum(wanted, (~shielded).sum(dim=1) // 2)
+            count = torch.maximum(count, least)
+        return torch.minimum(count, (~shielded).sum(dim=1) // 2)
 
     def tokens_below(self, scores: Tensor, threshold: float) -> Tensor:
         """(B,) number of tokens by which an image gets shorter if all tokens at or below the threshold are removed."""

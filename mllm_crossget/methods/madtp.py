@@ -210,9 +210,9 @@ class MadtpConfig(DynamicMethod):
         half."""
         if not self.reference:
             return super().removals(scores, threshold, shielded, least)
-        wanted = self.tokens_below(scores, threshold).amin().expand(len(scores))
-        kept = (~shielded).sum(dim=1) - wanted - 1
-        return torch.where(kept > self.min_keep, wanted, 0)
+        count = self.tokens_below(scores, threshold).amin().expand(len(scores))
+        kept = (~shielded).sum(dim=1) - count - 1
+        return torch.where(kept > self.min_keep, count, 0)
 
     def step(self, signals: RaggedSignals, scores: Tensor, context: Tensor, removals: Tensor) -> Step:
         """Pools the least important tokens into one, placed after the others (section 3.3)."""

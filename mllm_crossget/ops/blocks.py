@@ -32,12 +32,12 @@ def block_of_patches(patches: int, blocks: int) -> tuple[int, ...]:
     rows, columns = grid_of(patches)
     bands = min(rows, max(-(-blocks // columns), round(math.sqrt(blocks * rows / columns))))
     ends = [blocks * (band + 1) // bands for band in range(bands)]
-    found: list[int] = []
+    block_of_each: list[int] = []
     for row in range(rows):
         band = row * bands // rows
         first = ends[band - 1] if band else 0
-        found += [first + column * (ends[band] - first) // columns for column in range(columns)]
-    return tuple(found)
+        block_of_each += [first + column * (ends[band] - first) // columns for column in range(columns)]
+    return tuple(block_of_each)
 
 
 @functools.cache
@@ -48,10 +48,10 @@ def middle_of_blocks(patches: int, blocks: int) -> tuple[int, ...]:
     members: list[list[int]] = [[] for _ in range(blocks)]
     for patch, block in enumerate(block_of_patches(patches, blocks)):
         members[block].append(patch)
-    found = []
+    middles = []
     for patches_of_block in members:
         places = [divmod(patch, columns) for patch in patches_of_block]
         row, column = (sum(place[axis] for place in places) / len(places) for axis in (0, 1))
         distance = [(one[0] - row) ** 2 + (one[1] - column) ** 2 for one in places]
-        found.append(patches_of_block[distance.index(min(distance))])
-    return tuple(found)
+        middles.append(patches_of_block[distance.index(min(distance))])
+    return tuple(middles)

@@ -40,11 +40,11 @@ def lowest_scores(graph: Graph, importance_BT: Tensor, r: int) -> Tensor:
     """
     best = graph.best()
     rank = ranks(best)
-    found = _among_candidates(graph, best, rank, importance_BT, r)
-    if found is None:
+    lowest = _among_candidates(graph, best, rank, importance_BT, r)
+    if lowest is None:
         score = importance_BT - torch.minimum(graph.best_below(rank), best)
-        found = score.argsort(dim=-1, stable=True)[:, :r]
-    return found.sort(dim=-1).values
+        lowest = score.argsort(dim=-1, stable=True)[:, :r]
+    return lowest.sort(dim=-1).values
 
 
 def _among_candidates(graph: Graph, best: Tensor, rank: Tensor, importance: Tensor, r: int) -> Tensor | None:

@@ -34,11 +34,11 @@ def cpu_kernels(tensor: Tensor) -> ModuleType | None:
     """
     if type(tensor) is not Tensor or not tensor.is_cpu or torch.compiler.is_compiling():
         return None
-    asked = os.environ.get(MATCHING)
-    if asked == "0":
+    setting = os.environ.get(MATCHING)
+    if setting == "0":
         return None
     kernels = _numba_kernels()
-    if kernels is None and asked == "1":
+    if kernels is None and setting == "1":
         raise ImportError(
             f'{MATCHING}=1 asks for Numba on a CPU, which is missing: pip install "mllm_crossget[cpu]", or unset it'
         )

@@ -125,8 +125,8 @@ def best_below_in_rows(rows_BRT: Tensor, rank_BR: Tensor, rank_BT: Tensor, out: 
     Similarities are cut at a ceiling: at least 4 for tokens of a higher rank number, at most -4 for the others.
     Similarities are within 1 of 0, so only the latter are changed. A mask would cost five times as much on a CPU.
     """
-    below, own = (rank_BT * _CEILING)[:, None], (rank_BR * _CEILING + _CEILING / 2)[..., None]
-    ceiling = below - own if out is None else torch.sub(below, own, out=out)
+    below, own_rank = (rank_BT * _CEILING)[:, None], (rank_BR * _CEILING + _CEILING / 2)[..., None]
+    ceiling = below - own_rank if out is None else torch.sub(below, own_rank, out=out)
     best = torch.minimum(rows_BRT, ceiling, out=ceiling).amax(dim=-1)
     return best.masked_fill(best < -_CEILING / 4, -torch.inf)
 
@@ -172,8 +172,8 @@ class SimilarityMap:
         best = torch.empty_like(rank_BT)
         for first in range(0, tokens, together):
             rows = slice(first, first + together)
-            own = rank_BT[:, rows]
-            best[:, rows] = best_below_in_rows(self.similarity[:, rows], own, rank_BT, memory[:, : own.shape[1]])
+            rank = rank_BT[:, rows]
+            best[:, rows] = best_below_in_rows(self.similarity[:, rows], rank, rank_BT, memory[:, : rank.shape[1]])
         return best
 
     def best_below_of(self, rows_BC: Tensor, rank_BT: Tensor) -> Tensor:

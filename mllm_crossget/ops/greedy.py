@@ -49,19 +49,19 @@ def determinantal_first(keys_BTD: Tensor, quality_BT: Tensor, kept: int) -> Tens
 def _determinantal_first(keys_BTD: Tensor, quality_BT: Tensor, kept: int) -> Tensor:
     quality = quality_BT.float()
     kernel = quality[:, :, None] * similarities(keys_BTD) * quality[:, None]
-    left = kernel.diagonal(dim1=1, dim2=2).clone()
+    remaining = kernel.diagonal(dim1=1, dim2=2).clone()
     factors = torch.zeros(len(kernel), kept, kernel.shape[1], device=kernel.device)
     chosen = torch.empty(len(kernel), kept, dtype=torch.int64, device=kernel.device)
     for index in range(kept):
-        place = left.argmax(dim=1, keepdim=True)
+        place = remaining.argmax(dim=1, keepdim=True)
         chosen[:, index] = place[:, 0]
         row = _row(kernel, place)
         before = factors[:, :index]
         own = before.gather(2, place[..., None].expand(-1, index, 1))
-        variance = left.gather(1, place).clamp_min(_LEAST_VARIANCE)
+        variance = remaining.gather(1, place).clamp_min(_LEAST_VARIANCE)
         factors[:, index] = (row - (own * before).sum(dim=1)) / variance.sqrt()
-        left = (left - factors[:, index] ** 2).scatter(1, place, -torch.inf)
-        left = left.scatter(1, chosen[:, : index + 1], -torch.inf)
+        remaining = (remaining - factors[:, index] ** 2).scatter(1, place, -torch.inf)
+        remaining = remaining.scatter(1, chosen[:, : index + 1], -torch.inf)
     return chosen
 
 

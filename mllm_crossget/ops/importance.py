@@ -94,8 +94,8 @@ def attend_with_importance(
         with torch.no_grad():
             return attend_with_importance(query_BHTD, key_BHTD, value_BHTD, scaling, bias_BT, cross_token, weights_BT)
     # A compiler would make one map of all heads, or a loop that is slower than torch's matrix products.
-    whole = torch.compiler.is_compiling() and query_BHTD.device.type == "cpu"
-    attend = _attend_whole if whole else _attend
+    in_one_map = torch.compiler.is_compiling() and query_BHTD.device.type == "cpu"
+    attend = _attend_whole if in_one_map else _attend
     with without_autocast(query_BHTD.device):
         output, importance = attend(query_BHTD, key_BHTD, value_BHTD, scaling, bias_BT, cross_token, weights_BT)
     return output.transpose(1, 2), importance
@@ -151,17 +151,17 @@ def _attend(
         value_BHTD = query_BHTD[..., :0]
     columns = query_BHTD.new_empty(batch, heads, 1, tokens, dtype=torch.float32)
     output = value_BHTD.new_empty(batch, heads, tokens, value_BHTD.shape[-1])
-    images, own = _together(batch, heads, tokens, query_BHTD.device)
-    together = images * own
+    images, heads_together = _together(batch, heads, tokens, query_BHTD.device)
+    together = images * heads_together
     if weights_BT is None:
         weights = query_weights(tokens, cross_token, query_BHTD, 1.0 / heads).expand(together, 1, -1)
     maps = Workspace(query_BHTD, together, scaling) if Workspace.serves(query_BHTD) else Maps(scaling)
     for first in range(0, batch, images):
         part = slice(first, first + images)
         if weights_BT is not None:
-            rows = _for_heads(weights_BT[part] / heads, own)
-            weights = rows.expand(max(own, len(rows)), -1)[:, None]
-        maps.set_bias(None if bias_BT is None else _for_heads(bias_BT[part], own))
+            rows = _for_heads(weights_BT[part] / heads, heads_together)
+            weights = rows.expand(max(heads_together, len(rows)), -1)[:, None]
+        maps.set_bias(None if bias_BT is None else _for_heads(bias_BT[part], heads_together))
         parts = (_heads_of(values, first, images).split(together)
                  for values in (query_BHTD, key_BHTD, value_BHTD, output, columns))  # fmt: skip
         for query, key, value, out, column in zip(*parts, strict=True):

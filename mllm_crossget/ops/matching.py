@@ -112,14 +112,14 @@ def _pairs(keys: Tensor, importance: Tensor, shielded: Tensor | None, r: int) ->
     usable = usable_importance(importance, shielded)
     groups = image_groups(batch, tokens, keys.device)
     workspace = maps_workspace(groups, tokens, keys.device)
-    found = []
+    pairs = []
     for part in groups:
         graph = similarity_graph(keys[part], None if shielded is None else shielded[part], workspace)
         src = lowest_scores(graph, usable[part], r)
-        found.append((src, graph.best_survivor(src)))
-    if len(found) == 1:
-        return found[0]
-    src, dst = (torch.cat(side) for side in zip(*found, strict=True))
+        pairs.append((src, graph.best_survivor(src)))
+    if len(pairs) == 1:
+        return pairs[0]
+    src, dst = (torch.cat(side) for side in zip(*pairs, strict=True))
     return src, dst
 
 

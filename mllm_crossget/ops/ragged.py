@@ -126,9 +126,9 @@ def carry_mask(mask_BT: Tensor, importance_BT: Tensor, step: Step) -> Tensor:
         step: the step; rows without members get 0.
     """
     alive = step.share.detach() != 0
-    worth = importance_BT.detach().float().masked_fill(~alive, -torch.inf)
-    best = torch.full_like(step.size, -torch.inf).scatter_reduce(1, step.slot, worth, "amax")
-    first = alive & (worth == best.gather(1, step.slot))
+    ranking = importance_BT.detach().float().masked_fill(~alive, -torch.inf)
+    best = torch.full_like(step.size, -torch.inf).scatter_reduce(1, step.slot, ranking, "amax")
+    first = alive & (ranking == best.gather(1, step.slot))
     masks = mask_BT.masked_fill(~first, -torch.inf)
     carried = torch.full_like(step.size, -torch.inf).scatter_reduce(1, step.slot, masks, "amax")
     return carried.masked_fill(best == -torch.inf, 0.0)

@@ -18,8 +18,8 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:
     """The newest complete checkpoint of a run, or None. Warns about newer broken ones."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if _NAME.fullmatch(path.name)]
-    for path in sorted(found, key=lambda path: -int(path.name.removeprefix("checkpoint-"))):
+    checkpoints = [path for path in Path(output_dir).glob("checkpoint-*") if _NAME.fullmatch(path.name)]
+    for path in sorted(checkpoints, key=lambda path: -int(path.name.removeprefix("checkpoint-"))):
         problem = checkpoint_problem(path)
         if problem is None:
             return str(path)

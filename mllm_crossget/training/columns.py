@@ -27,17 +27,17 @@ def check_columns(name: str, rows: Any) -> None:
     Raises:
         ValueError: a column whose content would be ignored, or two columns of the same meaning.
     """
-    found = _columns(rows)
-    lost = [column for column in _CONTENT if column in found]
+    columns = _columns(rows)
+    lost = [column for column in _CONTENT if column in columns]
     if lost:
         raise ValueError(
             f"{name} has columns {lost}, which are not read; write what they hold into the turns of 'messages', with "
             "the roles system, user and assistant, or remove them"
         )
     for pair in _TWICE:
-        if found >= set(pair) and _in_one_row(rows, pair):
+        if columns >= set(pair) and _in_one_row(rows, pair):
             raise ValueError(f"{name} has samples with {pair[0]!r} and {pair[1]!r}, of which one is not read; keep one")
-    others = sorted(found - set(_READ))
+    others = sorted(columns - set(_READ))
     if others:
         warnings.warn(f"{name}: the columns {others} are not read", UserWarning, stacklevel=3)
 

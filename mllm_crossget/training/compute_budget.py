@@ -201,9 +201,9 @@ class BudgetCallback(TrainerCallback):
             tower(images)
         geometry: Any = handle.geometry
         counts = counts_of(sizes, geometry.patches + geometry.prefix + handle.schedule.cross)
-        found = measured_flops(target.config, handle.method, counts, text_tokens=self.text_tokens)
-        whole = dataclasses.replace(handle.method, keep_ratio=1.0, visual_tokens=None, r=None, vision_r=None)
-        return found / model_flops(target.config, whole, text_tokens=self.text_tokens).total
+        flops = measured_flops(target.config, handle.method, counts, text_tokens=self.text_tokens)
+        untouched = dataclasses.replace(handle.method, keep_ratio=1.0, visual_tokens=None, r=None, vision_r=None)
+        return flops / model_flops(target.config, untouched, text_tokens=self.text_tokens).total
 
 
 def take_settings(model: nn.Module, folder: str | Path) -> None:

@@ -127,9 +127,9 @@ class TrainingData(Dataset[dict[str, Tensor]]):
         marked = "{% generation" in (processor.chat_template or "")
         end = processor.tokenizer.eos_token or ""
         self.template = processor.chat_template if marked else VICUNA_TEMPLATE.replace("</s>", end)
-        strange = unknown_words(records, processor.tokenizer)
-        if strange is not None:
-            warnings.warn(strange, stacklevel=2)
+        unknown = unknown_words(records, processor.tokenizer)
+        if unknown is not None:
+            warnings.warn(unknown, stacklevel=2)
         bos = processor.tokenizer.bos_token
         self.adds_bos = bos is not None and bos not in self.template and "bos_token" not in self.template
 
@@ -284,8 +284,8 @@ def bad_samples(path: str | Path) -> dict[str, str]:
     """Id -> reason of the skipped samples, over all workers and epochs; empty if the file does not exist."""
     file = Path(path)
     rows = read_lines(file) if file.is_file() else []
-    whole = [row for row in rows if isinstance(row, dict) and {"id", "reason"} <= row.keys()]
-    return {row["id"]: row["reason"] for row in whole}
+    entries = [row for row in rows if isinstance(row, dict) and {"id", "reason"} <= row.keys()]
+    return {row["id"]: row["reason"] for row in entries}
 
 
 def _padded(rows: list[Tensor], length: int, value: int) -> Tensor:

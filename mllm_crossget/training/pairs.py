@@ -61,8 +61,8 @@ def encode_pair(
     encoded = processor(images=images[0], text=template.replace("{}", question).strip(), return_tensors="pt")
     prompt = encoded["input_ids"][0]
     # After a prompt, words of byte-pair vocabularies include their leading space.
-    spoken = processor.tokenizer(" " + answer.strip(), add_special_tokens=False)["input_ids"]
-    target = torch.tensor([*spoken, text_config.eos_token_id])
+    answer_ids = processor.tokenizer(" " + answer.strip(), add_special_tokens=False)["input_ids"]
+    target = torch.tensor([*answer_ids, text_config.eos_token_id])
     sample = {"input_ids": prompt, "labels": target}
     if not text_config.is_encoder_decoder:
         sample["input_ids"] = torch.cat([prompt, target])

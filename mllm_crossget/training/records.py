@@ -25,11 +25,11 @@ class BadSampleError(ValueError):
 
     def __init__(self, identity: str, reason: str | None = None) -> None:
         # A worker of the data loader passes on one text: a traceback that ends with the message.
-        told = (
+        message = (
             identity.rpartition("BadSampleError: ")[2].strip() if reason is None else f"sample {identity!r}: {reason}"
         )
-        super().__init__(told)
-        self.identity, self.reason = identity, told if reason is None else reason
+        super().__init__(message)
+        self.identity, self.reason = identity, message if reason is None else reason
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.identity, self.reason)

@@ -88,5 +88,5 @@ def _plain(name: str, value: Any) -> Any:
 
 def _refuse(differing: dict[str, tuple[Any, Any]], folder: str | Path) -> None:
     if differing:
-        told = ", ".join(f"{name}={now!r} (it was {before!r})" for name, (before, now) in differing.items())
-        raise ValueError(f"{folder} holds a run with other settings: {told}; {_WAYS_OUT}")
+        differences = ", ".join(f"{name}={now!r} (it was {before!r})" for name, (before, now) in differing.items())
+        raise ValueError(f"{folder} holds a run with other settings: {differences}; {_WAYS_OUT}")

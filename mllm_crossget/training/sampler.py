@@ -44,9 +44,9 @@ class ModalityLengthSampler(Sampler[int]):
         rest: list[int] = []
         for modality in (True, False):
             members = [index for index, value in enumerate(self.has_image) if value == modality]
-            whole, left = self._grouped(members, generator)
+            whole, incomplete = self._grouped(members, generator)
             groups += whole
-            rest += left
+            rest += incomplete
         order = torch.randperm(len(groups), generator=generator).tolist()
         yield from (index for group in order for index in groups[group])
         yield from rest

@@ -242,17 +242,17 @@ def _check_model(model: nn.Module, train_cross_tokens: bool) -> None:
     handle, live = _handle(model), live_cross_tokens(model)
     for place in handle.cross_paths:
         module, name = live[place], "alignment_tokens" if place == "alignment" else "cross_tokens"
-        said = "alignment tokens" if place == "alignment" else f"{place} cross tokens"
+        kind = "alignment tokens" if place == "alignment" else f"{place} cross tokens"
         if not train_cross_tokens:
             module.requires_grad_(False)
         elif not all(parameter.requires_grad for parameter in module.parameters() if _counts(module, parameter)):
             raise ValueError(
-                f"the {said} are frozen: give PEFT modules_to_save=['{name}'] (lora_config does), "
+                f"the {kind} are frozen: give PEFT modules_to_save=['{name}'] (lora_config does), "
                 "after accelerate_mllm, or pass train_cross_tokens=False to leave them as they are"
             )
         elif wrapped_by_peft(model) and not isinstance(module, ModulesToSaveWrapper):
             raise ValueError(
-                f"the {said} are not part of the adapter and would not be saved with it: call "
+                f"the {kind} are not part of the adapter and would not be saved with it: call "
                 f"accelerate_mllm before get_peft_model, with modules_to_save=['{name}'] (lora_config does)"
             )
 
@@ -298,11 +298,11 @@ def _check_arguments(trainer: CrossGetTrainer) -> None:
         )
     if trainer.distillation_weight and sharded:
         raise ValueError("distillation needs whole weights in every process; use DDP, ZeRO-2 or a single process")
-    for asked, kind, name in (
+    for is_requested, kind, name in (
         (args.deepspeed, DistributedType.DEEPSPEED, "deepspeed"),
         (args.fsdp, DistributedType.FSDP, "fsdp"),
     ):
-        if asked and active != kind:
+        if is_requested and active != kind:
             raise ValueError(
                 f"{name} was asked for, but training would run as {active.value}; start it with torchrun, accelerate "
                 "launch or deepspeed on a device that the backend supports"
@@ -311,14 +311,14 @@ def _check_arguments(trainer: CrossGetTrainer) -> None:
 
 def _cross_tokens_in(state: dict[str, Tensor], handle: Handle) -> dict[str, Tensor]:
     """The learned tokens of a gathered state dict, with the names of a model without PEFT."""
-    found = {}
+    tokens = {}
     for path in handle.cross_paths.values():
         pattern = re.compile(rf"(?:^|\.){re.escape(path)}\.(?:modules_to_save\.[^.]+\.)?((?!original_module\.).+)$")
         for name, tensor in state.items():
             match = pattern.search(name)
             if match:
-                found[f"{path}.{match[1]}"] = tensor
-    return found
+                tokens[f"{path}.{match[1]}"] = tensor
+    return tokens
 
 
 def _is_of_hub(base: str) -> bool:

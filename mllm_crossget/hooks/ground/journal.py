@@ -74,13 +74,13 @@ class Journal:
         No module is changed for it: methods of ``mixed_class`` call the original's method, and our attention functions
         call the model's own.
         """
-        around = _THREAD.aside
+        outer = _THREAD.aside
         modules = frozenset(target for _, target, _, _ in self._entries if isinstance(target, nn.Module))
         try:
-            _THREAD.aside = modules if around is None else modules | around
+            _THREAD.aside = modules if outer is None else modules | outer
             yield
         finally:
-            _THREAD.aside = around
+            _THREAD.aside = outer
 
     def rollback(self) -> None:
         """Undo every change; the journal is empty afterwards.

@@ -42,10 +42,10 @@ class KeyBias:
         """(rows, keys) bias of the last ``keys`` columns; of the first ``keys`` columns if the cache has room for
         more."""
         if (rows, keys) not in self._cut:
-            own = self._last(keys)
-            if rows != len(own):  # beams and samples repeat rows of the prompt
-                own = own.repeat_interleave(rows // len(own), dim=0)
-            self._cut[rows, keys] = own
+            bias = self._last(keys)
+            if rows != len(bias):  # beams and samples repeat rows of the prompt
+                bias = bias.repeat_interleave(rows // len(bias), dim=0)
+            self._cut[rows, keys] = bias
         return self._cut[rows, keys]
 
     def _last(self, keys: int) -> Tensor:
@@ -55,8 +55,8 @@ class KeyBias:
             padded = nn.functional.pad(self.bias, (0, 1))
             return padded[:, places.clamp(max=self.bias.shape[1])]
         first = max(0, self.columns - keys)
-        own = self.bias[:, first : first + keys]
-        return nn.functional.pad(own, (0, keys - own.shape[1]))
+        bias = self.bias[:, first : first + keys]
+        return nn.functional.pad(bias, (0, keys - bias.shape[1]))
 
 
 def attention_modules(layer: nn.Module) -> Iterator[nn.Module]:

@@ -59,9 +59,9 @@ class SizedLanguageModel(nn.Module):
         if args:
             kwargs.update(zip(positional_names(type(self)), args, strict=False))
         kwargs = with_named_cache(kwargs)
-        given: Tensor | None = kwargs.pop(COLUMNS, None)
+        log_sizes: Tensor | None = kwargs.pop(COLUMNS, None)
         cache = cache_in(kwargs)
-        sizes = given if given is not None else log_sizes_on(cache)
+        sizes = log_sizes if log_sizes is not None else log_sizes_on(cache)
         tokens = kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
         packs = cache is None and kwargs.get("attention_mask") is None and tokens.device.type != "meta"
         if packs:  # without a mask, gaps between positions would be taken for packed sequences
@@ -69,12 +69,12 @@ class SizedLanguageModel(nn.Module):
         if sizes is None:
             return super().forward(**kwargs)
         past = 0 if cache is None else cache.get_seq_length()
-        if given is None and tokens.shape[1] > 1 and not torch.compiler.is_compiling() and int(past) == 0:
+        if log_sizes is None and tokens.shape[1] > 1 and not torch.compiler.is_compiling() and int(past) == 0:
             keep_log_sizes(cache, None)  # the cache was emptied: its sizes belong to another prompt
             return super().forward(**kwargs)
         output = super().forward(**kwargs, **{KEYWORD: KeyBias(sizes, past + tokens.shape[1])})
-        if given is not None:
-            keep_log_sizes(cache_from(output), given)
+        if log_sizes is not None:
+            keep_log_sizes(cache_from(output), log_sizes)
         return output
 
 

@@ -56,8 +56,8 @@ def cross_state(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> 
     for place in paths or live:
         for key, name, parameter in learned_tensors(place, live[place]):
             # called, not read: in sharded training a parameter is whole only inside its module's call
-            own = parameter if place == "alignment" else live[place]()
-            tensor = own if state is None else _in_state(state, f"{paths.get(place)}", name)
+            learned = parameter if place == "alignment" else live[place]()
+            tensor = learned if state is None else _in_state(state, f"{paths.get(place)}", name)
             if tensor is not None:
                 values[key] = tensor.detach().cpu().contiguous()
     return values

@@ -54,9 +54,9 @@ def aligned_output(output_class: type) -> type:
     """The output's class with one more field. It is a real dataclass, because DDP and FSDP rebuild outputs by their
     fields."""
     field = ("alignment_loss", Tensor | None, dataclasses.field(default=None))
-    made = dataclasses.make_dataclass(output_class.__name__, [field], bases=(output_class,))
-    made.__module__, made.__qualname__ = output_class.__module__, output_class.__qualname__
-    return made
+    with_loss = dataclasses.make_dataclass(output_class.__name__, [field], bases=(output_class,))
+    with_loss.__module__, with_loss.__qualname__ = output_class.__module__, output_class.__qualname__
+    return with_loss
 
 
 def _project(modules: list[nn.Module], tokens: Tensor) -> Tensor:

@@ -46,10 +46,10 @@ class HeadlessModel(nn.Module):
         refuse_replica(self)
         if args:
             kwargs.update(zip(positional_names(type(self)), args, strict=False))
-        whole: Any = self.__dict__[_WHOLE]
+        whole_model: Any = self.__dict__[_WHOLE]
         if kwargs.pop(COMPACT, False):
             return super().forward(**kwargs)
-        if kwargs.get("inputs_embeds") is not None and not present(whole.__dict__[HANDLE], kwargs):
+        if kwargs.get("inputs_embeds") is not None and not present(whole_model.__dict__[HANDLE], kwargs):
             return super().forward(**kwargs)
         refuse_inputs(kwargs)
-        return compact_forward(whole, super().forward, kwargs, "last_hidden_state")
+        return compact_forward(whole_model, super().forward, kwargs, "last_hidden_state")

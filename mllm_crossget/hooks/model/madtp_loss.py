@@ -1,9 +1,9 @@
 """MADTP's alignment guidance in training: it compares the alignment features of the images with those of their texts.
 
-Alignment features are (K, width) sums over layers and tokens, weighted by the scores of the K alignment tokens. The
-tower records those of images (``hooks.tower.counts_per_image``); those of texts are made from the inputs of the text
-layers. Both are stored in lists of one forward. Gradients reach the alignment tokens, their maps, and all other trained
-weights.
+Alignment features are (K, width): for each of the K alignment tokens, the mean of the tokens weighted by its scores,
+summed over the layers. The tower records those of images (``hooks.tower.counts_per_image``); those of texts are made
+from the inputs of the text layers. Both are stored in lists of one forward. Gradients reach the alignment tokens, their
+maps, and all other trained weights.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ _PLACE = "_mllm_crossget_heard"
 def guides(model: nn.Module, handle: Handle) -> bool:
     """True if this forward has the loss of the alignment tokens."""
     loss = handle.method.training_loss
-    wanted = loss is not None and loss.kind is LossKind.ALIGNMENT_TOKENS
-    return wanted and model.training and "alignment" in handle.cross_paths
+    has_alignment_loss = loss is not None and loss.kind is LossKind.ALIGNMENT_TOKENS
+    return has_alignment_loss and model.training and "alignment" in handle.cross_paths
 
 
 def recording(model: nn.Module, handle: Handle) -> AbstractContextManager[list[Tensor]]:
@@ -55,16 +55,16 @@ def with_guidance(model: Any, forward: Any, handle: Handle, kwargs: dict[str, An
     """
     side = text_side_of(handle.family, model.config)
     layers = heard_layers(model, handle)
-    with forget_ahead(model, handle.family), recording(model, handle) as found, _heard(layers) as inputs:
+    with forget_ahead(model, handle.family), recording(model, handle) as recorded, _heard(layers) as inputs:
         rows = _images_per_row(model, handle, kwargs)
         output = forward(**kwargs)
     if isinstance(output, tuple):
         return output
-    if side is None or not found or not inputs:
+    if side is None or not recorded or not inputs:
         known = next(value for value in output.values() if isinstance(value, Tensor))
         loss = torch.zeros((), dtype=torch.float32, device=known.device)
     else:
-        images = image_features(found, len(module_layers(model, handle)))
+        images = image_features(recorded, len(module_layers(model, handle)))
         find = _columns_behind_queries if side.keyword else _text_columns
         columns = find(model, handle, side, kwargs, inputs[0])
         text = text_features(live_cross_tokens(model)["alignment"], inputs, columns)
@@ -87,7 +87,7 @@ def with_pair_guidance(model: Any, forward: Any, handle: Handle, kwargs: dict[st
     encoder: Any = module_at(text_model, tower.encoder)
     pruned = handle.text_tower is not None
     layers = heard_layers(model, handle)
-    with recording(model, handle) as found, recorded_alignment(encoder) as written, _heard(layers) as inputs:
+    with recording(model, handle) as recorded, recorded_alignment(encoder) as written, _heard(layers) as inputs:
         output = forward(**kwargs)
     if isinstance(output, tuple):
         return output
@@ -96,7 +96,7 @@ def with_pair_guidance(model: Any, forward: Any, handle: Handle, kwargs: dict[st
     else:
         columns = _pair_columns(model, handle, kwargs)
         text = text_features(live_cross_tokens(model)["alignment"], inputs, columns)
-    images = image_features(found, len(module_layers(model, handle)))
+    images = image_features(recorded, len(module_layers(model, handle)))
     rows = torch.arange(len(images) if len(images) == len(text) else 0)
     loss = guidance_loss(images, text, rows)
     return aligned_output(type(output))(**dict(output.items()), alignment_loss=loss)

@@ -112,10 +112,10 @@ class ReducedModel(SavedModel):
         kwargs.setdefault("attention_mask", whole_mask(user_ids, layout, cache, option))
         with forget_ahead(self, handle.family):
             with torch.no_grad():
-                made = compact_for_generate(self, handle, kwargs, layout)
-            if made is None:
+                compacted = compact_for_generate(self, handle, kwargs, layout)
+            if compacted is None:
                 return super().generate(**kwargs)
-            kwargs, compact_layout = made
+            kwargs, compact_layout = compacted
             view = PromptView(user_ids, kwargs["input_ids"].shape[1])
             kwargs = with_shifted_lengths(kwargs, option, user_ids.shape[1] - view.compact_length)
             kwargs = with_user_view(kwargs, view, option)
@@ -271,8 +271,8 @@ def _recording(model: nn.Module, handle: Handle, kwargs: dict[str, Any]) -> Abst
     if not _aligns(model, handle):
         return nullcontext(([], []))
     first = next((modality.name for modality in present(handle, kwargs)), "")
-    own = handle.modality_towers.get(first)
-    encoder_path = handle.encoder_path if own is None else own.encoder_path
+    modality_tower = handle.modality_towers.get(first)
+    encoder_path = handle.encoder_path if modality_tower is None else modality_tower.encoder_path
     return recorded_cross_tokens(module_at(model, encoder_path), module_at(model, handle.text_path))
 
 

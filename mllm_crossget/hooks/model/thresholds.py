@@ -45,9 +45,9 @@ class Calibration:
             return int(method.removals(scores, threshold, shielded, least).sum())
 
         steps = [NOTHING, *((a + b) / 2 for a, b in itertools.pairwise(values)), *values[-1:]]
-        found = steps[_nearest(lambda place: removed(steps[place]), len(steps), wanted)]
-        self.thresholds.append(found)
-        return found
+        chosen = steps[_nearest(lambda place: removed(steps[place]), len(steps), wanted)]
+        self.thresholds.append(chosen)
+        return chosen
 
 
 def _nearest(value_at: Callable[[int], int], count: int, wanted: int) -> int:
@@ -194,12 +194,12 @@ def _pixels(images: Any, processor: Any) -> Tensor:
 
 
 def _check_average(handle: Handle, method: PerImage, size: Tensor) -> None:
-    geometry, asked = handle.tower_geometry, handle.schedule.features
+    geometry, target = handle.tower_geometry, handle.schedule.features
     features = (size > 0).sum(dim=1) - (geometry.prefix if geometry.drops_prefix else 0)
-    found = features.clamp_max(geometry.placeholders).float().mean().item()
-    if abs(found - asked) > max(_TOLERANCE * asked, 0.5):
+    average = features.clamp_max(geometry.placeholders).float().mean().item()
+    if abs(average - target) > max(_TOLERANCE * target, 0.5):
         limit = "" if method.max_visual_tokens is None else f" with max_visual_tokens={method.max_visual_tokens}"
         raise ValueError(
-            f"an average of {asked} visual tokens cannot be met on these {len(size)} images{limit}: the nearest is "
-            f"{found:.1f}; ask for another keep_ratio"
+            f"an average of {target} visual tokens cannot be met on these {len(size)} images{limit}: the nearest is "
+            f"{average:.1f}; ask for another keep_ratio"
         )

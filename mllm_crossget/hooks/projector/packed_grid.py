@@ -54,13 +54,13 @@ class GridEncoder(nn.Module):
         if tables is not None and schedule.cross:
             tables = tuple(torch.cat([table, _rows(table, middle)], dim=1) for table in tables)
         states: list[Tensor] = []
-        whole: list[list[Tensor]] | None = lent(_WHOLE, self)
-        with kept_trace(self), Lent(STATES, None if whole is None else states, self):
+        whole_states: list[list[Tensor]] | None = lent(_WHOLE, self)
+        with kept_trace(self), Lent(STATES, None if whole_states is None else states, self):
             hidden, _ = run_tower(self, state, embeds, lambda index, hidden, size: steps[index], tables)
             layers = trace_of(self)
-        if whole is not None:
+        if whole_states is not None:
             pairs = zip(states, layers, strict=True)
-            whole.append([embeds, *(unmerge(tokens, layer.source[:, :patches]) for tokens, layer in pairs)])
+            whole_states.append([embeds, *(unmerge(tokens, layer.source[:, :patches]) for tokens, layer in pairs)])
         return unmerge(hidden, layers[-1].source[:, :patches])
 
 
@@ -91,17 +91,21 @@ class PaddedGridEncoder(GridEncoder):
         for length in sorted(set(lengths)):
             rows = [row for row, other in enumerate(lengths) if other == length]
             order += rows
-            own = None if tables is None else tuple(table[rows, :length] for table in tables)
+            image_tables = None if tables is None else tuple(table[rows, :length] for table in tables)
             middle = _middle_of(pixel_position_ids, rows, length, inputs_embeds)
-            made = self.run_images(inputs_embeds[rows, :length], own, middle) if length else inputs_embeds[rows, :0]
-            parts.append(nn.functional.pad(made, (0, 0, 0, inputs_embeds.shape[1] - length)))
+            image_states = (
+                self.run_images(inputs_embeds[rows, :length], image_tables, middle)
+                if length
+                else inputs_embeds[rows, :0]
+            )
+            parts.append(nn.functional.pad(image_states, (0, 0, 0, inputs_embeds.shape[1] - length)))
         places = torch.tensor(order, device=inputs_embeds.device).argsort()
-        whole: list[list[Tensor]] | None = lent(_WHOLE, self)
-        if whole:
-            missing = [inputs_embeds.shape[1] - images[0].shape[1] for images in whole]
+        whole_states: list[list[Tensor]] | None = lent(_WHOLE, self)
+        if whole_states:
+            missing = [inputs_embeds.shape[1] - images[0].shape[1] for images in whole_states]
             layers = [[nn.functional.pad(state, (0, 0, 0, more)) for state in images]
-                      for images, more in zip(whole, missing, strict=True)]  # fmt: skip
-            whole[:] = [[torch.cat(states)[places] for states in zip(*layers, strict=True)]]
+                      for images, more in zip(whole_states, missing, strict=True)]  # fmt: skip
+            whole_states[:] = [[torch.cat(states)[places] for states in zip(*layers, strict=True)]]
         return BaseModelOutput(last_hidden_state=torch.cat(parts)[places])
 
 
@@ -125,17 +129,17 @@ class PackedGridEncoder(GridEncoder):
             )
         states, start = [], 0
         for rows, columns in grids:
-            own = slice(start, start + rows * columns)
-            tables = None if position_embeddings is None else tuple(table[None, own] for table in position_embeddings)
+            span = slice(start, start + rows * columns)
+            tables = None if position_embeddings is None else tuple(table[None, span] for table in position_embeddings)
             middle = torch.tensor([rows // 2 * columns + columns // 2], device=inputs_embeds.device)
-            states.append(self.run_images(inputs_embeds[:, own], tables, middle))
-            start = own.stop
-        whole: list[list[Tensor]] | None = lent(_WHOLE, self)
-        if whole:
-            whole[:] = [[torch.cat(layer, dim=1) for layer in zip(*whole, strict=True)]]
+            states.append(self.run_images(inputs_embeds[:, span], tables, middle))
+            start = span.stop
+        whole_states: list[list[Tensor]] | None = lent(_WHOLE, self)
+        if whole_states:
+            whole_states[:] = [[torch.cat(layer, dim=1) for layer in zip(*whole_states, strict=True)]]
         # Pixtral's output class from transformers 5.23 on: the features become one of its fields
-        made = vars(sys.modules[type(self).__module__]).get("BaseModelOutputWithPooling", BaseModelOutput)
-        return made(last_hidden_state=torch.cat(states, dim=1))
+        output_class = vars(sys.modules[type(self).__module__]).get("BaseModelOutputWithPooling", BaseModelOutput)
+        return output_class(last_hidden_state=torch.cat(states, dim=1))
 
 
 class WholeStates(nn.Module):
@@ -148,10 +152,10 @@ class WholeStates(nn.Module):
         if wanted is False:
             return super().forward(*args, output_hidden_states=False, **kwargs)
         as_tuple = kwargs.pop("return_dict", getattr(self.config, "return_dict", True)) is False
-        whole: list[list[Tensor]] = []
-        with Lent(_WHOLE, whole, module_at(self, self.__dict__[_ENCODER])):
+        whole_states: list[list[Tensor]] = []
+        with Lent(_WHOLE, whole_states, module_at(self, self.__dict__[_ENCODER])):
             output = super().forward(*args, output_hidden_states=False, return_dict=True, **kwargs)
-        (states,) = whole
+        (states,) = whole_states
         if output.last_hidden_state.shape != states[-1].shape:  # pooled, as the stock model's last state
             states[-1] = output.last_hidden_state
         output.hidden_states = _selected(states, wanted)
@@ -232,8 +236,8 @@ def _middle_of(positions: Tensor | None, rows: list[int], length: int, like: Ten
     """(B,) index of the patch nearest to the mean place of an image's patches."""
     if positions is None or not length:
         return torch.zeros(len(rows), dtype=torch.int64, device=like.device)
-    own = positions[rows, :length].float()
-    return (own - own.mean(dim=1, keepdim=True)).square().sum(dim=-1).argmin(dim=1)
+    places = positions[rows, :length].float()
+    return (places - places.mean(dim=1, keepdim=True)).square().sum(dim=-1).argmin(dim=1)
 
 
 def _lengths(embeds: Tensor, mask: Tensor | None) -> list[int]:

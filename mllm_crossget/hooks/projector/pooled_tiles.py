@@ -73,11 +73,11 @@ class LimitedGridFeatures(VideoGridFeatures):
         newline, plain = kwargs.get("image_newline"), {**kwargs}
         plain.pop("image_newline", None)
         common = (stock, tiles, places.patches, image_sizes, *args)
-        made, whole = layouts(*common, **plain), layouts(*common, **{**plain, **self.unlimited})
+        resized_layouts, whole_layouts = layouts(*common, **plain), layouts(*common, **{**plain, **self.unlimited})
         packed = []
         for index, source in enumerate(sources_of(self).split(tiles)):
-            tokens, layout = image_features[index], made[index]
-            if len(layout) == len(whole[index]):
+            tokens, layout = image_features[index], resized_layouts[index]
+            if len(layout) == len(whole_layouts[index]):
                 packed.append(place(tokens, source, layout, newline, places, trace_of(self)))
                 continue
             grid = stock([unmerge(tokens, source)], image_sizes[index : index + 1], *args, **kwargs)[0][0]
@@ -121,11 +121,11 @@ def _groups_of_videos(frames: list[tuple[Groups, int]], features: Any) -> list[G
     rows = features[0].shape[:-1].numel()  # (frames, cells, D) for LLaVA-NeXT-Video before transformers 5.23
     count = rows // kept
     for first in range(0, len(frames), count):
-        own = [groups for groups, _ in frames[first : first + count]]
+        groups_of_video = [groups for groups, _ in frames[first : first + count]]
         cells = [cells for _, cells in frames[first : first + count]]
         newlines = rows - count * kept
-        newline = Groups(own[0].size.new_ones(newlines), own[0].place.new_zeros(newlines))
-        videos.append(joined_groups([*own, newline], [*cells, newlines]))
+        newline = Groups(groups_of_video[0].size.new_ones(newlines), groups_of_video[0].place.new_zeros(newlines))
+        videos.append(joined_groups([*groups_of_video, newline], [*cells, newlines]))
     return videos
 
 

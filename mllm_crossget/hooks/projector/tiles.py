@@ -82,11 +82,11 @@ class GridFeatures(ReducedFeatures):
             return stock(image_features, image_sizes, *args, **kwargs)
         places, newline = self.__dict__[PLACES], kwargs.pop("image_newline", None)
         tiles = [len(image) for image in image_features]
-        made = layouts(stock, tiles, places.patches, image_sizes, *args, **kwargs)
+        stock_layouts = layouts(stock, tiles, places.patches, image_sizes, *args, **kwargs)
         sources = sources_of(self).split(tiles)
         packed = [
             place(tokens, source, layout, newline, places, trace_of(self))
-            for tokens, source, layout in zip(image_features, sources, made, strict=True)
+            for tokens, source, layout in zip(image_features, sources, stock_layouts, strict=True)
         ]
         return packed, torch.tensor([len(image) for image in packed], device=image_features[0].device)
 

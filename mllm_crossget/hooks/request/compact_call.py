@@ -112,11 +112,11 @@ def _refuse_changed_config(model: nn.Module, handle: Handle) -> None:
     except ValueError as error:
         raise ValueError(f"model.config was changed after accelerate_mllm: {error}") from error
     if not same:
-        told = ", ".join(
+        now = ", ".join(
             f"{name}={value!r}" for name in _READ if (value := getattr(model.config, name, None)) is not None
         )
         raise ValueError(
-            f"model.config was changed after accelerate_mllm (now {told}), and the numbers of tokens were made for "
+            f"model.config was changed after accelerate_mllm (now {now}), and the numbers of tokens were made for "
             "what it said then: set it first, and call restore_mllm and accelerate_mllm again"
         )
 
@@ -204,23 +204,23 @@ def compact(call: PromptCall) -> CompactCall:
     compaction = plan_compaction(ids, mask, images, bool((mask[:, -1] != 0).all()), keeps_positions, groups)
     if bool(call.past.any()):
         refuse_padding_in_a_state(model, compaction.compact(mask, 0))
-    made = {
+    arguments = {
         **call.arguments,
         "input_ids": compaction.compact(ids, _pad_id(model)),
         "attention_mask": compaction.compact(mask, 0),
     }
     for name in _TOKEN_TYPES:
-        if made.get(name) is not None:
-            made[name] = _prepend_zeros(compaction.compact(made[name][:, -ids.shape[1] :], 0), call.offset)
+        if arguments.get(name) is not None:
+            arguments[name] = _prepend_zeros(compaction.compact(arguments[name][:, -ids.shape[1] :], 0), call.offset)
     positions, deltas = _compact_positions(call, images, compaction, keeps_positions)
     if positions is not None:
-        made["position_ids"] = _prepend_zeros(positions, call.offset)
-    if made.get("labels") is not None:
-        made["labels"] = compaction.compact(made["labels"], -100)
+        arguments["position_ids"] = _prepend_zeros(positions, call.offset)
+    if arguments.get("labels") is not None:
+        arguments["labels"] = compaction.compact(arguments["labels"], -100)
     removed = layout.removed + ids.shape[1] - outer_padding(mask).sum(dim=1) - compaction.real.sum(dim=1)
     sizes = compaction.log_sizes if handle.size_bias else None
     known = Layout(layout.length, layout.mask, layout.ids, removed, deltas, keeps_positions, sizes)
-    return CompactCall(made, compaction, known)
+    return CompactCall(arguments, compaction, known)
 
 
 def _compact_positions(
@@ -235,10 +235,10 @@ def _compact_positions(
             counts = images[token_of(call.model, modality)]
             kept[token_of(call.model, modality)] = [(n, own) for (n, _), own in zip(counts, cells, strict=True)]
         return grid_positions(call, kept, compaction)
-    given = call.arguments.get("position_ids")
-    if given is None:
+    user_positions = call.arguments.get("position_ids")
+    if user_positions is None:
         return None, None
-    positions = given[:, -call.ids.shape[1] :].expand(call.ids.shape[0], -1)
+    positions = user_positions[:, -call.ids.shape[1] :].expand(call.ids.shape[0], -1)
     _refuse_packed_positions(positions, call.mask)
     compacted = compaction.compact_positions(positions)
     if not keeps_positions:
@@ -348,28 +348,32 @@ def compact_for_generate(
     has_images = bool(present(handle, kwargs))
     if has_images and not is_full_prompt(model, handle, {**kwargs, "input_ids": new_ids}):
         return None
-    made, new_sizes = dict(kwargs), None
-    if keeps_positions_on(handle, layout) and made.get("position_ids") is None:
-        made["position_ids"] = positions_of_mask(mask)
+    arguments, new_sizes = dict(kwargs), None
+    if keeps_positions_on(handle, layout) and arguments.get("position_ids") is None:
+        arguments["position_ids"] = positions_of_mask(mask)
     if has_images:
         offset = cached_ids.shape[1] if repeats_all else 0
-        call = PromptCall(model, handle, made, new_ids, new_mask, known, cached_mask.sum(dim=1), offset)
+        call = PromptCall(model, handle, arguments, new_ids, new_mask, known, cached_mask.sum(dim=1), offset)
         compacted = compact(call)
-        made, known, new_sizes = compacted.arguments, compacted.layout, compacted.layout.log_sizes
-        new_ids, new_mask = made["input_ids"], made["attention_mask"]
-    elif made.get("position_ids") is not None:
-        made["position_ids"] = _positions_of_new_text(handle, layout, known, made["position_ids"], new_ids.shape[1])
+        arguments, known, new_sizes = compacted.arguments, compacted.layout, compacted.layout.log_sizes
+        new_ids, new_mask = arguments["input_ids"], arguments["attention_mask"]
+    elif arguments.get("position_ids") is not None:
+        arguments["position_ids"] = _positions_of_new_text(
+            handle, layout, known, arguments["position_ids"], new_ids.shape[1]
+        )
     compact_mask = torch.cat([cached_mask, new_mask], dim=1)
-    if known.deltas is not None and made.get("position_ids") is None:
-        made["position_ids"] = text_positions(compact_mask, known.deltas)
-    if made.get("position_ids") is not None:  # chunked prefill slices positions by the length of the cache
-        positions = made["position_ids"]
-        made["position_ids"] = _prepend_zeros(positions, compact_mask.shape[1] - positions.shape[-1])
+    if known.deltas is not None and arguments.get("position_ids") is None:
+        arguments["position_ids"] = text_positions(compact_mask, known.deltas)
+    if arguments.get("position_ids") is not None:  # chunked prefill slices positions by the length of the cache
+        positions = arguments["position_ids"]
+        arguments["position_ids"] = _prepend_zeros(positions, compact_mask.shape[1] - positions.shape[-1])
     compact_ids = torch.cat([cached_ids, new_ids], dim=1)
-    made |= {"input_ids": compact_ids if repeats_all else new_ids, "attention_mask": compact_mask}
+    arguments |= {"input_ids": compact_ids if repeats_all else new_ids, "attention_mask": compact_mask}
     before = (layout or empty_layout(user_ids)).for_rows(len(user_ids))
     sizes = joined_log_sizes(before, cached_ids.shape[1], new_sizes, new_ids.shape[1])
-    return made, dataclasses.replace(known, length=mask.shape[1], mask=compact_mask, ids=compact_ids, log_sizes=sizes)
+    return arguments, dataclasses.replace(
+        known, length=mask.shape[1], mask=compact_mask, ids=compact_ids, log_sizes=sizes
+    )
 
 
 def _positions_of_new_text(

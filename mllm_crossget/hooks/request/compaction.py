@@ -202,7 +202,7 @@ def _places(
     """
     columns = torch.arange(ids_BL.shape[1], device=ids_BL.device).expand_as(ids_BL).clone()
     for token, counts in images.items():
-        own, start, taken = columns[ids_BL == token], 0, []
+        image_columns, start, taken = columns[ids_BL == token], 0, []
         for image, (n, k) in enumerate(counts):
             if groups is None:
                 spots = (torch.arange(k) * 2 + 1) * n // (2 * max(k, 1))
@@ -212,7 +212,7 @@ def _places(
             taken.append(start + torch.cat([torch.arange(n - k), spots]))
             start += n
         if taken:
-            columns[ids_BL == token] = own[torch.cat(taken).to(own.device)]
+            columns[ids_BL == token] = image_columns[torch.cat(taken).to(image_columns.device)]
     return columns
 
 
@@ -271,8 +271,8 @@ def _check_rows(is_image: Tensor, sizes: list[int]) -> None:
     ends = is_image.sum(dim=1).cumsum(dim=0).tolist()
     bad = [row for row, end in enumerate(ends) if end not in borders]
     if bad:
-        found = int(is_image[bad[0]].sum())
+        held = int(is_image[bad[0]].sum())
         raise ValueError(
-            f"row {bad[0]} of the prompt ends in the middle of an image's placeholders: {found} placeholders for "
+            f"row {bad[0]} of the prompt ends in the middle of an image's placeholders: {held} placeholders for "
             f"images of {sorted(set(sizes))} tokens; was the prompt truncated? {TRUNCATED}"
         )

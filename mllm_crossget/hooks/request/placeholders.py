@@ -182,14 +182,14 @@ def groups_of_call(
     Raises:
         ValueError: precomputed features without a record of the tokens that they stand for.
     """
-    found: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    groups_of_token: dict[int, list[tuple[Tensor, Tensor]]] = {}
     for modality in present(handle, kwargs):
         output = (kwargs.get("mm_encoder_outputs") or {}).get(modality.name)
-        given = output is not None
+        is_precomputed = output is not None
         if output is None:
             output = ahead_of(model, handle.family, modality, kwargs)
         groups = groups_of(output)
-        if groups is None and given:
+        if groups is None and is_precomputed:
             raise ValueError(
                 f"mm_encoder_outputs[{modality.name!r}] does not say which tokens its features stand for; make it with "
                 f"this model's {modality.encode}(..., return_dict=True), or pass {modality.pixels}"
@@ -206,8 +206,8 @@ def groups_of_call(
         pairs: list[tuple[Tensor, Tensor]] = [(one.size, one.place) for one in groups]
         if counts:
             pairs = [_with_newlines(*one, whole, kept) for one, (whole, kept) in zip(pairs, counts, strict=True)]
-        found[token_of(model, modality)] = pairs
-    return found
+        groups_of_token[token_of(model, modality)] = pairs
+    return groups_of_token
 
 
 def images_per_row(model: nn.Module, handle: Handle, kwargs: dict[str, Any]) -> Tensor:
@@ -220,9 +220,9 @@ def images_per_row(model: nn.Module, handle: Handle, kwargs: dict[str, Any]) -> 
     features = known_features(model, handle, modality, kwargs)
     if features is None:
         features = encode_ahead(model, handle.family, modality, kwargs)
-    given = given_features(modality, kwargs)
-    if given is not None and modality.reduced_counts is not None:
-        parts = frames_of(model, handle, modality, given)
+    precomputed = given_features(modality, kwargs)
+    if precomputed is not None and modality.reduced_counts is not None:
+        parts = frames_of(model, handle, modality, precomputed)
     else:
         parts = [1] * len(features) if modality.parts is None else modality.parts(model, kwargs)
     ends = torch.tensor(features).cumsum(0)

@@ -43,12 +43,12 @@ def asking(
     labels = kwargs.get("labels")
     if labels is not None:  # tokens of the answer do not belong to the question
         alive = alive & (labels[:, -ids.shape[1] :] == _NO_LABEL)
-    asked = {
+    questions = {
         modality.encode: _asked(model, handle, modality, kwargs, ids, alive)
         for modality in present(handle, kwargs)
         if kwargs.get(modality.pixels) is not None
     }
-    return Lent(QUESTION, asked, handle.merging)
+    return Lent(QUESTION, questions, handle.merging)
 
 
 @torch.no_grad()
@@ -62,12 +62,12 @@ def _asked(
     text = alive & ~pictures
     row, column = _last_places(ids == token_of(model, modality), _counts(model, handle, modality, kwargs, ids))
     behind = torch.arange(ids.shape[1], device=ids.device) > column[:, None]
-    asked = text[row] & behind
+    is_question = text[row] & behind
     # where no text follows the image, all text of the row is the question
-    asked = torch.where(asked.any(dim=1, keepdim=True), asked, text[row])
-    order = (~asked).to(torch.uint8).argsort(dim=1, stable=True)[:, : max(1, int(asked.sum(dim=1).max()))]
+    is_question = torch.where(is_question.any(dim=1, keepdim=True), is_question, text[row])
+    order = (~is_question).to(torch.uint8).argsort(dim=1, stable=True)[:, : max(1, int(is_question.sum(dim=1).max()))]
     words = ids.masked_fill(~text, 0)[row].gather(1, order)
-    return AskedText(model.get_input_embeddings()(words).detach(), asked.gather(1, order))
+    return AskedText(model.get_input_embeddings()(words).detach(), is_question.gather(1, order))
 
 
 def _counts(model: nn.Module, handle: Handle, modality: Modality, kwargs: dict[str, Any], ids: Tensor) -> list[int]:

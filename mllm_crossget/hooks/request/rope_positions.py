@@ -89,10 +89,10 @@ def _columns(real: Tensor, past: Tensor) -> Tensor:
 
 def _full_positions(owner: Any, kwargs: dict[str, Any], ids: Tensor, mask: Tensor) -> Tensor:
     """(3, B, L) the user's positions, or the model's for the full prompt."""
-    given = kwargs.get("position_ids")
-    if given is not None:
-        given = given[..., -ids.shape[1] :]
-        rows = given.expand(3, -1, -1) if given.ndim == 2 else given[-3:]
+    user_positions = kwargs.get("position_ids")
+    if user_positions is not None:
+        user_positions = user_positions[..., -ids.shape[1] :]
+        rows = user_positions.expand(3, -1, -1) if user_positions.ndim == 2 else user_positions[-3:]
         return rows.expand(-1, len(ids), -1).clone()
     types = kwargs.get("mm_token_type_ids")
     if types is None:

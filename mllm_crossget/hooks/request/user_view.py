@@ -100,8 +100,8 @@ def with_shifted_lengths(kwargs: dict[str, Any], option: Callable[[str], Any], s
         if not value or option(newer) is not None:
             continue
         if kwargs.get("generation_config") is not None and kwargs.get(name) is None:
-            own = kwargs["generation_config"] = copy.deepcopy(kwargs["generation_config"])
-            setattr(own, name, value - shift)
+            config = kwargs["generation_config"] = copy.deepcopy(kwargs["generation_config"])
+            setattr(config, name, value - shift)
         else:
             kwargs[name] = value - shift
     return kwargs

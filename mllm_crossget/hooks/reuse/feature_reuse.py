@@ -113,8 +113,8 @@ def _reused(cache: VisionCache, call: ImageCall, stock: Callable[..., Any]) -> A
         return output
     if missing:
         images = call.encodable(list(missing.values()))
-        made = call.split(stock(**call.select(images)), len(images))
-        for image, entry in zip(images, made, strict=True):
+        encoded = call.split(stock(**call.select(images)), len(images))
+        for image, entry in zip(images, encoded, strict=True):
             known[keys[image]] = entry
             cache.keep(keys[image], entry)
     return call.join([known[key] for key in keys])
@@ -150,8 +150,8 @@ def _is_watched(owner: nn.Module, handle: Handle) -> bool:
     if tower is None:
         return False
     encoder = module_at(owner, handle.encoder_path.removeprefix(f"{handle.family.features_owner}."))
-    asked = (lent(CALIBRATION, tower), lent(RECORD, encoder), lent(SIZES, encoder))
-    return any(one is not None for one in asked)
+    watchers = (lent(CALIBRATION, tower), lent(RECORD, encoder), lent(SIZES, encoder))
+    return any(one is not None for one in watchers)
 
 
 def _vision_side(owner: nn.Module, handle: Handle) -> Iterator[nn.Module]:

@@ -87,8 +87,8 @@ class ImageCall(ABC):
         """An output with the features of these images; its other fields, such as hidden states, are None."""
         form: Form = entries[0].form
         entries = [entry.copied() for entry in entries]  # so that writes into an output do not reach the cache
-        own = [entry.features for entry in entries]
-        features = torch.stack(own) if form.stacked else self._joined(own)
+        image_features = [entry.features for entry in entries]
+        features = torch.stack(image_features) if form.stacked else self._joined(image_features)
         layers = [[entry.companions[layer] for entry in entries] for layer in range(form.layers)]
         output = form.kind()
         output.pooler_output = features  # set as in transformers' models: older outputs have no such field
@@ -114,13 +114,13 @@ def _parts_of(parts: Sequence[Any] | None, length: Callable[[Any], int], sizes: 
     """For images of these sizes (numbers of features), the parts of each: the image itself, or its tiles."""
     if parts is not None and len(parts) == len(sizes):
         return [(part,) for part in parts]
-    left, found = iter(parts or ()), []
+    remaining, parts_of_images = iter(parts or ()), []
     for size in sizes:
-        own: list[Any] = []
-        while parts and sum(map(length, own)) < size:
-            own.append(next(left))
-        found.append(tuple(own))
-    return found
+        image_parts: list[Any] = []
+        while parts and sum(map(length, image_parts)) < size:
+            image_parts.append(next(remaining))
+        parts_of_images.append(tuple(image_parts))
+    return parts_of_images
 
 
 class Rows(ImageCall):
@@ -169,10 +169,10 @@ class Tiles(ImageCall):
 
     def encodable(self, images: list[int]) -> list[int]:
         """Images without tiles come first: they share one row, which needs at least two of them."""
-        whole = [image for image in images if not self.cut[image]]
-        if len(whole) == 1:
-            whole += [image for image, cut in enumerate(self.cut) if not cut and image not in whole][:1]
-        return whole + [image for image in images if self.cut[image]]
+        untiled = [image for image in images if not self.cut[image]]
+        if len(untiled) == 1:
+            untiled += [image for image, cut in enumerate(self.cut) if not cut and image not in untiled][:1]
+        return untiled + [image for image in images if self.cut[image]]
 
     def select(self, images: list[int]) -> dict[str, Any]:
         """See ``ImageCall``; in the order of ``encodable``."""
@@ -180,8 +180,8 @@ class Tiles(ImageCall):
         chosen["image_sizes"] = self.sizes[images]
         rows = self.arguments.get("batch_num_images")
         if rows is not None:
-            whole = sum(not self.cut[image] for image in images)
-            counts = [whole] * (whole > 0) + [1] * (len(images) - whole)
+            untiled = sum(not self.cut[image] for image in images)
+            counts = [untiled] * (untiled > 0) + [1] * (len(images) - untiled)
             chosen["batch_num_images"] = torch.tensor(counts, device=getattr(rows, "device", None))
         return {**self.arguments, **chosen}
 
@@ -209,8 +209,8 @@ class Packed(ImageCall):
 
     def select(self, images: list[int]) -> dict[str, Any]:
         """See ``ImageCall``."""
-        own = torch.cat([self._own(self.values, image) for image in images])
-        return {**self.arguments, self.pixels: own, "image_grid_thw": self.grids[images]}
+        selected = torch.cat([self._own(self.values, image) for image in images])
+        return {**self.arguments, self.pixels: selected, "image_grid_thw": self.grids[images]}
 
     def _own(self, values: Tensor, image: int) -> Tensor:
         start = sum(self.lengths[:image])
@@ -234,8 +234,8 @@ class PackedColumns(ImageCall):
 
     def select(self, images: list[int]) -> dict[str, Any]:
         """See ``ImageCall``."""
-        own = torch.cat([self._own(self.values, image) for image in images], dim=-1)
-        return {**self.arguments, self.pixels: own, "target_sizes": self.grids[images]}
+        selected = torch.cat([self._own(self.values, image) for image in images], dim=-1)
+        return {**self.arguments, self.pixels: selected, "target_sizes": self.grids[images]}
 
     def _own(self, values: Tensor, image: int) -> Tensor:
         start = sum(self.lengths[:image])

@@ -128,9 +128,9 @@ class ReducedBertEncoder(nn.Module):
 
         run = run_texts(state, getattr(self, _names(state).layers), hidden_states, texts, call)
         hidden = run.hidden
-        asked: dict[str, Tensor] | None = lent(ANSWER_CALL, self)
-        if asked is not None:
-            asked[SIZES] = _sizes(run.size, run.columns, hidden)
+        answer_call: dict[str, Tensor] | None = lent(ANSWER_CALL, self)
+        if answer_call is not None:
+            answer_call[SIZES] = _sizes(run.size, run.columns, hidden)
         else:
             hidden = in_columns(hidden, run.source, run.place, texts.real, hidden_states.shape[1])
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)

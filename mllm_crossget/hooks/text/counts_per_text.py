@@ -52,9 +52,9 @@ class RaggedTextEncoder(nn.Module):
         def call(layer: nn.Module, index: int, hidden: Tensor, size: Tensor | None) -> Taken:
             size = sizes_of(hidden, size)
             calibrates = lent(CALIBRATION, state) is not None
-            wanted = [state.schedule(tokens).tokens[index + 1] for tokens in starts] if calibrates else None
+            targets = [state.schedule(tokens).tokens[index + 1] for tokens in starts] if calibrates else None
             alignment = _alignment(self, state, hidden, size, index)
-            return layer(hidden, None, size, alignment, index, least, wanted)
+            return layer(hidden, None, size, alignment, index, least, targets)
 
         layers, trace = getattr(self, layer_names(state).layers), lent(TRACE, state)
         traces = [] if trace is None else [trace]

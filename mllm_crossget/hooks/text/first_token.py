@@ -122,9 +122,9 @@ def _first_tokens(model: GuidedModel, kwargs: dict[str, Any]) -> FirstTokens | N
     if length == 1 and not is_empty:  # a decode step: the first token is in the cache
         return None
     skip = model.__dict__[_SKIP]
-    column, found = _text_column(kwargs.get("attention_mask"), skip, batch, device)
+    column, exists = _text_column(kwargs.get("attention_mask"), skip, batch, device)
     index = column - past
-    valid = found & (index >= 0) & (index < length)
+    valid = exists & (index >= 0) & (index < length)
     return FirstTokens(index, valid, model.cross_tokens(), {}, 0 if model.__dict__[_MERGES] else length)
 
 
@@ -148,13 +148,13 @@ def _text_column(mask: Any, skip: int, batch: int, device: torch.device) -> tupl
         seen = seen.expand(batch, -1)
     else:
         seen = mask != 0
-    wanted = seen & (seen.cumsum(dim=-1) == skip + 1)
-    return wanted.to(torch.uint8).argmax(dim=-1), wanted.any(dim=-1)
+    is_first = seen & (seen.cumsum(dim=-1) == skip + 1)
+    return is_first.to(torch.uint8).argmax(dim=-1), is_first.any(dim=-1)
 
 
 def _cross_tokens_of(first: FirstTokens) -> Tensor:
     """(layers, B, D) detached state + learned vector, with gradients to the vectors (also under gradient
     checkpointing)."""
     layers = sorted(first.found)  # not all layers if a decoder drops layers in training
-    found = torch.stack([first.found[layer].to(first.vectors.device) for layer in layers])
-    return found + first.vectors[layers, None].to(found.dtype)
+    states = torch.stack([first.found[layer].to(first.vectors.device) for layer in layers])
+    return states + first.vectors[layers, None].to(states.dtype)

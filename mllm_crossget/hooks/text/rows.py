@@ -166,7 +166,7 @@ def reduce_rows(
             )
         )
     back = torch.cat([group.rows for group in groups if group.rows is not None]).argsort()
-    hidden, size, slot = (torch.cat(pieces)[back] for pieces in zip(*parts, strict=True))
+    hidden, size, slot = (torch.cat(values)[back] for values in zip(*parts, strict=True))
     return hidden, size, None, slot
 
 

@@ -34,12 +34,12 @@ class AnswerLog:
         if folder is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        own = folder / f"answers.rank{rank}.jsonl"
+        own_file = folder / f"answers.rank{rank}.jsonl"
         for path in sorted(folder.glob("answers.rank*.jsonl")):
-            for record in _records(path, settings, repair=path == own):
-                self._remember(record, mine=path == own)
-        self._file = own.open("a", encoding="utf-8")
-        if own.stat().st_size == 0:
+            for record in _records(path, settings, repair=path == own_file):
+                self._remember(record, mine=path == own_file)
+        self._file = own_file.open("a", encoding="utf-8")
+        if own_file.stat().st_size == 0:
             self._write({"run": settings})
 
     def get(self, request: Request) -> dict[str, Any] | None:
@@ -79,16 +79,16 @@ def _whole_lines(data: bytes) -> str:
 def _records(path: Path, settings: dict[str, Any], repair: bool) -> list[dict[str, Any]]:
     """The batches of one file. An incomplete last line is dropped, and removed from the process's own file."""
     data = path.read_bytes()
-    whole = _whole_lines(data)
-    if repair and len(whole.encode()) != len(data):
-        write_text(path, whole)
+    text = _whole_lines(data)
+    if repair and len(text.encode()) != len(data):
+        write_text(path, text)
     try:
-        records = [json.loads(line) for line in whole.splitlines()]
+        records = [json.loads(line) for line in text.splitlines()]
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is damaged ({error}): delete it to start anew") from error
-    found = records[0].get("run", {}) if records else settings
-    if found != settings:
-        differing = sorted(name for name in {*settings, *found} if settings.get(name) != found.get(name))
+    logged = records[0].get("run", {}) if records else settings
+    if logged != settings:
+        differing = sorted(name for name in {*settings, *logged} if settings.get(name) != logged.get(name))
         raise ValueError(
             f"{path} holds the answers of a run with other settings ({', '.join(differing)}): delete it, or give "
             "another folder"

@@ -182,8 +182,8 @@ def _finished(item: Run, folder: Path) -> bool:
     path = folder / f"{item.name}.json"
     if not path.is_file():
         return False
-    found = read_result(path)["config"]
-    differing = sorted(key for key in {*found, *item.config} if found.get(key) != item.config.get(key))
+    stored_config = read_result(path)["config"]
+    differing = sorted(key for key in {*stored_config, *item.config} if stored_config.get(key) != item.config.get(key))
     if differing:
         raise ValueError(
             f"{path} is the result of another experiment (it differs in {', '.join(differing)}): delete it, or give "

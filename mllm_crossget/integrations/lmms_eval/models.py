@@ -177,15 +177,15 @@ class CrossGetModel(lmms):
         placeholders = int(((ids == self._image_token) & (mask != 0)).sum())
         text_tokens = int(mask.sum()) - placeholders
         tower, language = self._visual_tokens(images, placeholders)
-        made = self._length(new)
+        answer_length = self._length(new)
         return {
             "key": request.key,
             "text": cut(text, request.generation),
             "input_tokens": None if language is None else text_tokens + language,
             "tower_tokens": tower,
             "visual_tokens": language,
-            "new_tokens": made,
-            "gflops": None if tower is None else self._gflops(images, text_tokens, made),
+            "new_tokens": answer_length,
+            "gflops": None if tower is None else self._gflops(images, text_tokens, answer_length),
         }
 
     def _visual_tokens(self, images: int, placeholders: int) -> tuple[int | None, int | None]:
@@ -210,8 +210,10 @@ class CrossGetModel(lmms):
         """Number of tokens of one answer, up to and including its end mark."""
         ends = self._model.generation_config.eos_token_id
         marks = ends if isinstance(ends, (list, tuple)) else [ends]
-        found = torch.isin(new, torch.tensor([mark for mark in marks if mark is not None], device=new.device)).nonzero()
-        return int(found[0]) + 1 if len(found) else len(new)
+        ends_at = torch.isin(
+            new, torch.tensor([mark for mark in marks if mark is not None], device=new.device)
+        ).nonzero()
+        return int(ends_at[0]) + 1 if len(ends_at) else len(new)
 
     def _result(self, request: Request) -> GenerationResult:
         answer = self._log.get(request)
@@ -222,12 +224,12 @@ class CrossGetModel(lmms):
 
     def _report(self) -> None:
         """Add this rank's throughput, without the warm-up, to lmms-eval's own results, under the key ``throughput``."""
-        made = self._log.batches
-        if not made:
+        batches = self._log.batches
+        if not batches:
             return
-        seconds = sum(sum(batch["seconds"].values()) for batch in made)
-        tokens = sum(answer["new_tokens"] for batch in made for answer in batch["answers"])
-        costs = summary(made)
+        seconds = sum(sum(batch["seconds"].values()) for batch in batches)
+        tokens = sum(answer["new_tokens"] for batch in batches for answer in batch["answers"])
+        costs = summary(batches)
         log_metrics(seconds, tokens, tokens / seconds, {"total_requests": costs.pop("requests"), **costs})
 
 

@@ -69,15 +69,15 @@ def images_of(messages: list[dict[str, Any]]) -> list[Image.Image]:
     Raises:
         TypeError: a video, a sound, or a picture that is not a PIL image.
     """
-    found = []
+    images = []
     for part in _parts(messages):
         if part["type"] == "image":
             if not isinstance(part["image"], Image.Image):
                 raise TypeError(f"an image of a task must be a PIL image, got {type(part['image']).__name__}")
-            found.append(part["image"].convert("RGB"))
+            images.append(part["image"].convert("RGB"))
         elif part["type"] != "text":
             raise TypeError(f"a task asks about a {part['type']}; only images and text are supported")
-    return found
+    return images
 
 
 def text_of(messages: list[dict[str, Any]]) -> str:
@@ -93,8 +93,8 @@ def generate_options(generation: dict[str, Any]) -> dict[str, Any]:
     sample = bool(generation.get("do_sample", temperature > 0)) and temperature > 0
     options["do_sample"] = sample
     if sample:
-        given = {name: generation.get(name) for name in ("top_p", "top_k")}
-        options |= {"temperature": temperature, **{name: value for name, value in given.items() if value}}
+        sampling = {name: generation.get(name) for name in ("top_p", "top_k")}
+        options |= {"temperature": temperature, **{name: value for name, value in sampling.items() if value}}
     return options
 
 

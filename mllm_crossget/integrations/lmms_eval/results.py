@@ -131,8 +131,8 @@ def _samples(results: Path, task: str) -> list[dict[str, Any]]:
 def _scores(samples: list[dict[str, Any]], metric: str, mean: float) -> list[float] | None:
     """The metric's value for every question: a number, or the ``score`` of a dictionary. None if their mean is not the
     metric, as for F1, CIDEr and MME's sums."""
-    found = [sample.get(metric) for sample in samples]
-    numbers = [value.get("score") if isinstance(value, dict) else value for value in found]
+    raw_scores = [sample.get(metric) for sample in samples]
+    numbers = [value.get("score") if isinstance(value, dict) else value for value in raw_scores]
     if not numbers or not all(isinstance(value, (bool, int, float)) for value in numbers):
         return None
     scores = [float(value) for value in numbers]  # type: ignore[arg-type]
@@ -158,10 +158,10 @@ def _line(values: Any) -> str:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for name in _PACKAGES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions

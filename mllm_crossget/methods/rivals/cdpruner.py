@@ -50,6 +50,6 @@ class CdPrunerConfig(PatchSelection):
         """Greedy inference of the determinantal point process."""
         if patches.text is None:
             raise ValueError("CdPrunerConfig needs the question; got none")
-        found = relevance(patches.keys, patches.text)
-        quality = scaled_to_one(-found if self.negated else found, least=_LEAST)
+        cosine = relevance(patches.keys, patches.text)
+        quality = scaled_to_one(-cosine if self.negated else cosine, least=_LEAST)
         return determinantal_first(patches.keys, quality, kept)

@@ -74,8 +74,8 @@ class FsrConfig(PatchMixture):
         if patches.text is None:
             raise ValueError("FsrConfig needs the question; got none")
         attention = scaled_to_one(wanted(patches.salience, self, "the class token's attention"))
-        found = relevance(patches.keys, patches.text)
-        return attention * scaled_to_one(-found if self.negated else found) ** self.relevance_power
+        cosine = relevance(patches.keys, patches.text)
+        return attention * scaled_to_one(-cosine if self.negated else cosine) ** self.relevance_power
 
 
 def _refined(alike: Tensor, evidence: Tensor, outputs: Tensor, scanned: Tensor) -> Mixture:

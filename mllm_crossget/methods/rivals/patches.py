@@ -62,18 +62,18 @@ class PatchMixture(SelectionMethod):
         """The mixture as a match; protected tokens, which come before the patches, are not changed."""
         patches = patches_of(signals)
         first, count = protected_count(signals), patches.keys.shape[1]
-        made = self.mixture(patches, count - r)
-        batch, device = len(made.kept), made.kept.device
+        mixture = self.mixture(patches, count - r)
+        batch, device = len(mixture.kept), mixture.kept.device
         front = torch.arange(first, device=device).expand(batch, -1)
-        kept = torch.cat([front, first + made.kept], dim=1)
-        slot = torch.cat([front, first + made.row], dim=1)
+        kept = torch.cat([front, first + mixture.kept], dim=1)
+        slot = torch.cat([front, first + mixture.row], dim=1)
         stays = torch.zeros_like(slot, dtype=torch.uint8).scatter(1, kept, 1)
         src = stays.argsort(dim=1, stable=True)[:, :r]
         mix = None
-        if made.mix is not None:
+        if mixture.mix is not None:
             mix = torch.zeros(batch, kept.shape[1], slot.shape[1], device=device)
             mix[:, :first, :first] = torch.eye(first, device=device)
-            mix[:, first:, first:] = made.mix
+            mix[:, first:, first:] = mixture.mix
         return Match(src, kept.gather(1, slot.gather(1, src)), kept, slot, mix=mix)
 
 
