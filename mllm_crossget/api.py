@@ -208,8 +208,7 @@ def restore_mllm(model: Model) -> Model:
 
 
 def _is_whole(model: nn.Module, handle: Handle) -> bool:
-    """Whether an accelerated model has all of its learned modules, some of which an interrupted restore may have
-    removed."""
+    """Whether an accelerated model has all of its learned modules; an interrupted restore may have removed some."""
     names = dict(base_model(model).named_modules())
     return all(path in names for path in handle.cross_paths.values())
 

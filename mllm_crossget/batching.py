@@ -57,8 +57,7 @@ def compact_lengths(model: nn.Module, inputs: Request, *, exact: bool = False) -
 
 
 class CompactBatchSampler(Sampler[list[int]]):
-    """Groups requests of similar length, for ``DataLoader(batch_sampler=...)``. Each request occurs once, the longest
-    first.
+    """Groups requests of similar length, for ``DataLoader(batch_sampler=...)``; each occurs once, the longest first.
 
     Every pass has the same batches. If a batch does not fit into memory, it is the first one. (Training needs random
     batches; transformers' ``LengthGroupedSampler`` takes these lengths too.)

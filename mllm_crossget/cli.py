@@ -158,8 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _in_one_line(error: BaseException) -> str:
-    """The message of an error; for an error in a worker process of the data loader, its last line without the
-    traceback."""
+    """The message of an error; for an error in a worker of the data loader, its last line without the traceback."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"
     text = str(error)
@@ -317,8 +316,7 @@ def _built(kind: type, values: Mapping[str, Any], renamed: Mapping[str, str], fr
 
 
 def _at_home(value: Any) -> Any:
-    """Paths with the home folder for ``~``, which a shell does not expand after ``=``, and nothing expands in a
-    file."""
+    """Paths with the home folder for ``~``, which is not expanded by a shell after ``=``, or in a file."""
     if isinstance(value, list):
         return [_at_home(item) for item in value]
     return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value

@@ -284,8 +284,7 @@ class ReductionConfig:
             raise ValueError(f"{path} holds no valid settings: {error}") from error
 
     def push_to_hub(self, repo_id: str, *, token: str | None = None, private: bool | None = None) -> str:
-        """Upload ``crossget_config.json`` to a repository of the hub (made if absent). Returns the address of the
-        commit."""
+        """Upload ``crossget_config.json`` to a repository of the hub (made if absent). Returns the commit's address."""
         api = HfApi(token=token)
         api.create_repo(repo_id, private=private, exist_ok=True)
         try:

@@ -114,8 +114,7 @@ def _hints(kind: type) -> dict[str, Any]:
 
 
 def check_least(settings: Any, **least: float) -> None:
-    """Check the smallest allowed values of fields. None is allowed; a list must not be empty, and all its items are
-    checked.
+    """Check the smallest values of fields. None is allowed; a list must not be empty, and all its items are checked.
 
     Raises:
         ValueError: a smaller value, or an empty list.

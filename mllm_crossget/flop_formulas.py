@@ -26,8 +26,7 @@ _GATED_TOWERS = ("gemma4_vision", "pixtral")
 
 
 def mlp_width(vision: Any) -> int:
-    """Width inside the MLP of a vision tower, with two matrices. A gated MLP has three, so its width counts 1.5
-    times."""
+    """Width inside the MLP of a vision tower, of two matrices. A gated MLP has three: its width counts 1.5 times."""
     width: int = getattr(vision, "intermediate_size", None) or int(vision.hidden_size * vision.mlp_ratio)
     return width * 3 // 2 if getattr(vision, "model_type", "") in _GATED_TOWERS else width
 
@@ -41,8 +40,7 @@ def vit_flops(vision: Any, tokens: int) -> int:
 
 
 def vit_image_flops(config: Any) -> tuple[int, int]:
-    """FLOPs of patch embedding and of layers, of a plain vision transformer without class token on one image or
-    tile."""
+    """FLOPs of patch embedding and layers of a plain vision transformer without class token, on one image or tile."""
     vision = config.vision_config
     patches = (vision.image_size // vision.patch_size) ** 2
     inputs = vision.num_channels * vision.patch_size**2

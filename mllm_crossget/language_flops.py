@@ -59,8 +59,7 @@ def _gated(text: Any, prompt: int, new_tokens: int) -> LanguageCosts:
 
 
 def _gated_layers(text: Any, queries: int, keys: int) -> int:
-    """FLOPs of all layers, each with q and o, k and v (fewer heads under GQA), attention, and a gated MLP of three
-    matrices."""
+    """FLOPs of all layers: q and o, k and v (fewer heads under GQA), attention, and a gated MLP of three matrices."""
     width, heads = text.hidden_size, text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or width // heads
     kv_width = head_dim * (getattr(text, "num_key_value_heads", None) or heads)
@@ -88,7 +87,7 @@ def _hybrid(text: Any, prompt: int, new_tokens: int) -> LanguageCosts:
 
 
 def _hybrid_layers(text: Any, queries: int, keys: int) -> int:
-    """FLOPs of all layers of Qwen3.5: softmax attention with a gated output (q is twice as wide), or the gated delta
+    """FLOPs of Qwen3.5's layers: softmax attention with a gated output (q is twice as wide), or the gated delta
     rule."""
     width, inner = text.hidden_size, text.num_attention_heads * text.head_dim
     kv_width = text.num_key_value_heads * text.head_dim

@@ -245,7 +245,7 @@ def place_problem(method: Method, family: Family, model: Any) -> str | None:
 
 
 def _wants_of_images(method: Method) -> bool:
-    """Whether a method needs a signal that does not come from the layers."""
+    """Whether a method needs a signal that is not available inside the tower's layers."""
     return (
         method.needs_class_attention
         or method.needs_salience
@@ -310,8 +310,7 @@ def _check_own_tower(method: Method, name: str, geometry: TowerGeometry) -> None
 
 
 def _check_positions(method: Method, family: Family, model: nn.Module) -> None:
-    """Raise ``ValueError`` for settings of positions if the prompt is not changed, or if positions must keep their
-    gaps."""
+    """Raise ``ValueError`` for settings of positions if the prompt is unchanged, or positions must keep their gaps."""
     if not family.modalities:
         raise ValueError(
             f"{type(model).__name__} gets no shorter prompt: positions={method.positions!r} says nothing, leave it out"

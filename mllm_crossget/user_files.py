@@ -54,8 +54,7 @@ def read_pictures(files: list[str]) -> list[Image.Image]:
 
 
 def read_yaml(path: str | Path) -> Any:
-    """The content of a YAML file. Raises ``ValueError`` for a missing file, for invalid YAML, and for a repeated
-    name."""
+    """The content of a YAML file. Raises ``ValueError`` for a missing file, invalid YAML, and a repeated name."""
     yaml: Any = importlib.import_module("yaml")  # installed by the extra that the command names
     loader: Any = yaml.SafeLoader
 

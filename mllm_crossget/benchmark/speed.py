@@ -191,8 +191,7 @@ def _setting(model: nn.Module, family: Family, name: str, method: Any, way: str,
 
 
 def compile_parts(model: Any, family: Family, device: torch.device, frozen: bool) -> None:
-    """Compile the vision tower into one graph. ``frozen``: compile the prefill too, and let the compiler pack the
-    weights.
+    """Compile the vision tower into one graph. ``frozen``: also compile the prefill, with packed weights.
 
     The forwards are compiled, not the modules, so that the clock's hooks stay outside of the graphs.
     """

@@ -83,8 +83,7 @@ def measured_flops(config: Any, method: Method, counts: Tensor, *, text_tokens: 
 
 
 def counts_of(sizes: list[Tensor], start: int) -> Tensor:
-    """(images, layers + 1) token counts, from the (B, T) token sizes after every layer and the ``start`` tokens before
-    them."""
+    """(images, layers + 1) token counts, from (B, T) token sizes after every layer and the ``start`` tokens before."""
     counts = [(size > 0).sum(dim=1) for size in sizes]
     return torch.stack([torch.full_like(counts[0], start), *counts], dim=1)
 

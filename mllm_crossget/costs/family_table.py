@@ -39,8 +39,7 @@ def refused_rows() -> list[tuple[str, str]]:
 
 
 def other_rows() -> list[tuple[str, str]]:
-    """Rows of (model type, reason) for every other model in the installed transformers that takes a picture and a
-    text."""
+    """Rows of (model type, reason) for other models in the installed transformers that take a picture and a text."""
     named = refused_families()
     reasons = [(name, reason_of_type(name)) for name in picture_types() if name not in named]
     return [(name, reason) for name, reason in reasons if reason is not None]

@@ -84,8 +84,7 @@ def build_processor() -> LlavaProcessor:
 
 
 def build_config() -> LlavaConfig:
-    """Configuration with eight vision layers, of which LLaVA reads seven (`vision_feature_layer=-2`), and four language
-    layers."""
+    """Eight vision layers, of which LLaVA reads seven (`vision_feature_layer=-2`), and four language layers."""
     special: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     return LlavaConfig(
         vision_config=CLIPVisionConfig(

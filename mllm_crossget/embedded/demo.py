@@ -1,5 +1,4 @@
-"""``mllm-crossget demo``: the embedded model answers held-out questions at several keep ratios, with pictures of the
-merging."""
+"""``mllm-crossget demo``: the embedded model answers held-out questions at several keep ratios, with pictures."""
 
 from __future__ import annotations
 

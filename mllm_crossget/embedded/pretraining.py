@@ -95,7 +95,7 @@ class DenseHeads(nn.Module):
 
 
 def cell_mask(dtype: torch.dtype = torch.float32) -> Tensor:
-    """Additive attention mask [1, 1, 1 + P, 1 + P]: a patch attends to its cell and the class token, which attends to
+    """Additive attention mask [1, 1, 1 + P, 1 + P]: a patch attends to its cell and the class token, that one to
     all."""
     place = torch.arange(GRID) * PATCH // CELL
     cell = (place[:, None] * 3 + place).flatten()
@@ -226,8 +226,8 @@ def _branches(
 
 
 def answer_loss(model: LlavaForConditionalGeneration, visual: Tensor, pack: Pack) -> tuple[Tensor, float]:
-    """Weighted cross-entropy of the answer tokens given the visual tokens [B, P, T], and the share of correct
-    predictions."""
+    """Weighted cross-entropy of the answer tokens given the visual tokens [B, P, T], and the share predicted
+    correctly."""
     embeddings = model.get_input_embeddings()(pack.ids)
     here = (pack.ids == VOCABULARY.index(IMAGE))[..., None]
     embeddings = embeddings.masked_scatter(here, visual.to(embeddings.dtype))

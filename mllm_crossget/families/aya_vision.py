@@ -32,7 +32,7 @@ _TOWERS = (SIGLIP_TOWER,)
 
 
 def geometry(config: Any) -> TowerGeometry:
-    """Geometry of one tile of an ``AyaVisionConfig``, with (patches per side // downsample_factor)² cells behind the
+    """Geometry of one tile of an ``AyaVisionConfig``: (patches per side // downsample_factor)² cells after the
     projector.
 
     Raises:

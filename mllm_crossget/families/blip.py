@@ -81,8 +81,7 @@ def matching_flops(config: Any, features: int) -> int:
 
 
 def embedding_flops(config: Any, features: int) -> int:
-    """FLOPs of the text's pooler, and of the projections of one image and one text to their shared space: one token
-    each."""
+    """FLOPs of the text's pooler, and of projecting one image and one text to their shared space: one token each."""
     del features
     vision, text = config.vision_config.hidden_size, config.text_config.hidden_size
     projections = linear_flops(1, vision, config.projection_dim) + linear_flops(1, text, config.projection_dim)

@@ -62,8 +62,7 @@ Q_FORMER_INPUT = ("vision_model.post_layernorm", "qformer.encoder.layer.0.crossa
 
 
 def language_model(config: Any) -> LanguageModel:
-    """Paths of the layers in the language model of a configuration. Raises ``ValueError`` that names the known
-    models."""
+    """Paths of the layers in a configuration's language model. Raises ``ValueError`` that names the known models."""
     kind = config.text_config.model_type
     if kind not in LANGUAGE_MODELS:
         raise ValueError(
@@ -102,15 +101,13 @@ def connector_flops(config: Any, features: int) -> int:
 
 
 def embedding_flops(config: Any, features: int) -> int:
-    """FLOPs of the Q-Former on its query tokens, and of the projection of all of them to the space shared with
-    texts."""
+    """FLOPs of the Q-Former on its query tokens, and of projecting all of them to the space shared with texts."""
     former, queries = config.qformer_config, config.num_query_tokens
     return q_former_flops(config, features) + linear_flops(queries, former.hidden_size, config.image_text_hidden_size)
 
 
 def text_embedding_flops(config: Any, text_tokens: int) -> int:
-    """FLOPs of the Q-Former on a text alone, and of the projection of its first token to the space shared with
-    images."""
+    """FLOPs of the Q-Former on a text alone, and of projecting its first token to the space shared with images."""
     former = config.qformer_config
     layers = former.num_hidden_layers * self_attention_block_flops(former, text_tokens)
     return layers + linear_flops(1, former.hidden_size, config.image_text_hidden_size)

@@ -1,5 +1,4 @@
-"""DeepSeek-OCR 2: SAM's tower, a language model as encoder with queries that read SAM's output, one matrix,
-DeepSeek-V2.
+"""DeepSeek-OCR 2: SAM's tower, a language model as encoder whose queries read SAM's output, one matrix, DeepSeek-V2.
 
 An image has a global view of 256 queries (144 up to 768 pixels) and a separator; a large image also has tiles of 144
 queries each. No layer can lose tokens without losing queries, so the queries are merged behind the projector,

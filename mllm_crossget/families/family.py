@@ -64,8 +64,7 @@ from mllm_crossget.language_flops import token_flops
 
 @dataclass(frozen=True)
 class Family:
-    """A model family: data in named parts. The fields of all parts can also be read from the family, by the names
-    below.
+    """A model family: data in named parts. The fields of the parts can also be read from the family, by these names.
 
     Args:
         model_type: model type of the top configuration (``model.config.model_type``).

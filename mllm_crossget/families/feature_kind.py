@@ -6,8 +6,7 @@ from enum import StrEnum
 
 
 class FeatureKind(StrEnum):
-    """How a family's features are made. ``hooks.projector.kinds`` has a mixin for each kind, which is checked at
-    import."""
+    """How a family's features are made. ``hooks.projector.kinds`` checks at import that each kind has a mixin."""
 
     PLAIN = "plain"
     """The projector maps each token of the tower separately."""

@@ -33,8 +33,7 @@ def latents(config: Any, features: int) -> int:
 
 
 def connector_flops(config: Any, features: int) -> int:
-    """FLOPs of a gated MLP on every token, and of the resampler's layers, whose latents attend to tokens and
-    latents."""
+    """FLOPs of a gated MLP on every token, and of the resampler, whose latents attend to tokens and latents."""
     text, perceiver = config.text_config, config.perceiver_config
     inner, width = text.intermediate_size, text.hidden_size
     total = 2 * linear_flops(features, config.vision_config.hidden_size, inner) + linear_flops(features, inner, width)

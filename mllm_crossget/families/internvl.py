@@ -89,8 +89,7 @@ def _patch_grid(vision: Any) -> tuple[int, int]:
 
 
 def projector_flops(config: Any, features: int) -> int:
-    """FLOPs of two matrices after pixel shuffle: the patches of a cell to the text width, then text width to text
-    width."""
+    """FLOPs of two matrices after pixel shuffle: patches of a cell to text width, then text width to text width."""
     inputs = int(config.vision_config.hidden_size / config.downsample_ratio**2)
     outputs = config.text_config.hidden_size
     return linear_flops(features, inputs, outputs) + linear_flops(features, outputs, outputs)
@@ -105,8 +104,7 @@ def tower_flops(config: Any) -> tuple[int, int]:
 
 
 def cross_cell(config: Any, tokens: Tensor) -> Tensor:
-    """(images, D) -> (images, D / downsample_ratio²): a cell's channels are the concatenated channels of its
-    patches."""
+    """(images, D) -> (images, D / downsample_ratio²): a cell's channels are those of its patches, concatenated."""
     return tokens.repeat(1, round(config.downsample_ratio**-2))
 
 

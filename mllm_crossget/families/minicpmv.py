@@ -1,5 +1,4 @@
-"""MiniCPM-V 4.6: packed SigLIP-like tower that merges 2 x 2 windows after one of its layers, a merger of 2 x 2 cells,
-Qwen3.5.
+"""MiniCPM-V 4.6: packed SigLIP-like tower that merges 2 x 2 windows after a layer, a merger of 2 x 2 cells, Qwen3.5.
 
 Windows and merger need the whole grid, so tokens are merged behind the merger, separately for each slice and each frame
 of a video. With ``downsample_mode="4x"``, in the configuration or in a call, there are no windows, and images have four

@@ -68,8 +68,7 @@ def reads_several_layers(config: Any) -> bool:
 
 
 def layer_that_is_read(layer: Any, layers: int) -> int:
-    """The layer of ``vision_feature_layer``, counted from 1, in a tower of ``layers`` layers; a list of one layer means
-    that layer.
+    """The layer of ``vision_feature_layer``, counted from 1, of a tower of ``layers`` layers; it may be a list of one.
 
     Raises:
         ValueError: several layers, or a layer that the tower does not have.

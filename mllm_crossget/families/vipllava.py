@@ -41,8 +41,7 @@ def feature_layers(config: Any) -> list[int]:
 
 
 def geometry(config: Any) -> TowerGeometry:
-    """Geometry of a ``VipLlavaConfig``. Raises ``ValueError`` for another tower than CLIP, or a layer that it does not
-    have."""
+    """Geometry of a ``VipLlavaConfig``. Raises ``ValueError`` for another tower than CLIP, or a layer out of range."""
     vision = config.vision_config
     kind = tower_kind(vision.model_type, _TOWERS, "VipLlava")
     layers = vision.num_hidden_layers

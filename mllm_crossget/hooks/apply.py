@@ -106,7 +106,7 @@ def _hook_vision(model: Any, handle: Handle, geometry: TowerGeometry) -> None:
 
 
 def _hook_encoder(model: Any, handle: Handle, path: str, place: str, geometry: TowerGeometry) -> tuple[str, TowerState]:
-    """Hook the layers of the tower at a path, with the cross tokens of a place. Returns the encoder's path and
+    """Hook the layers of the tower at a path, with the cross tokens of a place; returns the encoder's path and
     state."""
     family, method = handle.family, handle.method
     vision_config = config_at(model.config, family.vision_config)

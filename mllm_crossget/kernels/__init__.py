@@ -1,2 +1,1 @@
-"""Compiled kernels: Triton for GPUs, Numba for CPUs. Each has the same results as the torch code in ``ops``, its
-reference."""
+"""Compiled kernels: Triton for GPUs, Numba for CPUs. Their reference is the torch code in ``ops``."""

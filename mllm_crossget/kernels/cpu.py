@@ -25,8 +25,7 @@ _SHORTEST = np.float32(1e-12)  # smallest length of a key, so that a zero key do
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile a function. The result is cached on disk for the next process; if Numba cannot write, every process
-    compiles."""
+    """Compile a function, with a cache on disk for the next process; if Numba cannot write, every process compiles."""
     try:
         return njit(cache=True, nogil=True)(function)
     except RuntimeError:
@@ -60,8 +59,7 @@ def _largest(values, bits):
 
 @_compiled
 def _lengths(products, shielded):
-    """(T,) inverse length of each key. Products with keys that are not finite become 0, products with protected ones
-    -inf."""
+    """(T,) inverse length of each key. Products with keys that are not finite become 0, with protected ones -inf."""
     tokens = len(products)
     finite = np.empty(tokens, np.bool_)
     factor = np.ones(tokens, np.float32)

@@ -88,8 +88,7 @@ class DynamicMethod(Method):
         raise TypeError(f"{type(self).__name__} does not choose the number of tokens per image")
 
     def removals(self, scores: Tensor, threshold: float, shielded: Tensor, least: Tensor | None = None) -> Tensor:
-        """(B,) number of tokens that each image loses: those at or below the threshold, at most half of the removable
-        ones.
+        """(B,) number of tokens that each image loses: those at or below the threshold, at most half of the removable.
 
         Args:
             scores: (B, T).

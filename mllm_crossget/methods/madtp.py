@@ -206,7 +206,7 @@ class MadtpConfig(DynamicMethod):
         return (super().tokens_below(scores, threshold) - 1).clamp_min(0)
 
     def removals(self, scores: Tensor, threshold: float, shielded: Tensor, least: Tensor | None = None) -> Tensor:
-        """See ``DynamicMethod``; in reference mode every image loses the smallest count of the batch, also if more than
+        """See ``DynamicMethod``; in reference mode every image loses the batch's smallest count, even more than
         half."""
         if not self.reference:
             return super().removals(scores, threshold, shielded, least)

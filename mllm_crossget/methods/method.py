@@ -98,7 +98,7 @@ class Method(ReductionConfig):
         return self.size_bias
 
     def uses_cosine(self, published: bool) -> bool:
-        """True if importance in a vision tower is the cosine with the cross token's query, False if it is attention
+        """True if importance in a vision tower is the cosine with the cross token's query, False for attention
         received.
 
         Args:
@@ -111,13 +111,11 @@ class Method(ReductionConfig):
         raise TypeError(f"{type(self).__name__} is no method of its own; use one of mllm_crossget.method_names()")
 
     def match_at_output(self, signals: Signals, r: int) -> Match:
-        """Choose ``r`` tokens to remove at the tower's output, up to all but one, and the tokens that they are merged
-        into."""
+        """Choose ``r`` tokens to remove at the tower's output, up to all but one, and what they are merged into."""
         raise TypeError(f"{type(self).__name__} does not select at the output of a tower")
 
     def layer_flops(self, shape: LayerShape) -> int | None:
-        """FLOPs that the method adds to one layer of a tower; None to count those of ``match`` and of the signals it
-        needs."""
+        """FLOPs that the method adds to one layer of a tower; None to count ``match`` and the signals it needs."""
         del shape
         return None
 

@@ -23,8 +23,7 @@ class AskedText:
 
 @dataclass
 class NextLayer:
-    """Projections of the layer after the one that is read, of that layer's output tokens, with all heads as a single
-    one.
+    """Projections by the layer after the one that is read, of that one's output, with all heads as a single one.
 
     Attributes:
         attention: (B, T) float32 attention of the class token to every token; in a tower without one, of the mean
@@ -76,8 +75,7 @@ class Signals:
 
 @dataclass
 class RaggedSignals:
-    """Input of a method that chooses per image, from one layer. T rows, N rows after the class token, K alignment
-    tokens.
+    """Input of a method that chooses per image, from one layer. T rows, N rows after the prefix, K alignment tokens.
 
     Attributes:
         size: (B, T) number of original tokens in each row; 0 for dead rows, which come after an image's tokens.

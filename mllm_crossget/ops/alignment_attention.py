@@ -12,8 +12,7 @@ from torch import Tensor
 
 
 def alignment_scores(tokens_BND: Tensor, space_KD: Tensor) -> Tensor:
-    """Dot products of tokens with the alignment tokens: (B, N, K), not scaled. The tokens are in the alignment tokens'
-    space."""
+    """Dot products of tokens (in the alignment tokens' space) with the alignment tokens: (B, N, K), not scaled."""
     return tokens_BND @ space_KD.mT
 
 

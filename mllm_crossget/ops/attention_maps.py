@@ -96,8 +96,7 @@ class Workspace(Maps):
         return attention
 
     def _of_first(self, maps: int) -> tuple[Tensor, ...]:
-        """Views of the memory: queries, keys with their bias channel, logits, and the part of the logits without
-        padding."""
+        """Views of the memory: queries, keys with their bias channel, logits, and the logits without padding."""
         query, key, logits = self._query, self._key, self._logits
         if maps < self._maps:
             query, key, logits = query[:maps], key[:maps], logits[:maps]

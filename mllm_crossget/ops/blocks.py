@@ -7,7 +7,7 @@ import math
 
 
 def grid_of(patches: int) -> tuple[int, int]:
-    """Rows and columns of a square image. If the number is not a square, one row: neighbours are then those in the
+    """Rows and columns of a square image. One row if the number is not a square: neighbours are those in the
     sequence."""
     side = math.isqrt(patches)
     return (side, side) if side * side == patches else (1, patches)
@@ -42,8 +42,7 @@ def block_of_patches(patches: int, blocks: int) -> tuple[int, ...]:
 
 @functools.cache
 def middle_of_blocks(patches: int, blocks: int) -> tuple[int, ...]:
-    """The patch nearest to the middle of every block; among equally near ones the lower index. See
-    ``block_of_patches``."""
+    """The patch nearest to the middle of every block, with ties to the lower index. See ``block_of_patches``."""
     columns = grid_of(patches)[1]
     members: list[list[int]] = [[] for _ in range(blocks)]
     for patch, block in enumerate(block_of_patches(patches, blocks)):

@@ -43,8 +43,7 @@ class Graph(Protocol):
         """(B, C) ``best_below`` for some of the tokens."""
 
     def best_survivor(self, src_BR: Tensor) -> Tensor:
-        """(B, R) the token most similar to each source among those that are not sources; the lower index among equal
-        ones."""
+        """(B, R) the token most similar to each source among those that are not sources. Ties: the lower index."""
 
 
 def similarity_graph(keys_BTD: Tensor, shielded_BT: Tensor | None, workspace: Tensor | None = None) -> Graph:
@@ -90,8 +89,7 @@ def normalised(keys: Tensor) -> Tensor:
 
 
 def ranks(best_BT: Tensor) -> Tensor:
-    """(B, T) rank of every token as float32, 0 for the largest value. Among equal values the lower index comes
-    first."""
+    """(B, T) rank of every token as float32, 0 for the largest value. Ties: the lower index comes first."""
     order = best_BT.argsort(dim=-1, descending=True, stable=True)
     places = torch.arange(order.shape[1], dtype=torch.float32, device=order.device).expand_as(order)
     return torch.empty_like(order, dtype=torch.float32).scatter_(1, order, places)

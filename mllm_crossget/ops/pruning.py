@@ -45,8 +45,7 @@ def attention_received(strongest_BTT: Tensor, prefix: int, alive_BT: Tensor | No
 
 
 def class_attention(attention_BHT: Tensor, output_BTHD: Tensor, prefix: int) -> Tensor:
-    """Attention of the class token to every other token; heads are weighted by the norm of their output for the class
-    token.
+    """Attention of the class token to every other token; heads are weighted by the norm of their output for it.
 
     Args:
         attention_BHT: attention of the first query.
@@ -82,8 +81,7 @@ def token_alignment(scores_BNK: Tensor, width: int, reference: bool, alive_BN: T
 def alignment_threshold(
     importance_BN: Tensor, scores_BNK: Tensor | None, temperature: float, alive_BN: Tensor | None = None
 ) -> Tensor:
-    """(B,) threshold of importance, below which tokens are pruned: the smallest weighted mean over the alignment
-    tokens.
+    """(B,) importance below which tokens are pruned: the smallest weighted mean over the alignment tokens.
 
     Every alignment token weights the tokens by softmax(scores / temperature). A higher temperature brings the threshold
     nearer to the plain mean. It is the plain mean without alignment tokens (``scores_BNK`` None) and before training.

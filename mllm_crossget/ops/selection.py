@@ -18,8 +18,7 @@ from mllm_crossget.ops.precision import without_autocast
 
 @torch.no_grad()
 def farthest_first(keys_BTD: Tensor, importance_BT: Tensor, kept: int, shielded_BT: Tensor) -> Tensor:
-    """(B, kept) representative tokens: the most important one, then in each step the one least similar to those
-    selected.
+    """(B, kept) representative tokens: the most important one, then always the one least similar to those selected.
 
     Greedy k-centre (Gonzalez 1985) on the complete graph of cosine similarities. Every token has a similar kept one, at
     most twice as far away as in the optimal selection. Max-min selection of visual tokens: DivPrune (CVPR 2025), which

@@ -1,5 +1,4 @@
-"""Search for a complete checkpoint. A kill or a full disk leaves incomplete folders that Trainer would load and fail
-on."""
+"""Search for a complete checkpoint. A kill or a full disk leaves incomplete folders, on which Trainer would fail."""
 
 from __future__ import annotations
 

@@ -177,8 +177,7 @@ class BudgetCallback(TrainerCallback):
         self.history.append(entry | {"temperature": _tempered(model).temperature, "share": share})
 
     def _search(self, model: nn.Module, budget: Budget) -> None:
-        """The temperature at which the model meets its budget, by bisection: a higher temperature keeps fewer
-        tokens."""
+        """The temperature at which the model meets its budget, by bisection; a higher one keeps fewer tokens."""
         low, high = math.log(_COLDEST), math.log(_HOTTEST)
         for _ in range(20):
             middle = (low + high) / 2

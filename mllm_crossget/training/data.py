@@ -240,8 +240,7 @@ class Collator:
         self.sides = tuple(side) if isinstance(side, (list, tuple)) else (side, side)
 
     def __call__(self, samples: list[dict[str, Tensor]]) -> dict[str, Any]:
-        """``input_ids``, ``attention_mask``, ``labels`` (all (B, L)), ``pixel_values`` and, with a dummy,
-        ``dummy_image``.
+        """``input_ids``, ``attention_mask``, ``labels`` (all (B, L)), ``pixel_values``; with a dummy ``dummy_image``.
 
         An encoder-decoder's labels have their own length; a Q-Former's text comes with its mask.
         """

@@ -1,5 +1,4 @@
-"""``mllm-crossget train config.yaml``: load, accelerate, wrap, train, save. It also runs under torchrun and similar
-launchers.
+"""``mllm-crossget train config.yaml``: load, accelerate, wrap, train, save. It also runs under torchrun and the like.
 
 mllm-crossget train scripts/configs/embedded.yaml --learning_rate 1e-4
 torchrun --nproc_per_node 8 -m mllm_crossget train scripts/configs/llava_1.5_7b.yaml --deepspeed zero3.json
@@ -250,8 +249,7 @@ def _data(records: Records, processor: Any, options: TrainOptions, output_dir: P
 def _callbacks(
     options: TrainOptions, method: Method, data: TrainingData | None, budget: Budget | None
 ) -> list[BudgetCallback]:
-    """The callback that keeps a method that chooses per image at its budget; its images are spread over the training
-    data."""
+    """The callback that keeps a per-image method at its budget; its images are spread over the training data."""
     if not method.is_dynamic or data is None:
         return []
     pictured = [index for index, has_image in enumerate(data.has_image) if has_image]
@@ -264,8 +262,7 @@ def _callbacks(
 
 
 def _start_deepspeed_on_cpu(args: TrainerSettings) -> None:
-    """Initialise the processes early if there is no GPU, because ZeRO-3 asks for their number while the model is
-    loaded."""
+    """Initialise the processes early without a GPU, because ZeRO-3 asks for their number while the model is loaded."""
     if args.deepspeed and args.use_cpu:
         import deepspeed  # only needed here
 

@@ -75,8 +75,7 @@ def distillation_loss(
 
 
 def teacher_logits(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    """Logits (B, L, V) of the same weights without token reduction and without the adapter, without a copy of the
-    model.
+    """Logits (B, L, V) of the same weights without token reduction and adapter; the model is not copied.
 
     With PEFT the teacher is the model before fine-tuning; without it, the teacher has the current weights.
 

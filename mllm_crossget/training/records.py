@@ -105,8 +105,7 @@ class Records:
             raise BadSampleError(identity, f"its image cannot be read: {error}") from error
 
     def sketch(self) -> tuple[list[int], list[bool]]:
-        """Length in words, and whether there is an image, for every row, without opening images; 0 for malformed
-        rows."""
+        """Length in words, and whether there is an image, for every row; 0 for malformed rows. No image is opened."""
         lengths, pictured = [], []
         for row in self.rows:
             row = row if isinstance(row, Mapping) else {}

@@ -31,8 +31,7 @@ def write_options(options: TrainOptions, output_dir: str | Path) -> None:
 
 
 def check_same_options(options: TrainOptions, output_dir: str | Path) -> None:
-    """Raise ``ValueError`` that names the options in which the run of a folder differs, if the folder has its
-    options."""
+    """Raise ``ValueError`` that names the options in which a folder's run differs, if the folder has its options."""
     file = Path(output_dir) / OPTIONS_NAME
     if not file.is_file():
         return

@@ -51,8 +51,7 @@ class AlignmentTokens(nn.Module):
         self.text_maps = _zero_maps(text_maps, text_width, width, kind) if text_maps else None
 
     def forward(self, hidden_BND: Tensor, layer: int, text: bool = False) -> tuple[Tensor, Tensor]:
-        """A layer's input -> (B, N, K) ``ops.alignment_scores``, and the (B, N, width) mapped tokens behind the
-        scores."""
+        """A layer's input -> (B, N, K) ``ops.alignment_scores``, and (B, N, width) the mapped tokens."""
         maps = self.text_maps if text else self.maps
         mapped = hidden_BND if maps is None else maps[min(layer, len(maps) - 1)](hidden_BND)
         return alignment_scores(mapped, self.tokens), mapped

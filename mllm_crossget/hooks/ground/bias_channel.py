@@ -15,8 +15,7 @@ _LOWEST = -6e4  # bias of a dead key: kernels turn -inf into NaN, and this numbe
 def with_bias_channel(
     query: Tensor, key: Tensor, value: Tensor, bias_BK: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values that add the key bias to the logits: (q·k + 1·bias / scaling)·scaling = q·k·scaling +
-    bias.
+    """Queries, keys and values with the key bias in the logits: (q·k + 1·bias / scaling)·scaling = q·k·scaling + bias.
 
     Heads get eight more channels, zeros apart from the bias. The first D channels of the output are the usual ones.
 

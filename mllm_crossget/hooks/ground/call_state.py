@@ -13,7 +13,7 @@ from typing import Any
 
 
 class _Thread(threading.local):
-    """The attribute is set in ``__init__``, so that every thread has its own: the compiler cannot guard a class
+    """``__init__`` sets the attribute, so that every thread has its own: the compiler cannot guard a class
     attribute."""
 
     def __init__(self) -> None:

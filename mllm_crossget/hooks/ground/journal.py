@@ -124,7 +124,7 @@ def _write(target: Any, name: str, value: Any) -> None:
 
 
 def _set_class(module: nn.Module, kind: type[nn.Module]) -> None:
-    """Give a module another class. Its own ``forward`` is changed first, so that a repetition after an interrupt is
+    """Give a module another class. Its own ``forward`` comes first, so that a repetition after an interrupt is
     complete."""
     _rebind_forward(module, type(module), kind)
     module.__class__ = kind

@@ -12,7 +12,7 @@ from torch import nn
 
 
 class _Missing:
-    """Marks a missing entry. It is used as a class, not as an instance, because copies and pickles of a class are
+    """Marks a missing entry. It is used as a class without instances, as copies and pickles of a class are
     identical."""
 
 

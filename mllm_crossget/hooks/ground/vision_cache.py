@@ -53,8 +53,7 @@ class Encoded:
 
 
 class VisionCache:
-    """Features of images that were encoded before; the least recently used ones are dropped first. Threads may share
-    it.
+    """Features of encoded images, of which the least recently used are dropped first. Threads may share it.
 
     Give one to ``accelerate_mllm(model, ..., reuse_vision=VisionCache(max_bytes=...))`` to choose its size. It stays on
     the device where the features were made.
@@ -114,8 +113,7 @@ class VisionCache:
             self._used = 0
 
     def belongs_to(self, maker: Hashable) -> None:
-        """Forget every image unless ``maker``, an identity of the weights, is the one that the images were encoded
-        with."""
+        """Forget every image unless the images were encoded with ``maker``, which identifies the weights."""
         with self._lock:
             if maker != self._made_by:
                 self.clear()

@@ -39,8 +39,7 @@ class KeyBias:
         self._cut: dict[tuple[int, int], Tensor] = {}
 
     def of(self, rows: int, keys: int) -> Tensor:
-        """(rows, keys) bias of the last ``keys`` columns; of the first ``keys`` columns if the cache has room for
-        more."""
+        """(rows, keys) bias of the last ``keys`` columns; of the first ``keys`` ones if the cache has room for more."""
         if (rows, keys) not in self._cut:
             bias = self._last(keys)
             if rows != len(bias):  # beams and samples repeat rows of the prompt

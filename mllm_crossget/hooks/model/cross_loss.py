@@ -51,7 +51,7 @@ def add_alignment_loss(
 
 @kept_per_class
 def aligned_output(output_class: type) -> type:
-    """The output's class with one more field. It is a real dataclass, because DDP and FSDP rebuild outputs by their
+    """The output's class with one more field; a real dataclass, because DDP and FSDP rebuild outputs by their
     fields."""
     field = ("alignment_loss", Tensor | None, dataclasses.field(default=None))
     with_loss = dataclasses.make_dataclass(output_class.__name__, [field], bases=(output_class,))

@@ -74,8 +74,7 @@ def with_guidance(model: Any, forward: Any, handle: Handle, kwargs: dict[str, An
 
 
 def with_pair_guidance(model: Any, forward: Any, handle: Handle, kwargs: dict[str, Any]) -> Any:
-    """As ``with_guidance``, for a dual encoder. Row i of images and texts is a pair; the loss is 0 if their numbers
-    differ.
+    """As ``with_guidance``, for a dual encoder. Image i and text i are a pair; the loss is 0 if their numbers differ.
 
     A text's tokens are those after its first one, without padding, and under a causal mask up to the end mark. In
     MADTP's reference mode they are all tokens. A pruned text tower records its features itself.
@@ -168,7 +167,7 @@ class HeardLayer(nn.Module):
     """Mixin for a layer of the text side."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the original; records the input of the first call in a forward. Gradient checkpointing may call the layer
+        """As the original; records the input of its first call in a forward, as gradient checkpointing may call it
         again."""
         layers, index = self.__dict__[_PLACE]
         inputs: dict[int, Tensor] | None = lent(_INPUTS, layers)

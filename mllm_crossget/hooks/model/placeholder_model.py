@@ -219,8 +219,7 @@ def _slice_logits(logits: Tensor, keep: int | Tensor) -> Tensor:
 
 
 def _without_layout(cache: Any, generate: Any, kwargs: dict[str, Any]) -> Any:
-    """Run the stock ``generate`` on compact inputs; meanwhile the cache's layout is removed, which counts the user's
-    columns."""
+    """Run the stock ``generate`` on compact inputs, without the cache's layout, which counts the user's columns."""
     layout = getattr(cache, LAYOUT, None)
     if layout is None:
         return generate(**kwargs)

@@ -42,8 +42,7 @@ class SavedModel(GeneratingModel):
 
     @property
     def _keys_to_ignore_on_save(self) -> set[str]:
-        """Includes learned tokens, because a quantised model takes weights from the quantiser and not from
-        ``state_dict``."""
+        """With learned tokens, as a quantised model takes weights from the quantiser and not from ``state_dict``."""
         paths = vars(self)[HANDLE].cross_paths.values() if HANDLE in vars(self) else ()
         names = {f"{path}.{name}" for path in paths for name in module_at(self, path).state_dict()}
         return {*(vars(self).get("_keys_to_ignore_on_save") or ()), *names}

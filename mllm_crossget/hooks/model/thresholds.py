@@ -66,8 +66,7 @@ def _nearest(value_at: Callable[[int], int], count: int, wanted: int) -> int:
 
 @torch.no_grad()
 def calibrate(model: nn.Module, images: Any = None, processor: Any = None, *, texts: Any = None) -> Method:
-    """Find the thresholds of a dynamic method, so that images like these keep the requested number of tokens on
-    average.
+    """Find the thresholds of a dynamic method, so that images like these keep the requested tokens on average.
 
     The vision tower runs once over all images together. Each layer's threshold is set so that the images together lose
     as many tokens there as under the fixed schedule of the same settings. Average tokens in every layer are thus those

@@ -37,8 +37,7 @@ def aligned_tower(owner: nn.Module) -> nn.Module | None:
 
 
 class AlignedStates(nn.Module):
-    """Mixin for a tower: inside ``get_image_features`` all hidden states have the tokens of the last layer that is
-    read."""
+    """Mixin for a tower: inside ``get_image_features`` all hidden states have the tokens of the last layer read."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the original."""

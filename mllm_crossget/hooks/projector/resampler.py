@@ -170,8 +170,7 @@ def _joined(outputs: list[Any], places: Tensor) -> Any:
 
 
 def _padded(parts: list[Tensor], dims: int) -> Tensor:
-    """(b, t, D) states (``dims`` 1) or (b, heads, t, t) maps (``dims`` 2) of several lengths t, padded and
-    concatenated."""
+    """(b, t, D) states (``dims`` 1) or (b, heads, t, t) maps (``dims`` 2), padded to the longest t and concatenated."""
     longest = max(part.shape[-2] for part in parts)
     rows = []
     for part in parts:

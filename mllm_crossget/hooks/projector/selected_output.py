@@ -1,5 +1,4 @@
-"""Features for a method that selects tokens at the tower's output (``hooks.tower.output_selection``), and their
-groups."""
+"""Features and groups for methods that select tokens at the tower's output (``hooks.tower.output_selection``)."""
 
 from __future__ import annotations
 

@@ -184,8 +184,7 @@ def cached_columns(cache: Any) -> int:
 
 
 def compact(call: PromptCall) -> CompactCall:
-    """``input_ids``, ``attention_mask`` and arguments of the same length, with fewer image placeholders. The call is
-    unchanged.
+    """``input_ids``, ``attention_mask`` and arguments of that length, with fewer placeholders. The call is unchanged.
 
     Raises:
         ValueError: placeholders that do not fit the images, packed sequences, or padding behind cached columns that
@@ -226,7 +225,7 @@ def compact(call: PromptCall) -> CompactCall:
 def _compact_positions(
     call: PromptCall, images: dict[int, list[tuple[int, int]]], compaction: Compaction, keeps_positions: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Positions of the compact columns (None if the model makes them), and ``Layout.deltas`` if positions are in a
+    """Positions of the compact columns (None: the model makes them), and ``Layout.deltas`` if positions are in a
     grid."""
     if call.handle.family.positions is Positions.GRID:
         kept = {}
@@ -311,7 +310,7 @@ def positions_of_columns(handle: Handle, ids: Tensor, columns: int) -> Tensor:
 
 
 def positions_of_mask(mask: Tensor) -> Tensor:
-    """(B, columns) the positions that the stock ``generate`` makes from a mask; a masked column has its left
+    """(B, columns) positions that the stock ``generate`` makes from a mask; a masked column has its left
     neighbour's."""
     return (mask.long().cumsum(dim=1) - 1).clamp_min(0)
 
@@ -328,8 +327,7 @@ def whole_mask(ids: Tensor, layout: Layout | None, cache: Any, option: Any) -> T
 def compact_for_generate(
     model: nn.Module, handle: Handle, kwargs: dict[str, Any], layout: Layout | None
 ) -> tuple[dict[str, Any], Layout] | None:
-    """``generate``'s arguments in compact columns, and the layout of all columns; None if the prompt is compact
-    already.
+    """``generate``'s arguments in compact columns, and the layout of all columns; None if the prompt is compact.
 
     Args:
         kwargs: the user's arguments, with ``input_ids`` and ``attention_mask``.

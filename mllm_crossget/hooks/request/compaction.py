@@ -217,8 +217,7 @@ def _places(
 
 
 def refuse_padding_in_a_state(model: nn.Module, mask: Tensor) -> None:
-    """Raise where padding after cached columns would change the state of layers with linear attention or a
-    convolution."""
+    """Raise if padding after cached columns would change the state of linear attention or convolution layers."""
     kinds = getattr(config_of(model).get_text_config(), "layer_types", None) or ()
     if not {"linear_attention", "conv"}.isdisjoint(kinds) and bool((mask == 0).any()):
         raise ValueError(

@@ -139,8 +139,7 @@ def _merged_counts(merging: MergeState, placeholders: list[int]) -> list[int]:
 
 
 def image_counts(model: nn.Module, handle: Handle, modality: Modality, kwargs: dict[str, Any]) -> list[tuple[int, int]]:
-    """(placeholders in the user's prompt, features) of each image of a call. Encodes the images if the counts depend on
-    them."""
+    """(placeholders in the user's prompt, features) of each image; encodes the images if the counts depend on them."""
     placeholders = placeholders_of(model, handle, modality, kwargs)
     if handle.merging is not None:
         return list(zip(placeholders, _merged_counts(handle.merging, placeholders), strict=True))
@@ -152,8 +151,7 @@ def image_counts(model: nn.Module, handle: Handle, modality: Modality, kwargs: d
 def expected_counts(
     model: nn.Module, handle: Handle, modality: Modality, kwargs: dict[str, Any]
 ) -> list[tuple[int, int]]:
-    """As ``image_counts``, without encoding: counts that depend on the image are estimated by the settings' average
-    share."""
+    """As ``image_counts``, without encoding: counts that depend on the image are the settings' average share."""
     placeholders = placeholders_of(model, handle, modality, kwargs)
     known = known_features(model, handle, modality, kwargs)
     if known is None:

@@ -108,8 +108,7 @@ def with_shifted_lengths(kwargs: dict[str, Any], option: Callable[[str], Any], s
 
 
 def option_reader(model: Any, kwargs: dict[str, Any]) -> Callable[[str], Any]:
-    """A reader of options that resolves them as ``generate`` does: argument, given generation config, model's
-    config."""
+    """A reader of options with ``generate``'s order: argument, given generation config, model's config."""
 
     def read(name: str) -> Any:
         for source in (kwargs, vars(kwargs.get("generation_config") or object), vars(model.generation_config)):

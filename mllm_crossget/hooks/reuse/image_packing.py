@@ -243,8 +243,7 @@ class PackedColumns(ImageCall):
 
 
 class WithTiles(ImageCall):
-    """(images, channels, height, width) and, as further arguments, the tiles of all images and their counts
-    (DeepSeek-OCR)."""
+    """(images, channels, height, width), with the tiles of all images and their counts as arguments (DeepSeek-OCR)."""
 
     def __init__(self, owner: Any, arguments: dict[str, Any], pixels: str) -> None:
         super().__init__(owner, arguments, pixels)

@@ -62,8 +62,7 @@ def hook_text_encoder(
 
 
 class BertAttention(nn.Module):
-    """Mixin for a self-attention that computes its own map (BLIP's BERT): it uses transformers' attention interface
-    instead."""
+    """Mixin for a self-attention with its own softmax (BLIP's BERT): it uses transformers' attention interface."""
 
     query: nn.Linear
     key: nn.Linear

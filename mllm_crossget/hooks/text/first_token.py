@@ -67,8 +67,7 @@ def hook_text(
 
 
 class GuidedModel(nn.Module):
-    """Mixin for a text side: it finds the first real token of every row's text and passes its position to the
-    layers."""
+    """Mixin for a text side: it finds the first real token of every row's text and tells its position to the layers."""
 
     cross_tokens: Callable[[], Tensor]  # ``CrossTokens``, or PEFT's wrapper around it
 
@@ -153,8 +152,7 @@ def _text_column(mask: Any, skip: int, batch: int, device: torch.device) -> tupl
 
 
 def _cross_tokens_of(first: FirstTokens) -> Tensor:
-    """(layers, B, D) detached state + learned vector, with gradients to the vectors (also under gradient
-    checkpointing)."""
+    """(layers, B, D) detached state + learned vector, with gradients to the vectors (also with checkpointing)."""
     layers = sorted(first.found)  # not all layers if a decoder drops layers in training
     states = torch.stack([first.found[layer].to(first.vectors.device) for layer in layers])
     return states + first.vectors[layers, None].to(states.dtype)

@@ -141,8 +141,7 @@ def match_and_merge(
 def reduce_rows(
     method: Method, signals: Signals, hidden: Tensor, size: Tensor, groups: tuple[Group, ...]
 ) -> tuple[Tensor, Tensor, Match | None, Tensor]:
-    """Match and merge every group of rows. Returns tokens, sizes, the match (None with several groups), and the new
-    columns."""
+    """Match and merge every group of rows. Returns tokens, sizes, the match (None with several groups), new columns."""
     if len(groups) == 1:
         match = method.match(signals, groups[0].removed)
         hidden, size = merge(hidden, size, match)

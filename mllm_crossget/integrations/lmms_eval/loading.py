@@ -161,8 +161,7 @@ def used_method(model: nn.Module) -> Method | None:
 
 
 def _adapted_settings(args: ModelArgs, method: Method | None) -> ReductionConfig | None:
-    """None for the adapter's own settings; else the settings of the given method, or the adapter's with another
-    dial."""
+    """None for the adapter's own settings; else those of the given method, or the adapter's with another dial."""
     if method is None or args.method:
         return method
     saved = ReductionConfig.from_pretrained(args.adapter or "")

@@ -285,8 +285,7 @@ class Blip2HfCrossGet(CrossGetModel):
         return self.processor(images=flat, text=texts, padding=True, return_tensors="pt"), counts
 
     def new_tokens(self, output: torch.Tensor, inputs: Any) -> torch.Tensor:
-        """(B, new) tokens; the output of decoders starts with the prompt, that of encoder-decoders with a start
-        mark."""
+        """(B, new) tokens; outputs of decoders start with the prompt, those of encoder-decoders with a start mark."""
         if self._is_encoder_decoder:
             return output[:, 1:]
         prompt = inputs["input_ids"]

@@ -105,8 +105,7 @@ def compare(one: dict[str, Any], other: dict[str, Any], metric: str) -> dict[str
 
 
 def bootstrap(values: np.ndarray) -> tuple[float, float]:
-    """The 95 % percentile interval of the mean of (questions,) values. The draws depend only on the number of
-    values."""
+    """The 95 % percentile interval of the mean of (questions,) values; the draws depend only on their number."""
     generator = np.random.default_rng(0)
     rows, means = max(1, _AT_ONCE // len(values)), np.empty(_DRAWS)
     for start in range(0, _DRAWS, rows):

@@ -1,5 +1,4 @@
-"""Published methods of other authors, written from their formulas, on the same models and with the same FLOP counts as
-ours.
+"""Published methods of other authors, written from their formulas, for the same models and FLOP counts as ours.
 
 Each method has a file of its name. ``patches`` holds the shared base classes, ``relevance`` the score of methods that
 use the question. Each docstring says what the paper claims, where the method acts, and where we differ from the

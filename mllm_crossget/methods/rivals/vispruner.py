@@ -20,8 +20,7 @@ _AT_ONCE = 8  # published: number of tokens that a round removes
 @register_method
 @dataclass
 class VisPrunerConfig(PatchSelection):
-    """Keep the patches that the class token attends to most, and from the others those without duplicates; drop the
-    rest.
+    """Keep the patches that the class token attends to most, and others without duplicates; drop the rest.
 
     The paper claims that attention alone keeps too many duplicates. FSR's table 1 gives it 93.5 % of LLaVA-1.5-7B's
     average with 64 of 576 tokens, without training. The method acts at the tower's output. The others are in a list,

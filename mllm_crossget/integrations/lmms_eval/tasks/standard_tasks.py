@@ -21,8 +21,8 @@ def first_letter(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
 
 
 def mmbench_cn_static(results: list[dict[str, Any]], args: Any) -> float:
-    """MMBench-CN accuracy in per cent by lmms-eval's rules for finding the letter; no file is written and no judge is
-    asked."""
+    """MMBench-CN accuracy in per cent by lmms-eval's rules for finding the letter, without files and without a
+    judge."""
     from lmms_eval.tasks.mmbench.cn_utils import mmbench_evaluator
 
     overall, _, _ = mmbench_evaluator.eval_result(results, eval_method="static")
