@@ -76,12 +76,17 @@ def unknown_words(records: Records, tokenizer: Any) -> str | None:
             words = " ".join(part["text"] for part in message["content"] if part["type"] == "text")
             if message["role"] in texts and words:
                 texts[message["role"]].append(words)
-    unknown_texts = {role: [text for text in told if _has(text, unknown, tokenizer)] for role, told in texts.items()}
+    unknown_texts = {
+        role: [text for text in texts_of_role if _has(text, unknown, tokenizer)]
+        for role, texts_of_role in texts.items()
+    }
     if not any(unknown_texts.values()):
         return None
     shares = [f"{len(unknown_texts[role]) / max(1, len(texts[role])):.0%} of the {name}"
               for role, name in (("user", "questions"), ("assistant", "answers"))]  # fmt: skip
-    counted = Counter(word for told in unknown_texts.values() for text in told for word in text.split())
+    counted = Counter(
+        word for texts_of_role in unknown_texts.values() for text in texts_of_role for word in text.split()
+    )
     odd = [word for word, _ in counted.most_common(50) if _has(word, unknown, tokenizer)][:_SHOWN]
     return (
         f"{' and '.join(shares)} hold words that the tokenizer does not know; they are trained as "

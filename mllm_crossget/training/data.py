@@ -171,8 +171,8 @@ class TrainingData(Dataset[dict[str, Tensor]]):
         except (ValueError, TypeError, KeyError, IndexError) as error:
             raise BadSampleError(record.identity, f"the chat template or processor failed: {error}") from error
         learned = torch.as_tensor(encoded["assistant_masks"][0]).tolist()
-        told, learned = with_end_marks(encoded["input_ids"][0].tolist(), learned, self.processor.tokenizer)
-        ids = torch.tensor(told)
+        token_ids, learned = with_end_marks(encoded["input_ids"][0].tolist(), learned, self.processor.tokenizer)
+        ids = torch.tensor(token_ids)
         labels = ids.masked_fill(torch.tensor(learned) == 0, IGNORE)
         cut = ids[self.max_length :]
         if (cut == self.processor.image_token_id).any():

@@ -299,7 +299,7 @@ def _with_alignment(model: nn.Module, forward: Any, handle: Handle, kwargs: dict
     )
     if (
         handle.modality_towers
-    ):  # DDP wants a gradient for the cross tokens of every tower, also if a batch has images alone
+    ):  # DDP needs a gradient for the cross tokens of every tower, also if a batch has images alone
         for path in handle.cross_paths.values():
             output.alignment_loss = output.alignment_loss + 0 * module_at(model, path)().sum()
     return output
