@@ -277,7 +277,7 @@ def trace_merges(model: nn.Module, *, tower: str = "vision") -> Iterator[list[La
     handle = handle_of(model)
     if handle is not None and tower == "video" and not any(one.tower for one in handle.family.modalities):
         raise ValueError(f"videos have no tower of their own in {handle.family.key!r}; use tower='vision'")
-    if handle is not None and tower == "cells" and getattr(handle.geometry, "cells", None) is None:
+    if handle is not None and tower == "cells" and not _has_cells(handle):
         raise ValueError(f"no cells are merged behind the tower in {handle.family.key!r}; use tower='vision'")
     state = None if handle is None else _traced(handle, tower)
     if state is None:
@@ -286,6 +286,11 @@ def trace_merges(model: nn.Module, *, tower: str = "vision") -> Iterator[list[La
         raise ValueError(f"the model is {found}; call accelerate_mllm(model, {dial}=0.5) first")
     with Lent(TRACE, [], state) as trace:
         yield trace
+
+
+def _has_cells(handle: Handle) -> bool:
+    """Whether cells are merged behind the tower, too."""
+    return getattr(handle.geometry, "cells", None) is not None or getattr(handle.geometry, "block", 1) > 1
 
 
 def _traced(handle: Handle, tower: str) -> Any:

@@ -15,10 +15,14 @@ def attention_flops(queries: int, keys: int, width: int) -> int:
     return 2 * 2 * queries * keys * width
 
 
-def layer_flops(entering: int, inside: int, width: int, inner: int) -> int:
+def layer_flops(entering: int, inside: int, width: int, inner: int, window: tuple[int, int] | None = None) -> int:
     """FLOPs of a layer of a plain vision transformer: q, k, v, o and attention on the ``entering`` tokens, and an MLP
-    of two matrices on the ``inside`` tokens. The latter are left after the layer's merging."""
-    attention = 4 * linear_flops(entering, width, width) + attention_flops(entering, entering, width)
+    of two matrices on the ``inside`` tokens. The latter are left after the layer's merging.
+
+    ``window``: (a, b) if a token attends to a of every b tokens; None: to all of them.
+    """
+    attended = entering if window is None else entering * window[0] // window[1]
+    attention = 4 * linear_flops(entering, width, width) + attention_flops(entering, attended, width)
     return attention + 2 * linear_flops(inside, width, inner)
 
 

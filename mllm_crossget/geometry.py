@@ -18,12 +18,17 @@ class TowerCosts:
         inner: width inside its MLP.
         language_token: FLOPs of the language model's layers on one more token of the prompt, without attention maps.
         view_token: FLOPs of one token's features, for a selection at the tower's output that compares features.
+        block: patches in one token (see ``TowerGeometry``).
+        windows: for every layer (a, b) if a patch attends to a of every b patches, None if it attends to all of them.
+            Empty: all layers attend to all patches.
     """
 
     width: int
     inner: int
     language_token: int
     view_token: int = 0
+    block: int = 1
+    windows: tuple[tuple[int, int] | None, ...] = ()
 
     def tower(self, tokens: Sequence[int], output: bool = False) -> int:
         """FLOPs of the tower's layers up to the one that is read: projections and attention of the tokens that enter,
@@ -36,7 +41,8 @@ class TowerCosts:
         total = 0
         for layer, (entering, left) in enumerate(itertools.pairwise(tokens), 2):
             inside = entering if output and layer == len(tokens) else left
-            total += layer_flops(entering, inside, self.width, self.inner)
+            window = self.windows[layer - 2] if self.windows else None
+            total += layer_flops(entering * self.block, inside * self.block, self.width, self.inner, window)
         return total + (tokens[-2] * self.view_token if output else 0)
 
     def language(self, features: int) -> int:
@@ -61,6 +67,9 @@ class TowerGeometry:
             image has its own schedule, and ``visual_tokens`` is a limit, which small images do not reach.
         costs: costs by which ``schedule="auto"`` decides how late tokens are removed; None: "auto" is the same as
             "constant".
+        block: patches that are merged together as one token because a patch merger after the tower needs them (4 for
+            cells of 2 x 2). All counts are counts of such tokens. A selection at the tower's output is made after that
+            merger.
     """
 
     patches: int
@@ -71,6 +80,7 @@ class TowerGeometry:
     cells: int | None = None
     fixed: bool = True
     costs: TowerCosts | None = field(default=None, compare=False)
+    block: int = 1
 
     @property
     def placeholders(self) -> int:

@@ -53,10 +53,22 @@ class Schedule:
 
 
 def acting_geometry(config: ReductionConfig, geometry: Geometry) -> Geometry:
-    """What a method's counts are about: a tower, or the features behind the projector where the method acts there."""
-    if config.place is Place.PROJECTOR and isinstance(geometry, TowerGeometry):
+    """What a method's counts are about: a tower, or the features behind the projector where the method acts there.
+
+    Behind a tower whose tokens are cells of a patch merger, ``schedule="output"`` is about the merger's features, and
+    so are published settings, which say where each token leaves only by layers (``r``, ``merge_every``).
+    """
+    if isinstance(geometry, TowerGeometry) and (config.place is Place.PROJECTOR or _behind_merger(config, geometry)):
         return MergeGeometry(geometry.placeholders, geometry.fixed)
     return geometry
+
+
+def _behind_merger(config: ReductionConfig, geometry: TowerGeometry) -> bool:
+    """Whether nothing leaves inside a tower of cells. A setting as published is known by its positions, which no other
+    one may have where cells have positions in a grid."""
+    if geometry.block == 1 or config.vision_removals is not None or config.merge_every is not None:
+        return False
+    return config.schedule == "output" or (config.schedule == "constant" and not config.keeps_positions)
 
 
 def make_schedule(config: ReductionConfig, geometry: Geometry) -> Schedule:
@@ -69,7 +81,8 @@ def make_schedule(config: ReductionConfig, geometry: Geometry) -> Schedule:
     others, and with ``schedule="constant"``, there are as few steps as reach the target, even ones, each of which
     removes at most half of the tokens.
     In front of a projector that wants the whole grid, a tower keeps the same share of its patches as the dial asks of
-    the cells behind it, or as few as it can.
+    the cells behind it, or as few as it can. A tower whose tokens are cells of a patch merger hands on as few as it
+    can, too, if these are more than the dial asks for: the others leave behind the merger (``behind_cells``).
     With ``schedule="late"`` the last layers in front of the one that is read remove everything, as few of them as can
     do it with at most two fifths of a layer's tokens each; with "output" that one does, at its output; with "auto" as
     late as costs allow (``removals.auto_removals``).
@@ -84,7 +97,7 @@ def make_schedule(config: ReductionConfig, geometry: Geometry) -> Schedule:
         return _merge_schedule(config, geometry)
     if config.place is not Place.TOWER_LAYERS:
         return _output_schedule(config, geometry)
-    cross = config.uses_cross_tokens and config.reduces_vision
+    cross = config.uses_cross_tokens and config.reduces_vision and geometry.block == 1
     start, protected = geometry.patches + geometry.prefix + cross, geometry.prefix + cross
     wanted, output = _tower_removals(config, geometry, start, protected)
     removals, tokens = clipped(wanted, start, protected, output)
@@ -93,6 +106,8 @@ def make_schedule(config: ReductionConfig, geometry: Geometry) -> Schedule:
         made = Schedule(removals, tokens, geometry.cells, features, cross, drop_cross=cross)
         behind = behind_grid(config, geometry, patches_left(made, geometry))
         return replace(made, features=make_schedule(behind, MergeGeometry(geometry.cells, geometry.fixed)).features)
+    if geometry.block > 1 and config.vision_removals is None:
+        features = min(features, _target(config, geometry))
     drop_cross = cross and (features > geometry.placeholders or _drops_cross(config, geometry))
     return Schedule(removals, tokens, geometry.placeholders, features - drop_cross, cross, drop_cross, output)
 
@@ -110,6 +125,8 @@ def _tower_removals(
     wanted = Wanted(target, geometry, start, protected)
     if geometry.cells is not None:
         wanted = _patches_for(wanted, every)
+    if geometry.block > 1 and not _meets(wanted, config):
+        wanted = replace(wanted, target=max(target, fewest(wanted, every)))
     selects = config.selects_at_output and geometry.cells is None
     kind = config.schedule_kind
     if kind == "output":
@@ -125,6 +142,16 @@ def _tower_removals(
         removals, at_output = auto_removals(wanted, selects)
         return removals, geometry.read - 1 if at_output else None
     return even_removals(wanted, every, config.is_dynamic), None
+
+
+def _meets(wanted: Wanted, config: ReductionConfig) -> bool:
+    """Whether "auto" can hand on as few tokens as wanted, with those that leave at the output."""
+    if config.schedule_kind != "auto" or not config.selects_at_output:
+        return False
+    try:
+        return bool(auto_removals(wanted, selects=True))
+    except ValueError:
+        return False
 
 
 def _drops_cross(config: ReductionConfig, geometry: TowerGeometry) -> bool:
@@ -160,6 +187,14 @@ def behind_grid(config: Config, geometry: TowerGeometry, patches: int) -> Config
     if config.vision_removals is None:
         return replace(config, merge_every=None, schedule=_behind_tower(config))
     return at_share(config, patches / geometry.patches)
+
+
+def behind_cells(schedule: Schedule) -> Schedule:
+    """The counts behind a patch merger, of an image whose cells have this schedule in the tower: a method that chooses
+    among all tokens at the output does so there, in one step; for others what the layers could not remove is left."""
+    if schedule.output is None:
+        return _even_steps(schedule.tokens[-1], schedule.features)
+    return replace(_one_step(schedule.tokens[-2], schedule.features), output=0)
 
 
 def at_share(config: Config, share: float) -> Config:
@@ -248,6 +283,16 @@ def _one_step(tokens: int, left: int) -> Schedule:
     )
 
 
+def _even_steps(whole: int, target: int) -> Schedule:
+    """As few steps as reach the target, each of at most half of the tokens, as even as that allows."""
+    steps, left = 0, whole
+    while left > target:
+        steps, left = steps + 1, left - removable(left, 0)
+    even = even_removals(Wanted(target, TowerGeometry(whole, 0, steps, steps), whole, 0))
+    removals, tokens = clipped(even, whole, 0)
+    return Schedule(removals, tokens, whole, tokens[-1], cross=False, drop_cross=False)
+
+
 def _merge_schedule(config: ReductionConfig, geometry: MergeGeometry) -> Schedule:
     _refuse_layer_dials(config, "the tokens of this model are merged behind its projector")
     target = _target(config, geometry)
@@ -255,12 +300,7 @@ def _merge_schedule(config: ReductionConfig, geometry: MergeGeometry) -> Schedul
         return _one_step(geometry.tokens, target)
     if config.selects_at_output and config.schedule_kind in ("auto", "output"):
         return replace(_one_step(geometry.tokens, target), output=0)
-    steps, left = 0, geometry.tokens
-    while left > target:
-        steps, left = steps + 1, left - removable(left, 0)
-    even = even_removals(Wanted(target, TowerGeometry(geometry.tokens, 0, steps, steps), geometry.tokens, 0))
-    removals, tokens = clipped(even, geometry.tokens, 0)
-    return Schedule(removals, tokens, geometry.tokens, tokens[-1], cross=False, drop_cross=False)
+    return _even_steps(geometry.tokens, target)
 
 
 def _removals_per_layer(r: int | list[int], geometry: TowerGeometry) -> list[int]:
@@ -308,6 +348,7 @@ __all__ = [
     "TowerGeometry",
     "acting_geometry",
     "at_share",
+    "behind_cells",
     "behind_grid",
     "make_schedule",
     "make_text_schedule",

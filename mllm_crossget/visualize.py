@@ -24,68 +24,82 @@ _BAR, _NUMBER_WIDTH = (70, 110, 180), 30
 
 
 @torch.no_grad()
-def merged_groups(model: nn.Module, pixel_values: Tensor) -> Tensor:
+def merged_groups(model: nn.Module, pixel_values: Tensor, **inputs: Any) -> Tensor:
     """The token that each patch was merged into, at the layer that the language side reads.
 
     If tokens are merged behind the projector, the result is for its cells instead of the patches.
 
     Args:
         model: an accelerated model.
-        pixel_values: (images, channels, height, width) as the processor makes them.
+        pixel_values: (images, channels, height, width), or what else the processor makes of them.
+        inputs: what says how large images are (``image_grid_thw``), where the model takes it; all of one size.
 
     Returns:
         (images, patches) token indices in row-major order of the patch grid; patches with equal indices were merged.
 
     Raises:
-        ValueError: the model is not accelerated, or merges nothing (``keep_ratio=1``).
+        ValueError: the model is not accelerated, or merges nothing (``keep_ratio=1``); images of several sizes.
     """
     with trace_merges(model) as trace:
         handle: Any = handle_of(model)  # trace_merges has refused a model without one
         geometry = handle.geometry
         if handle.merging is not None:
-            return _merged_cells(model, handle, pixel_values, trace)
-        module_at(base_model(model), handle.family.tower)(pixel_values)
+            return _merged_cells(model, handle, pixel_values, inputs, trace)
+        module_at(base_model(model), handle.family.tower)(pixel_values, **inputs)
     source = trace[geometry.read - 1].source
     return source[:, geometry.prefix : geometry.prefix + geometry.patches]
 
 
-def _merged_cells(model: nn.Module, handle: Any, pixel_values: Tensor, trace: list[LayerTrace]) -> Tensor:
+def _merged_cells(
+    model: nn.Module, handle: Any, pixel_values: Tensor, inputs: dict[str, Any], trace: list[LayerTrace]
+) -> Tensor:
     """(images, cells) token of every cell behind the projector; ``trace`` is still being recorded."""
     owner: Any = module_at(base_model(model), handle.family.features_owner)
     if handle.merge is not None:
-        owner.get_image_features(pixel_values)
-        return trace[-1].source
+        owner.get_image_features(pixel_values, **inputs)
+        return _of_one_size(trace)[-1].source
     with trace_merges(model, tower="cells") as cells:
-        owner.get_image_features(pixel_values)
+        owner.get_image_features(pixel_values, **inputs)
+    _of_one_size(trace)
     if cells:
         return cells[-1].source
     source = trace[-1].source  # so many tokens are kept that only patches have merged
+    if handle.geometry.cells is None:
+        return source
     return torch.arange(handle.geometry.placeholders, device=source.device).expand(len(source), -1)
 
 
+def _of_one_size(trace: list[LayerTrace]) -> list[LayerTrace]:
+    """The trace. Raises ``ValueError`` where it is of images that entered with different numbers of tokens."""
+    sizes = sorted({entry.source.shape[1] for entry in trace})
+    if len(sizes) > 1:
+        raise ValueError(f"images of {sizes} tokens: one table holds images of one size; pass these size by size")
+    return trace
+
+
 @torch.no_grad()
-def tokens_per_layer(model: nn.Module, pixel_values: Tensor) -> Tensor:
+def tokens_per_layer(model: nn.Module, pixel_values: Tensor, **inputs: Any) -> Tensor:
     """The number of tokens of every image before the first layer of the vision tower and after each layer. If tokens
     are merged behind the projector: before the first merging step and after each step.
 
     Args:
         model: an accelerated model.
-        pixel_values: (images, channels, height, width) as the processor makes them.
+        pixel_values, inputs: as ``merged_groups``.
 
     Returns:
         (images, layers + 1) integers, including class token and cross token.
 
     Raises:
-        ValueError: the model is not accelerated, or merges nothing (``keep_ratio=1``).
+        ValueError: the model is not accelerated, or merges nothing (``keep_ratio=1``); images of several sizes.
     """
     with trace_merges(model) as trace:
         handle: Any = handle_of(model)  # trace_merges has refused a model without one
         if handle.merging is not None:  # tiles may be in rows, and behind the projector this is the only entry
             owner: Any = module_at(base_model(model), handle.family.features_owner)
-            owner.get_image_features(pixel_values)
+            owner.get_image_features(pixel_values, **inputs)
         else:
-            module_at(base_model(model), handle.family.tower)(pixel_values)
-    counts = torch.stack([(entry.size > 0).sum(dim=1) for entry in trace], dim=1).cpu()
+            module_at(base_model(model), handle.family.tower)(pixel_values, **inputs)
+    counts = torch.stack([(entry.size > 0).sum(dim=1) for entry in _of_one_size(trace)], dim=1).cpu()
     start = torch.full((len(counts), 1), trace[0].source.shape[1])
     return torch.cat([start, counts], dim=1)
 

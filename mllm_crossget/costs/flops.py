@@ -12,16 +12,14 @@ import itertools
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
-
+from mllm_crossget.costs.cell_flops import cell_parts
+from mllm_crossget.costs.matching_flops import matching_flops, merging_flops
 from mllm_crossget.families.family import Family, TextTower, config_at, families, family_of
 from mllm_crossget.families.modality import Tiles
 from mllm_crossget.flop_formulas import attention_flops, layer_flops, linear_flops, mlp_width, pooling_head_flops
 from mllm_crossget.language_flops import language_costs
 from mllm_crossget.methods.capabilities import LayerShape
 from mllm_crossget.methods.method import Method, Place
-from mllm_crossget.methods.signals import AskedText, NextLayer, Signals
 from mllm_crossget.schedule import (
     MergeGeometry,
     Schedule,
@@ -113,6 +111,8 @@ def model_flops(
     prefill, lm_head, decode = _language_flops(config, family, method, images * visual, text_tokens, new_tokens)
     if isinstance(geometry, MergeGeometry):
         parts = _merged_parts(config, family, schedule, method)
+    elif family.costs.layers is not None:
+        parts = cell_parts(config, family, schedule, method, one_softmax)
     else:
         parts = _tower_parts(config, family, schedule, method, one_softmax, text_tokens)
         if geometry.cells is not None:
@@ -140,48 +140,6 @@ def visual_tokens(config: Any, family: Family, schedule: Schedule) -> int:
     kept_cross = int(schedule.cross and not schedule.drop_cross)
     features = tiles.count * (schedule.features - kept_cross) + kept_cross + tiles.newlines
     return features if family.llm_tokens is None else family.llm_tokens(config, features)
-
-
-def matching_flops(
-    method: Method,
-    tokens: int,
-    width: int,
-    removed: int,
-    ends: int = 0,
-    at_output: bool = False,
-    features_width: int | None = None,
-) -> int:
-    """FLOPs of one matching of ``tokens`` tokens with keys of ``width`` channels; ``ends`` of them are protected: class
-    token and cross token, which stand first and last.
-
-    Measured by running the method on tensors without data, so that a new method is counted without a formula of its
-    own. CrossGET compares all pairs of the others (2T² for each channel; with counts per image of all tokens, and also
-    for two channels that carry the protection; ``at_output`` all pairs, and once more those of tokens that leave with
-    tokens that stay), ToMe even with odd tokens (half of T² / 2), random nothing.
-    """
-    keys = torch.empty(1, tokens, width, device="meta")
-    importance, attention, salience, middle = (
-        torch.empty(1, tokens, device="meta") if wanted else None
-        for wanted in (
-            method.needs_importance,
-            method.needs_class_attention,
-            method.needs_salience,
-            method.needs_middle,
-        )
-    )
-    protected: Any = tuple(range(ends))
-    if method.is_dynamic:  # dead tokens lie elsewhere in every image
-        protected = torch.zeros(1, tokens, dtype=torch.bool, device="meta")
-    with FlopCounterMode(display=False) as counter:
-        whole = torch.empty(1, tokens, features_width or width, device="meta")
-        features = whole if method.needs_features else None
-        signals = Signals(keys, importance, protected, False, features, attention, salience, middle)
-        if method.needs_next_layer:
-            signals.following = NextLayer(torch.empty(1, tokens, device="meta"), whole)
-        if method.needs_text:
-            signals.text = AskedText(whole[:, :1], torch.empty(1, 1, dtype=torch.bool, device="meta"))
-        (method.match_at_output if at_output else method.match)(signals, removed)
-    return int(counter.get_total_flops())
 
 
 def _check_counts(**counts: int) -> None:
@@ -294,7 +252,7 @@ def _grid_parts(
     dial = behind_grid(method, geometry, patches_left(schedule, geometry))
     behind = make_schedule(dial, MergeGeometry(geometry.placeholders, geometry.fixed))
     projector = family.connector_flops(config, schedule.placeholders) if family.connector_flops else 0
-    merging = _merging(config.get_text_config().hidden_size, behind, method)
+    merging = merging_flops(config.get_text_config().hidden_size, behind, method)
     return parts[0], parts[1], parts[2] + merging, projector
 
 
@@ -302,7 +260,7 @@ def _merged_parts(config: Any, family: Family, schedule: Schedule, method: Metho
     """Likewise for one image whose tokens are merged behind the projector."""
     patch_embedding, encoder = family.tower_flops(config) if family.tower_flops else _untouched_tower(config, family)
     projector = family.connector_flops(config, schedule.placeholders) if family.connector_flops else 0
-    merging = _merging(config.get_text_config().hidden_size, schedule, method) + _heard(config, family, method)
+    merging = merging_flops(config.get_text_config().hidden_size, schedule, method) + _heard(config, family, method)
     return patch_embedding, encoder, merging, projector
 
 
@@ -326,15 +284,6 @@ def _untouched_tower(config: Any, family: Family) -> tuple[int, int]:
     tokens = (geometry.patches + geometry.prefix,) * (geometry.layers + 1)
     whole = Schedule((0,) * geometry.layers, tokens, geometry.placeholders, geometry.placeholders, False, False)
     return _patch_embedding(vision, family), _encoder(vision, whole)
-
-
-def _merging(width: int, schedule: Schedule, method: Method) -> int:
-    """Behind the projector: the matching of features and, where asked for, their attention to one another, one head."""
-    total = 0
-    for step, (tokens, removed) in enumerate(zip(schedule.tokens, schedule.removals, strict=False)):
-        total += matching_flops(method, tokens, width, removed, at_output=step == schedule.output)
-        total += 2 * tokens * tokens * (width + 1) if method.needs_importance else 0
-    return total
 
 
 def _projection(config: Any, family: Family) -> int:

@@ -280,6 +280,8 @@ def _with_costs(family: Family, config: Any, made: Any) -> Any:
     vision, per_token = config_at(config, family.vision_config), token_flops(config.get_text_config())
     if per_token is None:
         return made
+    if family.costs.layers is not None:
+        return replace(made, costs=replace(family.costs.layers(config), language_token=per_token))
     view = family.connector_flops(config, 1) if family.vision.view and family.connector_flops else 0
     return replace(made, costs=TowerCosts(vision.hidden_size, mlp_width(vision), per_token, view))
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from mllm_crossget.families.feature_kind import FeatureKind, Positions
 from mllm_crossget.families.modality import Modality, Tiles
 from mllm_crossget.families.tower_kinds import TextSide, TextTower, TowerKind
+from mllm_crossget.geometry import TowerCosts
 from mllm_crossget.schedule import Geometry
 
 
@@ -121,6 +122,8 @@ class FamilyCosts:
         language: (configuration, visual tokens, text tokens, new tokens) -> FLOPs of prefill, of the logits of the last
             token, and of decoding. For a decoder that reads a text tower, the tower's tokens replace the visual tokens.
             None: a language model that reads visual and text tokens as one prompt.
+        layers: configuration -> costs of the layers of a tower whose tokens are cells of a patch merger, for the example
+            image. None: a plain vision transformer with the widths of the vision configuration.
     """
 
     tiles: Callable[[Any], Tiles] | None = None
@@ -129,6 +132,7 @@ class FamilyCosts:
     connector_text: Callable[[Any, int], int] | None = None
     tower: Callable[[Any], tuple[int, int]] | None = None
     language: Callable[[Any, int, int, int], tuple[int, int, int]] | None = None
+    layers: Callable[[Any], TowerCosts] | None = None
 
 
 @dataclass(frozen=True)

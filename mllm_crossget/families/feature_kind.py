@@ -38,6 +38,8 @@ class FeatureKind(StrEnum):
     """Tokens are merged behind the projector, and the tower is unchanged."""
     MERGED_VIDEOS = "merged_videos"
     """The same, and every frame of a video is an image."""
+    CELLS = "cells"
+    """Those of a patch merger whose whole cells move together inside the tower; every frame of a video is an image."""
 
 
 class Positions(StrEnum):

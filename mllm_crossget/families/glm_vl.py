@@ -1,8 +1,8 @@
 """GLM-4.1V, GLM-4.5V, GLM-4.6V and GLM-OCR: packed vision tower, a convolution that merges 2 x 2 blocks, 3-D positions.
 
-As for Qwen-VL (``qwen_vl``), tower and merger are left alone and tokens are merged behind them, each image and each
-frame of a video by itself; positions are made by the same rule. Frames of a video stand in the placeholders of images,
-so a call brings images or videos.
+As for Qwen-VL (``qwen_vl``), whole cells move together inside the tower, each image and each frame of a video by
+itself; positions are made by the same rule. Frames of a video stand in the placeholders of images, so a call brings
+images or videos.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from typing import Any
 
 from mllm_crossget.families.family import Family, FamilyCosts, FamilyDocs, register_family
 from mllm_crossget.families.modality import Modality
-from mllm_crossget.families.qwen_vl import EXAMPLE_SIDE, MERGED_NOTE, merged_family, tokens_of_frames, tokens_of_images
+from mllm_crossget.families.qwen_vl import CELLS_NOTE, EXAMPLE_SIDE, cell_family, tokens_of_frames, tokens_of_images
 from mllm_crossget.flop_formulas import attention_flops, linear_flops
+from mllm_crossget.geometry import TowerCosts
 
 
 def images_alone(model: Any, kwargs: dict[str, Any]) -> list[int]:
@@ -40,9 +41,21 @@ def tower_flops(config: Any) -> tuple[int, int]:
     vision = config.vision_config
     patches, width = EXAMPLE_SIDE**2 * vision.spatial_merge_size**2, vision.hidden_size
     inputs = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    inner = vision.intermediate_size if config.model_type == "glm_ocr" else vision.out_hidden_size
-    layer = 4 * linear_flops(patches, width, width) + 3 * linear_flops(patches, width, inner)
+    layer = 4 * linear_flops(patches, width, width) + 3 * linear_flops(patches, width, _mlp_width(config))
     return linear_flops(patches, inputs, width), vision.depth * (layer + attention_flops(patches, patches, width))
+
+
+def _mlp_width(config: Any) -> int:
+    """Width inside a layer's MLP, which is gated."""
+    vision = config.vision_config
+    return int(vision.intermediate_size if config.model_type == "glm_ocr" else vision.out_hidden_size)
+
+
+def cell_costs(config: Any) -> TowerCosts:
+    """What ``schedule="auto"`` and the costs need to know of the tower; a cell's features come from the merger."""
+    vision = config.vision_config
+    inner, block = _mlp_width(config) * 3 // 2, vision.spatial_merge_size**2
+    return TowerCosts(vision.hidden_size, inner, 0, merger_flops(config, 1), block)
 
 
 def merger_flops(config: Any, features: int) -> int:
@@ -69,11 +82,11 @@ _MODALITIES = (
 
 def _family(model_type: str, tower: str, note: str = "") -> Family:
     docs = FamilyDocs(
-        note=f"{MERGED_NOTE}{note}",
+        note=f"{CELLS_NOTE}{note}",
         exact="prompts and 3-D positions made by hand; no cross tokens; images or videos in a call, not both",
     )
-    costs = FamilyCosts(connector=merger_flops, tower=tower_flops)
-    return merged_family(model_type, tower, docs, _MODALITIES, costs)
+    costs = FamilyCosts(connector=merger_flops, tower=tower_flops, layers=cell_costs)
+    return cell_family(model_type, tower, docs, _MODALITIES, costs)
 
 
 GLM4V = register_family(_family("glm4v", "glm4v_vision"))

@@ -1,18 +1,22 @@
 """Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5: packed vision tower, 2 x 2 patch merger, positions in time, height and
 width.
 
-The tower packs all images, and its merger wants every 2 x 2 block, so both are left alone; tokens are merged behind the
-merger, each image and each frame (temporal patch) of a video by itself. Images have different numbers of tokens:
-``keep_ratio`` is a share of each, ``visual_tokens`` a limit per image or frame that small ones stay below. Tokens that
-stay keep the positions of their own cells, text keeps those of the full prompt (``hooks.request.rope_positions``).
-Qwen3-VL's deepstack features are merged along the same matches. Three of four layers of Qwen3.5's language model attend
-linearly, with a state instead of keys: they read the merged tokens in the prompt's order and know nothing of positions
-or of token sizes. The mixtures of experts have the same vision side as the dense models.
+The tower packs all images, and its merger wants every 2 x 2 block: whole cells of four patches move together inside the
+tower, each image and each frame (temporal patch) of a video by itself, and what a method chooses among all tokens is
+chosen behind the merger. Images have different numbers of tokens: ``keep_ratio`` is a share of each, ``visual_tokens``
+a limit per image or frame that small ones stay below. Tokens that stay keep the positions of their own cells, text
+keeps those of the full prompt (``hooks.request.rope_positions``). Qwen3-VL's deepstack features are averaged over what
+the cells of their layer have become in the end. Three of four layers of Qwen3.5's language model attend linearly, with
+a state instead of keys: they read the merged tokens in the prompt's order and know nothing of positions or token sizes.
+The mixtures of experts have the same vision side as the dense models.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
+
+from torch import Tensor
 
 from mllm_crossget.families.family import (
     Family,
@@ -20,6 +24,7 @@ from mllm_crossget.families.family import (
     FamilyDocs,
     FeatureKind,
     LanguageSide,
+    LayerNames,
     Positions,
     PromptSide,
     TowerKind,
@@ -28,15 +33,23 @@ from mllm_crossget.families.family import (
 )
 from mllm_crossget.families.modality import Modality
 from mllm_crossget.flop_formulas import attention_flops, linear_flops
-from mllm_crossget.schedule import MergeGeometry
+from mllm_crossget.geometry import TowerCosts
+from mllm_crossget.schedule import MergeGeometry, TowerGeometry
 
 EXAMPLE_SIDE = 32
 """Tables and ``inspect`` show an image of 32 x 32 cells: 1024 visual tokens, 896 px (Qwen3-VL: 1024 px) a side."""
 
 
 def geometry(config: Any) -> MergeGeometry:
-    """Counts of the example image; every image gets its own."""
+    """Counts of the example image behind the merger; every image gets its own."""
     return MergeGeometry(EXAMPLE_SIDE**2, fixed=False)
+
+
+def cell_geometry(config: Any) -> TowerGeometry:
+    """Counts of cells of the example image in the tower; every image gets its own."""
+    vision = config.vision_config
+    block = vision.spatial_merge_size**2
+    return TowerGeometry(EXAMPLE_SIDE**2, 0, vision.depth, vision.depth, fixed=False, block=block)
 
 
 def _tokens(model: Any, grids: Any, name: str) -> list[int]:
@@ -64,17 +77,31 @@ def tower_flops(config: Any) -> tuple[int, int]:
     inputs = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     total = 0
     for layer in range(vision.depth):
-        total += 4 * linear_flops(patches, width, width) + _mlp_flops(vision, patches, width)
+        total += 4 * linear_flops(patches, width, width) + 2 * linear_flops(patches, width, _mlp_width(vision, width))
         total += sum(attention_flops(length, length, width) for length in _attended(vision, layer))
     return linear_flops(patches, inputs, width), total
 
 
-def _mlp_flops(vision: Any, patches: int, width: int) -> int:
-    """Qwen2-VL and Qwen3-VL have two matrices, Qwen2.5-VL three."""
+def _mlp_width(vision: Any, width: int) -> int:
+    """Width inside an MLP of two matrices (Qwen2-VL, Qwen3-VL); Qwen2.5-VL's three count as half as wide again."""
     if hasattr(vision, "mlp_ratio"):
-        return 2 * linear_flops(patches, width, int(width * vision.mlp_ratio))
-    return (3 if hasattr(vision, "fullatt_block_indexes") else 2) * linear_flops(
-        patches, width, vision.intermediate_size
+        return int(width * vision.mlp_ratio)
+    return int(vision.intermediate_size) * (3 if hasattr(vision, "fullatt_block_indexes") else 2) // 2
+
+
+def cell_costs(config: Any) -> TowerCosts:
+    """What ``schedule="auto"`` and the costs need to know of the tower; a cell's features come from the merger."""
+    vision = config.vision_config
+    width, block = getattr(vision, "embed_dim", None) or vision.hidden_size, vision.spatial_merge_size**2
+    patches = EXAMPLE_SIDE**2 * block
+    windows = [(max(_attended(vision, layer)), patches) for layer in range(vision.depth)]
+    return TowerCosts(
+        width,
+        _mlp_width(vision, width),
+        0,
+        merger_flops(config, 1),
+        block,
+        tuple(None if window == (patches, patches) else window for window in windows),
     )
 
 
@@ -142,14 +169,41 @@ def merged_family(
     )
 
 
+def by_rows(tables: tuple[Tensor, ...]) -> dict[str, Any]:
+    """The attention takes cosines and sines of the rows."""
+    return {"position_embeddings": tables}
+
+
+CELL_LAYERS = LayerNames(layers="blocks", norm1="norm1", attention="attn", norm2="norm2", rotary=by_rows, packed=True)
+
+
+def cell_family(
+    model_type: str,
+    tower: str,
+    docs: FamilyDocs,
+    modalities: tuple[Modality, ...] = (_IMAGES, _VIDEOS),
+    costs: FamilyCosts | None = None,
+) -> Family:
+    """A family whose tower moves whole cells; arguments as ``merged_family``."""
+    merged = merged_family(model_type, tower, docs, modalities, costs or _COSTS)
+    kind = TowerKind(tower, prefix=0, encoder="", names=CELL_LAYERS)
+    return replace(
+        merged,
+        vision=replace(merged.vision, geometry=cell_geometry, kinds=(kind,)),
+        prompt=replace(merged.prompt, kind=FeatureKind.CELLS),
+    )
+
+
+_COSTS = FamilyCosts(connector=merger_flops, tower=tower_flops, layers=cell_costs)
 MERGED_NOTE = "behind the patch merger, each image and frame by itself; the vision tower is left alone"
+CELLS_NOTE = "inside the vision tower, whole cells of its patch merger, each image and frame by itself"
 _DOCS = FamilyDocs(
-    note=MERGED_NOTE,
+    note=CELLS_NOTE,
     exact="prompts and 3-D positions made by hand; no cross tokens (crossget runs without learned parameters)",
 )
-QWEN2_VL = register_family(merged_family("qwen2_vl", "qwen2_vl_vision", _DOCS))
-QWEN2_5_VL = register_family(merged_family("qwen2_5_vl", "qwen2_5_vl_vision", _DOCS))
-QWEN3_VL = register_family(merged_family("qwen3_vl", "qwen3_vl_vision", _DOCS))
-QWEN3_VL_MOE = register_family(merged_family("qwen3_vl_moe", "qwen3_vl_moe_vision", _DOCS))
-QWEN3_5 = register_family(merged_family("qwen3_5", "qwen3_5_vision", _DOCS))
-QWEN3_5_MOE = register_family(merged_family("qwen3_5_moe", "qwen3_5_moe_vision", _DOCS))
+QWEN2_VL = register_family(cell_family("qwen2_vl", "qwen2_vl_vision", _DOCS))
+QWEN2_5_VL = register_family(cell_family("qwen2_5_vl", "qwen2_5_vl_vision", _DOCS))
+QWEN3_VL = register_family(cell_family("qwen3_vl", "qwen3_vl_vision", _DOCS))
+QWEN3_VL_MOE = register_family(cell_family("qwen3_vl_moe", "qwen3_vl_moe_vision", _DOCS))
+QWEN3_5 = register_family(cell_family("qwen3_5", "qwen3_5_vision", _DOCS))
+QWEN3_5_MOE = register_family(cell_family("qwen3_5_moe", "qwen3_5_moe_vision", _DOCS))

@@ -39,6 +39,7 @@ from mllm_crossget.hooks.text.bert_text import hook_text_encoder
 from mllm_crossget.hooks.text.clip_text import hook_text_tower
 from mllm_crossget.hooks.text.counts_per_text import RaggedTextEncoder, RaggedTextLayer
 from mllm_crossget.hooks.text.first_token import hook_text
+from mllm_crossget.hooks.tower.cells import CellLayer, CellTower
 from mllm_crossget.hooks.tower.counts_per_image import RaggedEncoder, RaggedLayer
 from mllm_crossget.hooks.tower.fixed_counts import hook_tower
 from mllm_crossget.hooks.tower.listening import hook_listener
@@ -118,7 +119,9 @@ def _hook_encoder(model: Any, handle: Handle, path: str, place: str, geometry: T
     if handle.schedule.cross:
         cross = _cross_tokens(handle, place, layers, vision_config.hidden_size)
         handle.cross_paths[place] = f"{encoder_path}.cross_tokens"
-    mixins = (RaggedEncoder, RaggedLayer) if method.is_dynamic else None
+    mixins = (
+        (RaggedEncoder, RaggedLayer) if method.is_dynamic else (CellTower, CellLayer) if kind.names.packed else None
+    )
     cosine = method.uses_cosine(family.cosine)
     state = hook_tower(
         handle.journal, encoder, layers, kind.names, method, geometry, cosine=cosine, cross_tokens=cross, mixins=mixins

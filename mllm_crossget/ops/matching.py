@@ -230,6 +230,19 @@ def random_matching(
     return Match(src, dst, kept, slot)
 
 
+def match_of_pairs(src_BR: Tensor, dst_BR: Tensor, tokens: int, weight_BR2: Tensor | None = None) -> Match:
+    """The match of pairs that were found some other way; survivors stay in their order.
+
+    Args:
+        src_BR: (B, R) sources, ascending.
+        dst_BR: (B, R) the token that each goes into, none of which is a source.
+        tokens: T, in front of the merge.
+        weight_BR2: (B, R, 2) shares of source and destination; None for a plain size-weighted mean.
+    """
+    kept, slot = _layout(src_BR, dst_BR, tokens)
+    return Match(src_BR, dst_BR, kept, slot, weight_BR2)
+
+
 def hashed_order(tokens: int, seed: int, device: torch.device | None = None) -> Tensor:
     """(tokens,) a random order that depends only on ``seed`` and ``tokens``, the same on every device."""
     return _hashed(tokens, seed * 2654435761 + tokens * 40503, device).argsort(stable=True)

@@ -233,7 +233,7 @@ def test_random_sizes_end_to_end(model_type: str) -> None:
         accelerate_mllm(model, method=draw.choice(FIXED), **dial)
         batch = batch_from(grids, case)
         model(**batch)
-        kept = handle_of(model).merge.schedule
+        kept = handle_of(model).merging.schedule
         lengths = [
             int(real) - sum(cells_of(grid) - kept(cells_of(grid)).features for grid in row)
             for real, row in zip(batch["attention_mask"].sum(dim=1), grids, strict=True)
@@ -249,8 +249,8 @@ def test_small_images_stay_below_the_limit() -> None:
 
 def test_errors() -> None:
     model = tiny_qwen()
-    with pytest.raises(ValueError, match=r"r=2 counts tokens per layer .* give keep_ratio or visual_tokens instead"):
-        accelerate_mllm(model, r=2)
+    with pytest.raises(ValueError, match=r"r lists 3 layers, the vision tower has 2"):
+        accelerate_mllm(model, r=[1, 1, 1])
     accelerate_mllm(model, keep_ratio=0.5)
     batch = batch_from(GRIDS)
     grids = batch.pop("image_grid_thw")

@@ -26,6 +26,7 @@ from mllm_crossget.schedule import (
     Schedule,
     TextGeometry,
     TowerGeometry,
+    behind_cells,
     behind_grid,
     make_schedule,
     make_text_schedule,
@@ -117,7 +118,8 @@ class TowerState:
         """Counts for an image of ``tokens`` tokens (other image sizes have other patch counts)."""
         if tokens not in self.schedules:
             geometry = self.geometry.of_patches(tokens - self.geometry.prefix)
-            method = self.method if geometry.cells is None else of_other_size(self.method, geometry)
+            one_size = geometry.cells is None and geometry.fixed
+            method = self.method if one_size else of_other_size(self.method, geometry)
             self.schedules[tokens] = make_schedule(method, geometry)
         return self.schedules[tokens]
 
@@ -151,6 +153,8 @@ class MergeState:
 
     def schedule(self, tokens: int) -> Schedule:
         """Counts for an image of ``tokens`` tokens."""
+        if tokens not in self.schedules and self.tower is not None and self.tower.geometry.block > 1:
+            self.schedules[tokens] = behind_cells(self.tower.schedule(tokens))
         if tokens not in self.schedules:
             method = self.method
             if self.tower is not None:
@@ -268,7 +272,8 @@ class Handle:
         """State of the merging of every image's features behind the projector, or None."""
         if self.merge is not None:
             return self.merge
-        has_cells = isinstance(self.geometry, TowerGeometry) and self.geometry.cells is not None
+        geometry = self.geometry
+        has_cells = isinstance(geometry, TowerGeometry) and (geometry.cells is not None or geometry.block > 1)
         return self.second_merge if has_cells else None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mllm_crossget.families.feature_kind import FeatureKind
+from mllm_crossget.hooks.projector.cell_features import CellFeatures
 from mllm_crossget.hooks.projector.features import FeaturesMixin, TowerFeatures
 from mllm_crossget.hooks.projector.multi_layer import ConcatenatedFeatures
 from mllm_crossget.hooks.projector.packed_grid import (
@@ -33,6 +34,7 @@ MIXINS: dict[FeatureKind, type[FeaturesMixin]] = {
     FeatureKind.TWO_TOWERS: TwoTowersFeatures,
     FeatureKind.MERGED: MergedFeatures,
     FeatureKind.MERGED_VIDEOS: MergedVideoFeatures,
+    FeatureKind.CELLS: CellFeatures,
 }
 
 _MISSING = set(FeatureKind) - MIXINS.keys()

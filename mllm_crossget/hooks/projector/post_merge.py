@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
@@ -24,11 +24,13 @@ from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.hooks.ground.state import QUESTION, RUNNING, TRACE, LayerTrace, MergeState, TowerState
 from mllm_crossget.hooks.projector.features import FeaturesMixin, encoded_ahead, features_of, with_features
 from mllm_crossget.hooks.projector.groups import Groups, groups_of_source, with_groups
+from mllm_crossget.hooks.tower.cell_run import Cells
+from mllm_crossget.hooks.tower.cells import CELLS
 from mllm_crossget.hooks.tower.listening import HEARD
 from mllm_crossget.methods.method import Method, Place
 from mllm_crossget.methods.signals import AskedText, Signals
 from mllm_crossget.ops.importance import attention_importance
-from mllm_crossget.ops.merging import compose_source, merge
+from mllm_crossget.ops.merging import compose_source, merge, unmerge
 
 _STATE = "_mllm_crossget_merge"
 _KEPT = "_mllm_crossget_kept"
@@ -90,8 +92,40 @@ class Seen:
 _NOTHING_SEEN = Seen()
 
 
+def start_of(
+    features_BND: Tensor, companions: list[Tensor], inside: list[Cells] | None = None, prunes: bool = False
+) -> Merged:
+    """What a merging begins with: all n features of images of one size, or those of the cells that a tower has left.
+
+    Args:
+        features_BND: (B, n, D) of all cells, equal for cells that are one.
+        companions: (B, n, ·) of the same cells, from layers where more of them were left: averaged over each one.
+        inside: what is left of each image; None: nothing was merged.
+        prunes: whether cells were thrown away instead of merged, so that there is nothing to average.
+    """
+    batch, tokens, _ = features_BND.shape
+    if inside is None:
+        size = torch.ones(batch, tokens, dtype=torch.float32, device=features_BND.device)
+        kept = source = torch.arange(tokens, device=features_BND.device).expand(batch, -1)
+        return Merged(features_BND, companions, kept, source, size)
+    kept, source, size = (torch.stack(parts) for parts in zip(*inside, strict=True))
+    means = [unmerge(other, kept) if prunes else _means(other, source, size) for other in companions]
+    return Merged(unmerge(features_BND, kept), means, kept, source, size)
+
+
+def _means(values_BND: Tensor, source_BN: Tensor, size_BT: Tensor) -> Tensor:
+    """(B, T, D) means of the values that have become one."""
+    rows = source_BN[..., None].expand_as(values_BND)
+    sums = values_BND.new_zeros(*size_BT.shape, values_BND.shape[-1], dtype=torch.float32)
+    return (sums.scatter_add(1, rows, values_BND.float()) / size_BT[..., None]).to(values_BND.dtype)
+
+
 def merge_features(
-    features_BND: Tensor, companions: list[Tensor], state: MergeState, beside: Seen = _NOTHING_SEEN
+    features_BND: Tensor,
+    companions: list[Tensor],
+    state: MergeState,
+    beside: Seen = _NOTHING_SEEN,
+    inside: list[Cells] | None = None,
 ) -> Merged:
     """Merge the features of images of one size, each image by itself.
 
@@ -100,11 +134,11 @@ def merge_features(
         companions: (B, n, ·) features of the same cells from elsewhere (deepstack), merged along the same matches.
         state: the method, its counts, and where to trace.
         beside: what a method that acts once wants of the images.
+        inside: see ``start_of``.
     """
-    batch, tokens, width = features_BND.shape
-    size = torch.ones(batch, tokens, dtype=torch.float32, device=features_BND.device)
-    kept = source = torch.arange(tokens, device=features_BND.device).expand(batch, -1)
-    features = features_BND
+    tokens, width = features_BND.shape[1:]
+    start = start_of(features_BND, companions, inside, state.method.prunes)
+    features, companions, kept, source, size = (getattr(start, part.name) for part in fields(start))
     schedule = state.schedule(tokens)
     for step, removed in enumerate(schedule.removals):
         keys, importance = nn.functional.normalize(features.detach().float(), dim=-1), None
@@ -167,15 +201,22 @@ def _merged(
     if kwargs.get("return_dict") is False:  # a tuple does not say which of its entries are the features
         return _merged(owner, method, stock, args, {**kwargs, "return_dict": True}).to_tuple()
     heard: list[Tensor] = []
-    with Lent(RUNNING, True, state), Lent(HEARD, heard, state.listener):
+    inside: list[Cells] = []
+    with Lent(RUNNING, True, state), Lent(HEARD, heard, state.listener), Lent(CELLS, inside, state.tower):
         output = stock(*args, **kwargs)
     modality = next(modality for modality in state.modalities if modality.encode == method)
     arguments = {**dict(zip(inspect.signature(stock).parameters, args, strict=False)), **kwargs}
-    return _merge_output(owner, state, modality, output, arguments, heard)
+    return _merge_output(owner, state, modality, output, arguments, heard, inside)
 
 
 def _merge_output(
-    owner: nn.Module, state: MergeState, modality: Modality, output: Any, kwargs: dict[str, Any], heard: list[Tensor]
+    owner: nn.Module,
+    state: MergeState,
+    modality: Modality,
+    output: Any,
+    kwargs: dict[str, Any],
+    heard: list[Tensor],
+    inside: list[Cells],
 ) -> Any:
     features = features_of(output)
     entries = list(features)  # a tensor (images, n, D) or a list of one (·, D) for each row or image
@@ -187,7 +228,7 @@ def _merge_output(
         raise ValueError(f"{sum(sizes)} visual features for images of {runs} tokens: unknown structure")
     layers = getattr(output, "deepstack_features", None) or []
     packed = [part if isinstance(part, Tensor) else torch.cat(list(part)) for part in (entries, *layers)]
-    merged, kept, groups = _merge_runs(packed, runs, state, _seen(state, modality, runs, heard))
+    merged, kept, groups = _merge_runs(packed, runs, state, _seen(state, modality, runs, heard), inside)
     new_sizes = _sizes_after(sizes, runs, [len(cells) for cells in kept])
     split = [list(torch.split(values, new_sizes)) for values in merged]
     output = with_features(output, lambda old: torch.stack(split[0]) if isinstance(old, Tensor) else split[0])
@@ -226,7 +267,7 @@ def _seen(state: MergeState, modality: Modality, runs: list[int], heard: list[Te
 
 
 def _merge_runs(
-    flat: list[Tensor], runs: list[int], state: MergeState, seen: Seen
+    flat: list[Tensor], runs: list[int], state: MergeState, seen: Seen, inside: list[Cells]
 ) -> tuple[list[Tensor], list[Tensor], list[Groups]]:
     """Merge the runs of packed features, all runs of one length at once; the order of the runs stays.
 
@@ -235,6 +276,7 @@ def _merge_runs(
         runs: n of every image.
         state: as ``merge_features``.
         seen: of all images.
+        inside: what the tower has left of each of them; empty where it has left all.
 
     Returns:
         The same, (Σk, D) each, the cells kept by each run, and what the features of each run stand for.
@@ -246,7 +288,8 @@ def _merge_runs(
     for length in sorted(set(runs)):
         members = [index for index, run in enumerate(runs) if run == length]
         first, *others = [torch.stack([part[index] for index in members]) for part in parts]
-        merged = merge_features(first, others, state, seen.of(members))
+        left = [inside[index] for index in members] if inside else None
+        merged = merge_features(first, others, state, seen.of(members), left)
         source = merged.source
         if state.method.prunes:  # what was thrown away is in no token
             own = torch.arange(merged.kept.shape[1], device=source.device).expand_as(merged.kept)

@@ -145,8 +145,8 @@ def _is_watched(owner: nn.Module, handle: Handle) -> bool:
     states = (tower, handle.merge, handle.second_merge)
     if any(lent(TRACE, state) is not None for state in states if state is not None):
         return True
-    if handle.merge is not None:
-        return lent(RUNNING, handle.merge) is not None
+    if handle.merging is not None and lent(RUNNING, handle.merging) is not None:
+        return True
     if tower is None:
         return False
     encoder = module_at(owner, handle.encoder_path.removeprefix(f"{handle.family.features_owner}."))

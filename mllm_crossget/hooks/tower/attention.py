@@ -155,6 +155,11 @@ class OpenSlot:
         _THREAD.slot = self._around
 
 
+def open_slot() -> AttentionSlot | None:
+    """The slot that is lent in this thread now, or None."""
+    return _THREAD.slot
+
+
 def attention_problem(attention: nn.Module) -> str | None:
     """Why this attention module cannot be hooked, or None."""
     config = getattr(attention, "config", None)

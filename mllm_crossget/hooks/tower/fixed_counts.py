@@ -19,6 +19,7 @@ from mllm_crossget.hooks.ground.state import LayerTrace, TowerState
 from mllm_crossget.hooks.tower.attention import AttentionSlot, hook_attention
 from mllm_crossget.hooks.tower.encoder import FORWARD, refuse_mask, refuse_tracing, run_tower, sizes_of
 from mllm_crossget.hooks.tower.layer import Taken, run_layer
+from mllm_crossget.hooks.tower.packed_attention import PackedAttention
 from mllm_crossget.methods.method import Method, Signals
 from mllm_crossget.ops.merging import merge
 from mllm_crossget.schedule import Schedule, TowerGeometry
@@ -50,6 +51,8 @@ def hook_tower(
     for layer in layers:
         journal.set_attribute(layer, _STATE, state)
         hook_attention(journal, getattr(layer, names.attention), names.fused)
+        if names.packed:
+            journal.swap_class(getattr(layer, names.attention), PackedAttention)
         journal.swap_class(layer, of_layer)
     journal.swap_class(encoder, of_encoder)
     return state
@@ -58,6 +61,11 @@ def hook_tower(
 def tower_state(encoder: nn.Module) -> TowerState:
     """The state of a hooked encoder, or of one of its layers."""
     return encoder.__dict__[_STATE]
+
+
+def share_state(journal: Journal, module: nn.Module, state: TowerState) -> None:
+    """Let a module behind the layers know the state of its tower (``tower_state``)."""
+    journal.set_attribute(module, _STATE, state)
 
 
 def steps_of(schedule: Schedule) -> list[tuple[int, bool, float]]:

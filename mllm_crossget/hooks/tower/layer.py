@@ -61,7 +61,8 @@ def run_layer(
     if tables is not None and names.rotary is not None:
         masked |= names.rotary(tables)
     with OpenSlot(slot), CrossInPlace(hidden, cross) as tokens:
-        attended = attention(getattr(layer, names.norm1)(tokens), **masked)[0]
+        attended = attention(getattr(layer, names.norm1)(tokens), **masked)
+        attended = attended if names.packed else attended[0]
         if names.after1:
             attended = getattr(layer, names.after1)(attended)
         hidden = tokens + _scaled(layer, names.scale1, attended)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 
 from mllm_crossget.hooks.ground.state import handle_of
 from mllm_crossget.hooks.projector.groups import groups_of
+from mllm_crossget.hooks.projector.post_merge import kept_cells
+from mllm_crossget.schedule import Schedule
 from tests.helpers.families.cases import Batch, Case, add_case
 from tests.helpers.families.merging import compacted, merge_by_hand
 from tests.helpers.families.prompts import kept_log_sizes, output_of, weighed
@@ -82,6 +85,19 @@ def positions_by_hand(ids: list[int], grids: list[Grid], token: int = IMAGE_TOKE
     return positions
 
 
+def left_of(
+    model: nn.Module, pixels: Tensor, grid: Grid, features: Tensor, companions: list[Tensor]
+) -> tuple[list[Tensor], list[int]]:
+    """An image's features and companions that are left, and their cells: by hand behind a tower that is as it was, of
+    the stock features; else the model's own (``tests/families/test_cells.py`` works them out a second way)."""
+    if handle_of(model).tower is None:
+        return merge_by_hand(model, features, companions)
+    output = model.model.get_image_features(pixels, torch.tensor([grid]), return_dict=True)
+    layers = getattr(output, "deepstack_features", None) or []
+    extra = [layer if isinstance(layer, Tensor) else layer[0] for layer in layers]
+    return [output.pooler_output[0], *extra], kept_cells(output)[0].tolist()
+
+
 class HandMade:
     """One row, compacted by hand: ids, positions and features, for a stock model."""
 
@@ -99,7 +115,7 @@ class HandMade:
             layers = getattr(output, "deepstack_features", None) or []
             self.packed = bool(layers) and isinstance(layers[0], Tensor)  # before transformers 5.23
             extra = [layer if self.packed else layer[0] for layer in layers]
-            values, cells = merge_by_hand(model, output.pooler_output[0], extra)
+            values, cells = left_of(model, pixels, grid, output.pooler_output[0], extra)
             self.images.append(values[0])
             self.deepstack.append(values[1:])
             if handle_of(model).size_bias:
@@ -169,6 +185,17 @@ def loss(model: nn.Module, batch: Batch) -> Tensor:
     return model(**batch, labels=labels_of(model, batch), use_cache=False).loss
 
 
+def traced_schedule(model: nn.Module) -> Schedule:
+    """Counts of the group of images that is traced first: in the tower the largest, without what leaves behind it."""
+    handle = handle_of(model)
+    if handle.tower is None:
+        return handle.merge.schedule(4)
+    schedule = handle.tower.schedule(12)
+    if schedule.output is None:
+        return schedule
+    return replace(schedule, removals=(*schedule.removals[:-1], 0), tokens=(*schedule.tokens[:-1], schedule.tokens[-2]))
+
+
 for model_type in QWEN_VISION:
     add_case(
         Case(
@@ -182,6 +209,6 @@ for model_type in QWEN_VISION:
             loss=loss,
             generates=True,
             expected=expected,
-            schedule=lambda model: handle_of(model).merge.schedule(4),  # groups of one size, the smallest first
+            schedule=traced_schedule,
         )
     )
