@@ -122,8 +122,8 @@ class FamilyCosts:
         language: (configuration, visual tokens, text tokens, new tokens) -> FLOPs of prefill, of the logits of the last
             token, and of decoding. For a decoder that reads a text tower, the tower's tokens replace the visual tokens.
             None: a language model that reads visual and text tokens as one prompt.
-        layers: configuration -> costs of the layers of a tower whose tokens are cells of a patch merger, for the example
-            image. None: a plain vision transformer with the widths of the vision configuration.
+        layers: configuration -> costs of the layers of a tower whose tokens are cells of a patch merger, for the
+            example image. None: a plain vision transformer with the widths of the vision configuration.
     """
 
     tiles: Callable[[Any], Tiles] | None = None

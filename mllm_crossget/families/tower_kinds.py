@@ -19,8 +19,8 @@ class LayerNames:
     ``scale1``, ``scale2``: factors of the outputs of attention and MLP (LayerScale). ``after1``, ``after2``: norms of
     these outputs. ``dropout``: dropout of the MLP's output. "" if a layer has none of these. ``rotary``: tables of the
     tokens' rotary embeddings, each (B, T, ·), -> keyword arguments of the attention; None if positions are added to the
-    patches. ``packed``: True if all images are in one row, ``cu_seqlens`` gives their ends, and layers merge whole cells
-    of a patch merger.
+    patches. ``packed``: True if all images are in one row, ``cu_seqlens`` gives their ends, and layers merge whole
+    cells of a patch merger.
     """
 
     layers: str = "layers"
