@@ -17,7 +17,8 @@ class TowerCosts:
         width: channels of the tower's tokens.
         inner: width inside its MLP.
         language_token: FLOPs of the language model's layers on one more token of the prompt, without attention maps.
-        view_token: FLOPs of one token's features, for a selection at the tower's output that compares features.
+        view_token: FLOPs of one token's features, for a selection at the tower's output. It compares and averages the
+            features of all tokens; without it only those of the kept tokens are computed.
         block: patches in one token (see ``TowerGeometry``).
         windows: for every layer (a, b) if a patch attends to a of every b patches, None if it attends to all of them.
             Empty: all layers attend to all patches.
@@ -43,7 +44,7 @@ class TowerCosts:
             inside = entering if output and layer == len(tokens) else left
             window = self.windows[layer - 2] if self.windows else None
             total += layer_flops(entering * self.block, inside * self.block, self.width, self.inner, window)
-        return total + (tokens[-2] * self.view_token if output else 0)
+        return total + ((tokens[-2] - tokens[-1]) * self.view_token if output else 0)
 
     def language(self, features: int) -> int:
         """FLOPs of the language model's layers on ``features`` visual tokens."""

@@ -234,7 +234,7 @@ def _tower_parts(
 
 
 def _view(config: Any, family: Family, schedule: Schedule) -> int:
-    """The features of all tokens that a selection at the tower's output compares."""
+    """Features of all tokens, which a selection at the tower's output compares and averages."""
     if schedule.output is None or not family.vision.view or family.connector_flops is None:
         return 0
     return family.connector_flops(config, schedule.tokens[schedule.output])
@@ -291,8 +291,8 @@ def _projection(config: Any, family: Family) -> int:
 
 
 def _connector(config: Any, family: Family, schedule: Schedule, text_tokens: int) -> int:
-    """What lies between tower and language model; a cross token that would not fit is cut off behind it."""
-    if family.connector_flops is None:
+    """From tower to language model, unless ``_view`` did it; a cross token that would not fit is cut off behind it."""
+    if family.connector_flops is None or _view(config, family, schedule):
         return 0
     text = 0 if family.connector_text_flops is None else family.connector_text_flops(config, text_tokens)
     return text + family.connector_flops(config, schedule.features + schedule.drop_cross)

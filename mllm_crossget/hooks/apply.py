@@ -28,6 +28,7 @@ from mllm_crossget.hooks.model.dual_encoder import DualModel
 from mllm_crossget.hooks.model.headless_model import hook_headless
 from mllm_crossget.hooks.model.madtp_loss import hook_heard
 from mllm_crossget.hooks.model.placeholder_model import AlignedModel, ReducedModel
+from mllm_crossget.hooks.projector.averages import hook_projector
 from mllm_crossget.hooks.projector.features import FeaturesMixin, ReducedFeatures
 from mllm_crossget.hooks.projector.kinds import MIXINS
 from mllm_crossget.hooks.projector.post_merge import MergedFeatures, MergedVideoFeatures, hook_merge
@@ -102,6 +103,8 @@ def _hook_vision(model: Any, handle: Handle, geometry: TowerGeometry) -> None:
             )
     if family.text_tower is not None and family.text_tower.appends and hasattr(tower, "head"):
         hook_pooling(handle.journal, tower, handle.tower)
+    if family.vision.view and handle.method.selects_at_output and not handle.method.is_dynamic:
+        hook_projector(handle.journal, module_at(model, family.vision.view[-1]))
     if handle.method.is_dynamic and (family.readers or family.cross_attentions is not None):
         _hook_readers(model, handle, tower.post_layernorm)
 

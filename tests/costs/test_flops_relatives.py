@@ -33,6 +33,7 @@ PLAIN = {
 }
 GRIDS = {"llava_next": tiny_llava_next, "llava_next_video": tiny_next_video, "llava_onevision": tiny_onevision}
 METHODS = pytest.mark.parametrize("method", [CrossGetConfig(r=1), ToMeConfig(r=1)], ids=["crossget", "tome"])
+AT_OUTPUT = CrossGetConfig(keep_ratio=0.5, schedule="output")
 
 
 @METHODS
@@ -43,6 +44,11 @@ def test_plain(name: str, method) -> None:
     batch = {**write_prompts(IMAGE, [[16]], with_types=name == "paligemma"), pixels: image_pixels(1)}
     expected = model_flops(model.config, method, text_tokens=text_tokens(model, batch), one_softmax=True)
     assert counted(lambda: first_token(model, batch)) == pytest.approx(expected.total, rel=WITHIN)
+
+
+@pytest.mark.parametrize("name", sorted(name for name in PLAIN if families()[name].vision.view))
+def test_a_selection_at_the_output_projects_every_token_once(name: str) -> None:
+    test_plain(name, AT_OUTPUT)
 
 
 @METHODS

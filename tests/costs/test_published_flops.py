@@ -70,7 +70,7 @@ def behind_the_tower(model: Any, config: Any, family: Family, schedule: Schedule
             **text,
         )
         yield lambda: model.language_projection(empty(1, queries, former.hidden_size))
-    elif family.projector is not None:
+    elif family.projector is not None and not (family.vision.view and schedule.output is not None):
         projector = module_at(model, family.projector)
         yield lambda: projector(empty(tiles_of(config, family).count, tokens, config.vision_config.hidden_size))
     elif family.text_tower is not None and family.text_tower.appends:

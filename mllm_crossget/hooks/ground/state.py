@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from mllm_crossget.families.family import Family, LayerNames, Positions, TextTower, module_at
@@ -76,9 +75,8 @@ class LanguageView:
     model: nn.Module
     paths: tuple[str, ...]
 
-    @torch.no_grad()
     def __call__(self, tokens_BTD: Tensor) -> Tensor:
-        """(B, T, ·) features of (B, T, D) tokens, without gradient, on the tokens' device."""
+        """(B, T, ·) features of (B, T, D) tokens, with their gradients, on the tokens' device."""
         features = tokens_BTD
         for path in self.paths:
             features = module_at(self.model, path)(features)
@@ -96,8 +94,8 @@ class TowerState:
         keeps_sizes: whether a pooling head behind the encoder wants the token sizes.
         alignment_width: of the encoder's alignment tokens; 0 if it has none.
         ignores_mask: True if the caller has verified that the mask is all ones.
-        view: features of the tokens behind the layer that is read, which a selection at its output compares; None: the
-            layer's keys are compared.
+        view: features of the tokens behind the layer that is read, which a selection at its output compares and
+            averages; None: the layer's keys are compared, and its tokens averaged.
         at_output: whether a layer that removes tokens does so behind its MLP, in what it returns, and not in front of
             it.
     """

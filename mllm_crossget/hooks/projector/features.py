@@ -25,8 +25,10 @@ from mllm_crossget.hooks.ground.call_state import Lent, lent
 from mllm_crossget.hooks.ground.hosts import FeaturesOwner
 from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.hooks.ground.state import Handle
+from mllm_crossget.hooks.projector.averages import averages_of
 from mllm_crossget.hooks.projector.groups import Groups, groups_of_source, source_of_trace, with_groups
-from mllm_crossget.hooks.tower.fixed_counts import Encoding, kept_trace, trace_of
+from mllm_crossget.hooks.tower.encoder import Encoding
+from mllm_crossget.hooks.tower.fixed_counts import kept_trace, trace_of
 from mllm_crossget.methods.method import Place
 from mllm_crossget.schedule import Schedule, TowerGeometry
 
@@ -124,7 +126,7 @@ def tower_features(
     ``readers`` see what the tower merges, as the encoder itself does.
     """
     encoder = module_at(owner, places.encoder)
-    with kept_trace(encoder, *readers):
+    with kept_trace(encoder, *readers, *averages_of(owner, kwargs)):
         output = stock(*args, **kwargs)
         encoding = trace_of(encoder)
         if not encoding:  # encoded ahead

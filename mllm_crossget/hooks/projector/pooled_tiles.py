@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mllm_crossget.families.tile_packing import NEWLINE, become, layouts, places_that_stay, reduced_layout
 from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.hooks.ground.state import MergeState
+from mllm_crossget.hooks.projector.averages import averages_of
 from mllm_crossget.hooks.projector.features import encoded_ahead, features_of
 from mllm_crossget.hooks.projector.groups import Groups, groups_of_source, joined_groups, with_groups
 from mllm_crossget.hooks.projector.post_merge import merge_features
@@ -48,7 +49,9 @@ class VideoGridFeatures(GridFeatures):
         ahead = encoded_ahead(self, "get_video_features", args, kwargs)
         if ahead is not None:
             return ahead
-        with reading(self) as encoding:
+        # A projector behind the pooling gets cells, which no tower has averaged.
+        averages = () if hasattr(self, "vision_resampler") else averages_of(self, kwargs)
+        with reading(self, *averages) as encoding:
             output = super().get_video_features(*args, **kwargs)
         if not encoding.groups:
             return output

@@ -17,9 +17,11 @@ from mllm_crossget.families.family import module_at
 from mllm_crossget.families.tile_packing import become, layouts, places_that_stay, reduced_layout
 from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.hooks.projector.aligned_states import align_states, aligned_tower
+from mllm_crossget.hooks.projector.averages import averages_of
 from mllm_crossget.hooks.projector.features import ReducedFeatures
 from mllm_crossget.hooks.projector.groups import Groups, groups_of_source, with_groups
-from mllm_crossget.hooks.tower.fixed_counts import Encoding, kept_trace, trace_of
+from mllm_crossget.hooks.tower.encoder import Encoding
+from mllm_crossget.hooks.tower.fixed_counts import kept_trace, trace_of
 from mllm_crossget.methods.method import Place
 
 PLACES = "_mllm_crossget_grid"
@@ -71,7 +73,7 @@ class GridFeatures(ReducedFeatures):
 
     def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
         """As the original, with fewer features per image."""
-        with reading(self) as encoding:
+        with reading(self, *averages_of(self, kwargs)) as encoding:
             output = super().get_image_features(*args, **kwargs)
         return with_groups(output, encoding.groups) if encoding.groups else output
 
@@ -101,11 +103,12 @@ class ConcatenatedGridFeatures(GridFeatures):
         align_states(journal, owner, handle)
 
 
-def reading(owner: nn.Module) -> AbstractContextManager[Encoding]:
-    """Make the tower's merges readable for the owner, its pooling, and a tower that aligns the states of its layers."""
+def reading(owner: nn.Module, *more: type[nn.Module]) -> AbstractContextManager[Encoding]:
+    """Make the tower's merges readable for the owner, its pooling, a tower that aligns the states of its layers, and
+    ``more``."""
     others = (getattr(owner, "vision_resampler", None), aligned_tower(owner))
     readers = (owner, *(module for module in others if module is not None))
-    return kept_trace(module_at(owner, owner.__dict__[PLACES].encoder), *readers)
+    return kept_trace(module_at(owner, owner.__dict__[PLACES].encoder), *readers, *more)
 
 
 def sources_of(module: nn.Module) -> Tensor:

@@ -7,7 +7,7 @@ so gradient checkpointing can replay a layer and two forwards may precede one ba
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,22 @@ SIZES = "sizes"
 STATES = "states"
 # Lent to its state: a list that gets the sizes behind the last layer.
 POOLED = "pooled"
+
+
+class Encoding(list[LayerTrace]):
+    """One encoding: an entry per layer of the tower, and what the features made behind it stand for.
+
+    Attributes:
+        groups: (token sizes, places) of every image or frame whose features were put together so far.
+        features: at most one (B, T, ·): the language model's features of the tokens that the tower hands on, class and
+            cross token too, where a selection at its output has averaged these and not the tokens alone.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.groups: list[Any] = []
+        self.features: list[Tensor] = []
+
 
 Call: TypeAlias = Callable[[nn.Module, int, Tensor, Tensor | None], Taken]
 """Layer, its index, (B, T, D) tokens and (B, T) sizes -> what the layer returned."""
@@ -86,9 +102,12 @@ def run_tower(
         hidden = torch.cat([hidden, first_cross_token(hidden, state.geometry.prefix)], dim=1)
         vectors = encoder.cross_tokens().unbind()
     record: list[Tensor] | None = lent(RECORD, encoder)
+    encoding: Encoding | None = lent(FORWARD, encoder)
     sizes: list[Tensor] | None = lent(SIZES, encoder)
     states: list[Tensor] | None = lent(STATES, encoder)
     written: list[Tensor] = []
+    if encoding is not None:
+        encoding.features.clear()
 
     def call(layer: nn.Module, index: int, hidden: Tensor, size: Tensor | None) -> Taken:
         nonlocal tables
@@ -96,7 +115,10 @@ def run_tower(
         if cross is not None and record is not None:
             written.append(last_token(hidden, size).detach() + cross)
         placed = () if tables is None else (tables,)
-        taken: Taken = layer(hidden, None, size, cross, *arguments(index, hidden, size), *placed)
+        returned: tuple[Any, ...] = layer(hidden, None, size, cross, *arguments(index, hidden, size), *placed)
+        taken = cast(Taken, returned[:4])
+        if encoding is not None:
+            encoding.features += returned[4:]
         tables = None if tables is None else _tables_left(tables, taken[2])
         if states is not None:
             states.append(taken[0])
@@ -104,7 +126,7 @@ def run_tower(
             sizes.append(sizes_of(*taken[:2]))
         return taken
 
-    traces = [trace for trace in (lent(TRACE, state), lent(FORWARD, encoder)) if trace is not None]
+    traces = [trace for trace in (lent(TRACE, state), encoding) if trace is not None]
     source = own_rows(hidden) if traces else None
     hidden, size, _ = run_layers(getattr(encoder, state.names.layers), hidden, None, source, call, traces)
     if written and record is not None:

@@ -15,9 +15,9 @@ from transformers.modeling_outputs import BaseModelOutput
 from mllm_crossget.families.family import LayerNames
 from mllm_crossget.hooks.ground.call_state import Lent, lent
 from mllm_crossget.hooks.ground.journal import Journal
-from mllm_crossget.hooks.ground.state import LayerTrace, TowerState
+from mllm_crossget.hooks.ground.state import TowerState
 from mllm_crossget.hooks.tower.attention import AttentionSlot, hook_attention
-from mllm_crossget.hooks.tower.encoder import FORWARD, refuse_mask, refuse_tracing, run_tower, sizes_of
+from mllm_crossget.hooks.tower.encoder import FORWARD, Encoding, refuse_mask, refuse_tracing, run_tower, sizes_of
 from mllm_crossget.hooks.tower.layer import Taken, run_layer
 from mllm_crossget.hooks.tower.packed_attention import PackedAttention
 from mllm_crossget.methods.method import Method, Signals
@@ -101,7 +101,7 @@ class ReducedLayer(nn.Module):
         at_output: bool = False,
         depth: float = 0.0,
         tables: tuple[Tensor, ...] | None = None,
-    ) -> Taken:
+    ) -> tuple[Any, ...]:
         """One layer.
 
         Args:
@@ -116,7 +116,9 @@ class ReducedLayer(nn.Module):
 
         Returns:
             (B, T - removed, D) tokens, their sizes (or None), the match and (B, T) the new row of every old one (both
-            None if nothing was removed).
+            None if nothing was removed). Where it selects at its output by the language model's view of the tokens,
+            also (B, T - removed, ·) features, each the size-weighted mean of its members': an output and not lent, so
+            that gradient checkpointing hands its gradient on.
         """
         state: TowerState = self.__dict__[_STATE]
         method = state.method
@@ -127,9 +129,11 @@ class ReducedLayer(nn.Module):
             cross_token=cross is not None,
             guide=-1 if state.cosine and cross is not None and method.needs_importance else None,
         )
-        step = partial(_match_and_merge, state, slot, removed, at_output, depth) if removed else None
+        features: list[Tensor] = []
+        step = partial(_match_and_merge, state, slot, removed, at_output, depth, features) if removed else None
         behind = at_output or state.at_output
-        return run_layer(self, state.names, slot, hidden_states, size, step, attention_mask, cross, behind, tables)
+        taken = run_layer(self, state.names, slot, hidden_states, size, step, attention_mask, cross, behind, tables)
+        return (*taken, *features)
 
 
 def _match_and_merge(
@@ -138,39 +142,32 @@ def _match_and_merge(
     removed: int,
     at_output: bool,
     depth: float,
+    features: list[Tensor],
     hidden: Tensor,
     size: Tensor | None,
 ) -> Taken:
-    """The step of a layer that removes tokens."""
+    """The step of a layer that removes tokens; ``features`` gets what ``ReducedLayer`` returns beside them."""
     keys, importance = slot.take()
     protected = (0,) * state.geometry.prefix + ((hidden.shape[1] - 1,) if slot.cross_token else ())
+    sizes, seen = sizes_of(hidden, size), None
     if at_output:
-        keys = keys if state.view is None else state.view(hidden)
+        seen = None if state.view is None else state.view(hidden)
+        keys = keys if seen is None else seen.detach()
         match = state.method.match_at_output(Signals(keys, importance, protected, depth=depth), removed)
     else:
         match = state.method.match(Signals(keys, importance, protected, depth=depth), removed)
-    hidden, size = merge(hidden, sizes_of(hidden, size), match)
+    if seen is not None:
+        features.append(merge(seen, sizes, match)[0])
+    hidden, size = merge(hidden, sizes, match)
     return hidden, size, match, match.slot
 
 
-class Encoding(list[LayerTrace]):
-    """One encoding: an entry per layer of the tower, and what the features made behind it stand for.
-
-    Attributes:
-        groups: (token sizes, places) of every image or frame whose features were put together so far.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.groups: list[Any] = []
-
-
-def kept_trace(encoder: nn.Module, *readers: nn.Module) -> Lent:
+def kept_trace(encoder: nn.Module, *readers: nn.Module | type[nn.Module]) -> Lent:
     """Let ``readers`` see what the encoder merges, for the length of one encoding in this thread (see ``trace_of``)."""
     return Lent(FORWARD, Encoding(), encoder, *readers)
 
 
-def trace_of(module: nn.Module) -> Encoding:
+def trace_of(module: nn.Module | type[nn.Module]) -> Encoding:
     """The encoding that is under way; empty in front of it, and outside of ``kept_trace``."""
     found: Encoding | None = lent(FORWARD, module)
     return Encoding() if found is None else found
