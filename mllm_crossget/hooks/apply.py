@@ -103,7 +103,7 @@ def _hook_vision(model: Any, handle: Handle, geometry: TowerGeometry) -> None:
             )
     if family.text_tower is not None and family.text_tower.appends and hasattr(tower, "head"):
         hook_pooling(handle.journal, tower, handle.tower)
-    if family.vision.view and handle.method.selects_at_output and not handle.method.is_dynamic:
+    if family.vision.view and handle.method.selects_at_output and handle.method.schedule_kind in ("auto", "output"):
         hook_projector(handle.journal, module_at(model, family.vision.view[-1]))
     if handle.method.is_dynamic and (family.readers or family.cross_attentions is not None):
         _hook_readers(model, handle, tower.post_layernorm)

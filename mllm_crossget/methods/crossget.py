@@ -102,7 +102,7 @@ class CrossGetConfig(DynamicMethod):
         """The match at the tower's output, or behind the projector, on the complete graph. The first kept token is the
         most important one; each further one is the least similar to those kept so far. Every other token is merged into
         the most similar kept one. ``keys`` are the tokens as the language model sees them, if they can be projected one
-        by one."""
+        by one; then these features are averaged, and not the tokens before the projector."""
         if signals.importance is None:
             raise ValueError("CrossGET needs the importance of the tokens; got none")
         shielded = shielded_tokens(signals)
