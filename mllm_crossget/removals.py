@@ -172,8 +172,10 @@ def _most_flops(wanted: Wanted, costs: TowerCosts, selects: bool) -> Fraction:
 
 
 def _selected(wanted: Wanted) -> Iterator[list[int]]:
-    """From the latest to the earliest: all at the output; then half, and three quarters, in the layers from a later or
-    an earlier one on, as soon as they can with at most two fifths of a layer's tokens each, and the rest at the output.
+    """Candidates from the latest to the earliest. The first removes all tokens at the output.
+
+    The others remove half, and three quarters, in the layers from some layer on, and the rest at the output. No layer
+    removes more than two fifths of its tokens.
     """
     read, layers = wanted.geometry.read, wanted.geometry.layers
     yield output_removals(wanted)

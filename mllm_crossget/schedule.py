@@ -83,9 +83,9 @@ def make_schedule(config: ReductionConfig, geometry: Geometry) -> Schedule:
     In front of a projector that wants the whole grid, a tower keeps the same share of its patches as the dial asks of
     the cells behind it, or as few as it can. A tower whose tokens are cells of a patch merger hands on as few as it
     can, too, if these are more than the dial asks for: the others leave behind the merger (``behind_cells``).
-    With ``schedule="late"`` the last layers in front of the one that is read remove everything, as few of them as can
-    do it with at most two fifths of a layer's tokens each; with "output" that one does, at its output; with "auto" as
-    late as costs allow (``removals.auto_removals``).
+    With ``schedule="late"`` the last layers before the one that is read remove everything: as few layers as possible,
+    with at most two fifths of a layer's tokens each. With "output" the layer that is read removes everything at its
+    output. With "auto" tokens are removed as late as costs allow (``removals.auto_removals``).
     A method that acts once, behind the tower or behind the projector, has one step, which may leave a single token.
 
     Raises:

@@ -44,9 +44,9 @@ class Flops:
             or behind the projector.
         projector: vision features to the width of the language model, with a Q-Former where there is one; image and
             text to the shared space of a dual encoder.
-        prefill: the layers of the language model on visual and text tokens; of an encoder-decoder the encoder, and the
-            decoder on its first token; the text tower of a dual encoder on the text tokens, with its reduction; BLIP's
-            text encoder likewise, and the answer's decoder on its first token.
+        prefill: the layers of the language model on visual and text tokens. Of an encoder-decoder it is the encoder,
+            and the decoder on its first token. Of a dual encoder it is the text tower on the text tokens, with its
+            reduction. Of BLIP it is the text encoder, and the answer's decoder on its first token.
         lm_head: logits of the prompt's last token.
         decode: the steps for the second and later new tokens, with a KV cache, logits included.
     """
@@ -183,15 +183,20 @@ def _reducer(
     has_map: bool = False,
     view: int = 0,
 ) -> int:
-    """What the method itself says that it adds to a layer; else per reducing layer the matching on the keys of a head
-    and, where asked for, the importance: a product of the query weights with every head's map, and QKᵀ once more unless
-    attention shares its map; token sizes enter it as one more channel (a GPU adds them for nothing). What fills maps up
-    to whole registers is not counted. Salience is the class token's attention or, in towers without one, such an
-    importance; a middle layer's attention is one too, and the layer behind runs its whole attention. Where the
-    importance is a cosine, the matching is on the keys of all heads, and the cosines with one query are not counted (a
-    product per channel, no matrix product). The class token's attention is one query's QKᵀ. ``has_map``: the attention
-    keeps its map, of which the mean over heads is enough. ``view``: width of the features that a selection at the
-    tower's output compares; 0: the keys."""
+    """FLOPs that the reduction adds to the layers: the method's own formula, if it has one.
+
+    Otherwise it is, per reducing layer, the matching on the keys of a head and, if the method uses it, the importance.
+    Importance is a product of the query weights with every head's map, and QKᵀ once more unless attention shares its
+    map. Token sizes enter it as one more channel (a GPU adds them for nothing). Padding of maps to whole registers is
+    not counted. Salience is the class token's attention or, in towers without one, such an importance. A middle layer's
+    attention is one too, and the next layer runs its whole attention. If the importance is a cosine, the matching is on
+    the keys of all heads, and the cosines with one query are not counted (a product per channel, no matrix product).
+    The class token's attention is one query's QKᵀ.
+
+    Args:
+        has_map: whether the attention keeps its map, so that the mean over heads is enough.
+        view: width of the features that a selection at the tower's output compares; 0: the keys.
+    """
     heads, width = vision.num_attention_heads, vision.hidden_size
     total = 0
     for layer, (tokens, removed) in enumerate(zip(schedule.tokens, schedule.removals, strict=False)):

@@ -25,9 +25,9 @@ def matching_flops(
     token and cross token, which stand first and last.
 
     Measured by running the method on tensors without data, so that a new method is counted without a formula of its
-    own. CrossGET compares all pairs of the others (2T² for each channel; with counts per image of all tokens, and also
-    for two channels that carry the protection; ``at_output`` all pairs, and once more those of tokens that leave with
-    tokens that stay), ToMe even with odd tokens (half of T² / 2), random nothing.
+    own. CrossGET compares all pairs of unprotected tokens (2T² for each channel). With counts per image it compares all
+    tokens, with two more channels that carry the protection. ``at_output`` it compares all pairs, and once more the
+    removed tokens with the kept ones. ToMe compares even with odd tokens (half of T² / 2), random dropping none.
     """
     keys = torch.empty(1, tokens, width, device="meta")
     importance, attention, salience, middle = (

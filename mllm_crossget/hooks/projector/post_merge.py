@@ -2,9 +2,9 @@
 
 For models whose tower or projector wants the whole grid of patches; behind a projector it follows the merging inside
 the tower (``hooks.projector.whole_grid``, ``hooks.projector.pooled_tiles``). The method's own matching runs on the
-projected features as keys. Where a method wants the importance of the tokens, it is the attention that the features pay
-to one another: one head, features scaled to mean square 1 as the language model's first norm does, softmax of their dot
-products / sqrt(width) plus the log sizes, averaged over the queries. Nothing is learned here: there are no cross
+projected features as keys. The importance of a token is the attention that it receives from all features, averaged
+over these queries: one head, the softmax of dot products / sqrt(width) plus the log sizes. The features are scaled to
+mean square 1 first, as the language model's first norm does. Nothing is learned here: there are no cross
 tokens.
 """
 

@@ -1,11 +1,11 @@
 """Whole cells of a patch merger move together, in a tower that packs images of any size into one row.
 
-The stock loop over the layers runs as it is. A layer takes four patches of a cell (``TowerGeometry.block``) as one
-token: its key is the mean of theirs, its importance their sum, and a merge is one of four patches with four patches, so
-that the patch merger behind the last layer finds whole cells, and fewer of them. Cells merge within their frame (an
-image, or a frame of a video); the merged cell stands where the one that stays stood: in the row, in the grid (rotary
-position) and in its window. What the merger makes goes back to all cells, in the layout in which the stock tower goes
-on; the features that stay are chosen there (``hooks.projector.cell_features``).
+The stock loop over the layers is unchanged. A layer takes the four patches of a cell (``TowerGeometry.block``) as one
+token: its key is the mean of their keys, its importance the sum of theirs. Four patches are merged with four patches,
+so that the patch merger after the last layer gets whole cells, and fewer of them. Cells merge within their frame (an
+image, or a frame of a video). A merged cell has the place of the kept one: in the row, in the grid (rotary position)
+and in its window. The merger's features are copied back to all cells, because the stock tower continues with that
+layout; ``hooks.projector.cell_features`` then takes one feature of each merged cell.
 
 Shapes: F frames of one size, n cells of a frame in the untouched row, T cells of it that are left, C cells of all
 frames, m patches of a cell, D width.

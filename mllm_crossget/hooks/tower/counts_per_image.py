@@ -1,8 +1,8 @@
 """The vision side for methods that choose per image: every image of a batch has its own number of tokens.
 
-Tokens of an image stand first in its row - class token, patches, cross token -, dead rows of size 0 behind them. A dead
-row gets no attention (its key bias is -inf), is no query of any importance, and takes no part in a matching, so that an
-image's result does not depend on the others; after each layer the batch is as long as its longest row.
+The tokens of an image come first in its row: class token, patches, cross token. Dead rows of size 0 follow them. A dead
+row gets no attention (its key bias is -inf), is no query of the importance, and is left out of the matching. So an
+image's result does not depend on the others. After each layer the batch is as long as its longest row.
 """
 
 from __future__ import annotations
