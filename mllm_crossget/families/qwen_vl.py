@@ -4,9 +4,9 @@ width.
 The tower packs all images, and its patch merger needs every 2 x 2 block. So the four patches of a cell are merged
 together inside the tower, in each image and each frame (temporal patch) of a video separately. A method that chooses
 among all tokens does so after the merger. Images have different numbers of tokens: ``keep_ratio`` is a share of each,
-``visual_tokens`` a limit per image or frame that small ones stay below. Tokens that stay keep the positions of their own cells, text
-keeps those of the full prompt (``hooks.request.rope_positions``). Qwen3-VL's deepstack features are averaged over what
-the cells of their layer have become in the end. Three of four layers of Qwen3.5's language model attend linearly, with
+``visual_tokens`` a limit per image or frame that small ones stay below. Kept tokens have the positions of their own
+cells, and text has those of the full prompt (``hooks.request.rope_positions``). Qwen3-VL's deepstack features are
+averaged over the final cells. Three of four layers of Qwen3.5's language model attend linearly, with
 a state instead of keys: they read the merged tokens in the prompt's order and know nothing of positions or token sizes.
 The mixtures of experts have the same vision side as the dense models.
 """
