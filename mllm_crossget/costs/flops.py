@@ -231,18 +231,10 @@ def _tower_parts(
         family.tower_flops(config)[0] if family.tower_flops else _patch_embedding(vision, family),
         _encoder(vision, schedule, inside=method.place is Place.TOWER_LAYERS),
         _reducer(vision, schedule, method, one_softmax, cosine, prefix, prefix + schedule.cross, has_map, view)
-        + _view(config, family, schedule)
         if method.reduces_vision
         else 0,
         _connector(config, family, schedule, text_tokens),
     )
-
-
-def _view(config: Any, family: Family, schedule: Schedule) -> int:
-    """Features of all tokens, which a selection at the tower's output compares and averages."""
-    if schedule.output is None or not family.vision.view or family.connector_flops is None:
-        return 0
-    return family.connector_flops(config, schedule.tokens[schedule.output])
 
 
 def _grid_parts(
@@ -296,10 +288,13 @@ def _projection(config: Any, family: Family) -> int:
 
 
 def _connector(config: Any, family: Family, schedule: Schedule, text_tokens: int) -> int:
-    """From tower to language model, unless ``_view`` did it; a cross token that would not fit is cut off behind it."""
-    if family.connector_flops is None or _view(config, family, schedule):
+    """What lies between tower and language model. A cross token that would not fit is cut off behind it. A selection at
+    the tower's output compares and averages the features of all tokens, class token and cross token too."""
+    if family.connector_flops is None:
         return 0
     text = 0 if family.connector_text_flops is None else family.connector_text_flops(config, text_tokens)
+    if schedule.output is not None and family.vision.view:
+        return text + family.connector_flops(config, schedule.tokens[schedule.output])
     return text + family.connector_flops(config, schedule.features + schedule.drop_cross)
 
 
