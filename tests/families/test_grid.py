@@ -138,7 +138,7 @@ def test_every_patch_once_on_random_images(family: str) -> None:
 def with_second_merging(owner: nn.Module, *args: Any, **options: Any) -> tuple[Any, Tensor, Callable[[int], Tensor]]:
     """What packing returns, and a function of the number of cells: (1, cells) token of every cell of the next grid that
     was merged behind resizing."""
-    state = vars(owner).get("_mllm_crossget_again", MergeState(CrossGetConfig(), ()))
+    state = vars(owner).get("_mllm_crossget_second_merge", MergeState(CrossGetConfig(), ()))
     with Lent(TRACE, [], state) as found:
         packed, lengths = owner.pack_image_features(*args, **options)
 
