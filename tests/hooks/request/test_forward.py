@@ -147,7 +147,8 @@ def test_hidden_states_and_attentions_have_the_schedules_lengths(method, tower) 
 
 
 def test_feature_layer_is_the_hidden_state_of_that_layer() -> None:
-    model, _ = accelerated_pair()
+    """Without a selection at the output, which averages features behind the projector."""
+    model = accelerate_mllm(tiny_llava(), visual_tokens=FEATURES, schedule="late")
     batch = prompt_batch(model, (1,))
     states = model.model.vision_tower(batch["pixel_values"], output_hidden_states=True).hidden_states[-2]
     expected = model.model.multi_modal_projector(states[:, 1:-1])  # without class token and cross token
