@@ -73,6 +73,10 @@ def texts(results):
     return [result.text for result in results]
 
 
+def begin_with(longer, shorter):
+    return all(text.startswith(beginning) for text, beginning in zip(longer, shorter, strict=True))
+
+
 def test_rows_with_none_one_and_several_images(questions):
     one, model = answers(questions, keep_ratio=0.5, batch_size=1)
     for size in (3, 8):
@@ -116,8 +120,10 @@ def test_baseline_is_the_untouched_model(questions):
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT's own look-up
 @pytest.mark.parametrize("lora", [False, True], ids=["cross tokens", "LoRA and cross tokens"])
 def test_an_adapter_answers_what_it_was_trained_to(questions, tmp_path, lora):
+    processor = AutoProcessor.from_pretrained(WEIGHTS_FOLDER)
     model = AutoModelForImageTextToText.from_pretrained(WEIGHTS_FOLDER, dtype=torch.float32).eval()
-    untrained = accelerate_mllm(model, keep_ratio=0.25)
+    untrained = accelerate_mllm(model, CrossGetConfig.published(keep_ratio=0.25))  # cross tokens change answers there
+    plain = answer(untrained, processor, questions)
     if lora:
         model = get_peft_model(untrained, lora_config(untrained, r=4, alpha=8, dropout=0.0))
     for name, parameter in model.named_parameters():
@@ -126,13 +132,11 @@ def test_an_adapter_answers_what_it_was_trained_to(questions, tmp_path, lora):
     if lora:
         model.save_pretrained(tmp_path)
     save_crossget(model, tmp_path)
-    expected = answer(model.eval(), AutoProcessor.from_pretrained(WEIGHTS_FOLDER), questions)
-    one_each = (1,) * len(questions)
-    options = {"pictures": one_each, "dtype": "float32", "generation": {**GREEDY, "max_new_tokens": 24}}
+    expected = answer(model.eval(), processor, questions)  # cut where right answers end
+    options = {"pictures": (1,) * len(questions), "dtype": "float32", "generation": {**GREEDY, "max_new_tokens": 24}}
     found, _ = answers(questions, adapter=str(tmp_path), **options)
-    assert texts(found) == expected
-    plain, _ = answers(questions, keep_ratio=0.25, **options)
-    assert texts(plain) != expected
+    assert begin_with(texts(found), expected)
+    assert not begin_with(texts(found), plain)
 
 
 def test_the_order_of_groups_is_undone(questions):
