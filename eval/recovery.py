@@ -4,9 +4,15 @@
     python eval/recovery_summary.py     # table and intervals
 
 On the embedded model: training-free, cross tokens alone, LoRA alone (cross tokens frozen at zero) and LoRA with cross
-tokens, at the same number of steps, several seeds, scored on the held-out questions. One line per run in
-``eval/results/recovery/runs.jsonl``; a stopped experiment goes on with the runs that are missing. Training scenes share
-neither digits nor backgrounds with the test set; settings were chosen on training scenes (``--split train``).
+tokens, at the same number of steps, several seeds, scored on the held-out questions. The control is LoRA on the
+unreduced model (keep ratio 1). One line per run in ``eval/results/recovery/runs.jsonl``; a stopped experiment goes on with
+the runs that are missing, and a stopped training with its last checkpoint. Training scenes share neither digits nor
+backgrounds with the test set; settings were chosen on training scenes (``--split train``).
+
+The adapters that the package ships are those of the first seed:
+
+    python eval/recovery.py --arms lora+cross --keep_ratios 0.5 0.25 0.125 --seeds 0 \
+        --adapters mllm_crossget/embedded/adapters
 """
 
 from __future__ import annotations
@@ -14,7 +20,7 @@ from __future__ import annotations
 import os
 import platform
 import random
-import tempfile
+import shutil
 import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
@@ -35,7 +41,9 @@ from mllm_crossget.embedded import KINDS, WEIGHTS_FOLDER, Question, answer, held
 from mllm_crossget.embedded.questions import ask
 from mllm_crossget.embedded.scenes import render, sample_layouts, to_image
 from mllm_crossget.hooks.ground.state import live_cross_tokens
+from mllm_crossget.hooks.model.cross_files import write_files
 from mllm_crossget.training import Collator, CrossGetTrainer, lora_config
+from mllm_crossget.training.checkpoints import last_complete_checkpoint
 from mllm_crossget.training.options import TrainerSettings
 
 ARMS = ("training-free", "cross", "lora", "lora+cross")
@@ -65,6 +73,8 @@ class Options:
     threads: int = field(default=1, metadata={"help": "CPU threads"})
     weights: str = field(default=str(WEIGHTS_FOLDER), metadata={"help": "the model"})
     output: str = field(default="eval/results/recovery", metadata={"help": "folder of the results"})
+    checkpoints: str = field(default="runs/recovery", metadata={"help": "folder of unfinished trainings"})
+    adapters: str | None = field(default=None, metadata={"help": "folder to keep the adapters in, by keep ratio"})
 
 
 class DrawnQuestions(Dataset[dict[str, Tensor]], ABC):
@@ -140,14 +150,17 @@ def run_once(options: Options, arm: str, keep_ratio: float, seed: int, questions
     """Train one arm (unless it is training-free) and score it."""
     torch.manual_seed(seed)
     model: Any = LlavaForConditionalGeneration.from_pretrained(options.weights, dtype=torch.float32).eval()
-    model.set_attn_implementation("eager")  # half the time of the fused kernel on a CPU in bfloat16, with gradients
+    if _fast_bfloat16():  # then half the time of the fused kernel, with gradients
+        model.set_attn_implementation("eager")
     processor = AutoProcessor.from_pretrained(options.weights)
     method = CrossGetConfig(keep_ratio=keep_ratio, alignment_weight=options.alignment_weight)
     accelerate_mllm(model, method)
     started = time.monotonic()
     log: list[dict[str, float]] = []
     if arm != "training-free":
-        model, log = train(options, model, processor, arm, seed)
+        model, log = train(options, model, processor, arm, seed, run_name(arm, keep_ratio, seed))
+        if options.adapters is not None:
+            save_adapter(model, Path(options.adapters) / f"{keep_ratio:g}")
     seconds = time.monotonic() - started
     answers = answer(model.eval(), processor, questions)
     return {
@@ -167,7 +180,26 @@ def run_once(options: Options, arm: str, keep_ratio: float, seed: int, questions
     }  # fmt: skip
 
 
-def train(options: Options, model: Any, processor: Any, arm: str, seed: int) -> tuple[Any, list[dict[str, float]]]:
+def _fast_bfloat16() -> bool:
+    """Whether the processor has products in bfloat16; without them a step takes nine times as long as in float32."""
+    found = torch.cpu.get_capabilities()
+    return bool(found.get("amx_bf16") or found.get("avx512_bf16"))
+
+
+def save_adapter(model: Any, folder: Path) -> None:
+    """Keep a trained adapter in bfloat16, as the embedded weights are."""
+    shutil.rmtree(folder, ignore_errors=True)
+    model.to(torch.bfloat16)
+    model.peft_config["default"].base_model_name_or_path = "mllm_crossget/embedded"  # not a path of this machine
+    write_files(model, folder)
+    model.save_pretrained(folder)
+    model.float()
+    (folder / "README.md").unlink(missing_ok=True)
+
+
+def train(
+    options: Options, model: Any, processor: Any, arm: str, seed: int, name: str
+) -> tuple[Any, list[dict[str, float]]]:
     """The library's own path: adapter, data, trainer. Returns the trained model and every 50th step's log."""
     uses_cross = "cross" in arm
     if arm == "cross":
@@ -194,6 +226,7 @@ def train(options: Options, model: Any, processor: Any, arm: str, seed: int) -> 
         rate,
         train_cross_tokens=uses_cross,
         distillation_weight=options.distillation_weight,
+        folder=Path(options.checkpoints) / name,
     )
     return model, log
 
@@ -206,9 +239,10 @@ def fit(
     steps: int | None = None,
     kind: type[CrossGetTrainer] = CrossGetTrainer,
     collator: type[Collator] = Collator,
+    folder: Path | None = None,
     **trainer: Any,
 ) -> list[dict[str, float]]:
-    """Train in bfloat16 on the CPU with a cosine; returns every 50th step's log.
+    """Train on the CPU with a cosine, in bfloat16 where the processor has it; returns every 50th step's log.
 
     Args:
         model: what requires gradients learns.
@@ -217,31 +251,35 @@ def fit(
         learning_rate: its peak.
         steps: optimiser steps, if not ``options.steps``.
         kind, collator: what trains, and what makes its batches.
+        folder: of the checkpoints, from which a stopped training goes on; deleted at the end. None: no checkpoints.
         trainer: further arguments of ``kind``.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        args = TrainerSettings(
-            output_dir=folder,
-            max_steps=steps or options.steps,
-            per_device_train_batch_size=options.batch,
-            learning_rate=learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=0.05,
-            logging_steps=50,
-            save_strategy="no",
-            report_to="none",
-            use_cpu=True,
-            bf16=True,
-            disable_tqdm=True,
-            train_sampling_strategy="sequential",
-            dataloader_num_workers=1,  # scenes are drawn beside the training, in order
-            dataloader_persistent_workers=True,
-            seed=data.seed,
-            enable_jit_checkpoint=False,
-        )
-        collate = collator(model, data.processor.tokenizer.pad_token_id)
-        run = kind(model=model, args=args, train_dataset=data, data_collator=collate, **trainer)
-        run.train()
+    args = TrainerSettings(
+        output_dir=str(folder or "runs"),
+        max_steps=steps or options.steps,
+        per_device_train_batch_size=options.batch,
+        learning_rate=learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.05,
+        logging_steps=50,
+        save_strategy="no" if folder is None else "steps",
+        save_steps=100,
+        save_total_limit=1,
+        report_to="none",
+        use_cpu=True,
+        bf16=_fast_bfloat16(),
+        disable_tqdm=True,
+        train_sampling_strategy="sequential",
+        dataloader_num_workers=1,  # scenes are drawn beside the training, in order
+        dataloader_persistent_workers=True,
+        seed=data.seed,
+        enable_jit_checkpoint=False,
+    )
+    collate = collator(model, data.processor.tokenizer.pad_token_id)
+    run = kind(model=model, args=args, train_dataset=data, data_collator=collate, **trainer)
+    run.train(resume_from_checkpoint=None if folder is None else last_complete_checkpoint(folder))
+    if folder is not None:
+        shutil.rmtree(folder)
     kept = ("step", "loss", "task_loss", "alignment_loss", "distillation_loss", "grad_norm")
     log = [{name: entry[name] for name in kept if name in entry} for entry in run.state.log_history]
     return [entry for entry in log if "task_loss" in entry]
@@ -257,10 +295,13 @@ def wanted(options: Options) -> list[tuple[str, float, int]]:
     runs: list[tuple[str, float, int]] = []
     for position, seed in enumerate(options.seeds):
         for keep_ratio in options.keep_ratios:
-            runs += [
-                (arm, keep_ratio, seed) for arm in reversed(options.arms) if arm != "training-free" or not position
-            ]
+            runs += [(arm, keep_ratio, seed) for arm in reversed(options.arms) if _exists(arm, keep_ratio, position)]
     return runs
+
+
+def _exists(arm: str, keep_ratio: float, position: int) -> bool:
+    """Training-free has no seed; the unreduced model has no cross tokens."""
+    return not position if arm == "training-free" else keep_ratio < 1 or "cross" not in arm
 
 
 def main() -> None:
