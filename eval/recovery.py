@@ -5,7 +5,7 @@
 
 On the embedded model: training-free, cross tokens alone, LoRA alone (cross tokens frozen at zero) and LoRA with cross
 tokens, at the same number of steps, several seeds, scored on the held-out questions. The control is LoRA on the
-unreduced model (keep ratio 1). One line per run in ``eval/results/recovery/runs.jsonl``; a stopped experiment goes on with
+unreduced model (keep ratio 1). One line per run in ``runs.jsonl``; a stopped experiment goes on with
 the runs that are missing, and a stopped training with its last checkpoint. Training scenes share neither digits nor
 backgrounds with the test set; settings were chosen on training scenes (``--split train``).
 

@@ -179,6 +179,13 @@ def check_dials(method: Method, family: Family, model: Any) -> None:
             f"{type(method).__name__} acts at {type(model).__name__}'s {method.place.value}, which is not possible: "
             f"{problem}"
         )
+    if method.learned_parts.question_rank:
+        problem = _question_problem(family, model.config)
+        if problem is not None:
+            raise ValueError(
+                f"question_rank is not possible in {type(model).__name__} (model type {family.model_type!r}): "
+                f"{problem}; leave it out"
+            )
     if method.is_dynamic:
         _refuse_fixed_counts(model, family)
         _check_thresholds(method, family, model.config)
@@ -267,6 +274,20 @@ def _projector_problem(method: Method, family: Family, model: Any) -> str | None
         plain = family.features is FeatureKind.PLAIN and isinstance(geometry, TowerGeometry) and geometry.cells is None
         if not plain:
             return "its features are no single tokens of its tower, whose attention the method wants"
+    return None
+
+
+def _question_problem(family: Family, config: Any) -> str | None:
+    """Why the vision cross tokens cannot depend on the question, or None if they can."""
+    if not family.modalities:
+        return "its images are encoded without a prompt"
+    geometry = family.geometry(config)
+    if not isinstance(geometry, TowerGeometry) or geometry.block > 1:
+        return "no cross token is in its vision tower"
+    if any(modality.tower for modality in family.modalities):
+        return "it has a tower for each kind of input"
+    if family.features is FeatureKind.PACKED_GRID or geometry.cells is not None and not geometry.fixed:
+        return "its tower takes images of different sizes in one row or one after the other, not one row each"
     return None
 
 

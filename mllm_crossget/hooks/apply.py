@@ -21,6 +21,7 @@ from mllm_crossget.families.family import (
 from mllm_crossget.hooks.ground.alignment_tokens import AlignmentTokens
 from mllm_crossget.hooks.ground.cross_tokens import CrossTokens
 from mllm_crossget.hooks.ground.journal import Journal
+from mllm_crossget.hooks.ground.question_map import QuestionMap
 from mllm_crossget.hooks.ground.state import HANDLE, Handle, LanguageView, MergeState, ModalityTower, TowerState
 from mllm_crossget.hooks.language.sized_model import hook_language_model
 from mllm_crossget.hooks.model.bare_tower import RaggedTower
@@ -122,6 +123,7 @@ def _hook_encoder(model: Any, handle: Handle, path: str, place: str, geometry: T
     if handle.schedule.cross:
         cross = _cross_tokens(handle, place, layers, vision_config.hidden_size)
         handle.cross_paths[place] = f"{encoder_path}.cross_tokens"
+        _add_question_map(model, handle, encoder, encoder_path, layers, vision_config.hidden_size)
     mixins = (
         (RaggedEncoder, RaggedLayer) if method.is_dynamic else (CellTower, CellLayer) if kind.names.packed else None
     )
@@ -131,6 +133,22 @@ def _hook_encoder(model: Any, handle: Handle, path: str, place: str, geometry: T
     )
     state.view = LanguageView(model, family.vision.view) if family.vision.view else None
     return encoder_path, state
+
+
+def _add_question_map(
+    model: Any, handle: Handle, encoder: nn.Module, path: str, layers: nn.ModuleList, width: int
+) -> None:
+    """Add the map from the question to the cross tokens, if the method has one: the model's old one if it fits."""
+    rank = handle.method.learned_parts.question_rank
+    if not rank:
+        return
+    text_width = model.get_input_embeddings().embedding_dim
+    new_map = QuestionMap(len(layers), width, text_width, rank, *_kind_of(layers[0]))
+    old = handle.cross_tokens.get("question")
+    if old is None or _shapes(old) != _shapes(new_map):
+        handle.cross_tokens["question"] = new_map
+    handle.journal.add_module(encoder, "question_map", handle.cross_tokens["question"])
+    handle.cross_paths["question"] = f"{path}.question_map"
 
 
 def _hook_output(model: Any, handle: Handle, geometry: TowerGeometry) -> None:

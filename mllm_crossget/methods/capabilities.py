@@ -38,10 +38,12 @@ class LearnedParts:
     Args:
         cross_tokens: True for one vector per layer, on both sides, which guides the matching.
         alignment: alignment tokens that both sides share, or None.
+        question_rank: rank of the map from the question to the vision cross tokens; 0 for none.
     """
 
     cross_tokens: bool = False
     alignment: AlignmentSpace | None = None
+    question_rank: int = 0
 
     def __bool__(self) -> bool:
         return self.cross_tokens or self.alignment is not None

@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from mllm_crossget.config import register_method
-from mllm_crossget.methods.capabilities import LossKind, TrainingLoss
+from mllm_crossget.field_types import checked_count
+from mllm_crossget.methods.capabilities import LearnedParts, LossKind, TrainingLoss
 from mllm_crossget.methods.dynamic import DynamicMethod
 from mllm_crossget.methods.signals import RaggedSignals, Signals, protected_count, shielded_tokens
 from mllm_crossget.ops.matching import Match, complete_graph_soft_matching, graph_scores
@@ -39,6 +40,8 @@ class CrossGetConfig(DynamicMethod):
             gets from all queries and the cross token (official LLaVA code). "cosine": its key's cosine with the cross
             token's query (official CLIP code), which says little before the cross tokens are trained. "published": as
             in the family's official code.
+        question_rank: rank of a learned map from the question to the vision cross tokens, zero at first, so that the
+            tower's tokens depend on what is asked. 0: no map, as published. Not with ``dynamic`` or ``reuse_vision``.
         kl: "reference" for ½[KL(M‖P) + KL(M‖Q)] as in the official code, "js" for the textbook Jensen-Shannon form.
 
     See ``ReductionConfig`` for ``keep_ratio``, ``visual_tokens`` and ``r``.
@@ -48,6 +51,7 @@ class CrossGetConfig(DynamicMethod):
     kl: str = "reference"
     importance: str = "attention"
     dynamic: bool = False
+    question_rank: int = 0
 
     method: ClassVar[str] = "crossget"
     uses_cross_tokens: ClassVar[bool] = True
@@ -72,6 +76,17 @@ class CrossGetConfig(DynamicMethod):
             raise ValueError(
                 'dynamic=True decides by the attention received; use importance="attention" or "published"'
             )
+        self.question_rank = checked_count("question_rank", self.question_rank, least=0)
+        if self.question_rank and self.reduces_text and not self.reduces_vision:
+            raise ValueError(
+                f"question_rank={self.question_rank} is for the vision tower, which these settings do not reduce; leave "
+                "it out"
+            )
+        if self.question_rank and self.dynamic:
+            raise ValueError(
+                f"question_rank={self.question_rank} and dynamic=True: calibrate sees images without questions; give "
+                "one of them"
+            )
         unused = [name for name in ("threshold", "max_visual_tokens") if getattr(self, name) is not None]
         if unused and not self.dynamic:
             raise ValueError(f"{unused[0]} is for dynamic=True; without it every image keeps the same number of tokens")
@@ -80,6 +95,11 @@ class CrossGetConfig(DynamicMethod):
     def is_dynamic(self) -> bool:
         """Whether the number of tokens is chosen per image."""
         return self.dynamic and self.reduces_vision
+
+    @property
+    def learned_parts(self) -> LearnedParts:
+        """Cross tokens, and the map to them from the question if it has a rank."""
+        return LearnedParts(cross_tokens=True, question_rank=self.question_rank if self.reduces_vision else 0)
 
     @property
     def training_loss(self) -> TrainingLoss | None:

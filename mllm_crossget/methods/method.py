@@ -33,8 +33,8 @@ class Method(ReductionConfig):
             available only if every feature is one of the tower's tokens.
         needs_middle, needs_next_layer: need ``Signals.middle`` and ``Signals.following``; available at a tower's
             output.
-        needs_text: needs ``Signals.text``; available behind the projector. The kept tokens then depend on the question,
-            so encoded images cannot be reused for another question.
+        needs_text: needs ``Signals.text``; available behind the projector. The kept tokens then depend on the
+            question.
         selects_at_output: ``match_at_output`` can remove any number of tokens at the output of the layer that is read.
         proportional_attention: layers after a merge weigh tokens by their size.
         moving_settings: fields that change during training and are restored from a checkpoint.
@@ -79,6 +79,11 @@ class Method(ReductionConfig):
     def learned_parts(self) -> LearnedParts:
         """The learned parameters that the method adds to a model."""
         return LearnedParts(cross_tokens=self.uses_cross_tokens)
+
+    @property
+    def sees_question(self) -> bool:
+        """Whether an image's tokens depend on the question, so that encoded images are of no use for another one."""
+        return self.needs_text or self.learned_parts.question_rank > 0
 
     @property
     def has_learned_parts(self) -> bool:

@@ -163,7 +163,7 @@ def check_adapter(model: nn.Module, name_or_path: str | Path, **hub_kwargs: Any)
         names = list(file.keys())
     handle = handle_of(model)
     places = [] if handle is None else learned_modules(handle)
-    for kind in ("cross_tokens", "alignment_tokens"):
+    for kind in ("cross_tokens", "alignment_tokens", "question_map"):
         if kind not in places and any(kind in name for name in names):
             state = "is not accelerated" if handle is None else f"is accelerated with {handle.method.method!r} alone"
             raise ValueError(

@@ -241,8 +241,8 @@ def _handle(model: nn.Module) -> Handle:
 def _check_model(model: nn.Module, train_cross_tokens: bool) -> None:
     handle, live = _handle(model), live_cross_tokens(model)
     for place in handle.cross_paths:
-        module, name = live[place], "alignment_tokens" if place == "alignment" else "cross_tokens"
-        kind = "alignment tokens" if place == "alignment" else f"{place} cross tokens"
+        module, name = live[place], handle.cross_paths[place].rpartition(".")[2]
+        kind = name.replace("_", " ") if place in ("alignment", "question") else f"{place} cross tokens"
         if not train_cross_tokens:
             module.requires_grad_(False)
         elif not all(parameter.requires_grad for parameter in module.parameters() if _counts(module, parameter)):

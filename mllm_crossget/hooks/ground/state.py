@@ -40,8 +40,8 @@ TRACE = "trace"
 RUNNING = "running"
 """True while features are being made that will be merged."""
 QUESTION = "question"
-"""What is asked about the images of a call, for methods that select by it: an ``AskedText`` by the name of the method
-that encodes them, a row for each image."""
+"""What is asked about the images of a call, for methods that read it: an ``AskedText`` by the name of the method that
+encodes them, a row for each image (for a tower: for each of its images)."""
 CALIBRATION = "calibration"
 """What finds the layers' thresholds while ``calibrate`` runs."""
 
@@ -213,7 +213,8 @@ class Handle:
     Attributes:
         method, family, geometry, schedule: the settings, and the counts that follow from them for this model.
         journal: the changes to the model.
-        cross_tokens: the learned modules by place ("vision", "text", "video"), also while ``keep_ratio=1`` parks them.
+        cross_tokens: the learned modules by place ("vision", "text", "video", "question"), also while ``keep_ratio=1``
+            parks them.
         cross_paths: where they are registered in the model, by place.
         encoder_path: path to the module that holds the vision layers.
         text_path: path to the module that writes text cross tokens, "" where there is none.

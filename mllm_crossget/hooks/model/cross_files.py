@@ -25,7 +25,8 @@ WEIGHTS_FOLDER = "crossget_weights"
 LEGACY_WEIGHTS_NAME = "crossget.safetensors"
 """The file of version 0.1: beside the checkpoint, and not named by the settings."""
 _WEIGHTS_FILE = re.compile(rf"{WEIGHTS_FOLDER}/\w[\w.-]*\.safetensors")
-_CROSS_MODULE = re.compile(r"(^|\.)(cross|alignment)_tokens\.")
+_NAMED = ("alignment", "question")  # places with several learned tensors
+_CROSS_MODULE = re.compile(r"(^|\.)((cross|alignment)_tokens|question_map)\.")
 
 
 def without_cross_tokens(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -48,7 +49,8 @@ def cross_state(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> 
 
     Returns:
         ``vision.cross``, ``text.cross``, ``video.cross``, each (layers, width); ``alignment.tokens`` (K, width) and the
-        layers' maps ``alignment.maps.0.weight``, ``alignment.text_maps.0.weight``, ... On the CPU.
+        layers' maps ``alignment.maps.0.weight``, ``alignment.text_maps.0.weight``, ...; the factors of the question's
+        map ``question.down`` and ``question.up``. On the CPU.
     """
     values = {}
     paths = base_model(model).__dict__[HANDLE].cross_paths
@@ -56,7 +58,7 @@ def cross_state(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> 
     for place in paths or live:
         for key, name, parameter in learned_tensors(place, live[place]):
             # called, not read: in sharded training a parameter is whole only inside its module's call
-            learned = parameter if place == "alignment" else live[place]()
+            learned = parameter if place in _NAMED else live[place]()
             tensor = learned if state is None else _in_state(state, f"{paths.get(place)}", name)
             if tensor is not None:
                 values[key] = tensor.detach().cpu().contiguous()
@@ -73,6 +75,8 @@ def _in_state(state: Mapping[str, Tensor], path: str, name: str) -> Tensor | Non
 
 def learned_tensors(place: str, module: Any) -> list[tuple[str, str, Tensor]]:
     """(key in the file, name in the module, parameter) of every learned tensor of a place."""
+    if place == "question":
+        return [(f"question.{name}", name, getattr(module, name)) for name in ("down", "up")]
     if place != "alignment":
         return [(f"{place}.cross", "weight", module.weight)]
     tensors = [("alignment.tokens", "tokens", module.tokens)]

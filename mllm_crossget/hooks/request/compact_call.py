@@ -198,7 +198,7 @@ def compact(call: PromptCall) -> CompactCall:
             for modality in present(handle, call.arguments)
         }
         groups = groups_of_call(model, handle, call.arguments, images) if handle.size_bias or keeps_positions else None
-        if handle.method.needs_text and groups is None:  # encode now, because the question is known here
+        if handle.method.sees_question and groups is None:  # encode now, because the question is known here
             groups_of_call(model, handle, call.arguments, images)
     compaction = plan_compaction(ids, mask, images, bool((mask[:, -1] != 0).all()), keeps_positions, groups)
     if bool(call.past.any()):

@@ -1,4 +1,4 @@
-"""The question about each image of a call, for methods that select tokens by it (``Method.needs_text``).
+"""The question about each image of a call, for methods whose tokens depend on it (``Method.sees_question``).
 
 The question is given as the language model's input embeddings of its tokens. A prompt does not mark its question, so
 all text that follows the image in its row is taken as the question.
@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mllm_crossget.families.family import module_at
 from mllm_crossget.families.modality import Modality
 from mllm_crossget.hooks.ground.call_state import Lent
 from mllm_crossget.hooks.ground.state import QUESTION, Handle
+from mllm_crossget.hooks.projector.features import encoded_ahead
 from mllm_crossget.hooks.request.placeholders import known_features, placeholders_of, present, token_of
 from mllm_crossget.methods.signals import AskedText
 
@@ -33,7 +35,8 @@ def asking(
         ids: (B, columns) token ids of the prompt's new columns, full or compact; ``kwargs`` has them if not given.
         mask: (B, columns) their attention mask.
     """
-    if not handle.method.needs_text or not present(handle, kwargs) or handle.merging is None:
+    reader = handle.merging if handle.method.needs_text else handle.tower
+    if not handle.method.sees_question or not present(handle, kwargs) or reader is None:
         return nullcontext()
     ids = kwargs["input_ids"] if ids is None else ids
     mask = kwargs.get("attention_mask") if mask is None else mask
@@ -46,9 +49,15 @@ def asking(
     questions = {
         modality.encode: _asked(model, handle, modality, kwargs, ids, alive)
         for modality in present(handle, kwargs)
-        if kwargs.get(modality.pixels) is not None
+        if kwargs.get(modality.pixels) is not None and not _is_encoded(model, handle, modality, kwargs)
     }
-    return Lent(QUESTION, questions, handle.merging)
+    return Lent(QUESTION, questions, reader)
+
+
+def _is_encoded(model: nn.Module, handle: Handle, modality: Modality, kwargs: dict[str, Any]) -> bool:
+    """Whether the images were encoded ahead, so that nothing asks for their questions any more."""
+    owner = module_at(model, handle.family.features_owner or "")
+    return encoded_ahead(owner, modality.encode, (kwargs[modality.pixels],), {}) is not None
 
 
 @torch.no_grad()
@@ -65,6 +74,9 @@ def _asked(
     is_question = text[row] & behind
     # where no text follows the image, all text of the row is the question
     is_question = torch.where(is_question.any(dim=1, keepdim=True), is_question, text[row])
+    if modality.parts is not None and not handle.method.needs_text:  # the tower sees tiles or frames
+        parts = torch.tensor(modality.parts(model, kwargs), device=ids.device)
+        row, is_question = row.repeat_interleave(parts), is_question.repeat_interleave(parts, dim=0)
     order = (~is_question).to(torch.uint8).argsort(dim=1, stable=True)[:, : max(1, int(is_question.sum(dim=1).max()))]
     words = ids.masked_fill(~text, 0)[row].gather(1, order)
     return AskedText(model.get_input_embeddings()(words).detach(), is_question.gather(1, order))

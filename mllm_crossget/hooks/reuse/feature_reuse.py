@@ -49,10 +49,10 @@ def check_reuse(model: nn.Module, family: Family, wanted: bool | VisionCache | N
 
 
 def refuse_reuse(method: Method, wanted: bool | VisionCache | None) -> None:
-    """Raise ``ValueError`` if images are to be cached although the method selects their tokens by the question."""
-    if wanted is not None and wanted is not False and method.needs_text:
+    """Raise ``ValueError`` if images are to be cached although their tokens depend on the question."""
+    if wanted is not None and wanted is not False and method.sees_question:
         raise ValueError(
-            f"{type(method).__name__} selects tokens by the question, so an image that was encoded for one question is "
+            f"the tokens of {type(method).__name__} depend on the question, so an image encoded for one question is "
             "of no use for the next: leave reuse_vision out or give reuse_vision=False, or use a method that sees "
             "images alone"
         )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mllm_crossget.hooks.ground.call_state import lent
 from mllm_crossget.hooks.ground.cross_tokens import RECORD
+from mllm_crossget.hooks.ground.question_map import question_of
 from mllm_crossget.hooks.ground.state import TRACE, LayerTrace, TowerState
 from mllm_crossget.hooks.tower.layer import Taken
 from mllm_crossget.ops.matching import Match
@@ -100,7 +101,9 @@ def run_tower(
     hidden, vectors = embeds, None
     if state.schedule(embeds.shape[1]).cross:
         hidden = torch.cat([hidden, first_cross_token(hidden, state.geometry.prefix)], dim=1)
-        vectors = encoder.cross_tokens().unbind()
+        vectors = encoder.cross_tokens()
+        if state.method.learned_parts.question_rank:  # (layers, D) + (layers, B, D)
+            vectors = vectors[:, None] + encoder.question_map(question_of(state, len(hidden)))
     record: list[Tensor] | None = lent(RECORD, encoder)
     encoding: Encoding | None = lent(FORWARD, encoder)
     sizes: list[Tensor] | None = lent(SIZES, encoder)

@@ -108,7 +108,8 @@ class ReducedLayer(nn.Module):
             hidden_states: (B, T, D).
             attention_mask: not used by the supported towers.
             size: (B, T) token sizes, None as long as nothing was merged.
-            cross: (D,) what makes the last token the layer's cross token, or None.
+            cross: (D,), or (B, D) if it depends on the question; what makes the last token the layer's cross token,
+                or None.
             removed: tokens to merge away here.
             at_output: whether that is done behind the layer, by the method's selection among all tokens.
             depth: share of the tower's layers in front of this one.

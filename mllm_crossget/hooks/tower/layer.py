@@ -151,7 +151,8 @@ class CrossInPlace:
 
     Args:
         hidden: (B, T, D) tokens.
-        cross: (D,) added to the last token, from which no gradient comes back; None for the tokens as they are.
+        cross: (D,) or (B, D) added to the last token, from which no gradient comes back; None for the tokens as they
+            are.
     """
 
     __slots__ = ("_before", "_cross", "_hidden", "_last")
@@ -166,7 +167,7 @@ class CrossInPlace:
         if cross is None:
             return hidden
         if torch.is_grad_enabled() or not hidden.is_cpu or torch.compiler.is_compiling() or hidden._is_view():
-            return torch.cat([hidden[:, :-1], hidden[:, -1:].detach() + cross], dim=1)
+            return torch.cat([hidden[:, :-1], (hidden[:, -1].detach() + cross)[:, None]], dim=1)
         self._last = hidden.select(1, -1)
         self._before = self._last.clone()
         self._last.add_(cross)
