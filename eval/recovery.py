@@ -46,7 +46,7 @@ from mllm_crossget.training import Collator, CrossGetTrainer, lora_config
 from mllm_crossget.training.checkpoints import last_complete_checkpoint
 from mllm_crossget.training.options import TrainerSettings
 
-ARMS = ("training-free", "cross", "lora", "lora+cross")
+ARMS = ("training-free", "cross", "lora", "lora+cross", "lora+cross+question")
 BATCH_OF_SCENES = 32
 
 
@@ -54,13 +54,14 @@ BATCH_OF_SCENES = 32
 class Options:
     """Options of the experiment."""
 
-    arms: list[str] = field(default_factory=lambda: list(ARMS), metadata={"help": f"of {ARMS}"})
+    arms: list[str] = field(default_factory=lambda: list(ARMS[:4]), metadata={"help": f"of {ARMS}"})
     keep_ratios: list[float] = field(default_factory=lambda: [0.25, 0.125], metadata={"help": "visual tokens kept"})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "of data and adapters"})
     steps: int = field(default=1500, metadata={"help": "optimiser steps of every trained run"})
     batch: int = field(default=16, metadata={"help": "questions in a step"})
     learning_rate: float = field(default=2e-3, metadata={"help": "peak; linear warm-up of 5 %%, then cosine to 0"})
     cross_learning_rate: float = field(default=1e-2, metadata={"help": "peak where cross tokens learn alone"})
+    question_rank: int = field(default=8, metadata={"help": "of the question's map, in arms with it"})
     lora_r: int = field(default=16, metadata={"help": "rank"})
     lora_alpha: int = field(default=32, metadata={"help": "scale is alpha / rank"})
     vision_tower: bool = field(default=True, metadata={"help": "LoRA in the vision tower too"})
@@ -153,7 +154,8 @@ def run_once(options: Options, arm: str, keep_ratio: float, seed: int, questions
     if _fast_bfloat16():  # then half the time of the fused kernel, with gradients
         model.set_attn_implementation("eager")
     processor = AutoProcessor.from_pretrained(options.weights)
-    method = CrossGetConfig(keep_ratio=keep_ratio, alignment_weight=options.alignment_weight)
+    rank = options.question_rank if "question" in arm else 0
+    method = CrossGetConfig(keep_ratio=keep_ratio, alignment_weight=options.alignment_weight, question_rank=rank)
     accelerate_mllm(model, method)
     started = time.monotonic()
     log: list[dict[str, float]] = []

@@ -286,7 +286,7 @@ def _question_problem(family: Family, config: Any) -> str | None:
         return "no cross token is in its vision tower"
     if any(modality.tower for modality in family.modalities):
         return "it has a tower for each kind of input"
-    if family.features is FeatureKind.PACKED_GRID or geometry.cells is not None and not geometry.fixed:
+    if family.features is FeatureKind.PACKED_GRID or (geometry.cells is not None and not geometry.fixed):
         return "its tower takes images of different sizes in one row or one after the other, not one row each"
     return None
 

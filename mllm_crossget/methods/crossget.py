@@ -79,8 +79,8 @@ class CrossGetConfig(DynamicMethod):
         self.question_rank = checked_count("question_rank", self.question_rank, least=0)
         if self.question_rank and self.reduces_text and not self.reduces_vision:
             raise ValueError(
-                f"question_rank={self.question_rank} is for the vision tower, which these settings do not reduce; leave "
-                "it out"
+                f"question_rank={self.question_rank} is for the vision tower, which these settings do not reduce; "
+                "leave it out"
             )
         if self.question_rank and self.dynamic:
             raise ValueError(
