@@ -8,6 +8,7 @@ times.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -62,6 +63,10 @@ class BenchOptions:
         freeze: compile vision tower and prefill of every setting, with the weights as constants. On a CPU the compiler
             then packs them for the setting's numbers of rows, which costs memory for a second copy.
         memory: also measure the peak memory, in one more run of every setting.
+        train: time training steps (forward, backward, AdamW) instead of ``generate``.
+        tunings: with ``train``: "lora" (of the language model, with cross tokens), "full" or both.
+        checkpointing: with ``train``: gradient checkpointing "off", "on" or both.
+        ragged: with ``train``: rows of different length.
         output: file that gets one JSON line per setting, batch size and answer length; lines are appended.
         plot: picture of the speed-ups and their ceilings to write; of all lines in ``output`` if that is given.
     """
@@ -82,6 +87,10 @@ class BenchOptions:
     compile: bool = False
     freeze: bool = False
     memory: bool = False
+    train: bool = False
+    tunings: list[str] = field(default_factory=lambda: ["lora"])
+    checkpointing: list[str] = field(default_factory=lambda: ["off"])
+    ragged: bool = False
     output: str | None = None
     plot: str | None = None
 
@@ -95,12 +104,30 @@ class BenchOptions:
         check_choice(self, "attn_implementation", ATTENTIONS)
         if self.compile and self.freeze:
             raise ValueError("freeze compiles too, and compile would not be used; give one of them")
+        self._check_training()
         reductions(self)  # raises for a wrong method or dial
+
+    def _check_training(self) -> None:
+        """Refuse options of the other kind of measurement, which would not be used."""
+        for name, allowed in (("tunings", ("lora", "full")), ("checkpointing", ("off", "on"))):
+            unknown = [value for value in getattr(self, name) if value not in allowed]
+            if unknown or not getattr(self, name):
+                raise ValueError(f"{name} must be some of {allowed}, got {getattr(self, name)!r}")
+        of_training = ("tunings", "checkpointing", "ragged")
+        of_generate = ("new_tokens", "tower_rounds", "compile", "freeze", "plot")
+        for field_ in dataclasses.fields(self):
+            default = field_.default if field_.default_factory is dataclasses.MISSING else field_.default_factory()
+            changed = getattr(self, field_.name) != default
+            if changed and field_.name in (of_generate if self.train else of_training):
+                raise ValueError(f"{field_.name} is not used {'with' if self.train else 'without'} train; leave it out")
 
 
 def run(options: BenchOptions) -> int:
     """Measure, print a table, append the JSON lines, draw the plot. Returns 0."""
     check_writable(options.output)
+    if options.train:
+        training: Any = importlib.import_module("mllm_crossget.benchmark.training_steps")
+        return int(training.run_training(options))
     check_picture_output(options.plot)
     if options.plot is not None:
         importlib.import_module("matplotlib")  # checked first, as the plot comes last
