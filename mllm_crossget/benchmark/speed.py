@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -35,6 +36,7 @@ from mllm_crossget.config import method_class
 from mllm_crossget.costs.geometries.llava import GEOMETRIES, resolve
 from mllm_crossget.families.family import Family, config_at, family_of, module_at
 from mllm_crossget.field_types import check_choice, check_field_types, check_least
+from mllm_crossget.ops.precision import slow_precision
 from mllm_crossget.schedule import make_schedule
 from mllm_crossget.user_files import check_picture_output, check_writable, load_model
 
@@ -164,6 +166,9 @@ def load(options: BenchOptions, device: torch.device, dtype: torch.dtype) -> tup
     """
     kind: Any = AutoModelForImageTextToText
     attention = {"dtype": dtype, "attn_implementation": options.attn_implementation}
+    slow = slow_precision(dtype, device)
+    if slow is not None:
+        print(f"warning: {slow}", file=sys.stderr)
     config = resolve(options.geometry)
     family = family_of(config)
     if family is None:

@@ -6,6 +6,7 @@ torchrun --nproc_per_node 8 -m mllm_crossget train scripts/configs/llava_1.5_7b.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from mllm_crossget.families.family import module_at
 from mllm_crossget.hooks.ground.hosts import config_of
 from mllm_crossget.hooks.ground.state import Handle, handle_of, live_cross_tokens
 from mllm_crossget.methods.method import Method
+from mllm_crossget.ops.precision import slow_precision
 from mllm_crossget.training.adapters import lora_config, prepare_quantized, quantization_config
 from mllm_crossget.training.checkpoints import checkpoint_problem, last_complete_checkpoint
 from mllm_crossget.training.compute_budget import Budget, BudgetCallback, budget_of, method_for
@@ -53,6 +55,10 @@ def run(options: TrainOptions, method: Method, args: TrainerSettings) -> int:
         OSError: a checkpoint could not be written.
     """
     check_output_folder(output_folder(args))
+    half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    slow = slow_precision(half, args.device)
+    if slow is not None:
+        print(f"warning: {slow}", file=sys.stderr)
     resume = resume_point(args)
     earlier = _earlier_run(options, args, resume)
     trainer = make_trainer(options, method, args, earlier)
