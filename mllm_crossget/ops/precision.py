@@ -32,6 +32,6 @@ def slow_precision(dtype: torch.dtype, device: torch.device) -> str | None:
         return None
     name = str(dtype).removeprefix("torch.")
     return (
-        f"this processor has no instructions for products in {name}, which take several times as long as in float32: use "
-        "float32 here"
+        f"this processor has no instructions for products in {name}, which take several times as long as in float32; "
+        "use float32 here"
     )
