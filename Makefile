@@ -48,7 +48,7 @@ $(VENV)/.installed-torch: | $(BIN)/python
 	touch $@
 
 $(VENV)/.installed-demo: pyproject.toml $(VENV)/.installed-torch
-	$(BIN)/python -m pip install -e '.[viz]'
+	$(BIN)/python -m pip install -e '.[demo]'
 	touch $@
 
 $(VENV)/.installed-bench: pyproject.toml $(VENV)/.installed-torch

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +22,10 @@ from mllm_crossget.benchmark.timing import alternate, environment, ratio
 from mllm_crossget.config import method_class
 from mllm_crossget.costs.flops import model_flops
 from mllm_crossget.embedded import Question, answer, batch_inputs, held_out_questions, load_embedded, score
+from mllm_crossget.embedded.trained import load_trained, trained_method, trained_ratios
 from mllm_crossget.families.family import families
 from mllm_crossget.field_types import check_field_types, check_least
+from mllm_crossget.hooks.ground.state import base_model
 from mllm_crossget.methods.method import Method
 from mllm_crossget.schedule import make_schedule
 from mllm_crossget.user_files import check_output_folder
@@ -29,6 +34,8 @@ from mllm_crossget.visualize import contact_sheet, draw_groups, merged_groups, p
 _TIMED_BATCH = 32
 _SHOWN_DIGITS = 6  # the picture shows the first scene with at least this many digits
 _PLAIN_WIDTH = 130
+TRAINED = "crossget-trained"
+_DEFAULTS = ("crossget", TRAINED, "crossget-published", "tome", "random")
 VARIANTS: dict[str, dict[str, Any]] = {
     "random-drop": {"method": "random", "drop": True},
     "crossget-output": {"method": "crossget", "schedule": "output"},
@@ -45,6 +52,8 @@ class DemoOptions:
     Args:
         methods: reduction methods. "random-drop" drops random tokens instead of merging them. Names with "-constant"
             and "-late", and "crossget-output", use this schedule; names with "-published" are the method as published.
+            "crossget-trained" has the adapter that ships for a keep ratio. None: crossget, its adapters (if PEFT is
+            installed), crossget-published, tome and random.
         keep_ratios: shares of the visual tokens that reach the language model.
         limit: number of questions (all, more than 2,000, if not given).
         batch_size: questions in a batch.
@@ -53,7 +62,7 @@ class DemoOptions:
         output_dir: folder for the table's JSON and the pictures.
     """
 
-    methods: list[str] = field(default_factory=lambda: ["crossget", "crossget-published", "tome", "random"])
+    methods: list[str] | None = None
     keep_ratios: list[float] = field(default_factory=lambda: [0.5, 0.25, 0.125])
     limit: int | None = None
     batch_size: int = 64
@@ -65,11 +74,30 @@ class DemoOptions:
         check_field_types(self)
         check_least(self, limit=1, batch_size=1, rounds=1, examples=0)
         for name, value in (("methods", self.methods), ("keep_ratios", self.keep_ratios)):
-            if not value:
+            if value is not None and not value:
                 raise ValueError(f"{name} is empty; give one value at least")
-        for method in self.methods:
+        for method in self.chosen().values():
+            _check_fixed(method)
+
+    def chosen(self) -> dict[str, Method]:
+        """The reductions by their names in the table."""
+        found = {}
+        for name in _DEFAULTS if self.methods is None else self.methods:
             for keep_ratio in self.keep_ratios:
-                _check_fixed(make_method(method, keep_ratio))
+                by_default = name == TRAINED and self.methods is None
+                if keep_ratio == 1 or (by_default and (keep_ratio not in trained_ratios() or not _can_train())):
+                    continue
+                found[f"{name} {keep_ratio:g}"] = make_method(name, keep_ratio)
+        return found
+
+
+def _can_train() -> bool:
+    """Whether adapters can be loaded."""
+    try:
+        importlib.import_module("mllm_crossget.training")
+    except ImportError:
+        return False
+    return find_spec("peft") is not None
 
 
 def _check_fixed(method: Method) -> None:
@@ -87,19 +115,19 @@ def run(options: DemoOptions) -> int:
     console = Console()
     if not console.is_terminal:  # a file or a pipe has no width
         console = Console(width=_PLAIN_WIDTH)
-    settings = {"untouched": make_method("crossget", 1.0)}
-    for name in options.methods:
-        for keep_ratio in options.keep_ratios:
-            if keep_ratio != 1:
-                settings[f"{name} {keep_ratio:g}"] = make_method(name, keep_ratio)
+    settings = {"untouched": make_method("crossget", 1.0), **options.chosen()}
+    if options.methods is None and not _can_train():
+        console.print("without the trained rows, which need PEFT: pip install 'mllm-crossget[demo]'")
     model, processor = load_embedded()
+    ready = Ready(model, settings)
     questions = held_out_questions(options.limit)
     console.print(f"{len(questions)} questions about {questions[-1].scene_index + 1} scenes never seen in training")
     answers = {}
-    for name, method in tqdm(settings.items(), desc="answering"):
-        with accelerated(model, method):
-            answers[name] = answer(model, processor, questions, batch_size=options.batch_size)
-    timings = _time_prefill(model, processor, settings, questions, options.rounds)
+    for name in tqdm(settings, desc="answering"):
+        with ready(name) as reduced:
+            answers[name] = answer(reduced, processor, questions, batch_size=options.batch_size)
+        _show_first_rows(console, questions, answers)
+    timings = _time_prefill(ready, processor, settings, questions, options.rounds)
     rows = [_row(model, name, method, questions, answers[name], timings) for name, method in settings.items()]
     console.print(_table(rows, len(questions)))
     _show_examples(console, questions, answers, options.examples)
@@ -107,34 +135,66 @@ def run(options: DemoOptions) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     report = {"options": vars(options), "environment": environment(), "questions": len(questions), "rows": rows}
     write_text(folder / "demo.json", json.dumps(report, indent=2) + "\n")
-    _pictures(model, processor, questions, settings, rows, folder)
+    _pictures(ready, processor, questions, settings, rows, folder)
     console.print(f"written to {folder}: demo.json, merged.png, curves.png")
     return 0
 
 
 def make_method(name: str, keep_ratio: float) -> Method:
     """A method's settings from its name, or from a variant's name (``VARIANTS``)."""
+    if name == TRAINED:
+        return trained_method(keep_ratio)  # type: ignore[return-value]
     fields = dict(VARIANTS.get(name, {"method": name}))
     kind = method_class(fields.pop("method"))
     constructor = kind.published if fields.pop("published", False) else kind
     return constructor(keep_ratio=keep_ratio, **fields)  # type: ignore[return-value]
 
 
+class Ready:
+    """The embedded model under one setting after the other; trained ones are models of their own.
+
+    Args:
+        model: the untouched model.
+        settings: reductions by name.
+    """
+
+    def __init__(self, model: Any, settings: dict[str, Method]) -> None:
+        self.model, self.settings = model, settings
+        self.trained = {
+            name: load_trained(float(name.split()[1]))[0] for name in settings if name.startswith(f"{TRAINED} ")
+        }
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[Any]:
+        """The model under the setting of this name, inside a ``with`` block."""
+        if name in self.trained:
+            yield self.trained[name]
+            return
+        with accelerated(self.model, self.settings[name]):
+            yield self.model
+
+
+def _show_first_rows(console: Console, questions: list[Question], answers: dict[str, list[str]]) -> None:
+    """Say each setting's accuracy as soon as it is known; the table with costs comes at the end."""
+    name = list(answers)[-1]
+    console.print(f"{name}: {_share(score(questions, answers[name]).overall.as_dict())} right")
+
+
 def _time_prefill(
-    model: Any, processor: Any, settings: dict[str, Method], questions: list[Question], rounds: int
+    ready: Ready, processor: Any, settings: dict[str, Method], questions: list[Question], rounds: int
 ) -> dict[str, Any]:
     """Time image encoder, projector and prefill of one batch, up to the first token; all settings in turns."""
     batch = [question for question in questions if question.kind != "caption"][:_TIMED_BATCH]
-    inputs = batch_inputs(processor, batch).to(model.device, model.dtype)
+    inputs = batch_inputs(processor, batch).to(ready.model.device, ready.model.dtype)
 
-    def timed(method: Method) -> Any:
+    def timed(name: str) -> Any:
         def first_token() -> None:
-            with torch.inference_mode(), accelerated(model, method):
-                model.generate(**inputs, max_new_tokens=1, do_sample=False)
+            with torch.inference_mode(), ready(name) as reduced:
+                reduced.generate(**inputs, max_new_tokens=1, do_sample=False)
 
         return first_token
 
-    return alternate({name: timed(method) for name, method in settings.items()}, rounds, model.device)
+    return alternate({name: timed(name) for name in settings}, rounds, ready.model.device)
 
 
 def _row(
@@ -195,19 +255,19 @@ def _show_examples(console: Console, questions: list[Question], answers: dict[st
 
 
 def _pictures(
-    model: Any, processor: Any, questions: list[Question], settings: dict[str, Method], rows: list[Any], folder: Path
+    ready: Ready, processor: Any, questions: list[Question], settings: dict[str, Method], rows: list[Any], folder: Path
 ) -> None:
     crowded = (question for question in questions if len(question.scene.items) >= _SHOWN_DIGITS)
     image = next(crowded, questions[0]).image
     pixels = processor.image_processor(images=[image], return_tensors="pt")["pixel_values"].to(
-        model.device, model.dtype
+        ready.model.device, ready.model.dtype
     )
     by_method: dict[str, list[Any]] = {}
     for name, method in settings.items():
         if method.is_identity or method.prunes:
             continue
-        with accelerated(model, method):
-            groups = merged_groups(model, pixels)[0].cpu()
+        with ready(name) as reduced:
+            groups = merged_groups(base_model(reduced), pixels)[0].cpu()
         label = name.split()[0]
         tokens = next(row["visual_tokens"] for row in rows if row["setting"] == name)
         row = by_method.setdefault(label, [("the picture", image.resize((image.width * 3, image.height * 3)))])
