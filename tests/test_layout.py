@@ -26,7 +26,7 @@ _FLOOR = {*_BASE, "flop_formulas", "language_flops", "families", "methods"}
 # Rooms of ``hooks`` from the ground up: each may import those below it.
 ROOMS = ("ground", "tower", "projector", "text", "language", "request", "reuse", "model", "apply")
 _HOOKS = {*_FLOOR, *(f"hooks.{room}" for room in ROOMS)}
-_FILES = {"user_files"}
+_FILES = {"user_files", "intervals"}
 _API = {*_HOOKS, "unlisted", "support", "transaction", "api", "batching", "checkpoint", "moved"}
 _USES = {*_API, *_FILES, "retrieval", "training", "benchmark", "costs", "integrations", "embedded", "visualize"}
 # What each part may import from the package. A part that is not listed may not exist.
@@ -37,6 +37,7 @@ ARROWS: dict[str, set[str]] = {
     "field_types": set(),
     "moved": set(),
     "user_files": set(),
+    "intervals": set(),
     "geometry": {"flop_formulas"},
     "removals": {"field_types", "geometry"},
     "schedule": {"config", "geometry", "removals"},
@@ -71,6 +72,7 @@ PACKAGES: dict[str, set[str]] = {
     "kernels": {"numba", "numpy", "torch", "triton"},
     "ops": {"torch"},
     "geometry": {"flop_formulas"},
+    "intervals": {"numpy"},
     "place": set(),
     "removals": set(),
     "schedule": set(),
