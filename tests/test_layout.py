@@ -26,7 +26,7 @@ _FLOOR = {*_BASE, "flop_formulas", "language_flops", "families", "methods"}
 # Rooms of ``hooks`` from the ground up: each may import those below it.
 ROOMS = ("ground", "tower", "projector", "text", "language", "request", "reuse", "model", "apply")
 _HOOKS = {*_FLOOR, *(f"hooks.{room}" for room in ROOMS)}
-_FILES = {"user_files", "intervals"}
+_FILES = {"user_files", "intervals", "record_columns", "records"}
 _API = {*_HOOKS, "unlisted", "support", "transaction", "api", "batching", "checkpoint", "moved"}
 _USES = {*_API, *_FILES, "retrieval", "training", "benchmark", "costs", "integrations", "embedded", "visualize"}
 # What each part may import from the package. A part that is not listed may not exist.
@@ -38,6 +38,8 @@ ARROWS: dict[str, set[str]] = {
     "moved": set(),
     "user_files": set(),
     "intervals": set(),
+    "record_columns": set(),
+    "records": {"record_columns", "user_files"},
     "geometry": {"flop_formulas"},
     "removals": {"field_types", "geometry"},
     "schedule": {"config", "geometry", "removals"},
