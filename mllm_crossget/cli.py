@@ -39,7 +39,8 @@ class Command:
     """A sub-command.
 
     Args:
-        options: "module:dataclass". A field without a default may be given first, without its option name.
+        options: "module:dataclass". The first fields without a default may be given first, without their
+            option names.
         function: "module:function", called with the options (and the method's settings).
         help: description in one line.
         takes_method: whether ``--method`` and that method's fields are options too.
@@ -75,6 +76,12 @@ COMMANDS: dict[str, Command] = {
         "mllm_crossget.benchmark.reuse_timing:run",
         "time the second question about an image whose features were kept",
         takes_method=True,
+    ),
+    "compare": Command(
+        "mllm_crossget.compare.options:CompareOptions",
+        "mllm_crossget.compare.command:run",
+        "compare methods and budgets on a model and questions of your own: mllm-crossget compare MODEL DATA.json",
+        extra="viz",
     ),
     "demo": Command(
         "mllm_crossget.embedded.demo:DemoOptions",
@@ -195,7 +202,7 @@ def parse_command(name: str, command: Command, words: Sequence[str]) -> tuple[An
     if command.takes_method:
         parser.add_argument("--method", default=_DEFAULT_METHOD, choices=method_names(), help="the reduction")
     _set_defaults(parser, from_file)
-    values = vars(parser.parse_args(_with_leading_option(kinds[0], words)))
+    values = vars(parser.parse_args(_with_leading_options(kinds[0], words)))
     return tuple(_built(kind, values, taken if index == 1 else {}, from_file) for index, kind in enumerate(kinds))
 
 
@@ -213,7 +220,7 @@ def _told_early(name: str, kinds: Sequence[type], words: Sequence[str], from_fil
     parser.add_argument("--method", default=_DEFAULT_METHOD, choices=method_names())
     known = {action.dest for action in parser._actions} - _SHARED
     _set_defaults(parser, {option: value for option, value in from_file.items() if option in known})
-    values = vars(parser.parse_known_args(_with_leading_option(kinds[0], words))[0])
+    values = vars(parser.parse_known_args(_with_leading_options(kinds[0], words))[0])
     if any(not values[name] for name in getattr(kinds[0], "REQUIRED", ())):
         return  # reported later: a misspelt name in the file is the more likely mistake
     for kind in kinds:
@@ -275,13 +282,15 @@ def _method_name(words: Sequence[str], default: str = _DEFAULT_METHOD) -> str:
     return str(parser.parse_known_args(list(words))[0].method)
 
 
-def _with_leading_option(kind: type, words: Sequence[str]) -> list[str]:
-    """``NAME ...`` as ``--first_field NAME ...`` if the first field has no default."""
-    fields = dataclasses.fields(kind)
-    required = fields and fields[0].default is fields[0].default_factory is dataclasses.MISSING
-    if required and words and not words[0].startswith("-"):
-        return [f"--{fields[0].name}", *words]
-    return list(words)
+def _with_leading_options(kind: type, words: Sequence[str]) -> list[str]:
+    """``NAME ...`` as ``--first_field NAME ...`` for as many leading words as there are fields without a default."""
+    named, left = [], list(words)
+    for field in dataclasses.fields(kind):
+        required = field.default is field.default_factory is dataclasses.MISSING
+        if not required or not left or left[0].startswith("-"):
+            break
+        named += [f"--{field.name}", left.pop(0)]
+    return named + left
 
 
 def _parsable(kind: type, renamed: Mapping[str, str] | None = None) -> Any:

@@ -29,6 +29,7 @@ _HOOKS = {*_FLOOR, *(f"hooks.{room}" for room in ROOMS)}
 _FILES = {"user_files", "intervals", "record_columns", "records"}
 _API = {*_HOOKS, "unlisted", "support", "transaction", "api", "batching", "checkpoint", "moved"}
 _USES = {*_API, *_FILES, "retrieval", "training", "benchmark", "costs", "integrations", "embedded", "visualize"}
+_USES |= {"compare"}
 # What each part may import from the package. A part that is not listed may not exist.
 ARROWS: dict[str, set[str]] = {
     "atomic_files": set(),
@@ -62,8 +63,8 @@ ARROWS: dict[str, set[str]] = {
     "batching": _API,
     "checkpoint": _API,
     "retrieval": set(),
-    "training": _USES - {"benchmark"},
-    **dict.fromkeys(("benchmark", "integrations", "embedded", "visualize"), _USES),
+    "training": _USES - {"benchmark", "compare"},
+    **dict.fromkeys(("benchmark", "compare", "integrations", "embedded", "visualize"), _USES),
     "cli": {*_USES, "cli", "__init__"},
     "__main__": {"cli"},
     "__init__": {*_API, "retrieval"},
