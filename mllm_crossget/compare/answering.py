@@ -79,20 +79,24 @@ class Answerer:
     ) -> list[str]:
         """Answers in the order of the questions.
 
+        A batch ends with its longest answer, so questions with right answers of similar length share one.
+
         Args:
             questions: what is asked.
             batch_size: questions in a batch.
             blank: with grey pictures.
             done: called with the number of questions of each finished batch.
         """
+        order = sorted(range(len(questions)), key=lambda index: len(questions[index].answer))
         found: list[str] = []
-        for batch in batches(questions, batch_size):
+        for batch in batches([questions[index] for index in order], batch_size):
             inputs = self.inputs(batch, blank)
             output = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
             new = self._new_tokens(output, inputs["input_ids"])
             found += [text.strip() for text in self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
             done(len(batch))
-        return found
+        placed = dict(zip(order, found, strict=True))
+        return [placed[index] for index in range(len(questions))]
 
     def _prompt(self, question: Question) -> str:
         asked = self.prompt_template.replace("{}", question.text)

@@ -151,7 +151,7 @@ def notes(result: Mapping[str, Any]) -> list[str]:
         found.insert(
             3,
             f"Times: batches of {result['timed_questions']}, {result['prompts']['answer_tokens']} new tokens, all "
-            f"settings in turns in one process, {next(row['seconds'] for row in result['rows'])['rounds']} rounds.",
+            f"settings in turns in one process, {next(row['seconds'] for row in result['rows'])['rounds']} round(s).",
         )
     found += [f"Left out: {name}: {reason}." for name, reason in result["left_out"].items()]
     return found
