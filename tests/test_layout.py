@@ -26,7 +26,7 @@ _FLOOR = {*_BASE, "flop_formulas", "language_flops", "families", "methods"}
 # Rooms of ``hooks`` from the ground up: each may import those below it.
 ROOMS = ("ground", "tower", "projector", "text", "language", "request", "reuse", "model", "apply")
 _HOOKS = {*_FLOOR, *(f"hooks.{room}" for room in ROOMS)}
-_FILES = {"user_files", "intervals", "record_columns", "records"}
+_FILES = {"user_files", "intervals", "option_names", "record_columns", "records"}
 _API = {*_HOOKS, "unlisted", "support", "transaction", "api", "batching", "checkpoint", "moved"}
 _USES = {*_API, *_FILES, "retrieval", "training", "benchmark", "costs", "integrations", "embedded", "visualize"}
 _USES |= {"compare"}
@@ -39,6 +39,7 @@ ARROWS: dict[str, set[str]] = {
     "moved": set(),
     "user_files": set(),
     "intervals": set(),
+    "option_names": set(),
     "record_columns": set(),
     "records": {"record_columns", "user_files"},
     "geometry": {"flop_formulas"},
@@ -65,7 +66,8 @@ ARROWS: dict[str, set[str]] = {
     "retrieval": set(),
     "training": _USES - {"benchmark", "compare"},
     **dict.fromkeys(("benchmark", "compare", "integrations", "embedded", "visualize"), _USES),
-    "cli": {*_USES, "cli", "__init__"},
+    "cli": {*_USES, "cli", "commands", "__init__"},
+    "commands": set(),
     "__main__": {"cli"},
     "__init__": {*_API, "retrieval"},
 }
@@ -76,6 +78,7 @@ PACKAGES: dict[str, set[str]] = {
     "ops": {"torch"},
     "geometry": {"flop_formulas"},
     "intervals": {"numpy"},
+    "option_names": set(),
     "place": set(),
     "removals": set(),
     "schedule": set(),
