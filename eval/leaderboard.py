@@ -21,6 +21,7 @@ from typing import Any
 from result_files import FILE, read_runs
 from transformers import HfArgumentParser
 
+from mllm_crossget.compare.page import html_page, html_table
 from mllm_crossget.integrations.lmms_eval.results import checked_result, compare, read_result
 from mllm_crossget.visualize import plot_curves
 
@@ -156,14 +157,7 @@ def note(results: Results) -> str:
 
 def as_html(results: Results, times: bool = False) -> str:
     """The same as a page."""
-    heading, body = rows(results, times)
-
-    def row(cells: list[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in cells) + "</tr>"
-
-    lines = [row(heading, "th"), *(row(cells, "td") for cells in body)]
-    table = "\n".join(["<table>", *lines, "</table>", f"<p>{html.escape(note(results))}</p>"])
-    return f'<!doctype html>\n<meta charset="utf-8">\n<title>mllm_crossget</title>\n{table}\n'
+    return html_page("mllm_crossget", f"{html_table(*rows(results, times))}\n<p>{html.escape(note(results))}</p>")
 
 
 def plot(results: Results, path: Path) -> None:

@@ -3,24 +3,28 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from mllm_crossget import families as _registered_families  # noqa: F401 - registers them
-from mllm_crossget.config import ReductionConfig, method_names
-from mllm_crossget.methods import CrossGetConfig, MadtpConfig, RandomConfig, ToMeConfig
 from mllm_crossget.moved import answer_for_old_paths
 
 if TYPE_CHECKING:
     from mllm_crossget.api import accelerate_mllm, accelerated, restore_mllm, reuse_vision, trace_merges
     from mllm_crossget.batching import CompactBatchSampler, compact_lengths, generate_in_batches, join_requests
     from mllm_crossget.checkpoint import load_crossget, load_official_cross_tokens, save_crossget
+    from mllm_crossget.config import ReductionConfig, method_names
     from mllm_crossget.hooks.ground.vision_cache import VisionCache
     from mllm_crossget.hooks.model.thresholds import calibrate
+    from mllm_crossget.methods import CrossGetConfig, MadtpConfig, RandomConfig, ToMeConfig
     from mllm_crossget.retrieval import retrieval_ranks, retrieval_recall
     from mllm_crossget.schedule import ramp
     from mllm_crossget.support import unsupported_reason
 
-# Loaded on first use: importing transformers' models takes seconds, which a mistyped command need not wait for.
+# Loaded on first use: importing torch and transformers takes seconds, which a mistyped command need not wait for.
 _PLACES = {
     "CompactBatchSampler": "batching",
+    "CrossGetConfig": "methods",
+    "MadtpConfig": "methods",
+    "RandomConfig": "methods",
+    "ReductionConfig": "config",
+    "ToMeConfig": "methods",
     "VisionCache": "hooks.ground.vision_cache",
     "accelerate_mllm": "api",
     "accelerated": "api",
@@ -30,6 +34,7 @@ _PLACES = {
     "join_requests": "batching",
     "load_crossget": "checkpoint",
     "load_official_cross_tokens": "checkpoint",
+    "method_names": "config",
     "ramp": "schedule",
     "restore_mllm": "api",
     "retrieval_ranks": "retrieval",
@@ -39,7 +44,10 @@ _PLACES = {
     "trace_merges": "api",
     "unsupported_reason": "support",
 }
-_MODULES = ("api", "batching", "checkpoint", "hooks", "retrieval", "schedule", "support")
+_MODULES = (
+    "api", "batching", "checkpoint", "config", "families", "hooks", "methods", "ops", "retrieval", "schedule",
+    "support",
+)  # fmt: skip
 
 answer_for_old_paths()
 

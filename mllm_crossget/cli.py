@@ -1,7 +1,8 @@
-"""The command line: ``mllm-crossget COMMAND``. Every command is a dataclass of options and a function that takes it.
+"""The command line: ``mllm-crossget COMMAND``. Every command (``commands``) is a dataclass of options and a function
+that takes it.
 
-A new command is one entry of ``COMMANDS``. Its modules are imported when it is called, so that a missing extra of one
-command does not stop the others.
+A command's modules are imported when it is called, so that a missing extra of one command does not stop the others.
+torch and transformers are imported inside functions: help and many mistakes come without them.
 """
 
 from __future__ import annotations
@@ -16,107 +17,20 @@ import sys
 import types
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from safetensors import SafetensorError
-from transformers import HfArgumentParser
 
 from mllm_crossget import __version__
-from mllm_crossget import methods as _registered_methods  # noqa: F401 - registers them
-from mllm_crossget.config import method_class, method_names
+from mllm_crossget.commands import COMMANDS, GROUPS, Command
 from mllm_crossget.field_types import check_type
+from mllm_crossget.option_names import check_names, field_names
 from mllm_crossget.user_files import read_yaml
 
 _PROGRAM = "mllm-crossget"
 _DEFAULT_METHOD = "crossget"
 _SHARED = {"seed"}  # options that the run and a method both have, so that the value may be meant for the run
-
-
-@dataclass(frozen=True)
-class Command:
-    """A sub-command.
-
-    Args:
-        options: "module:dataclass". A field without a default may be given first, without its option name.
-        function: "module:function", called with the options (and the method's settings).
-        help: description in one line.
-        takes_method: whether ``--method`` and that method's fields are options too.
-        extra: the extra of the package that the command needs, as in ``pip install 'mllm-crossget[viz]'``.
-        settings: "module:dataclass" of further options; the object is the function's last argument.
-        takes_file: whether a YAML file with values for any of the options may be the first word.
-        details: "module:text" to print after the options of ``--help``.
-    """
-
-    options: str
-    function: str
-    help: str
-    takes_method: bool = False
-    extra: str = ""
-    settings: str = ""
-    takes_file: bool = False
-    details: str = ""
-
-
-COMMANDS: dict[str, Command] = {
-    "bench": Command(
-        "mllm_crossget.benchmark.speed:BenchOptions",
-        "mllm_crossget.benchmark.speed:run",
-        "time a model with and without reduction, by part, beside the ceiling that the device sets",
-    ),
-    "bench-reducer": Command(
-        "mllm_crossget.benchmark.reducer:ReducerOptions",
-        "mllm_crossget.benchmark.reducer:run",
-        "time matching, importance and merging alone, against the number of tokens",
-    ),
-    "bench-reuse": Command(
-        "mllm_crossget.benchmark.reuse_timing:ReuseOptions",
-        "mllm_crossget.benchmark.reuse_timing:run",
-        "time the second question about an image whose features were kept",
-        takes_method=True,
-    ),
-    "demo": Command(
-        "mllm_crossget.embedded.demo:DemoOptions",
-        "mllm_crossget.embedded.demo:run",
-        "accelerate the small model that ships with the package and show what it costs",
-        extra="viz",
-    ),
-    "eval": Command(
-        "mllm_crossget.integrations.lmms_eval.experiment:EvalOptions",
-        "mllm_crossget.integrations.lmms_eval.experiment:run",
-        "run a suite of lmms-eval tasks over methods and keep ratios: mllm-crossget eval experiment.yaml",
-        extra="eval",
-        takes_file=True,
-    ),
-    "families": Command(
-        "mllm_crossget.costs.family_table:FamiliesOptions",
-        "mllm_crossget.costs.family_table:list_families",
-        "list the supported model families, and those that are refused and why",
-    ),
-    "inspect": Command(
-        "mllm_crossget.costs.inspect_model:InspectOptions",
-        "mllm_crossget.costs.inspect_model:inspect_model",
-        "tokens and FLOPs of a model before and after, without its weights",
-        takes_method=True,
-    ),
-    "show": Command(
-        "mllm_crossget.embedded.show:ShowOptions",
-        "mllm_crossget.embedded.show:run",
-        "draw, for each image, what was merged into what and how many tokens every layer of the tower kept",
-        takes_method=True,
-    ),
-    "train": Command(
-        "mllm_crossget.training.train_options:TrainOptions",
-        "mllm_crossget.training.finetune:run",
-        "fine-tune an accelerated model: mllm-crossget train config.yaml [--any_option value]",
-        takes_method=True,
-        extra="train",
-        settings="mllm_crossget.training.options:TrainerSettings",
-        takes_file=True,
-        details="mllm_crossget.training.train_options:DATA_FORMS",
-    ),
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -136,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = _overview().parse_args(words[:1]).command
     command = COMMANDS[name]
     try:
-        arguments = parse_command(name, command, words[1:])
+        arguments = parse_command(name, command, words[1:], check_files=True)
         status: int | None = _imported(command.function)(*arguments)
     except (ValueError, TypeError, OSError, SafetensorError) as error:
         print(f"error: {_in_one_line(error)}", file=sys.stderr)
@@ -167,36 +81,70 @@ def _in_one_line(error: BaseException) -> str:
     return " ".join(text.split()) or type(error).__name__
 
 
-def parse_command(name: str, command: Command, words: Sequence[str]) -> tuple[Any, ...]:
+def parse_command(name: str, command: Command, words: Sequence[str], check_files: bool = False) -> tuple[Any, ...]:
     """The arguments for a command's function: its options and, if it takes a method, the method's settings.
 
+    Args:
+        name: the command's name.
+        command: its entry.
+        words: the arguments after the name.
+        check_files: whether the files that the options name must exist (``Command.early``).
+
     Raises:
-        ValueError, TypeError: from the dataclasses' own checks.
+        ValueError, TypeError: a mistyped name, or from the dataclasses' own checks.
         SystemExit: ``--help``, or arguments that the parser does not know.
     """
     words, from_file = _read_file(words) if command.takes_file else (list(words), {})
     _refuse_repeated(words)
+    early = not {"-h", "--help"} & set(words)
+    if early and command.names:
+        _check_names(command, words, from_file)
     kinds = [_imported(command.options)]
+    if early and command.settings:
+        found = _told_early(name, kinds, words, from_file)
+        if found and check_files and command.early:
+            _imported(command.early)(found)
     if command.takes_method:
-        kinds.append(method_class(_method_name(words, from_file.get("method", _DEFAULT_METHOD))))
+        kinds.append(_method_kind(words, from_file))
     if command.settings:
-        if not {"-h", "--help"} & set(words):
+        if early:
             _told_early(name, kinds, words, from_file)
         kinds.append(_imported(command.settings))
     taken = _taken_twice(kinds) if command.takes_method else {}
-    parser = HfArgumentParser(
-        [_parsable(kind, taken if index == 1 else {}) for index, kind in enumerate(kinds)],
-        prog=f"{_PROGRAM} {name}",
-        description=command.help,
-        epilog=_imported(command.details) if command.details else None,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    if command.takes_method:
-        parser.add_argument("--method", default=_DEFAULT_METHOD, choices=method_names(), help="the reduction")
+    example = f"example: {_PROGRAM} {command.example}" if command.example else ""
+    epilog = "\n\n".join(filter(None, [example, _imported(command.details) if command.details else ""]))
+    parsable = [_parsable(kind, taken if index == 1 else {}) for index, kind in enumerate(kinds)]
+    parser = _parser(name, parsable, command.takes_method, description=command.help, epilog=epilog)
     _set_defaults(parser, from_file)
-    values = vars(parser.parse_args(_with_leading_option(kinds[0], words)))
+    values = vars(parser.parse_args(_with_leading_options(kinds[0], words)))
     return tuple(_built(kind, values, taken if index == 1 else {}, from_file) for index, kind in enumerate(kinds))
+
+
+def _parser(name: str, kinds: Sequence[Any], takes_method: bool, **texts: str) -> argparse.ArgumentParser:
+    """The parser of a command; every option is known in both spellings, with _ and with -."""
+    from transformers import HfArgumentParser
+
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = HfArgumentParser(kinds, prog=f"{_PROGRAM} {name}", formatter_class=formatter, allow_abbrev=False, **texts)
+    if takes_method:
+        from mllm_crossget.config import method_names
+
+        parser.add_argument("--method", default=_DEFAULT_METHOD, choices=method_names(), help="the reduction")
+    return parser
+
+
+def _method_kind(words: Sequence[str], from_file: Mapping[str, Any]) -> type:
+    from mllm_crossget.config import method_class  # its lookup imports the methods, and with them torch
+
+    return method_class(_method_name(words, from_file.get("method", _DEFAULT_METHOD)))
+
+
+def _check_names(command: Command, words: Sequence[str], from_file: Mapping[str, Any]) -> None:
+    """Refuse mistyped names of options, from the source files of what defines them, if all of these are found."""
+    found = [field_names(module) for module in command.names]
+    if all(found):
+        known = set().union(*found)
+        check_names(words, from_file, known | {f"method_{name}" for name in known} | {"method"})
 
 
 def _refuse_repeated(words: Sequence[str]) -> None:
@@ -207,18 +155,23 @@ def _refuse_repeated(words: Sequence[str]) -> None:
         raise ValueError(f"{twice[0].replace('-', '_').replace('__', '--', 1)} is given twice; leave one out")
 
 
-def _told_early(name: str, kinds: Sequence[type], words: Sequence[str], from_file: Mapping[str, Any]) -> None:
-    """Report mistakes in the options that are known already, before the import of the others takes seconds."""
-    parser = HfArgumentParser([_parsable(kind) for kind in kinds], prog=f"{_PROGRAM} {name}", allow_abbrev=False)
-    parser.add_argument("--method", default=_DEFAULT_METHOD, choices=method_names())
+def _told_early(name: str, kinds: Sequence[type], words: Sequence[str], from_file: Mapping[str, Any]) -> Any:
+    """Report mistakes in the options that are known already, before the import of the others takes seconds.
+
+    Returns:
+        The first dataclass's object, or None if a required option is not there, which is reported later.
+    """
+    parser = _parser(name, [_parsable(kind) for kind in kinds], takes_method=len(kinds) > 1)
     known = {action.dest for action in parser._actions} - _SHARED
     _set_defaults(parser, {option: value for option, value in from_file.items() if option in known})
-    values = vars(parser.parse_known_args(_with_leading_option(kinds[0], words))[0])
+    values = vars(parser.parse_known_args(_with_leading_options(kinds[0], words))[0])
     if any(not values[name] for name in getattr(kinds[0], "REQUIRED", ())):
-        return  # reported later: a misspelt name in the file is the more likely mistake
+        return None  # reported later: a misspelt name in the file is the more likely mistake
+    built = []
     for kind in kinds:
         fields = [field for field in dataclasses.fields(kind) if field.name not in _SHARED]
-        _built(kind, {field.name: values[field.name] for field in fields}, {}, from_file)
+        built.append(_built(kind, {field.name: values[field.name] for field in fields}, {}, from_file))
+    return built[0]
 
 
 def _taken_twice(kinds: Sequence[type]) -> dict[str, str]:
@@ -228,15 +181,30 @@ def _taken_twice(kinds: Sequence[type]) -> dict[str, str]:
 
 
 def _overview() -> argparse.ArgumentParser:
-    """The parser of the commands' names, with their one-line helps; ``parse_command`` parses their options."""
+    """The parser of the commands' names, whose help has them in groups; ``parse_command`` parses their options."""
     parser = argparse.ArgumentParser(
-        _PROGRAM, description="Fewer visual tokens in Hugging Face vision-language models."
+        _PROGRAM,
+        usage=f"{_PROGRAM} [-h] [--version] COMMAND ...",
+        description="Fewer visual tokens in Hugging Face vision-language models.",
+        epilog=_grouped(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, command in COMMANDS.items():
-        commands.add_parser(name, help=command.help, add_help=False)
+    parser.add_argument("command", metavar="COMMAND", choices=list(COMMANDS), help="one of those below")
     return parser
+
+
+def _grouped() -> str:
+    """Every command with its help and an example, under its group's heading."""
+    lines = []
+    for group in dict.fromkeys((*GROUPS, *(command.group for command in COMMANDS.values()))):
+        own = {name: command for name, command in COMMANDS.items() if command.group == group}
+        lines += ["", f"{group or 'further'}:"] if own else []
+        for name, command in own.items():
+            lines += [f"  {name:<14}{command.help}", f"  {'':<14}  $ {_PROGRAM} {command.example or name}"]
+    return "\n".join(
+        [*lines[1:], "", f"{_PROGRAM} COMMAND --help lists a command's options, as --keep-ratio or --keep_ratio."]
+    )
 
 
 def _imported(path: str) -> Any:
@@ -275,13 +243,15 @@ def _method_name(words: Sequence[str], default: str = _DEFAULT_METHOD) -> str:
     return str(parser.parse_known_args(list(words))[0].method)
 
 
-def _with_leading_option(kind: type, words: Sequence[str]) -> list[str]:
-    """``NAME ...`` as ``--first_field NAME ...`` if the first field has no default."""
-    fields = dataclasses.fields(kind)
-    required = fields and fields[0].default is fields[0].default_factory is dataclasses.MISSING
-    if required and words and not words[0].startswith("-"):
-        return [f"--{fields[0].name}", *words]
-    return list(words)
+def _with_leading_options(kind: type, words: Sequence[str]) -> list[str]:
+    """``NAME ...`` as ``--first_field NAME ...`` for as many leading words as there are fields without a default."""
+    named, left = [], list(words)
+    for field in dataclasses.fields(kind):
+        required = field.default is field.default_factory is dataclasses.MISSING
+        if not required or not left or left[0].startswith("-"):
+            break
+        named += [f"--{field.name}", left.pop(0)]
+    return named + left
 
 
 def _parsable(kind: type, renamed: Mapping[str, str] | None = None) -> Any:

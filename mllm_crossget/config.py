@@ -6,6 +6,7 @@ They do not depend on models. A method (see ``mllm_crossget.methods``) is a data
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 import json
 from collections.abc import Mapping
@@ -292,9 +293,7 @@ class ReductionConfig:
         except EntryNotFoundError:
             weights = None
         commit = api.upload_file(
-            path_or_fileobj=_as_text(self, weights).encode(),
-            path_in_repo=CONFIG_NAME,
-            repo_id=repo_id,
+            path_or_fileobj=_as_text(self, weights).encode(), path_in_repo=CONFIG_NAME, repo_id=repo_id
         )
         return str(commit)
 
@@ -315,13 +314,15 @@ def register_method(kind: type[Config]) -> type[Config]:
 
 def method_class(name: str) -> type[ReductionConfig]:
     """The dataclass of the method called ``name``. Raises ``ValueError`` that lists the known names."""
-    if not isinstance(name, str) or name not in _METHODS:
+    if not isinstance(name, str) or name not in method_names():
         raise ValueError(f"unknown method {name!r}; known methods: {', '.join(method_names())}")
     return _METHODS[name]
 
 
 def method_names() -> list[str]:
     """Names of the registered methods, sorted."""
+    if not _METHODS:  # importing the package imports none of them, as they need torch
+        importlib.import_module(f"{__package__}.methods")
     return sorted(_METHODS)
 
 

@@ -68,6 +68,8 @@ MOVED = {
     "kernels.importance": "kernels.triton_importance",
     "methods.base": "methods.method",
     "training.budget": "training.compute_budget",
+    "training.columns": "record_columns",
+    "training.records": "records",
 }
 
 

@@ -84,9 +84,7 @@ def load_model(name: str, load: Callable[[], Loaded]) -> Loaded:
     Raises:
         ValueError: there is no such folder or repository, or files in it are missing or damaged.
     """
-    folder = Path(name).expanduser()
-    if not folder.is_dir() and (folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
-        raise ValueError(f"there is no folder {name}; give a folder with a model, or a repository of the hub")
+    check_model_name(name)
     try:
         return load()
     except (OSError, ValueError, KeyError, SafetensorError) as error:
@@ -95,6 +93,13 @@ def load_model(name: str, load: Callable[[], Loaded]) -> Loaded:
             f"the model {name!r} cannot be loaded: {reason}; give a folder with config.json, weights and the "
             "processor's files, or a repository of the hub"
         ) from error
+
+
+def check_model_name(name: str) -> None:
+    """Check that a folder exists, if the name can be no repository of the hub. Raises ``ValueError``."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir() and (folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
+        raise ValueError(f"there is no folder {name}; give a folder with a model, or a repository of the hub")
 
 
 def check_writable(*paths: str | Path | None) -> None:

@@ -21,6 +21,8 @@ from mllm_crossget.hooks.ground.state import LayerTrace, base_model, handle_of
 _BORDER = (255, 255, 255)
 _CAPTION_HEIGHT = 18
 _BAR, _NUMBER_WIDTH = (70, 110, 180), 30
+_NEXT_TO_THE_POINTS = 8  # more curves have their legend beside the plot
+_COLOURS, _MARKERS = 10, "os^Dv"  # matplotlib's own cycle of colours
 
 
 @torch.no_grad()
@@ -184,6 +186,7 @@ def plot_curves(
     ylabel: str,
     baseline: tuple[float, float] | None = None,
     title: str = "",
+    floor: tuple[str, float] | None = None,
 ) -> Path:
     """Curves with error bars, written to an image file.
 
@@ -192,22 +195,30 @@ def plot_curves(
         path: file to write.
         xlabel, ylabel, title: texts of the plot.
         baseline: (x, y) of the untouched model, drawn as a star.
+        floor: (name, y) of a dashed line.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 4.0), dpi=150)
+    many = len(curves) > _NEXT_TO_THE_POINTS
+    figure = Figure(figsize=(9.6, 5.6) if many else (6.4, 4.0), dpi=150)
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for name, points in curves.items():
+    for number, (name, points) in enumerate(curves.items()):
         x, y, low, high = zip(*sorted(points), strict=True)
         errors = [[a - b for a, b in zip(y, low, strict=True)], [b - a for a, b in zip(y, high, strict=True)]]
-        axes.errorbar(x, y, yerr=errors, marker="o", capsize=3, label=name)
+        marker = _MARKERS[number // _COLOURS % len(_MARKERS)]  # colours repeat, markers tell them apart
+        axes.errorbar(x, y, yerr=errors, marker=marker, capsize=3, label=name)
     if baseline is not None:
         axes.plot(*baseline, marker="*", markersize=12, color="black", linestyle="none", label="untouched model")
+    if floor is not None:
+        axes.axhline(floor[1], linestyle="--", color="grey", label=floor[0])
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
     axes.grid(alpha=0.3)
-    axes.legend()
+    if many:
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize="small")
+    else:
+        axes.legend()
     figure.tight_layout()
     with replaced(path) as new:
         figure.savefig(new, format=Path(path).suffix[1:] or "png")

@@ -26,9 +26,10 @@ _FLOOR = {*_BASE, "flop_formulas", "language_flops", "families", "methods"}
 # Rooms of ``hooks`` from the ground up: each may import those below it.
 ROOMS = ("ground", "tower", "projector", "text", "language", "request", "reuse", "model", "apply")
 _HOOKS = {*_FLOOR, *(f"hooks.{room}" for room in ROOMS)}
-_FILES = {"user_files"}
+_FILES = {"user_files", "intervals", "option_names", "record_columns", "records"}
 _API = {*_HOOKS, "unlisted", "support", "transaction", "api", "batching", "checkpoint", "moved"}
 _USES = {*_API, *_FILES, "retrieval", "training", "benchmark", "costs", "integrations", "embedded", "visualize"}
+_USES |= {"compare"}
 # What each part may import from the package. A part that is not listed may not exist.
 ARROWS: dict[str, set[str]] = {
     "atomic_files": set(),
@@ -37,6 +38,10 @@ ARROWS: dict[str, set[str]] = {
     "field_types": set(),
     "moved": set(),
     "user_files": set(),
+    "intervals": set(),
+    "option_names": set(),
+    "record_columns": set(),
+    "records": {"record_columns", "user_files"},
     "geometry": {"flop_formulas"},
     "removals": {"field_types", "geometry"},
     "schedule": {"config", "geometry", "removals"},
@@ -59,9 +64,10 @@ ARROWS: dict[str, set[str]] = {
     "batching": _API,
     "checkpoint": _API,
     "retrieval": set(),
-    "training": _USES - {"benchmark"},
-    **dict.fromkeys(("benchmark", "integrations", "embedded", "visualize"), _USES),
-    "cli": {*_USES, "cli", "__init__"},
+    "training": _USES - {"benchmark", "compare"},
+    **dict.fromkeys(("benchmark", "compare", "integrations", "embedded", "visualize"), _USES),
+    "cli": {*_USES, "cli", "commands", "__init__"},
+    "commands": set(),
     "__main__": {"cli"},
     "__init__": {*_API, "retrieval"},
 }
@@ -71,6 +77,8 @@ PACKAGES: dict[str, set[str]] = {
     "kernels": {"numba", "numpy", "torch", "triton"},
     "ops": {"torch"},
     "geometry": {"flop_formulas"},
+    "intervals": {"numpy"},
+    "option_names": set(),
     "place": set(),
     "removals": set(),
     "schedule": set(),

@@ -26,7 +26,10 @@ PACKAGES = (
     ("mllm_crossget.benchmark", "model_flops"),
 )
 # They need packages that may be missing.
-OPTIONAL = {"kernels.graph", "kernels.importance", "integrations.lmms_eval.costs", "training.budget"}
+OPTIONAL = {
+    "kernels.graph", "kernels.importance", "integrations.lmms_eval.costs", "training.budget", "training.columns",
+    "training.records",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("old", sorted(MOVED.keys() - OPTIONAL))

@@ -77,7 +77,7 @@ def inspection(config: Any, method: Method, text_tokens: int = 60, new_tokens: i
     Raises:
         ValueError: an unsupported model, or a setting that its tower cannot meet.
     """
-    reason = unsupported_reason(_without_weights(config))
+    reason = unsupported_reason(without_weights(config))
     if reason is not None:
         raise ValueError(reason)
     family = family_of(config)
@@ -135,8 +135,8 @@ def _per_image(config: Any, schedule: Schedule) -> int:
     return schedule.features if family is None or family.tiles is None else visual_tokens(config, family, schedule)
 
 
-def _without_weights(config: Any) -> nn.Module:
-    """The model on the meta device, which has its structure and takes no memory."""
+def without_weights(config: Any) -> nn.Module:
+    """A model of this configuration on the meta device, which has its structure and takes no memory."""
     with torch.device("meta"):
         named = getattr(transformers, (getattr(config, "architectures", None) or [""])[0] or "", None)
         if named is not None and getattr(named, "config_class", None) is type(config):

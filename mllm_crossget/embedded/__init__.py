@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
-from .evaluate import Accuracy, Score, answer, batch_inputs, prompt, score
+from mllm_crossget.intervals import Accuracy
+
+from .evaluate import Score, answer, batch_inputs, prompt, score
 from .questions import KINDS, Question, held_out_questions
 
 WEIGHTS_FOLDER = Path(__file__).parent / "weights"

@@ -1,6 +1,5 @@
 """Let a LLaVA answer the questions of the test set with stock `generate`, and score its answers."""
 
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,41 +8,12 @@ from typing import Any
 import torch
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
+from mllm_crossget.intervals import Accuracy
+
 from .questions import Question
 
 _MOST_TOKENS = {"caption": 32, "sum": 8}  # largest number of new tokens of an answer, including the end mark
 _SHORT = 3  # the same for the other kinds
-_Z = 1.959964  # two-sided 95 % of the normal distribution
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """A share of correct answers with its Wilson 95 % interval.
-
-    Wilson, "Probable inference, the law of succession, and statistical inference", 1927.
-    """
-
-    right: int
-    asked: int
-
-    @property
-    def share(self) -> float:
-        """Share of correct answers, 0..1."""
-        return self.right / self.asked
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Lower and upper end of the Wilson 95 % interval, 0..1."""
-        share, spread = self.share, _Z**2 / self.asked
-        centre = share + spread / 2
-        reach = _Z * math.sqrt(share * (1 - share) / self.asked + spread / (4 * self.asked))
-        return max(0.0, (centre - reach) / (1 + spread)), min(1.0, (centre + reach) / (1 + spread))
-
-    def as_dict(self) -> dict[str, float | int]:
-        """For JSON: accuracy, low, high (shares 0..1), right, asked."""
-        low, high = self.interval
-        numbers = {"accuracy": self.share, "low": low, "high": high}
-        return {name: round(value, 4) for name, value in numbers.items()} | {"right": self.right, "asked": self.asked}
 
 
 @dataclass(frozen=True)

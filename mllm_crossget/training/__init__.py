@@ -4,16 +4,17 @@ Needs the extra ``mllm-crossget[train]``. Outside this folder only the command l
 """
 
 import importlib
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-import transformers
 from packaging.version import Version
 
 _OLDEST = "5.23"
-if Version(transformers.__version__) < Version(_OLDEST):
+_FOUND = version("transformers")  # not imported: a mistake in an option need not wait for it
+if Version(_FOUND) < Version(_OLDEST):
     raise ImportError(
         f"mllm_crossget.training needs transformers {_OLDEST} or newer, where chat templates mark the answer behind an "
-        f"image's placeholders; found {transformers.__version__}: pip install -U transformers"
+        f"image's placeholders; found {_FOUND}: pip install -U transformers"
     )
 
 if TYPE_CHECKING:

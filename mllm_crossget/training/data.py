@@ -37,10 +37,10 @@ from mllm_crossget.families.family import config_at
 from mllm_crossget.field_types import check_type
 from mllm_crossget.hooks.ground.hosts import config_of
 from mllm_crossget.hooks.ground.state import base_model, handle_of
+from mllm_crossget.records import BadSampleError, Record, Records, load_records
 from mllm_crossget.training.answers import unknown_words, with_end_marks
 from mllm_crossget.training.losses import IGNORE
 from mllm_crossget.training.pairs import answers_apart, encode_pair, prompt_tokens_per_image, writes_pairs
-from mllm_crossget.training.records import BadSampleError, Record, Records, load_records
 
 # LLaVA-1.5's conversation ("vicuna_v1"), with marks around the assistant's tokens.
 VICUNA_TEMPLATE = (

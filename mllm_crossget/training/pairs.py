@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mllm_crossget.hooks.ground.state import base_model, handle_of
+from mllm_crossget.records import BadSampleError, Record
 from mllm_crossget.training.losses import IGNORE
-from mllm_crossget.training.records import BadSampleError, Record
 
 
 def writes_pairs(processor: Any) -> bool:

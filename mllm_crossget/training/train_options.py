@@ -6,9 +6,11 @@ This file imports nothing of transformers, so that a mistake is reported before 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import ClassVar
 
 from mllm_crossget.field_types import check_field_types, check_least
+from mllm_crossget.user_files import check_model_name
 
 DATA_FORMS = """\
 the data (--train_data, --eval_data): a JSON file holds a list of samples, a JSONL file one sample per line:
@@ -125,3 +127,20 @@ class TrainOptions:
             raise ValueError("tuning=cross_tokens with train_cross_tokens=false leaves nothing to learn")
         if "distillation_temperature" in changed and not self.distillation_weight:
             raise ValueError("distillation_temperature is for distillation; give distillation_weight too")
+
+
+def check_files(options: TrainOptions) -> None:
+    """Check that the files which the options name exist, before the Trainer is loaded.
+
+    Raises:
+        ValueError: a data file, the image folder or the model's folder is missing.
+    """
+    for name in filter(None, (options.train_data, options.eval_data)):
+        file = Path(name).expanduser()
+        if file.suffix in (".json", ".jsonl", ".parquet") and not file.is_file():
+            raise ValueError(f"{name} does not exist; give the path of a JSON, JSONL or parquet file")
+    if options.image_folder is not None and not Path(options.image_folder).expanduser().is_dir():
+        raise ValueError(
+            f"the image folder {options.image_folder} does not exist; give the folder where image paths start"
+        )
+    check_model_name(options.model)

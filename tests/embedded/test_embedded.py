@@ -10,7 +10,6 @@ from transformers import AutoProcessor
 from mllm_crossget.embedded import (
     KINDS,
     WEIGHTS_FOLDER,
-    Accuracy,
     answer,
     batch_inputs,
     held_out_questions,
@@ -199,11 +198,6 @@ def test_training_forward_equals_the_models_own() -> None:
         expected = torch.nn.functional.cross_entropy(logits, labels[labels != IGNORE])
         pack.labels[:, ends:] = IGNORE
         torch.testing.assert_close(answer_loss(model, visual, pack)[0], expected)
-
-
-def test_wilson_interval_of_a_known_case() -> None:
-    low, high = Accuracy(right=9, asked=10).interval  # textbook value
-    assert (round(low, 3), round(high, 3)) == (0.596, 0.982)
 
 
 def test_score_needs_an_answer_for_every_question() -> None:

@@ -10,7 +10,8 @@ import sys
 import numpy as np
 import pytest
 
-from mllm_crossget.integrations.lmms_eval.results import bootstrap, compare
+from mllm_crossget.integrations.lmms_eval.results import compare
+from mllm_crossget.intervals import bootstrap_interval
 from tests.helpers.evaluation import ROOT
 
 SCRIPT = ROOT / "eval" / "leaderboard.py"
@@ -29,7 +30,7 @@ def leaderboard():
 
 
 def result(setting, scores, task="embedded_vqa", metric="exact_match", digest="same", **costs):
-    low, high = bootstrap(np.array(scores, dtype=float))
+    low, high = bootstrap_interval(np.array(scores, dtype=float))
     return {
         "format_version": 1,
         "config": {"tasks": task, "setting": setting, "batch_size": 8},
@@ -104,7 +105,7 @@ def test_paired_bootstrap_uses_the_pairs():
     found = compare(result("a", one), result("b", other), "exact_match")
     assert found["difference"] == pytest.approx((other - one).mean())
     assert 0 <= found["low"] <= found["difference"] <= found["high"] < 0.03
-    low, high = bootstrap(one)
+    low, high = bootstrap_interval(one)
     assert high - low == pytest.approx(2 * 1.96 * one.std() / 20, rel=0.1)  # the normal approximation
 
 

@@ -18,10 +18,9 @@ from mllm_crossget.atomic_files import write_text
 from mllm_crossget.benchmark.timing import environment
 from mllm_crossget.integrations.lmms_eval.answers import read_batches
 from mllm_crossget.integrations.lmms_eval.token_costs import summary
+from mllm_crossget.intervals import bootstrap_interval, paired_difference
 
 FORMAT_VERSION = 1
-_DRAWS = 10_000
-_AT_ONCE = 4_000_000  # number of drawn questions in memory
 _PACKAGES = ("lmms_eval", "datasets", "accelerate", "bitsandbytes")
 _DIGITS = 6
 _SAME = 1e-6
@@ -90,7 +89,7 @@ def question_scores(result: dict[str, Any], metric: str) -> dict[str, float]:
 def compare(one: dict[str, Any], other: dict[str, Any], metric: str) -> dict[str, float]:
     """Difference ``other - one`` of a metric on the same questions, with its paired bootstrap interval.
 
-    Efron and Tibshirani, "An introduction to the bootstrap", 1993: 10,000 draws of questions, percentiles at 95 %.
+    The draws are of questions, see ``intervals.paired_difference``.
 
     Raises:
         ValueError: the runs answered different questions, or the metric has no score for every question.
@@ -99,20 +98,8 @@ def compare(one: dict[str, Any], other: dict[str, Any], metric: str) -> dict[str
     tasks = {result["config"]["tasks"] for result in (one, other)}
     if first.keys() != second.keys() or len(tasks) > 1 or one["questions_digest"] != other["questions_digest"]:
         raise ValueError(f"the runs answered different questions: {len(first)} and {len(second)} of {sorted(tasks)}")
-    differences = np.array([second[name] - first[name] for name in first])
-    low, high = bootstrap(differences)
-    return {"difference": float(differences.mean()), "low": low, "high": high, "questions": len(differences)}
-
-
-def bootstrap(values: np.ndarray) -> tuple[float, float]:
-    """The 95 % percentile interval of the mean of (questions,) values; the draws depend only on their number."""
-    generator = np.random.default_rng(0)
-    rows, means = max(1, _AT_ONCE // len(values)), np.empty(_DRAWS)
-    for start in range(0, _DRAWS, rows):
-        part = means[start : start + rows]
-        part[:] = values[generator.integers(len(values), size=(len(part), len(values)))].mean(axis=1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
+    found = paired_difference(list(first.values()), [second[name] for name in first])
+    return {"difference": found.difference, "low": found.low, "high": found.high, "questions": found.questions}
 
 
 def _values(results: dict[str, Any], task: str) -> dict[str, Any]:
@@ -141,7 +128,7 @@ def _scores(samples: list[dict[str, Any]], metric: str, mean: float) -> list[flo
 def _metric(value: float, scores: list[float] | None) -> dict[str, float | None]:
     if scores is None:
         return {"value": round(value, _DIGITS), "low": None, "high": None}
-    low, high = bootstrap(np.array(scores))
+    low, high = bootstrap_interval(np.array(scores))
     return {"value": round(value, _DIGITS), "low": round(low, _DIGITS), "high": round(high, _DIGITS)}
 
 

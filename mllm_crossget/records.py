@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from mllm_crossget.training.columns import check_columns, images_of, joined_parts, turn_problem
+from mllm_crossget.record_columns import check_columns, images_of, joined_parts, turn_problem
 from mllm_crossget.user_files import open_picture
 
 _IMAGE_TAG = "<image>"
