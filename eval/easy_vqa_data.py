@@ -108,7 +108,7 @@ def kind_of(answer: str) -> str:
     return next(name for name, words in GROUPS.items() if answer in words)
 
 
-def test_questions(split: Split, limit: int | None = None) -> list[Asked]:
+def asked_questions(split: Split, limit: int | None = None) -> list[Asked]:
     """The first yes/no question and the first other question of every picture, where it has them.
 
     Three quarters of the data set's questions are yes/no questions, half of which a blind model answers.

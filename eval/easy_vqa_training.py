@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import transformers
-from easy_vqa_data import GROUPS, Labelled, label_split, read_split, test_questions, word_list
+from easy_vqa_data import GROUPS, Labelled, asked_questions, label_split, read_split, word_list
 from torch import Tensor
 from transformers import HfArgumentParser, LlavaForConditionalGeneration
 
@@ -107,7 +107,7 @@ def export(run: Run, words: tuple[str, ...], options: Options) -> dict[str, Any]
     run.model.eval().to(torch.bfloat16).save_pretrained(folder)
     build_processor(words).save_pretrained(folder)  # a used tokenizer would save the padding of its last batch
     model, processor = load_embedded(folder=folder)
-    questions = test_questions(read_split("test", Path(options.data_folder) if options.data_folder else None))
+    questions = asked_questions(read_split("test", Path(options.data_folder) if options.data_folder else None))
     record = score(questions, answer(model, processor, questions)).as_dict() | {
         "training": {
             "minutes": round(run.seconds / 60, 1),

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from mllm_crossget.atomic_files import append_lines
 
 LOG_EVERY = 50  # steps
+_NUMBERS = ("step", "seconds", "core_seconds")  # of a checkpoint
 
 StepLoss = Callable[[int], tuple[Tensor, dict[str, float]]]
 """Loss and readable numbers of the step with a number."""
@@ -46,6 +47,7 @@ class Run:
         ramp: steps until a phase has its highest rate.
         step: steps taken.
         seconds: time spent in them.
+        core_seconds: processor time spent in them.
     """
 
     model: nn.Module
@@ -57,6 +59,7 @@ class Run:
     ramp: int = 100
     step: int = 0
     seconds: float = 0.0
+    core_seconds: float = 0.0
     optimizer: torch.optim.AdamW = field(init=False)
 
     def __post_init__(self) -> None:
@@ -75,7 +78,7 @@ class Run:
     def save(self) -> None:
         """Write a checkpoint; the old one stays until the new one is whole."""
         parts = {name: getattr(self, name).state_dict() for name in ("model", "heads", "optimizer")}
-        torch.save(parts | {"step": self.step, "seconds": self.seconds}, self.folder / "checkpoint.new")
+        torch.save(parts | {name: getattr(self, name) for name in _NUMBERS}, self.folder / "checkpoint.new")
         (self.folder / "checkpoint.new").replace(self.folder / "checkpoint.pt")
 
     def load(self) -> None:
@@ -85,7 +88,8 @@ class Run:
             state = torch.load(path, weights_only=True)
             for name in ("model", "heads", "optimizer"):
                 getattr(self, name).load_state_dict(state[name])
-            self.step, self.seconds = state["step"], state["seconds"]
+            for name in _NUMBERS:
+                setattr(self, name, state[name])
 
     def log(self, **numbers: object) -> None:
         """Append a line of JSON to the run's log."""
@@ -108,7 +112,7 @@ class Run:
         Raises:
             FloatingPointError: the gradient is not finite.
         """
-        started = time.monotonic()
+        started, core = time.monotonic(), time.process_time()
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
         loss, report = step_loss(self.step)
@@ -121,6 +125,7 @@ class Run:
         self.optimizer.step()
         self.step += 1
         self.seconds += time.monotonic() - started
+        self.core_seconds += time.process_time() - core
         return {"loss": loss.item(), "gradient": norm.item()} | report
 
     def train(self, step_loss: StepLoss, save_every: int = 200) -> Iterator[int]:

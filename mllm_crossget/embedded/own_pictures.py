@@ -1,4 +1,4 @@
-"""A LLaVA of the embedded shape for other pictures and another vocabulary: what its training needs beside the questions.
+"""A LLaVA of the embedded shape for other pictures and another vocabulary: what its training needs.
 
 End-to-end training, also from the embedded weights, does not find new shapes in minutes; labels of patches before it
 do. A label is a word: a group of words that exclude one another, the last of which says that the patch shows nothing.
