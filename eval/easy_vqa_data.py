@@ -8,11 +8,11 @@ canvas side, P patches.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
@@ -65,15 +65,15 @@ class Split:
 
 
 def data_folder() -> Path:
-    """The data of the installed package, found without importing it.
+    """The data of the installed package, found without importing it: this folder has a module of its name.
 
     Raises:
         ModuleNotFoundError: it is not installed.
     """
-    spec = importlib.util.find_spec("easy_vqa")
-    if spec is None or not spec.origin:
-        raise ModuleNotFoundError("easy-vqa is not installed: run pip install easy-vqa --no-deps")
-    return Path(spec.origin).parent / "data"
+    try:
+        return Path(str(distribution("easy-vqa").locate_file("easy_vqa/data")))
+    except PackageNotFoundError as error:
+        raise ModuleNotFoundError("easy-vqa is not installed: run pip install easy-vqa --no-deps") from error
 
 
 def read_split(name: str, folder: Path | None = None) -> Split:

@@ -38,7 +38,7 @@ class Options:
     """Options of the training run."""
 
     label_steps: int = field(default=400, metadata={"help": "steps of the tower and projector on patch labels"})
-    joint_steps: int = field(default=1600, metadata={"help": "steps of the whole model on questions"})
+    joint_steps: int = field(default=1000, metadata={"help": "steps of the whole model on questions"})
     label_batch: int = field(default=16, metadata={"help": "pictures in a step on labels"})
     joint_batch: int = field(default=8, metadata={"help": "pictures in a joint step, with all of their questions"})
     peak: float = field(default=2e-3, metadata={"help": "highest learning rate"})
