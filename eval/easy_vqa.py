@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from easy_vqa_data import Asked, Split, asked_questions, read_split
+from easy_vqa_data import SPLITS, Asked, Split, asked_questions, read_split
 from paired import difference
 from PIL import Image
 from result_files import add_run, read_runs
@@ -46,6 +46,7 @@ class Options:
     ours: list[str] = field(default_factory=lambda: list(OURS), metadata={"help": "methods with our defaults"})
     published: list[str] = field(default_factory=lambda: list(PUBLISHED), metadata={"help": "methods as published"})
     keep_ratios: list[float] = field(default_factory=lambda: [0.25, 0.125, 0.5], metadata={"help": "tokens kept"})
+    split: str = field(default="test", metadata={"help": f"of {SPLITS}; settings may be chosen on the training split"})
     limit: int | None = field(default=None, metadata={"help": "questions to score; all if not given"})
     threads: int = field(default=1, metadata={"help": "CPU threads"})
     data_folder: str | None = field(default=None, metadata={"help": "the data; the installed package's if not given"})
@@ -132,7 +133,7 @@ def main() -> None:
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
     data = Path(options.data_folder) if options.data_folder else None
-    questions = asked_questions(read_split("test", data), options.limit)
+    questions = asked_questions(read_split(options.split, data), options.limit)
     model, processor = load_embedded(folder=Path(options.weights))
     untouched = method_of("crossget", 1.0, "ours")
     if BLANK not in read_runs(folder):
