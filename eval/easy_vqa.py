@@ -45,7 +45,9 @@ class Options:
 
     ours: list[str] = field(default_factory=lambda: list(OURS), metadata={"help": "methods with our defaults"})
     published: list[str] = field(default_factory=lambda: list(PUBLISHED), metadata={"help": "methods as published"})
-    keep_ratios: list[float] = field(default_factory=lambda: [0.25, 0.125, 0.5], metadata={"help": "tokens kept"})
+    keep_ratios: list[float] = field(
+        default_factory=lambda: [0.25, 0.125, 0.5, 0.0625], metadata={"help": "tokens kept"}
+    )
     split: str = field(default="test", metadata={"help": f"of {SPLITS}; settings may be chosen on the training split"})
     limit: int | None = field(default=None, metadata={"help": "questions to score; all if not given"})
     threads: int = field(default=1, metadata={"help": "CPU threads"})

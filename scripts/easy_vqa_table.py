@@ -6,6 +6,7 @@ from typing import Any
 
 from speed_tables import machine
 
+DEFAULT = "crossget "  # and a keep ratio
 ARMS = {"ours": "", "published": ", as published"}
 
 
@@ -31,11 +32,11 @@ def easy_vqa_table(summary: dict[str, Any]) -> str:
 def _cell(entry: dict[str, Any] | None) -> str:
     if entry is None:
         return "–"
-    text = f"{entry['accuracy']['accuracy']:.1%}"
+    text = f"{entry['accuracy']['accuracy']:.2%}"
     gap = entry.get("minus_default")
     if gap is None:
         return text
-    return f"{text}; {100 * gap['value']:+.1f} ({100 * gap['low']:+.1f} – {100 * gap['high']:+.1f})"
+    return f"{text}; {100 * gap['value']:+.2f} ({100 * gap['low']:+.2f} – {100 * gap['high']:+.2f})"
 
 
 def _rank(own: dict[float, dict[str, Any]]) -> float:
@@ -45,11 +46,16 @@ def _rank(own: dict[float, dict[str, Any]]) -> float:
 
 def _note(summary: dict[str, Any]) -> str:
     full, total = summary["untouched"], summary["untouched"]["accuracy"]
+    settings = summary["settings"].items()
+    kept = {name.split(" ")[1]: one["share_of_untouched"] for name, one in settings if name.startswith(DEFAULT)
+            and name.endswith("ours")}  # fmt: skip
+    shares = ", ".join(f"{kept[ratio]:.2%} at {ratio}" for ratio in sorted(kept, key=float, reverse=True))
     blind = ", ".join(f"{name} {one['accuracy']:.1%}" for name, one in summary["blind"].items())
     kinds = ", ".join(f"{name} {one['accuracy']:.1%} of {one['asked']}" for name, one in summary["by_kind"].items())
     return (
         f"Behind the accuracy: points minus crossget at the same tokens, 95 % paired bootstrap over questions. "
-        f"{total['asked']} questions of the official test split; untouched {total['accuracy']:.1%} "
+        f"{total['asked']} questions of the official test split; untouched {total['accuracy']:.2%} "
         f"({total['low']:.1%} – {total['high']:.1%}; {kinds}), {full['tokens']} tokens, {full['gflops']:.2f} GFLOPs. "
+        f"Of this accuracy crossget keeps {shares}. "
         f"Right without looking: {blind}. {machine(summary)}."
     )

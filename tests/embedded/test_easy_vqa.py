@@ -168,9 +168,10 @@ def test_the_table_has_differences_to_the_default(modules):
     assert "minus_default" not in report["settings"]["tome 0.25 ours"]
     lines = table.easy_vqa_table(report).splitlines()
     assert lines[0] == "| method | 0.5 (72 tokens) | 0.25 (36 tokens) | GFLOPs |"
-    assert lines[2] == "| crossget | 100.0% | – | 0.72 / – |"
-    assert lines[3] == "| tome | – | 87.5% | – / 0.36 |"
-    assert lines[4].startswith("| tome, as published | 75.0%; -25.0 (-62.5 – ")
+    assert lines[2] == "| crossget | 100.00% | – | 0.72 / – |"
+    assert lines[3] == "| tome | – | 87.50% | – / 0.36 |"
+    assert lines[4].startswith("| tome, as published | 75.00%; -25.00 (-62.50 – ")
+    assert "crossget keeps 100.00% at 0.5." in lines[-1]
     assert "most common answer 25.0%, the model, before a blank picture 50.0%" in lines[-1]
 
 
