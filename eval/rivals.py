@@ -71,9 +71,9 @@ class Options:
     output: str = field(default="eval/results/rivals", metadata={"help": "folder of the results"})
 
 
-def method_of(name: str, keep_ratio: float, arm: str) -> Method:
+def method_of(name: str, keep_ratio: float, arm: str, methods: dict[str, dict[str, Any]] = METHODS) -> Method:
     """The settings of a run."""
-    fields = dict(METHODS[name])
+    fields = dict(methods[name])
     kind = method_class(fields.pop("method"))
     if arm == "ours":
         return kind(keep_ratio=keep_ratio, **fields)  # type: ignore[return-value]

@@ -97,16 +97,23 @@ def answers(model: Any, processor: Any, questions: list[PairQuestion], batch: in
 
 
 def train(
-    options: Options, model: Any, processor: Any, seed: int, steps: int, word_weight: float
+    options: Options,
+    model: Any,
+    processor: Any,
+    seed: int,
+    steps: int,
+    word_weight: float,
+    checkpoints: Path | None = None,
 ) -> list[dict[str, float]]:
-    """All parameters and the method's learned tokens, on fresh scenes; returns the log."""
+    """All parameters and the method's learned tokens, on fresh scenes; returns the log. With a folder of checkpoints a
+    stopped training goes on."""
     callbacks = []
     if handle_of(model).method.is_dynamic:  # type: ignore[union-attr]
         layouts = sample_layouts(256, "train", torch.Generator().manual_seed(500 + seed))
         callbacks.append(BudgetCallback(render(layouts)[0] * 2 - 1, every=100))
     data = Dialogues(steps * options.batch, seed, processor, options.turns)
     return fit(model, data, options, options.learning_rate, steps=steps, callbacks=callbacks, kind=PairTrainer,
-               collator=PairCollator, word_weight=word_weight)  # fmt: skip
+               collator=PairCollator, folder=checkpoints, word_weight=word_weight)  # fmt: skip
 
 
 def taught_model(options: Options) -> tuple[Any, Any]:
@@ -117,7 +124,8 @@ def taught_model(options: Options) -> tuple[Any, Any]:
         torch.manual_seed(1000)
         model.set_attn_implementation("eager")
         accelerate_mllm(model, ARMS["untouched"](REMOVALS))
-        train(options, model, processor, 1000, options.teach_steps, word_weight=0.0)
+        steps = Path(options.models) / "taught_steps"
+        train(options, model, processor, 1000, options.teach_steps, word_weight=0.0, checkpoints=steps)
         restore_mllm(model).save_pretrained(folder)
     return type(model).from_pretrained(folder, dtype=torch.float32).eval(), processor
 

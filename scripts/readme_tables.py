@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from easy_vqa_table import easy_vqa_table
 from rivals_table import rivals_table
 from speed_tables import (
     compiled_line,
@@ -216,6 +217,7 @@ TABLES = {
     "two_images": (two_images_table, "two_images/summary.json"),
     "recovery": (recovery_table, "recovery/summary.json"),
     "rivals": (rivals_table, "rivals/runs.jsonl"),
+    "easy_vqa": (easy_vqa_table, "easy_vqa/summary.json"),
 }
 
 

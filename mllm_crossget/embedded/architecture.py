@@ -1,6 +1,12 @@
-"""The embedded LLaVA before training: its sizes, its initial weights and its processor."""
+"""The embedded LLaVA before training: its sizes, its initial weights and its processor.
+
+A word list makes a LLaVA of the same shape for other pictures and questions; ``eval/easy_vqa_training.py`` is an
+example.
+"""
 
 import math
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +26,23 @@ from .questions import WORDS
 from .scenes import CANVAS, PATCH
 
 PAD, BOS, EOS, UNKNOWN, IMAGE = "<pad>", "<s>", "</s>", "<unk>", "<image>"
-VOCABULARY = (PAD, BOS, EOS, UNKNOWN, IMAGE, *WORDS)
+SPECIAL = (PAD, BOS, EOS, UNKNOWN, IMAGE)
+TEMPLATE_WORDS = ("user", "assistant", ":")  # what the chat template writes around questions and answers
+
+
+def vocabulary(words: Sequence[str]) -> tuple[str, ...]:
+    """Every token of a word list by its id: special tokens, the chat template's words, and the list without repetition.
+
+    Raises:
+        ValueError: the tokenizer, which is lower case and splits at spaces and punctuation, would never make a word.
+    """
+    for word in words:
+        if not re.fullmatch(r"[^\W]+|[^\w\s]+", word) or word != word.lower():
+            raise ValueError(f"the tokenizer never makes {word!r}: give lower-case words and punctuation marks apart")
+    return (*SPECIAL, *dict.fromkeys((*TEMPLATE_WORDS, *words)))
+
+
+VOCABULARY = vocabulary(WORDS)
 VISUAL_TOKENS = (CANVAS // PATCH) ** 2
 VISION_WIDTH, TEXT_WIDTH = 128, 128
 
@@ -46,9 +68,9 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer(words: Sequence[str] = WORDS) -> PreTrainedTokenizerFast:
     """A word-level tokenizer: lower case, split at spaces and punctuation, with `<s>` first."""
-    ids = {word: index for index, word in enumerate(VOCABULARY)}
+    ids = {word: index for index, word in enumerate(vocabulary(words))}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -67,7 +89,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_processor() -> LlavaProcessor:
+def build_processor(words: Sequence[str] = WORDS) -> LlavaProcessor:
     """LLaVA's processor for 96 x 96 pictures, with 144 placeholders per image; needs PIL, not torchvision."""
     side = {"height": CANVAS, "width": CANVAS}
     pictures = CLIPImageProcessorPil(
@@ -75,7 +97,7 @@ def build_processor() -> LlavaProcessor:
     )
     return LlavaProcessor(
         image_processor=pictures,
-        tokenizer=build_tokenizer(),
+        tokenizer=build_tokenizer(words),
         patch_size=PATCH,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
@@ -83,7 +105,7 @@ def build_processor() -> LlavaProcessor:
     )
 
 
-def build_config() -> LlavaConfig:
+def build_config(words: Sequence[str] = WORDS) -> LlavaConfig:
     """Eight vision layers, of which LLaVA reads seven (`vision_feature_layer=-2`), and four language layers."""
     special: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     return LlavaConfig(
@@ -98,7 +120,7 @@ def build_config() -> LlavaConfig:
             projection_dim=VISION_WIDTH,
         ),
         text_config=LlamaConfig(
-            vocab_size=len(VOCABULARY),
+            vocab_size=len(vocabulary(words)),
             hidden_size=TEXT_WIDTH,
             intermediate_size=2 * TEXT_WIDTH,
             num_hidden_layers=4,
@@ -107,7 +129,7 @@ def build_config() -> LlavaConfig:
             tie_word_embeddings=True,
             **special,
         ),
-        image_token_index=VOCABULARY.index(IMAGE),
+        image_token_index=SPECIAL.index(IMAGE),
         image_seq_length=VISUAL_TOKENS,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
@@ -116,10 +138,10 @@ def build_config() -> LlavaConfig:
     )
 
 
-def build_model(seed: int = 0) -> LlavaForConditionalGeneration:
+def build_model(seed: int = 0, words: Sequence[str] = WORDS) -> LlavaForConditionalGeneration:
     """The untrained model, with initial weights that train in minutes instead of hours."""
     torch.manual_seed(seed)
-    model = LlavaForConditionalGeneration(build_config())
+    model = LlavaForConditionalGeneration(build_config(words))
     with torch.no_grad():
         vision = model.model.vision_tower
         vision.embeddings.position_embedding.weight[1:] = grid_positions(CANVAS // PATCH, VISION_WIDTH)

@@ -212,6 +212,7 @@ def _row(
         "gflops": model_flops(model.config, method, text_tokens=12, one_softmax=True).total / 1e9,
         "score": total.as_dict(),
         "without_count": without_count.overall.as_dict(),
+        "right": "".join("01"[said == one.answer] for said, one in zip(answers, questions, strict=True)),
         "prefill_seconds": timings[name].as_dict(),
         "prefill_time_ratio": {"median": median, "min": least, "max": most},
     }

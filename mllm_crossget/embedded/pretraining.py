@@ -7,6 +7,7 @@ Shapes: B scenes, K digit slots, P = 144 patches, V vision width, T text width, 
 """
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from .architecture import BOS, EOS, IMAGE, TEXT_WIDTH, VISION_WIDTH, VISUAL_TOKENS, VOCABULARY
+from .architecture import BOS, EOS, IMAGE, SPECIAL, TEXT_WIDTH, VISION_WIDTH, VISUAL_TOKENS, VOCABULARY
 from .questions import ask
 from .scenes import CANVAS, CELL, COLOURS, COLUMNS, PATCH, ROWS, Layout, Scene
 
@@ -149,7 +150,12 @@ def patch_loss(logits: Tensor, target: Tensor, nothing: int, background: float =
     return F.cross_entropy(logits.flatten(0, 1), target.flatten(), weight, ignore_index=IGNORE)
 
 
-def _word_loss(embedding: Tensor, visual: Tensor, labels: PatchLabels, sharpness: float = 5.0) -> Tensor:
+def word_scores(embedding: Tensor, visual: Tensor, ids: Sequence[int], sharpness: float = 5.0) -> Tensor:
+    """How near visual tokens [B, P, T] are to the words with these ids [B, P, words]."""
+    return sharpness * visual @ embedding[torch.tensor(ids)].T
+
+
+def _word_loss(embedding: Tensor, visual: Tensor, labels: PatchLabels) -> Tensor:
     """Align visual tokens [B, P, T] with the words for what they show.
 
     A visual token should be nearest to its digit's word among the digits, to its colour's word among the colours, and
@@ -157,8 +163,7 @@ def _word_loss(embedding: Tensor, visual: Tensor, labels: PatchLabels, sharpness
     """
 
     def score(words: tuple[str, ...]) -> Tensor:
-        rows = torch.tensor([VOCABULARY.index(word) for word in words])
-        return sharpness * visual @ embedding[rows].T
+        return word_scores(embedding, visual, [VOCABULARY.index(word) for word in words])
 
     digit = patch_loss(score((*map(str, range(10)), "no")), labels.digit, NO_DIGIT)
     colour = patch_loss(score((*COLOURS, "no")), labels.colour, NO_COLOUR)
@@ -188,10 +193,15 @@ class Pack:
 
 def pack_questions(scenes: list[Scene], tokenizer: PreTrainedTokenizerFast, chance: random.Random) -> Pack:
     """All questions of the menu for every scene, written by the chat template."""
-    head = [VOCABULARY.index(word) for word in (BOS, "user", ":", *[IMAGE] * VISUAL_TOKENS)]
-    rows = [_branches(scene, tokenizer, chance) for scene in scenes]
+    return pack_rows([_dialogue(scene, chance) for scene in scenes], tokenizer)
+
+
+def pack_rows(dialogues: Sequence[Sequence[tuple[str, str, float]]], tokenizer: PreTrainedTokenizerFast) -> Pack:
+    """One row per picture: its questions, their answers and the answers' weights, written by the chat template."""
+    head = list(map(tokenizer.convert_tokens_to_ids, (BOS, "user", ":", *[IMAGE] * VISUAL_TOKENS)))
+    rows = [_branches(dialogue, tokenizer) for dialogue in dialogues]
     length = len(head) + max(sum(len(ids) for ids, _, _ in branches) for branches in rows)
-    shape = (len(scenes), length)
+    shape = (len(rows), length)
     ids, segment = torch.zeros(shape, dtype=torch.long), torch.full(shape, -1)
     positions, labels, weights = torch.zeros_like(ids), torch.full(shape, IGNORE), torch.zeros(shape)
     for index, branches in enumerate(rows):
@@ -211,12 +221,16 @@ def pack_questions(scenes: list[Scene], tokenizer: PreTrainedTokenizerFast, chan
     return Pack(ids, mask[:, None], positions, labels, weights)
 
 
-def _branches(
-    scene: Scene, tokenizer: PreTrainedTokenizerFast, chance: random.Random
-) -> list[tuple[list[int], int, float]]:
-    """Token ids of question and answer, number of answer tokens, and weight, for every question of the menu."""
+def _dialogue(scene: Scene, chance: random.Random) -> list[tuple[str, str, float]]:
+    """Question, answer and weight for every question of the menu that the scene allows."""
     menu = [(ask(scene, kind, chance), weight) for kind, times, weight in MENU for _ in range(times)]
-    pairs = [(*pair, weight) for pair, weight in menu if pair is not None]
+    return [(*pair, weight) for pair, weight in menu if pair is not None]
+
+
+def _branches(
+    pairs: Sequence[tuple[str, str, float]], tokenizer: PreTrainedTokenizerFast
+) -> list[tuple[list[int], int, float]]:
+    """Token ids of question and answer, number of answer tokens, and weight, for every question of a row."""
     questions = tokenizer([f"{question} ASSISTANT:" for question, _, _ in pairs], add_special_tokens=False).input_ids
     answers = tokenizer([f"{answer}{EOS}" for _, answer, _ in pairs], add_special_tokens=False).input_ids
     return [
@@ -229,7 +243,7 @@ def answer_loss(model: LlavaForConditionalGeneration, visual: Tensor, pack: Pack
     """Weighted cross-entropy of the answer tokens given the visual tokens [B, P, T], and the share predicted
     correctly."""
     embeddings = model.get_input_embeddings()(pack.ids)
-    here = (pack.ids == VOCABULARY.index(IMAGE))[..., None]
+    here = (pack.ids == SPECIAL.index(IMAGE))[..., None]
     embeddings = embeddings.masked_scatter(here, visual.to(embeddings.dtype))
     hidden = model.model.language_model(
         inputs_embeds=embeddings, attention_mask=pack.mask, position_ids=pack.positions, use_cache=False
