@@ -116,7 +116,7 @@ def parse_command(name: str, command: Command, words: Sequence[str], check_files
     parsable = [_parsable(kind, taken if index == 1 else {}) for index, kind in enumerate(kinds)]
     parser = _parser(name, parsable, command.takes_method, description=command.help, epilog=epilog)
     _set_defaults(parser, from_file)
-    values = vars(parser.parse_args(_with_leading_options(kinds[0], words)))
+    values = vars(parser.parse_args(_with_leading_options(kinds[0], words, command.leading)))
     return tuple(_built(kind, values, taken if index == 1 else {}, from_file) for index, kind in enumerate(kinds))
 
 
@@ -243,8 +243,11 @@ def _method_name(words: Sequence[str], default: str = _DEFAULT_METHOD) -> str:
     return str(parser.parse_known_args(list(words))[0].method)
 
 
-def _with_leading_options(kind: type, words: Sequence[str]) -> list[str]:
-    """``NAME ...`` as ``--first_field NAME ...`` for as many leading words as there are fields without a default."""
+def _with_leading_options(kind: type, words: Sequence[str], leading: str = "") -> list[str]:
+    """``NAME ...`` as ``--first_field NAME ...`` for as many leading words as there are fields without a default; or as
+    ``--leading NAME ...``."""
+    if leading and words and not words[0].startswith("-"):
+        return [f"--{leading}", *words]
     named, left = [], list(words)
     for field in dataclasses.fields(kind):
         required = field.default is field.default_factory is dataclasses.MISSING

@@ -24,6 +24,7 @@ class Command:
             before anything heavy is imported.
         early: "module:function" that checks the files which the options name, before anything heavy is imported.
         details: "module:text" to print after the options of ``--help``.
+        leading: the list whose option name may be left out where its values come first.
     """
 
     options: str
@@ -38,6 +39,7 @@ class Command:
     names: tuple[str, ...] = ()
     early: str = ""
     details: str = ""
+    leading: str = ""
 
 
 GROUPS = ("see what it does", "choose a method and a budget", "train and evaluate", "measure speed")
@@ -110,7 +112,8 @@ COMMANDS: dict[str, Command] = {
         "draw, for each image, what was merged into what and how many tokens every layer of the tower kept",
         takes_method=True,
         group="see what it does",
-        example="show --images photo.jpg --keep_ratio 0.25",
+        example="show photo.jpg --keep_ratio 0.25 --methods tome random --html out.html",
+        leading="images",
     ),
     "train": Command(
         "mllm_crossget.training.train_options:TrainOptions",

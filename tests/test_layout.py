@@ -29,7 +29,7 @@ _HOOKS = {*_FLOOR, *(f"hooks.{room}" for room in ROOMS)}
 _FILES = {"user_files", "intervals", "option_names", "record_columns", "records"}
 _API = {*_HOOKS, "unlisted", "support", "transaction", "api", "batching", "checkpoint", "moved"}
 _USES = {*_API, *_FILES, "retrieval", "training", "benchmark", "costs", "integrations", "embedded", "visualize"}
-_USES |= {"compare"}
+_USES |= {"compare", "look"}
 # What each part may import from the package. A part that is not listed may not exist.
 ARROWS: dict[str, set[str]] = {
     "atomic_files": set(),
@@ -65,7 +65,7 @@ ARROWS: dict[str, set[str]] = {
     "checkpoint": _API,
     "retrieval": set(),
     "training": _USES - {"benchmark", "compare"},
-    **dict.fromkeys(("benchmark", "compare", "integrations", "embedded", "visualize"), _USES),
+    **dict.fromkeys(("benchmark", "compare", "integrations", "embedded", "visualize", "look"), _USES),
     "cli": {*_USES, "cli", "commands", "__init__"},
     "commands": set(),
     "__main__": {"cli"},

@@ -153,7 +153,7 @@ def _add_question_map(
 
 def _hook_output(model: Any, handle: Handle, geometry: TowerGeometry) -> None:
     """Hook the layer whose output is read, for a method that selects tokens there."""
-    encoder, path, names = _vision_encoder(model, handle.family)
+    encoder, path, names = vision_encoder(model, handle.family)
     handle.encoder_path = path
     handle.tower = hook_output(handle.journal, encoder, names, handle.method, geometry)
 
@@ -163,12 +163,12 @@ def _hook_listener(model: Any, handle: Handle, state: MergeState) -> None:
     geometry = handle.family.geometry(model.config)
     if not handle.method.needs_salience or not isinstance(geometry, TowerGeometry):
         return
-    encoder, _, names = _vision_encoder(model, handle.family)
+    encoder, _, names = vision_encoder(model, handle.family)
     layer = getattr(encoder, names.layers)[geometry.read - 1]
     state.listener = hook_listener(handle.journal, layer, names, paid=geometry.prefix > 0)
 
 
-def _vision_encoder(model: Any, family: Family) -> tuple[nn.Module, str, LayerNames]:
+def vision_encoder(model: Any, family: Family) -> tuple[nn.Module, str, LayerNames]:
     """The module that holds the vision tower's layers, the path to it, and the names inside."""
     path = family.tower or ""
     kind = tower_kind(
