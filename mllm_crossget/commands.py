@@ -135,4 +135,12 @@ COMMANDS: dict[str, Command] = {
         ),
         early="mllm_crossget.training.train_options:check_files",
     ),
+    "ui": Command(
+        "mllm_crossget.look.session:UiOptions",
+        "mllm_crossget.look.app:run",
+        "a page in the browser: ask about a picture with two settings side by side",
+        extra="ui",
+        group="see what it does",
+        example="ui --port 7860",
+    ),
 }

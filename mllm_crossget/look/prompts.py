@@ -24,10 +24,16 @@ def question_inputs(model: Any, processor: Any, picture: Image.Image, question: 
     return processor(images=[picture], text=[text], return_tensors="pt").to(model.device, model.dtype)
 
 
+def placeholders(model: Any, inputs: Any) -> int:
+    """Number of image placeholders in a prompt: visual tokens of the untouched model. 0 if the model names none."""
+    names = ("image_token_id", "image_token_index")
+    token = next((one for name in names if (one := getattr(model.config, name, None)) is not None), -1)
+    return int((inputs["input_ids"] == token).sum())
+
+
 def text_tokens(model: Any, inputs: Any) -> int:
     """Number of tokens of a prompt that are no image placeholders."""
-    image = getattr(model.config, "image_token_id", None)
-    return int((inputs["input_ids"] != image).sum())
+    return inputs["input_ids"].numel() - placeholders(model, inputs)
 
 
 def picture_seen(processor: Any, inputs: Any, picture: Image.Image) -> Image.Image:
