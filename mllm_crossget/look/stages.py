@@ -6,9 +6,10 @@ tiles is shown by its first one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,10 +21,12 @@ from mllm_crossget.geometry import TowerGeometry
 from mllm_crossget.hooks.apply import vision_encoder
 from mllm_crossget.hooks.ground.call_state import Lent
 from mllm_crossget.hooks.ground.journal import Journal
-from mllm_crossget.hooks.ground.state import Handle, LayerTrace, handle_of
+from mllm_crossget.hooks.ground.state import LayerTrace, handle_of
 from mllm_crossget.hooks.projector.groups import source_of_trace
 from mllm_crossget.hooks.tower.listening import HEARD, hook_listener
 from mllm_crossget.methods.method import Method
+
+_GRIDS = ("image_grid_thw", "image_grid_hws", "spatial_shapes", "target_sizes")  # rows and columns of patches
 
 
 @dataclass(frozen=True)
@@ -91,11 +94,11 @@ def follow(
         with ExitStack() as stack:
             tower = stack.enter_context(trace_merges(model))
             handle: Any = handle_of(model)  # trace_merges has refused a model without one
-            cells = tower if handle.merge is not None else []
-            if handle.second_merge is not None:
+            tower, cells = ([], tower) if handle.merge is not None else (tower, [])
+            if handle.merge is None and handle.merging is not None:
                 cells = stack.enter_context(trace_merges(model, tower="cells"))
             answer = answer_of(model, processor, inputs, new_tokens)
-        stages = _stages(model, handle, [] if handle.merge is not None else tower, cells, inputs)
+        stages = _stages(model, handle, _of_one_size(tower), _of_one_size(cells), inputs)
         first = (tower or cells)[0]
         return Followed(answer, tuple(stages), len(first.source), handle.method)
 
@@ -159,9 +162,11 @@ def _members(groups: Sequence[int]) -> list[frozenset[int]]:
     return [sets[group] for group in groups]
 
 
-def _stages(model: Any, handle: Handle, tower: list[LayerTrace], cells: list[LayerTrace], inputs: Any) -> list[Stage]:
+def _stages(model: Any, handle: Any, tower: list[LayerTrace], cells: list[LayerTrace], inputs: Any) -> list[Stage]:
     own = handle.family.geometry(model.config)
     read, stages = getattr(own, "read", 0), []
+    if cells:  # one entry per step; images of a second call would follow
+        cells = cells[: len(handle.merging.schedule(cells[0].source.shape[1]).removals)]
     if tower:
         prefix = getattr(own, "prefix", 0)
         patches = tower[0].source.shape[1] - prefix - handle.schedule.cross
@@ -171,10 +176,19 @@ def _stages(model: Any, handle: Handle, tower: list[LayerTrace], cells: list[Lay
     elif cells:  # the tower is untouched
         own_rows = torch.arange(cells[0].source.shape[1])
         stages += [_stage(_name(number), own_rows, inputs) for number in range(read + 1)]
-    last = _stage("language model", source_of_trace(cells)[0], inputs) if cells else None
-    if last is None:
-        last = Stage("language model", stages[-1].rows, stages[-1].columns, stages[-1].groups)
-    return [*stages, last]
+    if cells:
+        return [*stages, _stage("language model", source_of_trace(cells)[0], inputs)]
+    if getattr(own, "cells", None) is not None:  # so many tokens are left that no cells are merged
+        return [*stages, _stage("language model", torch.arange(own.placeholders), inputs)]
+    return [*stages, replace(stages[-1], name="language model")]
+
+
+def _of_one_size(trace: list[LayerTrace]) -> list[LayerTrace]:
+    """The trace. Raises ``ValueError`` where the images that the processor made of a picture differ in size."""
+    sizes = sorted({entry.source.shape[1] for entry in trace})
+    if len(sizes) > 1:
+        raise ValueError(f"the processor makes images of {sizes} tokens of this picture, which are not drawn")
+    return trace
 
 
 def _name(number: int) -> str:
@@ -190,15 +204,24 @@ def _stage(name: str, source_N: Tensor, inputs: Any) -> Stage:
 
 def _grid(count: int, inputs: Any) -> tuple[int, int]:
     """Rows and columns of so many patches or cells. Raises ``ValueError`` where they are not known."""
-    for name in ("image_grid_thw", "image_grid_hws", "spatial_shapes"):
+    for rows, columns in _proportions(inputs):
+        high = math.isqrt(count * rows // columns)
+        if high and count % high == 0 and high * columns == count // high * rows:
+            return high, count // high
+    raise ValueError(f"{count} tokens are no grid of the picture's proportions, so they cannot be drawn")
+
+
+def _proportions(inputs: Any) -> Iterator[tuple[int, int]]:
+    """Height and width of what the tower sees, as processors say it; in patches or in pixels."""
+    for name in _GRIDS:
         if inputs.get(name) is not None:
             rows, columns = inputs[name].flatten(0, -2)[0, -2:].tolist()
-            while rows * columns > count and not (rows % 2 or columns % 2):  # cells of 2 x 2 patches
-                rows, columns = rows // 2, columns // 2
-            if rows * columns == count:
-                return rows, columns
-            raise ValueError(f"{count} tokens are no grid of {rows} x {columns}, so they cannot be drawn")
-    side = round(count**0.5)
-    if side * side != count:
-        raise ValueError(f"{count} tokens are no square grid, and the processor does not say which grid they are")
-    return side, side
+            yield rows, columns
+            return
+    pixels = inputs["pixel_values"]
+    if pixels.ndim >= 4:
+        height, width = pixels.shape[-2:]
+        yield height, width
+    if inputs.get("image_sizes") is not None:  # where several pictures are padded to one size
+        height, width = torch.as_tensor(inputs["image_sizes"]).flatten(0, -2)[0].tolist()
+        yield height, width
