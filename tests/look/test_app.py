@@ -137,6 +137,32 @@ def test_hostile_uploads_get_a_sentence(page, tmp_path: Path, content: bytes, se
     shown_until(page, "#note", sentence)
 
 
+def test_two_visitors_at_the_same_time(browser, address: str) -> None:
+    """Each gets the tokens of the setting that was asked for, although both ask at once."""
+    contexts = [browser.new_context() for _ in range(2)]
+    pages = [context.new_page() for context in contexts]
+    for page, ratio in zip(pages, ("0.5", "0.25"), strict=True):
+        page.goto(address)
+        page.fill("#keep-1 input[type=number]", ratio)
+        page.locator("#keep-1 input[type=number]").press("Tab")
+    for page in pages:
+        page.click("#ask")
+    for page, tokens in zip(pages, (72, 36), strict=True):
+        shown_until(page, "#place", f"language model: {tokens} tokens")
+        assert f"{tokens} visual tokens" in page.inner_text("#figures-1")
+        assert "144 visual tokens" in page.inner_text("#figures-0")
+    for context in contexts:
+        context.close()
+
+
+def test_files_of_the_machine_are_not_given_out(page, address: str) -> None:
+    for path in (__file__, "/etc/hostname"):
+        answer = page.request.get(f"{address}/gradio_api/file={path}")
+        assert answer.status in (403, 404)
+    own = page.request.get(address)
+    assert "default-src 'self'" in own.headers["content-security-policy"]
+
+
 def test_mistakes_and_examples(page) -> None:
     page.fill("#question textarea", " ")
     page.click("#ask")
