@@ -5,7 +5,9 @@ The embedded model serves here: it needs no download, and a CPU is enough.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,10 +15,13 @@ from typing import Any, NamedTuple
 import torch
 
 from mllm_crossget.api import accelerate_mllm
-from mllm_crossget.checkpoint import load_crossget
+from mllm_crossget.checkpoint import load_crossget, save_crossget
 from mllm_crossget.config import CONFIG_NAME, ReductionConfig
 from mllm_crossget.embedded import WEIGHTS_FOLDER, held_out_questions, load_embedded
 from mllm_crossget.embedded.questions import pair_questions
+from mllm_crossget.hooks.ground.state import live_cross_tokens
+
+_BATCH = 32
 
 
 class Request(NamedTuple):
@@ -54,7 +59,7 @@ def _prompt(question: str, images: int) -> str:
 def answers_of_transformers(
     requests: Sequence[Request], config: ReductionConfig | None, folder: Path = WEIGHTS_FOLDER, new_tokens: int = 24
 ) -> list[Answer]:
-    """Answers of the model in a folder, one request at a time.
+    """Answers of the model in a folder, in batches of prompts of one length.
 
     Args:
         requests: what to answer.
@@ -67,14 +72,68 @@ def answers_of_transformers(
         load_crossget(model, folder, config=config)
     else:
         accelerate_mllm(model, config)
-    answers = []
-    for request in requests:
-        inputs = processor(images=list(request.images) or None, text=request.text, return_tensors="pt")
-        output: Any = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, return_dict_in_generate=True)
-        length = inputs["input_ids"].shape[1]
-        tokens = tuple(output.sequences[0, length:].tolist())
-        answers.append(Answer(tokens, output.past_key_values.get_seq_length() - len(tokens) + 1))
-    return answers
+    groups: dict[tuple[int, int], list[int]] = {}
+    inputs = [processor(images=list(one.images) or None, text=one.text, return_tensors="pt") for one in requests]
+    for index, one in enumerate(inputs):
+        groups.setdefault((one["input_ids"].shape[1], len(requests[index].images)), []).append(index)
+    answers: dict[int, Answer] = {}
+    for rows in groups.values():
+        for start in range(0, len(rows), _BATCH):
+            part = rows[start : start + _BATCH]
+            answers |= zip(part, _answer_equally_long(model, [inputs[row] for row in part], new_tokens), strict=True)
+    return [answers[index] for index in range(len(requests))]
+
+
+def _answer_equally_long(model: Any, inputs: list[Any], new_tokens: int) -> list[Answer]:
+    """Answers to prompts of one length, which need no padding."""
+    batch = {name: torch.cat([one[name] for one in inputs]) for name in inputs[0]}
+    output = model.generate(**batch, max_new_tokens=new_tokens, do_sample=False, return_dict_in_generate=True)
+    new = output.sequences[:, batch["input_ids"].shape[1] :]
+    read = output.past_key_values.get_seq_length() - new.shape[1] + 1
+    end = model.generation_config.eos_token_id
+    return [Answer(_up_to(row, end), read) for row in new.tolist()]
+
+
+def _up_to(tokens: list[int], end: int) -> tuple[int, ...]:
+    """Tokens up to the end mark, with it; what follows pads the row."""
+    return tuple(tokens[: tokens.index(end) + 1] if end in tokens else tokens)
+
+
+@contextmanager
+def engine(config: ReductionConfig | None, folder: Path = WEIGHTS_FOLDER, **options: Any) -> Iterator[Any]:
+    """A ``vllm.LLM`` on a CPU, in this process, for the length of a ``with`` block.
+
+    Args:
+        config: the reduction; None: the settings saved in the folder.
+        folder: the model.
+        options: further ones of ``vllm.LLM``.
+    """
+    from vllm import LLM
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    overrides = {} if config is None else {"hf_overrides": {"crossget": config.to_dict()}}
+    chosen = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512, "limit_mm_per_prompt": {"image": 2}}
+    llm = LLM(model=str(folder), distributed_executor_backend="uni", **{**chosen, **overrides, **options})
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        cleanup_dist_env_and_memory()
+
+
+def with_cross_tokens(folder: Path, config: ReductionConfig, spread: float) -> Path:
+    """A copy of the embedded model with random learned cross tokens of this standard deviation. Returns ``folder``."""
+    shutil.copytree(WEIGHTS_FOLDER, folder, dirs_exist_ok=True)
+    model, _ = load_embedded()
+    accelerate_mllm(model, config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for _, module in sorted(live_cross_tokens(model).items()):
+            for parameter in module.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * spread)
+    save_crossget(model, folder)
+    return folder
 
 
 def answers_of_vllm(llm: Any, requests: Sequence[Request], new_tokens: int = 24) -> list[Answer]:

@@ -30,7 +30,9 @@ def write_first(language_model: Any, vectors: Tensor, columns: Columns) -> None:
     layers = language_model.layers
     width = language_model.config.hidden_size
     if vectors.shape != (len(layers), width):
-        raise ValueError(f"text.cross has shape {tuple(vectors.shape)}, the language model needs {(len(layers), width)}")
+        raise ValueError(
+            f"text.cross has shape {tuple(vectors.shape)}, the language model needs {(len(layers), width)}"
+        )
     for index, layer in enumerate(layers):
         layer.register_forward_pre_hook(_hook(vectors[index], columns), with_kwargs=True)
 

@@ -30,7 +30,7 @@ from mllm_crossget.integrations.vllm.settings import KEY, schedule_of
 from mllm_crossget.integrations.vllm.sized_attention import weigh_sizes
 from mllm_crossget.integrations.vllm.weights import may_be_missing, served_names
 from mllm_crossget.methods.method import Method, checked_method
-from mllm_crossget.vision_half import accelerate_vision
+from mllm_crossget.vision_half import VisionHalf, accelerate_vision
 
 _stock = LlavaForConditionalGeneration._processor_factory
 
@@ -77,10 +77,12 @@ class CrossGetLlava(LlavaForConditionalGeneration, SupportsMRoPE):
         self.method, self.source = _method_of(config), vllm_config.model_config
         self.keeps_positions, self.has_sizes = needs_positions(self.method), needs_sizes(self.method)
         if self.keeps_positions != vllm_config.model_config.uses_mrope:
-            raise ValueError("the front end of mllm_crossget has not seen this configuration; start vLLM with the plug-in")
+            raise ValueError(
+                "the front end of mllm_crossget has not seen this configuration; start vLLM with the plug-in"
+            )
         self.image_tokens = schedule_of(self.method, config).placeholders
         self.columns = Columns(vllm_config.scheduler_config.max_num_batched_tokens)
-        self.half = None
+        self.half: VisionHalf | None = None
         if vllm_config.model_config.get_multimodal_config().get_limit_per_prompt("image") > 0:
             half = accelerate_vision(config, self.method, projector=self.multi_modal_projector)
             self.__dict__["half"], self.vision_tower = half, half.tower  # its meta modules are none of the model's
@@ -94,6 +96,8 @@ class CrossGetLlava(LlavaForConditionalGeneration, SupportsMRoPE):
             return []
         if pixels["type"] != "pixel_values":
             raise ValueError("features that were computed elsewhere cannot be served with mllm_crossget: send pixels")
+        if self.half is None:
+            raise RuntimeError("this engine was started without images (limit_mm_per_prompt), but got one")
         images = self.half.encode(pixel_values=pixels["pixel_values"].to(self.vision_tower.dtype))
         return [with_channels(image) if self._has_channels else image.features for image in images]
 

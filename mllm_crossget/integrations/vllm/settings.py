@@ -113,6 +113,6 @@ def version_problem(version: str) -> str | None:
     if version.partition("+")[0] in TESTED_VERSIONS:
         return None
     return (
-        f"mllm_crossget was tested with vLLM {', '.join(TESTED_VERSIONS)}, this is {version}: compare some answers with "
-        "transformers before you rely on it"
+        f"mllm_crossget was tested with vLLM {', '.join(TESTED_VERSIONS)}, this is {version}: compare some answers "
+        "with transformers before you rely on it"
     )
