@@ -94,6 +94,7 @@ ARMS = {
 
 
 def main() -> None:
+    """Run the arms, and write down each when it is done."""
     (options,) = HfArgumentParser(Options).parse_args_into_dataclasses()
     torch.set_num_threads(1)
     requests = embedded_requests(options.one, options.two, options.none)

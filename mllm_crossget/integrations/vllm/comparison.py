@@ -46,13 +46,14 @@ def embedded_requests(one: int, two: int, none: int) -> list[Request]:
         one, two, none: number of each.
     """
     pictures = [Request(_prompt(question.text, 1), (question.image,)) for question in held_out_questions(limit=one)]
-    pairs = [Request(_prompt(f"{question.text}", 2), tuple(question.images)) for question in pair_questions(two)]
+    pairs = [Request(_prompt(question.text, 2), tuple(question.images)) for question in pair_questions(two)]
     words = [Request(_prompt(question.text, 0), ()) for question in held_out_questions(limit=none)]
     return pictures[:one] + pairs + words[:none]
 
 
 def _prompt(question: str, images: int) -> str:
-    return f"USER: {'<image>' * images}\n{question} ASSISTANT:"
+    """As the model's chat template writes it, so that the chat endpoint gets the same prompt."""
+    return "USER: " + "<image>\n" * images + f"{question} ASSISTANT:"
 
 
 @torch.inference_mode()

@@ -13,7 +13,7 @@ from torch import Tensor
 from mllm_crossget.integrations.vllm.columns import Columns
 
 _HIDDEN = 1
-"""vLLM's decoder layers are called with positions, hidden states and residual; the stream is the sum of the last two."""
+"""vLLM calls decoder layers with positions, hidden states and residual; the stream is the sum of the last two."""
 
 
 def write_first(language_model: Any, vectors: Tensor, columns: Columns) -> None:

@@ -89,8 +89,11 @@ def server_command(model: str, method: Method | None, words: Sequence[str]) -> t
 def _changed_fields(method: Method) -> dict[str, Any]:
     """The method's name and the fields that differ from their defaults."""
     defaults = {field.name: field.default for field in dataclasses.fields(method)}
-    values = {name: value for name, value in vars(method).items() if name in defaults and value != defaults[name]}
-    return {"method": method.method, **values}
+    given = method.to_dict()
+    return {
+        "method": given["method"],
+        **{name: given[name] for name in defaults.keys() & given if given[name] != defaults[name]},
+    }
 
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
