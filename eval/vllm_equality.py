@@ -1,6 +1,7 @@
 """Does vLLM with the plug-in give the answers of transformers? Token by token, greedy, on the embedded model.
 
     PYTHON eval/vllm_equality.py          # PYTHON: of an environment with vLLM, see `make vllm`
+    PYTHON eval/vllm_equality.py --url http://localhost:8000/v1
 
 Every arm is one engine. It answers all requests, then again from its prefix cache. ``eval/results/vllm.json`` has one
 entry per arm: equal answers of all, by number of pictures; tokens of the prompts; and, as a control, how many answers
@@ -39,6 +40,7 @@ from mllm_crossget.integrations.vllm.comparison import (
     Request,
     answers_of_transformers,
     answers_of_vllm,
+    answers_over_http,
     embedded_requests,
     engine,
     equal,
@@ -53,6 +55,7 @@ class Options:
     one: int = field(default=140, metadata={"help": "questions about one picture"})
     two: int = field(default=50, metadata={"help": "questions about two pictures"})
     none: int = field(default=10, metadata={"help": "questions without a picture"})
+    url: str = field(default="", metadata={"help": "of a server with keep_ratio=0.25 to ask instead of own engines"})
     arms: list[str] = field(default_factory=list, metadata={"help": "names of arms; all by default"})
     output: str = field(default="eval/results/vllm.json", metadata={"help": "file of the results"})
 
@@ -75,6 +78,8 @@ class Arm:
 
 
 _CUT = {"max_num_batched_tokens": 64, "block_size": 32}  # pictures of 72 tokens are cut in the prefill
+_SERVED = "default 0.25, over HTTP"
+_RANKS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
 ARMS = {
     "untouched": Arm(CrossGetConfig(keep_ratio=1.0)),
     "default 0.5": Arm(CrossGetConfig(keep_ratio=0.5)),
@@ -82,8 +87,11 @@ ARMS = {
     "default 0.125": Arm(CrossGetConfig(keep_ratio=0.125)),
     "default 0.5, pictures cut": Arm(CrossGetConfig(keep_ratio=0.5), _CUT),
     "default 0.5, blocks of 32": Arm(CrossGetConfig(keep_ratio=0.5), {"block_size": 32}),
+    "default 0.25, compiled": Arm(CrossGetConfig(keep_ratio=0.25), {"enforce_eager": False}),
+    "default 0.25, two ranks": Arm(CrossGetConfig(keep_ratio=0.25), _RANKS),
     "default 0.25, cross tokens": Arm(CrossGetConfig(keep_ratio=0.25), {"block_size": 32}, 0.7, controlled=True),
     "without sizes 0.25": Arm(CrossGetConfig(keep_ratio=0.25, size_bias=False)),
+    _SERVED: Arm(CrossGetConfig(keep_ratio=0.25)),
     "contiguous 0.25": Arm(CrossGetConfig(keep_ratio=0.25, positions="contiguous")),
     "published 0.5": Arm(CrossGetConfig.published(keep_ratio=0.5)),
     "published 0.25": Arm(CrossGetConfig.published(keep_ratio=0.25)),
@@ -100,8 +108,10 @@ def main() -> None:
     requests = embedded_requests(options.one, options.two, options.none)
     path = Path(options.output)
     results = json.loads(path.read_text()) if path.exists() else {}
-    for name in options.arms or ARMS:
-        results[name] = {**measured(ARMS[name], requests), "settings": ARMS[name].config.to_dict()}
+    for name in [_SERVED] if options.url else options.arms or [name for name in ARMS if name != _SERVED]:
+        arm = ARMS[name]
+        results[name] = asked(arm, requests, options.url) if options.url else measured(arm, requests)
+        results[name]["settings"] = arm.config.to_dict()
         print(name, json.dumps(results[name]), flush=True)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(results, indent=1) + "\n")
@@ -121,6 +131,17 @@ def measured(arm: Arm, requests: list[Request]) -> dict[str, Any]:
                 controls["equal with " + json.dumps(change)] = equal(wanted, other)
         if arm.cross and arm.controlled:
             controls["equal without cross tokens"] = equal(wanted, answers_of_transformers(requests, arm.config))
+    return {**counted(requests, wanted, first, again), "engine": asdict(arm)["engine"], "controls": controls}
+
+
+def asked(arm: Arm, requests: list[Request], url: str) -> dict[str, Any]:
+    """A running server, eight requests at a time, twice."""
+    wanted = answers_of_transformers(requests, arm.config)
+    return counted(requests, wanted, *(answers_over_http(url, requests) for _ in range(2)))
+
+
+def counted(requests: list[Request], wanted: list[Answer], first: list[Answer], again: list[Answer]) -> dict[str, Any]:
+    """What is reported of an arm's answers."""
     return {
         "requests": len(requests),
         "equal": equal(wanted, first),
@@ -128,8 +149,6 @@ def measured(arm: Arm, requests: list[Request]) -> dict[str, Any]:
         "equal by pictures": {str(n): _share(requests, wanted, first, n) for n in (0, 1, 2)},
         "prompts of equal length": sum(a.prompt_tokens == b.prompt_tokens for a, b in zip(wanted, first, strict=True)),
         "mean tokens of prompts with one picture": _mean(requests, first),
-        "engine": asdict(arm)["engine"],
-        "controls": controls,
     }
 
 

