@@ -51,9 +51,11 @@ class Columns(nn.Module):
         places: (tokens,) int64 place in the image; 0 for text.
         log_sizes: (tokens,) float32 log token size; 0 for text.
         first: (tokens,) float32 1 for the first token of a prompt, else 0.
+        positions: (tokens,) int64 position in the full prompt.
     """
 
     places: Tensor
+    positions: Tensor
     log_sizes: Tensor
     first: Tensor
 
@@ -62,6 +64,7 @@ class Columns(nn.Module):
         self.register_buffer("places", torch.zeros(tokens, dtype=torch.int64), persistent=False)
         self.register_buffer("log_sizes", torch.zeros(tokens, dtype=torch.float32), persistent=False)
         self.register_buffer("first", torch.zeros(tokens, dtype=torch.float32), persistent=False)
+        self.register_buffer("positions", torch.zeros(tokens, dtype=torch.int64), persistent=False)
 
     def fill(self, images: Sequence[ImageFeatures], is_image: Tensor | None) -> None:
         """Write down the image tokens of a step.
@@ -80,6 +83,12 @@ class Columns(nn.Module):
     def note_first(self, index: Tensor) -> None:
         """Write down which tokens are the first of their prompt. ``index``: (N,) index of each in its sequence."""
         self.first[: len(index)] = (index == 0).float()
+
+    def placed(self, base: Tensor) -> Tensor:
+        """(N,) positions in the full prompt, at an address that stays. ``base``: (N,) the first row of positions."""
+        positions = self.positions[: len(base)]
+        positions.copy_(base + self.places[: len(base)])
+        return positions
 
 
 def base_positions(tokens: int, images: Sequence[tuple[int, int]], full: int) -> tuple[Tensor, int]:

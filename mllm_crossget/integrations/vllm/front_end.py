@@ -61,6 +61,12 @@ class FrontEnd:
         method = settings_of(hf_config, "")
         if method is None or not (needs_positions(method) or needs_sizes(method)):
             return
+        _refuse_small_cache(vllm_config, method)
+        if getattr(vllm_config.parallel_config, "use_ubatching", False):
+            raise ValueError(
+                "with --enable-dbo or --ubatch-size a step is cut into parts, and token sizes and positions of image tokens are those of "
+                f"the whole step; leave them out, or add {_WITHOUT_SIZES_AND_GAPS} to the settings"
+            )
         if vllm_config.parallel_config.pipeline_parallel_size > 1:
             raise ValueError(
                 "with pipeline parallelism, token sizes and positions of image tokens reach only the first stage; add "
@@ -93,6 +99,16 @@ def version_of_vllm() -> str:
         except importlib.metadata.PackageNotFoundError:
             continue
     return "unknown"
+
+
+def _refuse_small_cache(vllm_config: Any, method: Method) -> None:
+    """Raise ``ValueError`` for a KV cache in 8 bits or fewer, if keys hold token sizes."""
+    dtype = str(vllm_config.cache_config.cache_dtype)
+    if needs_sizes(method) and dtype != "auto" and not dtype.startswith(("float", "bfloat", "half")):
+        raise ValueError(
+            f'kv_cache_dtype={dtype} would round the token sizes that keys hold; use "auto", or add "size_bias": false '
+            "to the settings: a token that stands for n others then counts once in the language model"
+        )
 
 
 def _check_longest(vllm_config: Any, method: Method) -> None:

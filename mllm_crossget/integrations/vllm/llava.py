@@ -7,6 +7,7 @@ smaller. Nothing of vLLM is replaced: the class is a subclass, and a model witho
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,10 @@ class ReducedInfo(LlavaProcessingInfo):
     def get_num_image_tokens(self, *, image_width: int, image_height: int) -> int:
         """Tokens of an image of any size: the processor makes all images equal."""
         del image_width, image_height
+        return self._features
+
+    @cached_property
+    def _features(self) -> int:
         hf_config: Any = self.ctx.model_config.hf_config
         return schedule_of(_method_of(hf_config), hf_config).features
 
@@ -86,7 +91,7 @@ class CrossGetLlava(LlavaForConditionalGeneration, SupportsMRoPE):
         if vllm_config.model_config.get_multimodal_config().get_limit_per_prompt("image") > 0:
             half = accelerate_vision(config, self.method, projector=self.multi_modal_projector)
             self.__dict__["half"], self.vision_tower = half, half.tower  # its meta modules are none of the model's
-        if self.has_sizes:
+        if self.has_sizes and self.half is not None:
             weigh_sizes(self.language_model.model.layers, vllm_config, self.columns)
 
     def embed_multimodal(self, **kwargs: object) -> Any:
@@ -135,7 +140,7 @@ class CrossGetLlava(LlavaForConditionalGeneration, SupportsMRoPE):
         """One step of the language model."""
         self.columns.note_first(positions[1] if self.keeps_positions else positions)
         if self.keeps_positions:
-            positions = positions[0] + self.columns.places[: positions.shape[1]]
+            positions = self.columns.placed(positions[0])
         return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:

@@ -5,11 +5,12 @@ Settings are per engine: vLLM expands the prompt in another process than the enc
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 
 from mllm_crossget import methods as _registered_methods  # noqa: F401 - registers them
 from mllm_crossget.config import CONFIG_NAME, ReductionConfig, find_file
@@ -57,7 +58,12 @@ def _in_folder(name_or_path: str, revision: str | None) -> Method | None:
         return checked_method(ReductionConfig.from_pretrained(folder)) if (folder / CONFIG_NAME).is_file() else None
     try:
         path = find_file(name_or_path, CONFIG_NAME, revision=revision)
-    except EntryNotFoundError:  # also where the hub cannot be reached and the file is not in its cache
+    except (EntryNotFoundError, HFValidationError):  # no such file; or no repository of the hub, but a bucket's address
+        return None
+    except OSError as error:
+        warnings.warn(
+            f"{name_or_path} is served untouched, as {CONFIG_NAME} cannot be looked for: {error}", stacklevel=4
+        )
         return None
     return checked_method(ReductionConfig.from_pretrained(path.parent))
 

@@ -22,7 +22,7 @@ def weigh_sizes(layers: Any, vllm_config: Any, columns: Columns) -> int:
     """Replace the attention of decoder layers, in place. Returns channels of a head in the KV cache.
 
     Args:
-        layers: of vLLM's language model; those of other pipeline stages are skipped.
+        layers: of vLLM's language model.
         vllm_config: the engine's configuration.
         columns: where the log token sizes of a step are.
 
@@ -32,17 +32,12 @@ def weigh_sizes(layers: Any, vllm_config: Any, columns: Columns) -> int:
     width = 0
     context = vllm_config.compilation_config.static_forward_context
     for layer in layers:
-        inside = getattr(layer, "self_attn", None)
-        if inside is None:
-            continue
-        old = inside.attn
+        old: Any = getattr(getattr(layer, "self_attn", None), "attn", None)
         if type(old) is not Attention:
             raise ValueError(_refusal(f"the language model's attention is a {type(old).__name__}"))
-        if getattr(vllm_config.cache_config, "cache_dtype", "auto").startswith(("fp8", "nvfp4")):
-            raise ValueError(_refusal("a KV cache in 8 bits or fewer would round the sizes"))
         width = wider_head(old)
         del context[old.layer_name]
-        inside.attn = SizedAttention(old, width, vllm_config, columns)
+        layer.self_attn.attn = SizedAttention(old, width, vllm_config, columns)
     return width
 
 

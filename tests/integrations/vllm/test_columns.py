@@ -55,7 +55,9 @@ def test_positions_are_those_of_the_compaction(prompt: str) -> None:
     positions, shift = base_positions(len(kept), [(start, 3) for start in starts], full=7)
     columns = Columns(32)
     columns.fill(images, is_image)
-    assert torch.equal(positions[0] + columns.places[: len(kept)], plan.places[0])
+    placed = columns.placed(positions[0])
+    assert torch.equal(placed, plan.places[0])
+    assert placed.data_ptr() == columns.positions.data_ptr()  # graphs that are replayed read that address
     assert torch.equal(positions[1], torch.arange(len(kept)))
     assert shift == full.shape[1] - len(kept)
     torch.testing.assert_close(columns.log_sizes[: len(kept)], plan.log_sizes[0])

@@ -31,8 +31,12 @@ def vllm_config(hf_config: Any, model: str = "", images: int = 2, **changes: Any
     model_config = SimpleNamespace(
         hf_config=hf_config, model=model, revision=None, multimodal_config=limits, max_model_len=512
     )
-    parallel = SimpleNamespace(pipeline_parallel_size=1)
-    made = {"model_config": model_config, "parallel_config": parallel, "speculative_config": None}
+    made = {
+        "model_config": model_config,
+        "parallel_config": SimpleNamespace(pipeline_parallel_size=1, use_ubatching=False),
+        "cache_config": SimpleNamespace(cache_dtype="auto"),
+        "speculative_config": None,
+    }
     return SimpleNamespace(**{**made, **changes})
 
 
@@ -52,6 +56,11 @@ def test_a_saved_folder_is_served_as_saved_and_overrides_come_first(tmp_path) ->
     save_crossget(accelerate_mllm(load_embedded()[0], keep_ratio=0.25), tmp_path)
     assert settings_of(CONFIG, str(tmp_path)) == CrossGetConfig(keep_ratio=0.25)
     assert settings_of(config_with({"keep_ratio": 0.5}), str(tmp_path)) == CrossGetConfig(keep_ratio=0.5)
+
+
+@pytest.mark.parametrize("model", ["s3://bucket/model", "nobody/has-this"])
+def test_a_model_that_is_neither_a_folder_nor_in_the_cache_is_left_alone(model: str) -> None:
+    assert settings_of(CONFIG, model) is None
 
 
 def test_a_model_without_settings_is_left_alone() -> None:
@@ -108,7 +117,9 @@ def test_positions_without_gaps_need_no_rows_of_positions() -> None:
     ("changes", "reason"),
     [
         ({"parallel_config": SimpleNamespace(pipeline_parallel_size=2)}, "pipeline parallelism"),
+        ({"parallel_config": SimpleNamespace(use_ubatching=True)}, "enable-dbo"),
         ({"speculative_config": object()}, "speculative decoding"),
+        ({"cache_config": SimpleNamespace(cache_dtype="fp8")}, "would round the token sizes"),
         ({"images": 999}, "limit the images of a prompt"),
     ],
 )
