@@ -64,8 +64,8 @@ class FrontEnd:
         _refuse_small_cache(vllm_config, method)
         if getattr(vllm_config.parallel_config, "use_ubatching", False):
             raise ValueError(
-                "with --enable-dbo or --ubatch-size a step is cut into parts, and token sizes and positions of image tokens are those of "
-                f"the whole step; leave them out, or add {_WITHOUT_SIZES_AND_GAPS} to the settings"
+                "with --enable-dbo or --ubatch-size a step is cut into parts, and token sizes and positions of image "
+                f"tokens are those of the whole step; leave them out, or add {_WITHOUT_SIZES_AND_GAPS} to the settings"
             )
         if vllm_config.parallel_config.pipeline_parallel_size > 1:
             raise ValueError(
