@@ -119,7 +119,8 @@ def engine(config: ReductionConfig | None, folder: Path = WEIGHTS_FOLDER, **opti
 
     overrides = {} if config is None else {"hf_overrides": {"crossget": config.to_dict()}}
     chosen = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512, "limit_mm_per_prompt": {"image": 2}}
-    llm = LLM(model=str(folder), distributed_executor_backend="uni", **{**chosen, **overrides, **options})
+    chosen["distributed_executor_backend"] = "uni"
+    llm = LLM(model=str(folder), **{**chosen, **overrides, **options})
     try:
         yield llm
     finally:
