@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mllm_crossget.retrieval import retrieval_ranks, retrieval_recall
     from mllm_crossget.schedule import ramp
     from mllm_crossget.support import unsupported_reason
+    from mllm_crossget.vision_half import accelerate_vision
 
 # Loaded on first use: importing torch and transformers takes seconds, which a mistyped command need not wait for.
 _PLACES = {
@@ -27,6 +28,7 @@ _PLACES = {
     "ToMeConfig": "methods",
     "VisionCache": "hooks.ground.vision_cache",
     "accelerate_mllm": "api",
+    "accelerate_vision": "vision_half",
     "accelerated": "api",
     "calibrate": "hooks.model.thresholds",
     "compact_lengths": "batching",
@@ -73,6 +75,7 @@ __all__ = [
     "ToMeConfig",
     "VisionCache",
     "accelerate_mllm",
+    "accelerate_vision",
     "accelerated",
     "calibrate",
     "compact_lengths",

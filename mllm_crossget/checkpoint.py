@@ -100,19 +100,19 @@ def load_crossget(
     check_type("config", config, ReductionConfig | None)
     folder = Path(name_or_path).expanduser()
     name_or_path = folder if folder.is_dir() else name_or_path
-    chosen, tensors, path = _read_saved(name_or_path, config, hub_kwargs)
+    chosen, tensors, path = read_saved(name_or_path, config, hub_kwargs)
     new = _adapter_of(model, name_or_path, hub_kwargs) if adapter else None
     with changing(model, "load_crossget"):
         take_off_adapter(model)
         accelerate_mllm(model, chosen)
         if chosen.has_learned_parts and not chosen.is_identity:
-            _put_tokens(model, tensors, path)
+            put_tokens(model, tensors, path)
         if new is not None:
             _put_adapter(model, new, hub_kwargs)
     return model
 
 
-def _read_saved(
+def read_saved(
     name_or_path: str | Path, config: ReductionConfig | None, hub_kwargs: dict[str, Any]
 ) -> tuple[ReductionConfig, dict[str, Tensor], Path]:
     """Settings and learned tokens that were saved together; no tokens if there is no file of them.
@@ -178,7 +178,7 @@ def load_official_cross_tokens(model: Model, path: str | Path, config: Reduction
     tensors = split_official_state_dict(state)[1]
     with changing(model, "load_official_cross_tokens"):
         accelerate_mllm(model, chosen)
-        _put_tokens(model, tensors, file)
+        put_tokens(model, tensors, file)
     return model
 
 
@@ -308,7 +308,7 @@ def _check_report(report: Any, folder: str) -> None:
             )
 
 
-def _put_tokens(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+def put_tokens(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write learned tokens into an accelerated model; all are checked before the first is written."""
     learned = _learned(model)
     tensors = _without_parked(model, learned, tensors)

@@ -95,6 +95,9 @@ def parse_command(name: str, command: Command, words: Sequence[str], check_files
         SystemExit: ``--help``, or arguments that the parser does not know.
     """
     words, from_file = _read_file(words) if command.takes_file else (list(words), {})
+    rest: list[str] = []
+    if command.takes_rest and "--" in words:
+        words, rest = words[: words.index("--")], words[words.index("--") + 1 :]
     _refuse_repeated(words)
     early = not {"-h", "--help"} & set(words)
     if early and command.names:
@@ -117,7 +120,10 @@ def parse_command(name: str, command: Command, words: Sequence[str], check_files
     parser = _parser(name, parsable, command.takes_method, description=command.help, epilog=epilog)
     _set_defaults(parser, from_file)
     values = vars(parser.parse_args(_with_leading_options(kinds[0], words, command.leading)))
-    return tuple(_built(kind, values, taken if index == 1 else {}, from_file) for index, kind in enumerate(kinds))
+    built = tuple(_built(kind, values, taken if index == 1 else {}, from_file) for index, kind in enumerate(kinds))
+    if not command.takes_rest:
+        return built
+    return (built[0], built[1] if _names_any({"method", *_fields(kinds[1])}, words) else None, rest)
 
 
 def _parser(name: str, kinds: Sequence[Any], takes_method: bool, **texts: str) -> argparse.ArgumentParser:
@@ -172,6 +178,15 @@ def _told_early(name: str, kinds: Sequence[type], words: Sequence[str], from_fil
         fields = [field for field in dataclasses.fields(kind) if field.name not in _SHARED]
         built.append(_built(kind, {field.name: values[field.name] for field in fields}, {}, from_file))
     return built[0]
+
+
+def _fields(kind: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(kind)}
+
+
+def _names_any(options: set[str], words: Sequence[str]) -> bool:
+    """Whether one of the options is among the words, in either spelling."""
+    return any(word[2:].partition("=")[0].replace("-", "_") in options for word in words if word.startswith("--"))
 
 
 def _taken_twice(kinds: Sequence[type]) -> dict[str, str]:

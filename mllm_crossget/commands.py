@@ -25,6 +25,8 @@ class Command:
         early: "module:function" that checks the files which the options name, before anything heavy is imported.
         details: "module:text" to print after the options of ``--help``.
         leading: the list whose option name may be left out where its values come first.
+        takes_rest: whether all words behind ``--`` are for another program; the function's last argument. The method is
+            then None if no option of it is given.
     """
 
     options: str
@@ -40,9 +42,10 @@ class Command:
     early: str = ""
     details: str = ""
     leading: str = ""
+    takes_rest: bool = False
 
 
-GROUPS = ("see what it does", "choose a method and a budget", "train and evaluate", "measure speed")
+GROUPS = ("see what it does", "choose a method and a budget", "train and evaluate", "serve", "measure speed")
 COMMANDS: dict[str, Command] = {
     "bench": Command(
         "mllm_crossget.benchmark.speed:BenchOptions",
@@ -105,6 +108,15 @@ COMMANDS: dict[str, Command] = {
         takes_method=True,
         group="choose a method and a budget",
         example="inspect llava-1.5-7b --keep_ratio 0.25",
+    ),
+    "serve": Command(
+        "mllm_crossget.integrations.vllm.serve:ServeOptions",
+        "mllm_crossget.integrations.vllm.serve:serve",
+        "start vLLM's server with fewer image tokens; what is behind -- goes to vllm serve",
+        takes_method=True,
+        takes_rest=True,
+        group="serve",
+        example="serve llava-hf/llava-1.5-7b-hf --keep_ratio 0.25 -- --port 8000",
     ),
     "show": Command(
         "mllm_crossget.embedded.show:ShowOptions",

@@ -19,6 +19,7 @@ from typing import Any
 
 from easy_vqa_table import easy_vqa_table
 from rivals_table import rivals_table
+from serving_tables import capacity_table, equality_table
 from speed_tables import (
     compiled_line,
     frozen_table,
@@ -218,6 +219,7 @@ TABLES = {
     "recovery": (recovery_table, "recovery/summary.json"),
     "rivals": (rivals_table, "rivals/runs.jsonl"),
     "easy_vqa": (easy_vqa_table, "easy_vqa/summary.json"),
+    "vllm_equality": (equality_table, "vllm.json"),
 }
 
 
@@ -230,7 +232,7 @@ def read(path: Path) -> Any:
 def all_tables() -> dict[str, str]:
     """Every table by its name; a table without its file is an error."""
     made = {name: make(read(RESULTS / file)) for name, (make, file) in TABLES.items()}
-    return {**made, "families": markdown_tables()}
+    return {**made, "families": markdown_tables(), "kv_capacity": capacity_table()}
 
 
 def rendered(text: str, tables: dict[str, str]) -> tuple[str, list[str]]:

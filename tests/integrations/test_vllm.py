@@ -1,0 +1,158 @@
+"""vLLM with the plug-in gives the answers of transformers, token by token. Skipped where vLLM is not installed.
+
+``make vllm`` makes an environment and runs this file. All engines run in this process, on a CPU, one after the other.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+if importlib.util.find_spec("vllm") is None:
+    pytest.skip("vLLM is not installed: make vllm", allow_module_level=True)
+
+# Read when vLLM is imported. One process without Numba: vLLM's CPU platform cannot start again where it is loaded.
+os.environ |= {
+    "MLLM_CROSSGET_FUSED_MATCHING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_TARGET_DEVICE": "cpu",
+}
+
+from safetensors.torch import load_file, save_file
+from transformers import SiglipVisionConfig
+
+from mllm_crossget import CrossGetConfig, ToMeConfig
+from mllm_crossget.config import ReductionConfig
+from mllm_crossget.embedded import WEIGHTS_FOLDER, load_embedded
+from mllm_crossget.integrations.vllm.comparison import (
+    Request,
+    answers_of_transformers,
+    answers_of_vllm,
+    embedded_requests,
+    engine,
+    with_cross_tokens,
+)
+from tests.helpers.tiny import tiny_llava
+
+pytestmark = [pytest.mark.timeout(600), pytest.mark.filterwarnings("default")]
+REQUESTS = embedded_requests(one=12, two=6, none=2)
+CUT = {"max_num_batched_tokens": 64, "block_size": 32}
+"""72 tokens of a picture are cut in the prefill; prompts fill whole blocks, which the prefix cache can keep."""
+
+
+def compared(
+    config: ReductionConfig | None, folder: Path = WEIGHTS_FOLDER, requests: list[Request] = REQUESTS, **options
+):
+    """Answers of transformers, of vLLM, and of vLLM once more."""
+    wanted = answers_of_transformers(requests, config, folder)
+    with engine(config, folder, **options) as llm:
+        return wanted, answers_of_vllm(llm, requests), answers_of_vllm(llm, requests)
+
+
+@pytest.mark.parametrize(
+    ("config", "tokens"),
+    [
+        (CrossGetConfig(keep_ratio=1.0), 144),
+        (CrossGetConfig(keep_ratio=0.5), 72),
+        (CrossGetConfig(keep_ratio=0.125), 18),
+        (CrossGetConfig.published(keep_ratio=0.5), 72),
+        (ToMeConfig(keep_ratio=0.25), 36),
+    ],
+    ids=["untouched", "default 0.5", "default 0.125", "published 0.5", "tome 0.25"],
+)
+def test_answers_are_those_of_transformers(config: ReductionConfig, tokens: int) -> None:
+    wanted, first, again = compared(config)
+    assert first == wanted
+    assert again == wanted
+    words = answers_of_vllm_lengths(REQUESTS)
+    assert [one.prompt_tokens for one in first] == [
+        count + tokens * len(request.images) for count, request in zip(words, REQUESTS, strict=True)
+    ]
+
+
+def answers_of_vllm_lengths(requests: list[Request]) -> list[int]:
+    """Tokens of the prompts without their images."""
+    _, processor = load_embedded()
+    return [len(processor.tokenizer(one.text.replace("<image>", ""))["input_ids"]) for one in requests]
+
+
+def test_sizes_and_positions_decide_answers_so_that_equality_says_something() -> None:
+    config = CrossGetConfig(keep_ratio=0.25)
+    wanted, first, _ = compared(config)
+    assert first == wanted
+    for change in ({"size_bias": False}, {"positions": "contiguous"}):
+        assert answers_of_transformers(REQUESTS, replace(config, **change)) != wanted
+
+
+def test_pictures_cut_by_the_prefill_and_prompts_of_the_prefix_cache() -> None:
+    wanted = answers_of_transformers(REQUESTS, CrossGetConfig(keep_ratio=0.5))
+    with engine(CrossGetConfig(keep_ratio=0.5), **CUT) as llm:
+        assert answers_of_vllm(llm, REQUESTS) == wanted
+        assert answers_of_vllm(llm, REQUESTS) == wanted
+        output = llm.generate({"prompt": REQUESTS[0].text, "multi_modal_data": {"image": list(REQUESTS[0].images)}})
+        assert output[0].num_cached_tokens >= 64
+
+
+def test_a_saved_folder_is_served_as_it_is_with_its_cross_tokens(tmp_path: Path) -> None:
+    config = CrossGetConfig(keep_ratio=0.25)
+    folder = with_cross_tokens(tmp_path, config, spread=0.7)
+    wanted, first, again = compared(None, folder, block_size=32)
+    assert first == wanted
+    assert again == wanted
+    assert answers_of_transformers(REQUESTS, config) != wanted  # without them
+
+
+def test_a_siglip_tower(tmp_path: Path) -> None:
+    shutil.copytree(WEIGHTS_FOLDER, tmp_path, dirs_exist_ok=True)
+    model, _ = load_embedded()
+    config = model.config
+    siglip = tiny_llava(tower="siglip", layers=4, image_size=96, patch_size=8, width=128)
+    config.vision_config, config.vision_feature_select_strategy = siglip.config.vision_config, "full"
+    assert isinstance(config.vision_config, SiglipVisionConfig)
+    config.vision_feature_layer = -1
+    other = type(model)(config)
+    other.load_state_dict(
+        {name: value for name, value in model.state_dict().items() if "vision_tower" not in name}, strict=False
+    )
+    other.model.vision_tower.load_state_dict(siglip.model.vision_tower.state_dict())
+    with torch.no_grad():
+        other.model.multi_modal_projector.linear_2.weight.mul_(3)
+    other.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "processor_config.json").read_text())
+    settings |= {"vision_feature_select_strategy": "full", "num_additional_image_tokens": 0}
+    (tmp_path / "processor_config.json").write_text(json.dumps(settings))
+    wanted, first, _ = compared(CrossGetConfig(keep_ratio=0.25), tmp_path)
+    assert first == wanted
+    assert len({one.tokens for one in wanted}) > 3
+
+
+def test_a_model_without_settings_is_vllms_own(tmp_path: Path) -> None:
+    from vllm.model_executor.models.llava import LlavaForConditionalGeneration
+
+    shutil.copytree(WEIGHTS_FOLDER, tmp_path, dirs_exist_ok=True)
+    weights = load_file(tmp_path / "model.safetensors")  # vLLM's own class knows the tower's older names alone
+    named = {
+        re.sub("vision_tower.(?!vision_model)", "vision_tower.vision_model.", name): weights[name] for name in weights
+    }
+    save_file(named, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with engine(None, tmp_path) as llm:
+        kinds = llm.apply_model(type)
+        answers = answers_of_vllm(llm, REQUESTS)
+    assert kinds == [LlavaForConditionalGeneration]
+    assert answers == answers_of_transformers(REQUESTS, CrossGetConfig(keep_ratio=1.0))
+
+
+def test_the_front_end_refuses_before_a_worker_starts() -> None:
+    with pytest.raises(ValueError, match="content of an image"), engine(CrossGetConfig(keep_ratio=0.5, dynamic=True)):
+        pass

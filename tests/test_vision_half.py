@@ -1,0 +1,85 @@
+"""The half of a model in front of its language model gives what the whole accelerated model gives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mllm_crossget import CrossGetConfig, MadtpConfig, ToMeConfig, accelerate_mllm
+from mllm_crossget.hooks.ground.state import live_cross_tokens
+from mllm_crossget.hooks.projector.features import features_of
+from mllm_crossget.hooks.projector.groups import groups_of
+from mllm_crossget.methods.method import Method
+from mllm_crossget.vision_half import VisionHalf, accelerate_vision
+from tests.helpers.tiny import pixels, randomise_cross_tokens, tiny_llava, tiny_tower
+
+METHODS = [
+    CrossGetConfig(keep_ratio=0.5),
+    CrossGetConfig.published(keep_ratio=0.5),
+    ToMeConfig(keep_ratio=0.5),
+    CrossGetConfig(keep_ratio=1.0),
+]
+
+
+def half_of(model, method: Method) -> VisionHalf:
+    """A half with the weights of a whole model, accelerated or not."""
+    half = accelerate_vision(model.config, method)
+    tower = {name: value for name, value in model.model.vision_tower.state_dict().items() if "cross_tokens" not in name}
+    half.tower.load_state_dict(tower, strict=False)
+    half.projector.load_state_dict(model.model.multi_modal_projector.state_dict())
+    return half
+
+
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: f"{method.method} {method.schedule_kind}")
+def test_features_sizes_and_places_are_the_whole_models(tower: str, method: Method) -> None:
+    model = tiny_llava(tower=tower).eval()
+    half, images = half_of(model, method), pixels(model, 3)
+    accelerate_mllm(model, method)
+    with torch.inference_mode():
+        output = model.model.get_image_features(images, return_dict=True)
+        encoded = half.encode(pixel_values=images)
+    for image, features in zip(encoded, features_of(output), strict=True):
+        assert torch.equal(image.features, features)
+    for image, groups in zip(encoded, groups_of(output) or (), strict=False):
+        assert torch.equal(image.size, groups.size)
+        assert torch.equal(image.place, groups.place)
+    assert len(encoded[0].features) == half.handle.schedule.features
+
+
+def test_learned_tokens_change_the_features_as_in_the_whole_model() -> None:
+    method = CrossGetConfig.published(keep_ratio=0.5)
+    model = accelerate_mllm(tiny_llava().eval(), method)
+    half, images = half_of(model, method), pixels(model, 2)
+    before = half.encode(pixel_values=images)[0].features
+    randomise_cross_tokens(model)
+    tensors = {f"{place}.cross": module().detach() for place, module in live_cross_tokens(model).items()}
+    half.load_learned(tensors, None)
+    with torch.inference_mode():
+        encoded = half.encode(pixel_values=images)
+        wanted = features_of(model.model.get_image_features(images, return_dict=True))
+    assert not torch.equal(encoded[0].features, before)
+    for image, features in zip(encoded, wanted, strict=True):
+        assert torch.equal(image.features, features)
+
+
+def test_an_engines_own_projector_computes_the_features() -> None:
+    model = tiny_llava().eval()
+    projector = model.model.multi_modal_projector
+    half = accelerate_vision(model.config, CrossGetConfig(keep_ratio=0.5), projector=projector)
+    with torch.no_grad():
+        for parameter in projector.parameters():
+            parameter.zero_()
+    assert not half.encode(pixel_values=pixels(model, 1))[0].features.any()
+
+
+def test_no_weights_of_a_language_model_are_made() -> None:
+    half = accelerate_vision(tiny_llava().config, CrossGetConfig(keep_ratio=0.5))
+    real = {name for name, parameter in half.model.named_parameters() if not parameter.is_meta}
+    assert real
+    assert all(name.startswith(("model.vision_tower.", "model.multi_modal_projector.")) for name in real)
+
+
+def test_a_model_without_placeholders_is_refused() -> None:
+    with pytest.raises(ValueError, match="CLIPVisionConfig"):
+        accelerate_vision(tiny_tower().config, MadtpConfig())
