@@ -1,7 +1,9 @@
 """The scripts beside the package tell their options, and keep the results of an experiment in one file."""
 
 import ast
+import importlib
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -47,3 +49,26 @@ def test_a_damaged_file_says_which_line(result_files, tmp_path, line, words):
         file.write(line)
     with pytest.raises(ValueError, match=words):
         result_files.read_runs(tmp_path)
+
+
+def test_checks_of_a_gpu_run_dry(capfd, monkeypatch) -> None:
+    for name in ("MLLM_CROSSGET_FUSED_MATCHING", "MLLM_CROSSGET_FUSED_IMPORTANCE"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    monkeypatch.setattr("sys.argv", ["gpu_checks.py", "--dry"])
+    checks = importlib.import_module("gpu_checks")
+    assert checks.main() == 0
+    lines = [json.loads(line) for line in capfd.readouterr().out.splitlines() if line.startswith("{")]
+    assert {line["check"] for line in lines} == {
+        "kernels_match",
+        "kernels_weigh",
+        "bias_channel_equals_mask",
+        "compiled_tower",
+        "captured_tower",
+    }
+    monkeypatch.setattr(checks, "_SAME_MERGES", 1.1)  # a check that fails is told by the exit status
+    assert checks.main() == 1
+
+
+def test_the_day_of_a_gpu_is_a_script() -> None:
+    assert subprocess.run(["bash", "-n", ROOT / "scripts" / "gpu_day.sh"], check=False).returncode == 0
