@@ -1,4 +1,4 @@
-"""Sum up the recovery experiment: share of the lost accuracy won back, and the cross tokens' own contribution.
+"""Sum up the recovery experiment: what training gains, and the cross tokens' own contribution.
 
     python eval/recovery_summary.py     # reads eval/results/recovery/runs.jsonl, writes summary.json, prints a table
 
@@ -68,6 +68,9 @@ def summary(found: dict[tuple[str, float], dict[int, dict[str, Any]]]) -> dict[s
     untouched = found["training-free", 1.0]
     first = next(iter(untouched.values()))
     report: dict[str, Any] = {"untouched": first["score"]["overall"], "keep_ratios": {}}
+    control = found.get(("lora", 1.0))
+    if control:
+        report["control"] = _control(control, untouched, first["scenes"])
     for keep_ratio in sorted({ratio for _, ratio in found if ratio < 1}, reverse=True):
         arms = {arm: runs for (arm, ratio), runs in found.items() if ratio == keep_ratio}
         trained = [set(runs) for arm, runs in arms.items() if arm != "training-free"]
@@ -76,8 +79,23 @@ def summary(found: dict[tuple[str, float], dict[int, dict[str, Any]]]) -> dict[s
             continue
         bootstrap = Bootstrap(first["scenes"], len(seeds))
         top, bottom = right(untouched, seeds), right(arms["training-free"], seeds)
-        report["keep_ratios"][f"{keep_ratio:g}"] = _ratio(arms, seeds, top, bottom, bootstrap)
+        beside = right(control, seeds) if control else None
+        report["keep_ratios"][f"{keep_ratio:g}"] = _ratio(arms, seeds, top, bottom, beside, bootstrap)
     return report
+
+
+def _control(
+    control: dict[int, dict[str, Any]], untouched: dict[int, dict[str, Any]], scenes: list[int]
+) -> dict[str, Any]:
+    """The unreduced model, trained as the others."""
+    seeds = sorted(control)
+    bootstrap, marks, top = Bootstrap(scenes, len(seeds)), right(control, seeds), right(untouched, seeds)
+    draws = bootstrap.means(marks)
+    return {
+        "seeds": seeds,
+        "accuracy": described(marks.mean(), draws),
+        "minus_untouched": described(marks.mean() - top.mean(), draws - bootstrap.means(top)),
+    }
 
 
 def _ratio(
@@ -85,17 +103,19 @@ def _ratio(
     seeds: list[int],
     top: np.ndarray,
     bottom: np.ndarray,
+    control: np.ndarray | None,
     bootstrap: Bootstrap,
 ) -> dict[str, Any]:
-    lost, lost_draws = top.mean() - bottom.mean(), bootstrap.means(top) - bootstrap.means(bottom)
-    part: dict[str, Any] = {"seeds": seeds, "lost": described(lost, lost_draws), "arms": {}}
+    part: dict[str, Any] = {"seeds": seeds, "arms": {}}
+    others = {"training_free": bottom, "untouched": top, **({} if control is None else {"control": control})}
     marks = {arm: right(runs, seeds) for arm, runs in arms.items()}
     for arm, values in marks.items():
-        gain, gains = values.mean() - bottom.mean(), bootstrap.means(values) - bootstrap.means(bottom)
         entry: dict[str, Any] = {"accuracy": described(values.mean(), bootstrap.means(values))}
+        for name, other in others.items():
+            difference = bootstrap.means(values) - bootstrap.means(other)
+            entry[f"minus_{name}"] = described(values.mean() - other.mean(), difference)
         if arm != "training-free":
             entry["by_seed"] = [round(float(row.mean()), 4) for row in values]
-            entry["won_back"] = described(gain / lost, gains / lost_draws)
             seconds = [arms[arm][seed]["training_seconds"] for seed in seeds]
             entry["training_seconds"] = seconds
             entry["steps"] = arms[arm][seeds[0]]["options"]["steps"]
@@ -115,13 +135,13 @@ def table(report: dict[str, Any]) -> str:
     lines = [
         f"Untouched: {100 * report['untouched']['accuracy']:.1f} % of {report['untouched']['asked']} questions.",
         "",
-        "| keep_ratio | arm | accuracy % (95 %) | lost accuracy won back % (95 %) | seeds |",
+        "| keep_ratio | arm | accuracy % (95 %) | points minus untouched (95 %) | seeds |",
         "|---|---|---|---|---|",
     ]
     for keep_ratio, part in report["keep_ratios"].items():
         for arm, entry in sorted(part["arms"].items(), key=lambda item: item[1]["accuracy"]["value"]):
-            won = _percent(entry["won_back"]) if "won_back" in entry else "0"
-            lines.append(f"| {keep_ratio} | {arm} | {_percent(entry['accuracy'])} | {won} | {len(part['seeds'])} |")
+            less = _percent(entry["minus_untouched"])
+            lines.append(f"| {keep_ratio} | {arm} | {_percent(entry['accuracy'])} | {less} | {len(part['seeds'])} |")
         if "cross_tokens_with_lora" in part:
             added = _percent(part["cross_tokens_with_lora"])
             lines.append(f"| {keep_ratio} | cross tokens' own part beside LoRA | {added} points | | |")

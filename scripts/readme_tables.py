@@ -76,17 +76,35 @@ def demo_table(report: dict[str, Any]) -> str:
 
 def recovery_table(summary: dict[str, Any]) -> str:
     lines = [
-        "| keep ratio | what was trained | accuracy (95 % interval) | share of the loss won back | seeds |",
-        "|---|---|---|---|---|",
+        "| keep ratio | trained | accuracy (95 % interval) | points minus training-free | points minus untouched "
+        "| points minus the control | seeds |",
+        "|---|---|---|---|---|---|---|",
     ]
     for ratio, result in summary["keep_ratios"].items():
-        for arm, name in ARMS.items():
-            values = result["arms"][arm]
-            won = values.get("won_back")
-            back = "–" if won is None else f"{won['value']:.0%} ({won['low']:.0%} – {won['high']:.0%})"
-            lines.append(f"| {ratio} | {name} | {interval(values['accuracy'])} | {back} | {len(result['seeds'])} |")
-    untouched = summary["untouched"]
-    return "\n".join([*lines, "", f"{untouched['asked']} held-out questions; untouched model {share(untouched)}."])
+        for arm, trained in ARMS.items():
+            if arm not in result["arms"]:
+                continue
+            values, others = result["arms"][arm], ["training_free", "untouched", "control"]
+            if arm == "training-free":
+                values = {**values, "minus_training_free": None}
+            gaps = [values.get(f"minus_{other}") for other in others]
+            cells = [
+                ratio,
+                trained,
+                interval(values["accuracy"]),
+                *("–" if gap is None else points(gap) for gap in gaps),
+            ]
+            lines.append(f"| {' | '.join([*cells, str(len(result['seeds']))])} |")
+    untouched, control = summary["untouched"], summary.get("control")
+    note = f"{untouched['asked']} held-out questions; untouched model {share(untouched)}"
+    if control is not None:
+        gap, seeds = points(control["minus_untouched"]), len(control["seeds"])
+        note += f"; control, LoRA on the unreduced model, {seeds} seeds: {interval(control['accuracy'])}, {gap} points"
+    return "\n".join([*lines, "", f"{note}."])
+
+
+def points(entry: dict[str, float]) -> str:
+    return f"{100 * entry['value']:+.1f} ({100 * entry['low']:+.1f} – {100 * entry['high']:+.1f})"
 
 
 def retrieval_table(summary: dict[str, Any]) -> str:
