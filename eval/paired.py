@@ -14,10 +14,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from result_files import read_runs
 
-from mllm_crossget.integrations.lmms_eval.results import bootstrap
+from mllm_crossget.intervals import paired_difference
 
 
 def difference(one: str, other: str) -> dict[str, float]:
@@ -28,9 +27,8 @@ def difference(one: str, other: str) -> dict[str, float]:
     """
     if len(one) != len(other):
         raise ValueError(f"{len(one)} answers cannot be paired with {len(other)}: run both on the same questions")
-    values = np.array([int(mark) for mark in other], float) - np.array([int(mark) for mark in one], float)
-    low, high = bootstrap(values)
-    return {"value": round(float(values.mean()), 4), "low": round(float(low), 4), "high": round(float(high), 4)}
+    found = paired_difference([int(mark) for mark in one], [int(mark) for mark in other])
+    return {"value": round(found.difference, 4), "low": round(found.low, 4), "high": round(found.high, 4)}
 
 
 def read_marks(path: Path) -> dict[str, str]:

@@ -30,6 +30,7 @@ os.environ |= {
 }
 
 import torch
+from chat_client import answers_over_http
 from transformers import HfArgumentParser
 
 from mllm_crossget import CrossGetConfig, ToMeConfig
@@ -40,7 +41,6 @@ from mllm_crossget.integrations.vllm.comparison import (
     Request,
     answers_of_transformers,
     answers_of_vllm,
-    answers_over_http,
     embedded_requests,
     engine,
     equal,

@@ -180,11 +180,11 @@ def check_dials(method: Method, family: Family, model: Any) -> None:
             f"{problem}"
         )
     if method.learned_parts.question_rank:
-        problem = _question_problem(family, model.config)
+        problem = _question_problem(method, family, model)
         if problem is not None:
             raise ValueError(
-                f"question_rank is not possible in {type(model).__name__} (model type {family.model_type!r}): "
-                f"{problem}; leave it out"
+                f"question_rank={method.learned_parts.question_rank} is not possible in {type(model).__name__} (model type "
+                f"{family.model_type!r}): {problem}; leave it out"
             )
     if method.is_dynamic:
         _refuse_fixed_counts(model, family)
@@ -277,17 +277,20 @@ def _projector_problem(method: Method, family: Family, model: Any) -> str | None
     return None
 
 
-def _question_problem(family: Family, config: Any) -> str | None:
+def _question_problem(method: Method, family: Family, model: Any) -> str | None:
     """Why the vision cross tokens cannot depend on the question, or None if they can."""
     if not family.modalities:
         return "its images are encoded without a prompt"
-    geometry = family.geometry(config)
+    geometry = family.geometry(model.config)
     if not isinstance(geometry, TowerGeometry) or geometry.block > 1:
         return "no cross token is in its vision tower"
     if any(modality.tower for modality in family.modalities):
         return "it has a tower for each kind of input"
     if family.features is FeatureKind.PACKED_GRID or (geometry.cells is not None and not geometry.fixed):
         return "its tower takes images of different sizes in one row or one after the other, not one row each"
+    channels = model.get_input_embeddings().embedding_dim
+    if method.learned_parts.question_rank > channels:
+        return f"a question has {channels} channels; a rank of a few, such as 8, is enough"
     return None
 
 

@@ -5,13 +5,8 @@ The embedded model serves here: it needs no download, and a CPU is enough.
 
 from __future__ import annotations
 
-import base64
-import io
-import json
 import shutil
-import urllib.request
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +21,7 @@ from mllm_crossget.embedded import WEIGHTS_FOLDER, held_out_questions, load_embe
 from mllm_crossget.embedded.questions import pair_questions
 from mllm_crossget.hooks.ground.state import live_cross_tokens
 
-_BATCH, _AT_ONCE, _SECONDS = 32, 8, 120
+_BATCH = 32
 
 
 class Request(NamedTuple):
@@ -153,45 +148,6 @@ def answers_of_vllm(llm: Any, requests: Sequence[Request], new_tokens: int = 24)
     ]
     outputs = llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=new_tokens), use_tqdm=False)
     return [Answer(tuple(one.outputs[0].token_ids), len(one.prompt_token_ids)) for one in outputs]
-
-
-def answers_over_http(url: str, requests: Sequence[Request], new_tokens: int = 24) -> list[Answer]:
-    """Answers of a server's chat endpoint, eight requests at a time, with pictures in base64.
-
-    Args:
-        url: of the server, such as ``http://localhost:8000/v1``.
-        requests: what to answer.
-        new_tokens: largest number of tokens of an answer.
-    """
-    with urllib.request.urlopen(f"{url}/models", timeout=_SECONDS) as reply:
-        served = json.load(reply)["data"][0]["id"]
-
-    def ask(request: Request) -> Answer:
-        text = request.text.removeprefix("USER: ").removesuffix(" ASSISTANT:").replace("<image>\n", "")
-        parts = [_picture(image) for image in request.images] + [{"type": "text", "text": text}]
-        body = {
-            "model": served,
-            "messages": [{"role": "user", "content": parts}],
-            "temperature": 0,
-            "max_tokens": new_tokens,
-            "add_special_tokens": True,
-            "return_token_ids": True,
-        }
-        words = json.dumps(body).encode()
-        call = urllib.request.Request(f"{url}/chat/completions", words, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(call, timeout=_SECONDS) as reply:
-            answer = json.load(reply)
-        return Answer(tuple(answer["choices"][0]["token_ids"]), answer["usage"]["prompt_tokens"])
-
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        return list(pool.map(ask, requests))
-
-
-def _picture(image: Any) -> dict[str, Any]:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-    return {"type": "image_url", "image_url": {"url": url}}
 
 
 def equal(left: Sequence[Answer], right: Sequence[Answer]) -> int:
