@@ -183,7 +183,7 @@ def check_dials(method: Method, family: Family, model: Any) -> None:
         problem = _question_problem(method, family, model)
         if problem is not None:
             raise ValueError(
-                f"question_rank={method.learned_parts.question_rank} is not possible in {type(model).__name__} (model type "
+                f"question_rank={method.learned_parts.question_rank} is not possible in {type(model).__name__} (type "
                 f"{family.model_type!r}): {problem}; leave it out"
             )
     if method.is_dynamic:
