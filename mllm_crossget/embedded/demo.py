@@ -126,7 +126,8 @@ def run(options: DemoOptions) -> int:
     for name in tqdm(settings, desc="answering"):
         with ready(name) as reduced:
             answers[name] = answer(reduced, processor, questions, batch_size=options.batch_size)
-        _show_first_rows(console, questions, answers)
+        # said as soon as it is known; the table with costs comes at the end
+        console.print(f"{name}: {_share(score(questions, answers[name]).overall.as_dict())} right")
     timings = _time_prefill(ready, processor, settings, questions, options.rounds)
     rows = [_row(model, name, method, questions, answers[name], timings) for name, method in settings.items()]
     console.print(_table(rows, len(questions)))
@@ -161,7 +162,9 @@ class Ready:
     def __init__(self, model: Any, settings: dict[str, Method]) -> None:
         self.model, self.settings = model, settings
         self.trained = {
-            name: load_trained(float(name.split()[1]))[0] for name in settings if name.startswith(f"{TRAINED} ")
+            name: load_trained(method.keep_ratio)[0]
+            for name, method in settings.items()
+            if name.startswith(f"{TRAINED} ") and method.keep_ratio is not None
         }
 
     @contextmanager
@@ -172,12 +175,6 @@ class Ready:
             return
         with accelerated(self.model, self.settings[name]):
             yield self.model
-
-
-def _show_first_rows(console: Console, questions: list[Question], answers: dict[str, list[str]]) -> None:
-    """Say each setting's accuracy as soon as it is known; the table with costs comes at the end."""
-    name = list(answers)[-1]
-    console.print(f"{name}: {_share(score(questions, answers[name]).overall.as_dict())} right")
 
 
 def _time_prefill(
