@@ -18,16 +18,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-# One process, for a CPU: vLLM's platform cannot start a second engine where Numba is loaded.
-os.environ |= {
-    "MLLM_CROSSGET_FUSED_MATCHING": "0",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_TARGET_DEVICE": "cpu",
-    "HF_HUB_OFFLINE": "1",
-}
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
 
 import torch
 from chat_client import answers_over_http
@@ -37,6 +28,7 @@ from mllm_crossget import CrossGetConfig, ToMeConfig
 from mllm_crossget.config import ReductionConfig
 from mllm_crossget.embedded import WEIGHTS_FOLDER
 from mllm_crossget.integrations.vllm.comparison import (
+    ENGINES_ON_A_CPU,
     Answer,
     Request,
     answers_of_transformers,
@@ -46,6 +38,8 @@ from mllm_crossget.integrations.vllm.comparison import (
     equal,
     with_cross_tokens,
 )
+
+os.environ |= ENGINES_ON_A_CPU  # read when vLLM is imported, which the first engine does
 
 
 @dataclass

@@ -19,16 +19,6 @@ import torch
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed: make vllm", allow_module_level=True)
 
-# Read when vLLM is imported. One process without Numba: vLLM's CPU platform cannot start again where it is loaded.
-os.environ |= {
-    "MLLM_CROSSGET_FUSED_MATCHING": "0",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_TARGET_DEVICE": "cpu",
-}
-
 from safetensors.torch import load_file, save_file
 from transformers import SiglipVisionConfig
 
@@ -36,6 +26,7 @@ from mllm_crossget import CrossGetConfig, ToMeConfig
 from mllm_crossget.config import ReductionConfig
 from mllm_crossget.embedded import WEIGHTS_FOLDER, load_embedded
 from mllm_crossget.integrations.vllm.comparison import (
+    ENGINES_ON_A_CPU,
     Request,
     answers_of_transformers,
     answers_of_vllm,
@@ -45,6 +36,7 @@ from mllm_crossget.integrations.vllm.comparison import (
 )
 from tests.helpers.tiny import tiny_llava
 
+os.environ |= ENGINES_ON_A_CPU  # read when vLLM is imported, which the first engine does
 pytestmark = [pytest.mark.timeout(600), pytest.mark.filterwarnings("default")]
 REQUESTS = embedded_requests(one=12, two=6, none=2)
 CUT = {"max_num_batched_tokens": 64, "block_size": 32}

@@ -21,6 +21,16 @@ from mllm_crossget.embedded import WEIGHTS_FOLDER, held_out_questions, load_embe
 from mllm_crossget.embedded.questions import pair_questions
 from mllm_crossget.hooks.ground.state import live_cross_tokens
 
+ENGINES_ON_A_CPU = {
+    "MLLM_CROSSGET_FUSED_MATCHING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_TARGET_DEVICE": "cpu",
+}
+"""Environment variables for several engines in one process, to be set before vLLM is imported. Without Numba, because
+vLLM's CPU platform cannot start again where it is loaded."""
 _BATCH = 32
 
 
