@@ -29,6 +29,8 @@ def trained_method(keep_ratio: float) -> ReductionConfig:
 def load_trained(keep_ratio: float) -> tuple[Any, Any]:
     """The embedded model with an adapter, accelerated with the adapter's settings, and its processor.
 
+    LoRA is merged into the weights, as for serving, so that it costs no time; ``model.unmerge_adapter()`` takes it out.
+
     Raises:
         ValueError: there is no adapter for this keep ratio.
         ImportError: PEFT is not installed, or transformers is too old for training.
@@ -36,7 +38,9 @@ def load_trained(keep_ratio: float) -> tuple[Any, Any]:
     folder = _folder(keep_ratio)
     training: Any = importlib.import_module("mllm_crossget.training")
     model, processor = load_embedded()
-    return training.load_finetuned(model, folder).eval(), processor
+    tuned = training.load_finetuned(model, folder).eval()
+    tuned.merge_adapter()
+    return tuned, processor
 
 
 def _folder(keep_ratio: float) -> Path:
