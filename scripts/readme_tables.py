@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from easy_vqa_table import easy_vqa_table
+from equal_flops_table import equal_flops_table
 from rivals_table import rivals_table
 from serving_tables import capacity_table, equality_table
 from speed_tables import (
@@ -221,6 +222,7 @@ ARMS = {
 TABLES = {
     "demo": (demo_table, "demo/demo.json"),
     "demo_short": (demo_short_table, "demo/demo.json"),
+    "equal_flops": (equal_flops_table, "demo/demo.json"),
     "speed": (speed_table, "speed/cpu.jsonl"),
     "speed_short": (speed_short_table, "speed/cpu.jsonl"),
     "compiled": (compiled_line, "speed/compiled.jsonl"),
