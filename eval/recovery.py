@@ -11,7 +11,7 @@ backgrounds with the test set; settings were chosen on training scenes (``--spli
 
 The adapters that the package ships are those of the first seed:
 
-    python eval/recovery.py --arms lora+cross --keep_ratios 0.25 0.125 --seeds 0 \
+    python eval/recovery.py --arms lora+cross --keep_ratios 0.5 0.25 0.125 --seeds 0 \
         --adapters mllm_crossget/embedded/adapters
 """
 
