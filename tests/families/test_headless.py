@@ -13,12 +13,13 @@ from mllm_crossget import restore_mllm
 from mllm_crossget.families.family import families, module_at
 from mllm_crossget.hooks.ground.state import handle_of
 from tests.helpers.families.cases import Batch, Case
-from tests.helpers.matrix import CASES, learned, takes
+from tests.helpers.matrix import CASES, covering, learned, takes
 from tests.helpers.methods import METHODS
+from tests.helpers.products import rest_unless
 
 SHRUNK = [case for case in CASES if families()[case.model_type].modalities]
 PAIRS = [
-    pytest.param(method, case, id=f"{case.name}-{method}")
+    pytest.param(method, case, id=f"{case.name}-{method}", marks=rest_unless(method in covering(case, 2)))
     for case in SHRUNK
     for method in METHODS
     if takes(case, method)

@@ -55,7 +55,9 @@ def covering(lengths: Sequence[int]) -> set[tuple[int, ...]]:
 def _param(value: Any) -> Any:
     """A value with its id: as pytest names it, and tuples of words with dashes."""
     if isinstance(value, type(pytest.param())):
-        return value if value.id is not None else pytest.param(*value.values, marks=value.marks, id=_name(value.values[0]))
+        return (
+            value if value.id is not None else pytest.param(*value.values, marks=value.marks, id=_name(value.values[0]))
+        )
     return pytest.param(value, id=_name(value))
 
 
