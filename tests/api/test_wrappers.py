@@ -15,6 +15,7 @@ from mllm_crossget.hooks.ground.state import handle_of
 from tests.helpers.families.cases import all_cases
 from tests.helpers.fingerprints import assert_identical, fingerprint
 from tests.helpers.interrupts import interrupted
+from tests.helpers.matrix import is_first
 from tests.helpers.methods import METHODS, prepare
 from tests.helpers.processes import Child
 from tests.helpers.products import rest_unless
@@ -145,14 +146,9 @@ def test_a_pickled_model_answers_in_another_process(tmp_path) -> None:
     assert child.end() == 0, child.said()[-2000:]
 
 
-def of_every_type() -> list:
-    """A case of every model type; its variants have the same classes."""
-    seen = {case.model_type: case.name for case in reversed(all_cases())}
-    marks = {case.name: rest_unless(seen[case.model_type] == case.name) for case in all_cases()}
-    return [pytest.param(case, id=case.name, marks=marks[case.name]) for case in all_cases()]
-
-
-@pytest.mark.parametrize("case", of_every_type())
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, id=case.name, marks=rest_unless(is_first(case))) for case in all_cases()]
+)
 def test_every_family_is_pickled(case) -> None:
     dynamic = families()[case.model_type].dynamic and "madtp" not in case.skip_methods
     model, method = case.build("sdpa"), "madtp" if dynamic else "tome"

@@ -22,7 +22,7 @@ from mllm_crossget.hooks.projector.features import features_of
 from mllm_crossget.schedule import MergeGeometry
 from tests.helpers.families.case_packed import PER_SIDE, runs
 from tests.helpers.families.cases import Batch, Case, all_cases
-from tests.helpers.matrix import covering
+from tests.helpers.matrix import covering, is_first
 from tests.helpers.methods import FIXED, prepare
 from tests.helpers.products import rest_unless
 from tests.helpers.tiny import randomise_cross_tokens
@@ -265,7 +265,7 @@ def stands_for_others(case: Case, method: str, attention: str) -> bool:
     number = [one.name for one in all_cases()].index(case.name)
     if attention == "sdpa":
         return number % 4 == 0
-    return method == "crossget" or method in covering(case)[1:]
+    return method == "crossget" or (is_first(case) and method in covering(case)[1:])
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,14 @@ def takes(case: Case, method: str) -> bool:
     return wanted and (families()[case.model_type].dynamic or method not in DYNAMIC)
 
 
+_FIRST = {case.model_type: case.name for case in reversed(CASES)}
+
+
+def is_first(case: Case) -> bool:
+    """Whether a case stands for its model type: its variants have the same classes, with other towers or texts."""
+    return _FIRST[case.model_type] == case.name
+
+
 _KINDS = (("crossget",), ("madtp", "crossget-dynamic"), ("tome", "random"))
 
 

@@ -33,6 +33,7 @@ from tests.helpers.families.cases import Case, all_cases
 from tests.helpers.fingerprints import assert_identical, fingerprint
 from tests.helpers.gradients import assert_same_gradients, checkpoint_activations
 from tests.helpers.llava import labels_of
+from tests.helpers.matrix import is_first
 from tests.helpers.methods import DYNAMIC, METHODS, prepare
 from tests.helpers.products import rest_unless
 from tests.helpers.threads import THREADS, Request, assert_right_at_once, at_once, impatient_threads, same
@@ -96,7 +97,9 @@ def has(case: Case, method: str) -> bool:
 @pytest.mark.parametrize(
     ("case", "method"),
     [
-        pytest.param(case, method, id=f"{case.name}-{method}", marks=rest_unless(method == having[-1]))
+        pytest.param(
+            case, method, id=f"{case.name}-{method}", marks=rest_unless(is_first(case) and method == having[-1])
+        )
         for case in all_cases()
         for having in [[method for method in ("crossget", "crossget-dynamic") if has(case, method)]]
         for method in having
