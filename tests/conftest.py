@@ -26,19 +26,43 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 _HERE = Path(__file__).parent
-# Minutes in few tests: they begin while the other process has work left for as long. Then the largest files.
-_FIRST = ("training", "test_contributing.py", "api", "families/test_matrix.py", "hooks", "robustness", "benchmark")
+# The first process to compile Numba's kernels stores them for the others: beside it goes what needs none. Then those
+# with minutes in few tests: they begin while the other process has work left for as long. Then the largest files.
+_FIRST = ("training/test_adapters.py", "costs/test_published_flops.py", "test_contributing.py",
+          "families/test_matrix.py", "training", "api", "hooks", "robustness", "benchmark", "costs")  # fmt: skip
 # What they check is ours alone, or the newest transformers is enough for it.
 _ANY_TRANSFORMERS = (
     "golden/test_steps.py",
     "golden/test_pruning.py",
+    "api/test_distributed.py",
+    "api/test_errors.py",
     "api/test_field_types.py",
+    "api/test_rollback.py",
+    "api/test_unclear_errors.py",
+    "benchmark",
+    "checkpoint/test_atomic.py",
+    "checkpoint/test_files.py",
+    "checkpoint/test_hub.py",
+    "checkpoint/test_transaction.py",
     "compare",
+    "costs/test_dual_flops.py",
+    "costs/test_flops_blip.py",
+    "costs/test_flops_relatives.py",
+    "costs/test_geometries.py",
+    "costs/test_kv_capacity.py",
+    "costs/test_merging_flops.py",
+    "costs/test_published_flops.py",
+    "embedded",
+    "families/test_every_cell_once.py",
+    "families/test_grid.py",
+    "families/test_parts.py",
+    "hooks/tower/test_ragged.py",
     "look",
     "methods",
     "ops",
-    "robustness/test_bad_arguments.py",
+    "robustness",
     "test_architecture.py",
+    "test_cli.py",
     "test_cli_mistakes.py",
     "test_cli_options.py",
     "test_contributing.py",
@@ -48,7 +72,18 @@ _ANY_TRANSFORMERS = (
     "test_readme.py",
     "test_schedule.py",
     "test_scripts.py",
-    "costs/test_published_flops.py",
+    "test_unlisted.py",
+)
+# Of files with a twin that runs under every version: laws of ours in front of the model's own code.
+_ANY_TRANSFORMERS_TESTS = (
+    "test_a_compiled_model_says_the_same",  # hooks/request/test_compile.py compiles under every version
+    "test_a_family_serves_the_place_or_says_why_not",
+    "test_a_replica_says_what_to_use_instead",
+    "test_autocast_runs",
+    "test_damaged_checkpoint_is_named_and_the_one_before_is_used",
+    "test_gradient_checkpointing_changes_no_gradient",  # hooks/model/test_gradients.py
+    "test_half_precision",
+    "test_the_tower_compiles_into_one_graph",
 )
 
 
@@ -73,7 +108,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     items.sort(key=place)
     for item in items:
-        if _lies_in(item, _ANY_TRANSFORMERS) is not None or _repeats_hooks(item):
+        ours = getattr(item, "originalname", item.name) in _ANY_TRANSFORMERS_TESTS
+        if ours or _lies_in(item, _ANY_TRANSFORMERS) is not None or _repeats_hooks(item):
             item.add_marker(pytest.mark.any_transformers)
 
 

@@ -16,6 +16,7 @@ from transformers import LlavaForConditionalGeneration
 from mllm_crossget import accelerate_mllm, generate_in_batches, restore_mllm, reuse_vision
 from mllm_crossget.hooks.ground.state import handle_of
 from tests.helpers.methods import prepare
+from tests.helpers.products import pairwise
 from tests.helpers.reuse import encoded
 from tests.helpers.tiny import prompt_batch, tiny_llava
 
@@ -61,9 +62,11 @@ def offloaded(model: nn.Module, kind: str, folder: Path) -> nn.Module:
     return accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=folder)
 
 
-@pytest.mark.parametrize("kind", ["cpu", "parts", "tower"])
-@pytest.mark.parametrize("order", ["dispatch first", "accelerate first"])
-@pytest.mark.parametrize("method", ["crossget", "crossget-dynamic", "tome"])
+@pairwise(
+    method=["crossget", "crossget-dynamic", "tome"],
+    order=["dispatch first", "accelerate first"],
+    kind=["cpu", "parts", "tower"],
+)
 def test_offloaded(method, order, kind, tmp_path) -> None:
     reference = prepare(tiny_llava(), method=method, keep_ratio=0.5)
     expected, said = logits(reference), answers(reference)

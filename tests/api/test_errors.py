@@ -27,6 +27,17 @@ from tests.helpers.tiny import prompt_batch, tiny_llava
 GREEDY = {"max_new_tokens": 2, "do_sample": False}
 
 
+@pytest.fixture(scope="module")
+def models() -> dict[str, tuple[nn.Module, dict]]:
+    """Models that no error may change, for all tests, each with its fingerprint."""
+    made = {
+        "stock": tiny_llava(),
+        "accelerated": accelerate_mllm(tiny_llava(), method="tome", keep_ratio=0.75),
+        "inputs": accelerate_mllm(tiny_llava()),
+    }
+    return {name: (model, fingerprint(model)) for name, model in made.items()}
+
+
 class Wrapper(nn.Module):
     """What DDP and FSDP look like: the model is their ``module``."""
 
@@ -132,15 +143,11 @@ def test_a_supported_model_has_no_reason_against_it() -> None:
     ids=str,
 )
 @pytest.mark.parametrize("state", ["stock", "accelerated"])
-def test_wrong_settings(settings, error, says, state) -> None:
-    model = tiny_llava()
-    if state == "accelerated":
-        accelerate_mllm(model, method="tome", keep_ratio=0.75)
-    expected = fingerprint(model)
+def test_wrong_settings(settings, error, says, state, models) -> None:
+    model, expected = models[state]
     with pytest.raises(error) as caught:
         accelerate_mllm(model, **settings)
     assert all(part in str(caught.value) for part in says), str(caught.value)
-    assert_identical(fingerprint(model), expected)
     with pytest.raises(error), accelerated(model, **settings):
         pass
     assert_identical(fingerprint(model), expected)
@@ -211,10 +218,9 @@ CALLS = {
 
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("name", BAD_INPUTS)
-def test_wrong_inputs(name, call) -> None:
+def test_wrong_inputs(name, call, models) -> None:
     spoil, says = BAD_INPUTS[name]
-    model = accelerate_mllm(tiny_llava())
-    expected = fingerprint(model)
+    model, expected = models["inputs"]
     batch = spoil(prompt_batch(model, (2, 0, 1)), model)
     with pytest.raises((ValueError, TypeError)) as caught:
         CALLS[call](model, batch)

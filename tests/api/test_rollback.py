@@ -10,6 +10,7 @@ from mllm_crossget.hooks import apply
 from mllm_crossget.hooks.ground.journal import Journal
 from tests.helpers.fingerprints import assert_identical, fingerprint
 from tests.helpers.methods import OWN, prepare
+from tests.helpers.products import pairwise
 from tests.helpers.tiny import randomise_cross_tokens, tiny_llava
 
 KINDS = ("set_attribute", "add_module", "swap_class")
@@ -42,8 +43,7 @@ def calls_of(kind: str, method: str, tower: str) -> int:
     return calls[0]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("method", "tower"), [(m, t) for m in OWN for t in ("clip", "siglip")])
+@pairwise(method=OWN, tower=["clip", "siglip"], kind=KINDS)
 def test_an_error_at_every_step_of_a_first_acceleration(method, tower, kind) -> None:
     expected = fingerprint(tiny_llava(tower, layers=3, text_layers=2))
     accelerated = fingerprint(prepare(tiny_llava(tower, layers=3, text_layers=2), method=method))

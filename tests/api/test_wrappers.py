@@ -15,11 +15,16 @@ from mllm_crossget.hooks.ground.state import handle_of
 from tests.helpers.families.cases import all_cases
 from tests.helpers.fingerprints import assert_identical, fingerprint
 from tests.helpers.interrupts import interrupted
+from tests.helpers.matrix import is_first
 from tests.helpers.methods import METHODS, prepare
 from tests.helpers.processes import Child
+from tests.helpers.products import rest_unless
 from tests.helpers.runs_in_processes import pickled_answer
 from tests.helpers.tiny import prompt_batch, randomise_cross_tokens, tiny_llava
 from tests.helpers.versions import TRAINS
+
+LEARNING = ("crossget", "madtp")
+"""Methods with all kinds of modules of their own."""
 
 
 class Wrapper(nn.Module):
@@ -86,7 +91,7 @@ def test_other_wrappers_are_refused_by_name() -> None:
     restore_mllm(model)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [pytest.param(name, marks=rest_unless(name in LEARNING)) for name in METHODS])
 def test_an_interrupted_restore_can_be_completed(method) -> None:
     model = tiny_llava()
     before = fingerprint(model)
@@ -104,8 +109,14 @@ def test_an_interrupted_restore_can_be_completed(method) -> None:
     assert_identical(fingerprint(model), before)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("way", ["pickle", "torch.save"])
+@pytest.mark.parametrize(
+    ("way", "method"),
+    [
+        pytest.param(way, method, marks=rest_unless(way == "pickle" or method in LEARNING))
+        for way in ("pickle", "torch.save")
+        for method in METHODS
+    ],
+)
 def test_an_accelerated_model_is_pickled(way, method) -> None:
     model = prepare(tiny_llava(), method=method, reuse_vision=True)
     randomise_cross_tokens(model)
@@ -135,7 +146,9 @@ def test_a_pickled_model_answers_in_another_process(tmp_path) -> None:
     assert child.end() == 0, child.said()[-2000:]
 
 
-@pytest.mark.parametrize("case", all_cases(), ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, id=case.name, marks=rest_unless(is_first(case))) for case in all_cases()]
+)
 def test_every_family_is_pickled(case) -> None:
     dynamic = families()[case.model_type].dynamic and "madtp" not in case.skip_methods
     model, method = case.build("sdpa"), "madtp" if dynamic else "tome"

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import LlavaForConditionalGeneration
 
 from mllm_crossget import (
@@ -42,6 +44,25 @@ from tests.helpers.tiny import randomise_cross_tokens, tiny_llava
 
 DIALS = [{}, {"keep_ratio": 0.3}, {"visual_tokens": 5}, {"r": 2}, {"r": [1, 0, 2, 3]}, {"keep_ratio": 1}]
 HUGE = torch.full((TEXT_LAYERS, WIDTH), 1e300, dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, tuple[nn.Module, dict]]:
+    """Models that no refused file may change, for all tests, each with its fingerprint."""
+    made = {
+        "stock": tiny_llava(),
+        "accelerated": learned(keep_ratio=0.7),
+        "madtp": learned("madtp", alignment_tokens=5),
+    }
+    return {name: (model, fingerprint(model)) for name, model in made.items()}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files that fit, to copy and damage."""
+    folder = tmp_path_factory.mktemp("saved")
+    save_crossget(learned(), folder)
+    return folder
 
 
 def as_version_01(folder: Path) -> None:
@@ -195,14 +216,13 @@ DAMAGE = {
 
 @pytest.mark.parametrize(("state", "version"), [("stock", "new"), ("accelerated", "new"), ("accelerated", "0.1")])
 @pytest.mark.parametrize("name", DAMAGE)
-def test_damaged_files_leave_the_model_as_it_was(name, state, version, tmp_path) -> None:
-    save_crossget(learned(), tmp_path)
+def test_damaged_files_leave_the_model_as_it_was(name, state, version, saved, models, tmp_path) -> None:
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
     if version == "0.1":
         as_version_01(tmp_path)
     damage, says = DAMAGE[name]
     damage(tmp_path)
-    model = tiny_llava() if state == "stock" else learned(keep_ratio=0.7)
-    expected = fingerprint(model)
+    model, expected = models[state]
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - the text is checked below
         load_crossget(model, tmp_path)
     assert all(part in str(caught.value) for part in says), str(caught.value)
@@ -269,10 +289,9 @@ def test_official_default_is_the_published_setting(tmp_path) -> None:
          "integer keys", "three dimensions", "sparse", "meta", "quantised", "integers"],
 )  # fmt: skip
 @pytest.mark.parametrize("state", ["stock", "accelerated"])
-def test_official_files_that_do_not_fit(write, says, state, tmp_path) -> None:
+def test_official_files_that_do_not_fit(write, says, state, models, tmp_path) -> None:
     write(tmp_path / "cross_tokens.bin")
-    model = tiny_llava() if state == "stock" else learned("madtp", alignment_tokens=5)
-    expected = fingerprint(model)
+    model, expected = models["stock" if state == "stock" else "madtp"]
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - the text is checked below
         load_official_cross_tokens(model, tmp_path / "cross_tokens.bin", CrossGetConfig(r=2))
     assert all(part in str(caught.value) for part in says), str(caught.value)

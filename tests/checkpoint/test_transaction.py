@@ -27,12 +27,14 @@ from mllm_crossget.hooks.ground.state import handle_of, live_cross_tokens
 from mllm_crossget.training import load_finetuned, lora_config
 from tests.helpers.fingerprints import assert_identical, fingerprint
 from tests.helpers.interrupts import interrupted, run_to
+from tests.helpers.products import rest_unless
 from tests.helpers.small_files import learned, logits, official_state
 from tests.helpers.tiny import randomise_cross_tokens, tiny_llava
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT's own look-up
 ADAPTER = "adapter_model.safetensors"
 STATES = ("stock", "accelerated", "with adapter")
+STOCK = (("accelerate", "stock"), ("load", "stock"))
 
 
 def fine_tune(folder, seed: int, **settings):
@@ -81,8 +83,16 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("state", STATES)
-@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize(
+    ("damage", "state"),
+    [  # a model with an adapter has most to give back; a file that cannot be read, a key too few, a value too large
+        pytest.param(
+            damage, state, marks=rest_unless(state == STATES[-1] or damage in ("cut", "one is missing", "infinite"))
+        )
+        for damage in DAMAGE
+        for state in STATES
+    ],
+)
 def test_a_damaged_adapter_leaves_the_model_as_it_was(damage, state, runs, tmp_path) -> None:
     shutil.copytree(runs[0] / "a", tmp_path / "a")
     DAMAGE[damage](tmp_path / "a")
@@ -152,9 +162,10 @@ def _untouched(model) -> None:
 
 @pytest.mark.parametrize(
     ("what", "state"),
-    [
-        *((what, state) for what in ("accelerate", "load", "official", "accelerated") for state in STATES),
-        *(("unreduced", state) for state in STATES if state != "stock"),
+    [  # a stock model, and the one that has most to give back
+        pytest.param(what, state, marks=rest_unless(state == STATES[-1] or (what, state) in STOCK))
+        for what in ("accelerate", "load", "official", "accelerated", "unreduced")
+        for state in STATES[what == "unreduced" :]
     ],
 )
 def test_an_interrupt_anywhere_leaves_the_model_as_it_was(what, state, runs, tmp_path) -> None:
@@ -202,7 +213,8 @@ def test_an_interrupt_while_other_threads_are_let_in_again_undoes_the_change(wha
     changed(accelerate_mllm(tiny_llava(), keep_ratio=0.5))  # fills what is kept for the next call
     before, lines = logits(model), run_to(lambda: changed(other), 10**9)
     after, undone = logits(other), 0
-    for at in range(lines - 40, lines):
+    step = 1 if what == "accelerate" else 3  # the last lines are the same
+    for at in range(lines - 40, lines, step):
         assert interrupted(lambda: changed(model), at), at
         now = logits(model)
         assert not has_global_hook(), at
@@ -210,7 +222,7 @@ def test_an_interrupt_while_other_threads_are_let_in_again_undoes_the_change(wha
             break
         assert torch.equal(now, before), at
         undone += 1
-    assert undone > 10
+    assert undone > 10 // step
 
 
 def test_a_change_whose_clean_up_was_interrupted_keeps_no_other_thread_waiting() -> None:

@@ -75,9 +75,21 @@ def test_towers_alone() -> None:
     assert inspection(vision.config, CrossGetConfig(r=2))["visual_tokens"] == {"before": 16, "after": 9}
 
 
-@pytest.mark.parametrize("name", ["clip-vit-b-16", "clip-vit-l-14-336", "siglip-so400m-patch14-384"])
-def test_published_vision_towers_on_the_meta_device(name: str) -> None:
+NAMED = ("clip-vit-b-16", "clip-vit-l-14-336", "siglip-so400m-patch14-384")
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        *((name, 3) for name in (NAMED[0], NAMED[2])),
+        *(pytest.param(name, None, marks=pytest.mark.slow) for name in NAMED),
+    ],
+)
+def test_published_vision_towers_on_the_meta_device(name: str, layers: int | None) -> None:
+    """Layers are alike: three of them always, all with ``-m slow``."""
     config = resolve(name)
+    for part in (config.vision_config, config.text_config):
+        part.num_hidden_layers = layers or part.num_hidden_layers
     method = CrossGetConfig(r=8, text_r=2)
     flops = model_flops(config, method, text_tokens=config.text_config.max_position_embeddings)
     size = config.vision_config.image_size

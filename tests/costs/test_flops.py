@@ -20,12 +20,11 @@ from mllm_crossget.language_flops import TEXT_MODELS
 from mllm_crossget.methods import DynamicMethod
 from tests.helpers.flops import counted, first_token, nearly, text_tokens
 from tests.helpers.methods import FIXED
+from tests.helpers.products import pairwise
 from tests.helpers.tiny import pixels, prompt_batch, tiny_llava, tiny_tower
 
 
-@pytest.mark.parametrize("method", FIXED)
-@pytest.mark.parametrize("text", ["llama", "mistral", "qwen2"])
-@pytest.mark.parametrize("tower", ["clip", "siglip"])
+@pairwise(tower=["clip", "siglip"], text=["llama", "mistral", "qwen2"], method=FIXED)
 def test_tiny_llava_without_gradients(tower: str, text: str, method: str) -> None:
     model = tiny_llava(tower, text=text)
     batch = prompt_batch(model, [1])
@@ -35,14 +34,14 @@ def test_tiny_llava_without_gradients(tower: str, text: str, method: str) -> Non
     assert counted(lambda: first_token(model, batch)) == nearly(expected.total)
 
 
-@pytest.mark.parametrize("tower", ["clip", "siglip"])
 @pytest.mark.parametrize(
-    "config",
+    ("config", "tower"),
     [
-        CrossGetConfig(dynamic=True, r=2),
-        MadtpConfig(r=2, alignment_width=24),
-        MadtpConfig(r=2, alignment_maps=False),
-        MadtpConfig(r=2, alignment_tokens=0),
+        (CrossGetConfig(dynamic=True, r=2), "clip"),
+        (CrossGetConfig(dynamic=True, r=2), "siglip"),
+        (MadtpConfig(r=2, alignment_width=24), "siglip"),
+        (MadtpConfig(r=2, alignment_maps=False), "clip"),
+        (MadtpConfig(r=2, alignment_tokens=0), "clip"),
     ],
     ids=repr,
 )
@@ -128,9 +127,11 @@ def test_every_language_model_that_has_a_formula(model_type: str) -> None:
     assert counted(lambda: model(ids, logits_to_keep=1)) == nearly(flops.prefill + flops.lm_head)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [CrossGetConfig(r=13), CrossGetConfig(keep_ratio=1.0), ToMeConfig(keep_ratio=0.25)])
 def test_llava_7b_on_the_meta_device(method) -> None:
-    """The vision side runs as it is; the language model needs a ready mask, since it looks into a missing one."""
+    """All layers; a quarter of them: tests/costs/test_published_flops.py. The vision side runs as it is; the language
+    model needs a ready mask, since it looks into a missing one."""
     config = GEOMETRIES["llava-1.5-7b"].config()
     flops = model_flops(config, method, text_tokens=60)
     with torch.device("meta"):

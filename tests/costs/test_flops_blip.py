@@ -26,6 +26,7 @@ from mllm_crossget.language_flops import language_costs
 from tests.helpers.families.case_blip2 import retrieval
 from tests.helpers.flops import counted, nearly
 from tests.helpers.methods import FIXED
+from tests.helpers.products import pairwise, rest_unless
 from tests.helpers.tiny_blip import QUERIES, blip2_batch, blip_batch, row_of, tiny_blip, tiny_blip2
 
 KINDS = [("blip-2", "opt"), ("blip-2", "t5"), ("blip-2", "t5-gated"), ("instructblip", "llama"), ("instructblip", "t5")]
@@ -40,9 +41,15 @@ def one_row(model, seed: int = 0) -> dict[str, torch.Tensor]:
     return batch
 
 
-@pytest.mark.parametrize("method", FIXED)
-@pytest.mark.parametrize(("model_type", "text"), KINDS)
-@pytest.mark.parametrize("new_tokens", [1, 4])
+@pytest.mark.parametrize(
+    ("model_type", "text", "method", "new_tokens"),
+    [  # the tower's methods and the language model's formula do not meet; decoding runs the prompt first
+        pytest.param(*kind, method, new, marks=rest_unless(new == 4 and (method == "crossget" or kind == KINDS[0])))
+        for new in (1, 4)
+        for kind in KINDS
+        for method in FIXED
+    ],
+)
 def test_tiny_models_with_a_q_former(model_type: str, text: str, method: str, new_tokens: int) -> None:
     model = tiny_blip2(model_type, text).requires_grad_(False)  # the counter looks for gradients of the query tokens
     batch = one_row(model)
@@ -84,9 +91,11 @@ def test_embeddings_of_blip2(kind: type) -> None:
     assert counted(lambda: model(**batch)) == nearly(expected.total)
 
 
-@pytest.mark.parametrize("dial", [{"r": 2}, {"text_r": 2}, {"r": 2, "text_r": [3, 1, 0]}], ids=str)
-@pytest.mark.parametrize("method", FIXED)
-@pytest.mark.parametrize("task", ["questions", "retrieval", "both towers"])
+@pairwise(
+    task=["questions", "retrieval", "both towers"],
+    method=FIXED,
+    dial=[{"r": 2}, {"text_r": 2}, {"r": 2, "text_r": [3, 1, 0]}],
+)
 def test_text_encoders_of_blip(task: str, method: str, dial: dict) -> None:
     model = tiny_blip(task)
     model.config.architectures = [type(model).__name__]
@@ -111,7 +120,9 @@ def test_opt_with_a_narrow_embedding() -> None:
     assert counted(lambda: model(torch.ones(1, 13).long(), logits_to_keep=1)) == nearly(costs.prefill + costs.lm_head)
 
 
+@pytest.mark.slow
 def test_vision_tower_of_blip2_on_the_meta_device() -> None:
+    """All layers; a quarter of them: tests/costs/test_published_flops.py."""
     config = GEOMETRIES["blip2-opt-2.7b"].config()
     method = CrossGetConfig(r=6)
     flops = model_flops(config, method)
@@ -128,8 +139,8 @@ def test_vision_tower_of_blip2_on_the_meta_device() -> None:
     ("name", "before", "after", "gigaflops"),
     [
         ("blip2-opt-2.7b", 257, 128, 735.7),
-        ("blip2-flan-t5-xl", 257, 128, 645.5),
-        ("instructblip-vicuna-7b", 257, 128, 1054.2),
+        pytest.param("blip2-flan-t5-xl", 257, 128, 645.5, marks=pytest.mark.slow),
+        pytest.param("instructblip-vicuna-7b", 257, 128, 1054.2, marks=pytest.mark.slow),
         ("blip-base", 577, 288, 129.1),
     ],
 )

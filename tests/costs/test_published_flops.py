@@ -2,7 +2,7 @@
 
 No weight exists there, and no value of a tensor either. Prompts cannot be compacted, so the parts of a model run one by
 one on as many tokens as the schedule says: the vision tower of every tile with its reduction, what lies behind it, and
-the language model with its head on the last token.
+the language model with its head on the last token. Layers are alike: a quarter of them always, all with ``-m slow``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForImageTextToText
 
 from mllm_crossget import CrossGetConfig, accelerate_mllm
-from mllm_crossget.costs.flops import tiles_of, visual_tokens
+from mllm_crossget.costs.flops import model_flops, tiles_of, visual_tokens
 from mllm_crossget.costs.geometries.llava import geometry_names, resolve
 from mllm_crossget.costs.inspect_model import inspection
 from mllm_crossget.families.family import Family, config_at, family_of, module_at
@@ -24,7 +24,7 @@ from mllm_crossget.families.qwen_vl import EXAMPLE_SIDE
 from mllm_crossget.schedule import MergeGeometry, Schedule, make_schedule
 from tests.helpers.flops import counted
 
-NAMED = ["blip2-opt-2.7b", "llava-next-7b", "llava-onevision-7b", "qwen2.5-vl-7b"]
+NAMED = ["blip2-opt-2.7b", "llava-1.5-7b", "llava-next-7b", "llava-onevision-7b", "qwen2.5-vl-7b"]
 TEXT = 60
 Run = Callable[[], Any]
 
@@ -100,10 +100,20 @@ def language(model: Any, config: Any, family: Family, schedule: Schedule) -> Ite
             yield lambda: model.lm_head(prompt[:, -1:])
 
 
-def published(name: str) -> Any:
-    """A configuration. Which window a cell is in is data, which no meta device has: Qwen2.5-VL attends to whole images
-    here, ``test_merging_flops`` counts its windows."""
+def published(name: str, layers: str) -> Any:
+    """A configuration, with all layers or with a quarter of them.
+
+    Which window a cell is in is data, which no meta device has: Qwen2.5-VL attends to whole images here,
+    ``test_merging_flops`` counts its windows.
+    """
     config = resolve(name)
+    if layers == "quarter":
+        for part in (config.vision_config, config.get_text_config(), getattr(config, "qformer_config", None)):
+            if part is not None:
+                depth = "depth" if hasattr(part, "depth") else "num_hidden_layers"
+                setattr(part, depth, getattr(part, depth) // 4)
+                if getattr(part, "layer_types", None):
+                    part.layer_types = part.layer_types[: getattr(part, depth)]
     if hasattr(getattr(config, "vision_config", None), "fullatt_block_indexes"):
         config.vision_config.fullatt_block_indexes = list(range(config.vision_config.depth))
     return config
@@ -123,10 +133,14 @@ def counted_total(config: Any, method: CrossGetConfig) -> int:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in NAMED else pytest.mark.slow) for n in geometry_names()]
+    ("name", "layers"),
+    [
+        *((name, "quarter") for name in NAMED),
+        *(pytest.param(name, "all", marks=pytest.mark.slow) for name in geometry_names()),
+    ],
 )
-def test_inspect_agrees_with_torch(name: str) -> None:
-    config, method = published(name), CrossGetConfig(keep_ratio=0.5)
+def test_inspect_agrees_with_torch(name: str, layers: str) -> None:
+    config, method = published(name, layers), CrossGetConfig(keep_ratio=0.5)
     flops = inspection(config, method, text_tokens=TEXT)["flops"]
     assert flops["after"]["total"] == pytest.approx(counted_total(config, method), rel=0.01)
     if name in NAMED:
@@ -136,17 +150,32 @@ def test_inspect_agrees_with_torch(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", geometry_names())
 def test_inspect_agrees_with_torch_on_the_untouched_model(name: str) -> None:
-    config = published(name)
+    config = published(name, "all")
     flops = inspection(config, CrossGetConfig(keep_ratio=0.5), text_tokens=TEXT)["flops"]
     assert flops["before"]["total"] == pytest.approx(counted_total(config, CrossGetConfig(keep_ratio=1.0)), rel=0.01)
 
 
-@pytest.mark.parametrize("ratio", [0.5, 0.25, 0.125])
-@pytest.mark.parametrize("name", ["llava-1.5-7b", "llava-next-7b", "blip2-opt-2.7b", "internvl3-8b"])
+RATIOS = {"llava-1.5-7b": (0.5, 0.25, 0.125), "llava-next-7b": (0.5, 0.125), "internvl3-8b": (0.5, 0.125)}
+
+
+@pytest.mark.parametrize(("name", "ratio"), [(name, ratio) for name, ratios in RATIOS.items() for ratio in ratios])
 def test_the_default_costs_three_percent_more_than_constant_at_most(name, ratio) -> None:
-    """BLIP-2 is read by queries: there the schedules are one."""
-    totals = inspection(resolve(name), CrossGetConfig(keep_ratio=ratio), text_tokens=TEXT)["schedules"]
-    assert totals["auto"] <= 1.03 * totals["constant"]
+    auto, constant = (
+        model_flops(resolve(name), CrossGetConfig(keep_ratio=ratio, schedule=schedule), text_tokens=TEXT).total
+        for schedule in ("auto", "constant")
+    )
+    assert auto <= 1.03 * constant
+
+
+def test_inspect_lists_the_totals_of_every_schedule() -> None:
+    """BLIP-2 is read by queries: there the default is constant."""
+    config = resolve("llava-1.5-7b")
+    totals = inspection(config, CrossGetConfig(keep_ratio=0.5), text_tokens=TEXT)["schedules"]
+    for schedule in ("auto", "constant"):
+        method = CrossGetConfig(keep_ratio=0.5, schedule=schedule)
+        assert totals[schedule] == model_flops(config, method, text_tokens=TEXT).total
+    queries = inspection(published("blip2-opt-2.7b", "quarter"), CrossGetConfig(keep_ratio=0.5), text_tokens=TEXT)
+    assert queries["schedules"]["auto"] == queries["schedules"]["constant"]
 
 
 def test_inspect_lists_no_schedules_for_removals_by_layer() -> None:

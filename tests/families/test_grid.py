@@ -37,7 +37,7 @@ def forward_names() -> set[str]:
 
 
 PATCHES = 16
-CASES = 500
+CASES = 200
 BUILD = {"llava_next": tiny_llava_next, "llava_next_video": tiny_next_video, "llava_onevision": tiny_onevision}
 COUNTS = {
     "llava_next": llava_next.counts,

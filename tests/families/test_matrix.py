@@ -1,4 +1,7 @@
-"""The laws that hold for every method on every family, with both attention implementations."""
+"""The laws that hold for every method on every family, with both attention implementations.
+
+``tests.helpers.matrix.covering`` chooses the methods that stand for the others on a case; ``-m product`` runs the rest.
+"""
 
 from __future__ import annotations
 
@@ -14,28 +17,42 @@ from mllm_crossget.hooks.ground.state import handle_of
 from tests.helpers.families.cases import Case
 from tests.helpers.generation import ENCODES_IMAGES_FIRST, encodes_images_first
 from tests.helpers.gradients import checkpoint_activations
-from tests.helpers.matrix import CASES, learned, shared, shared_stock, takes
+from tests.helpers.matrix import CASES, covering, is_first, learned, shared, shared_stock, takes
 from tests.helpers.methods import DYNAMIC, METHODS, prepare
+from tests.helpers.products import REST, rest_unless
 from tests.helpers.versions import TRAINS
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
 BEAMS = {"max_new_tokens": 5, "do_sample": False, "num_beams": 3}
 
 
-def matrix(*needs: str, lacks: str | None = None) -> pytest.MarkDecorator:
-    """Every method x every case that has what the test needs. tests/families/conftest.py orders them by case."""
-    wanted = [case for case in CASES if all(getattr(case, need) for need in needs)]
-    wanted = [case for case in wanted if lacks is None or not getattr(case, lacks)]
-    pairs = [(method, case) for case in wanted for method in METHODS if takes(case, method)]
+def matrix(*needs: str, lacks: str | None = None, kinds: int | None = None) -> pytest.MarkDecorator:
+    """Every method x every case that has what the test needs, those of the first kinds always, or all methods always.
+    tests/families/conftest.py orders them by case."""
     return pytest.mark.parametrize(
-        ("method", "case"), [pytest.param(*pair, id=f"{pair[1].name}-{pair[0]}") for pair in pairs]
+        ("method", "case"),
+        [
+            pytest.param(method, case, id=f"{case.name}-{method}", marks=marks)
+            for case in wanted(*needs, lacks=lacks)
+            for method, marks in marked(case, kinds)
+        ],
     )
 
 
-attention_kinds = pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def wanted(*needs: str, lacks: str | None = None) -> list[Case]:
+    cases = [case for case in CASES if all(getattr(case, need) for need in needs)]
+    return [case for case in cases if lacks is None or not getattr(case, lacks)]
 
 
-@matrix()
+def marked(case: Case, kinds: int | None) -> list[tuple[str, tuple[pytest.MarkDecorator, ...]]]:
+    """The case's methods with their marks. Variants of a model type have the same classes: one kind fewer."""
+    taken = [method for method in METHODS if takes(case, method)]
+    fewer = 0 if kinds == 1 or is_first(case) else 1
+    chosen = taken if kinds is None else covering(case, kinds - fewer) if kinds else []
+    return [(method, rest_unless(method in chosen)) for method in taken]
+
+
+@matrix(kinds=2)
 @torch.no_grad()
 def test_autocast_runs(method, case) -> None:
     """Half precision where autocast wants it, as in training."""
@@ -55,19 +72,26 @@ def test_every_family_has_a_case() -> None:
     assert {case.model_type for case in CASES} == set(families())
 
 
-@pytest.mark.parametrize("method", sorted(DYNAMIC))
 @pytest.mark.parametrize(
     "case", [case for case in CASES if not families()[case.model_type].dynamic], ids=lambda c: c.name
 )
-def test_a_family_with_fixed_counts_refuses_and_says_who_can(method, case) -> None:
+def test_a_family_with_fixed_counts_refuses_and_says_who_can(case) -> None:
     model = case.build("sdpa")
-    with pytest.raises(ValueError, match=r"model types that can: .*llava"):
-        accelerate_mllm(model, **METHODS[method], **case.dial)
-    assert handle_of(model) is None
+    for method in sorted(DYNAMIC):
+        with pytest.raises(ValueError, match=r"model types that can: .*llava"):
+            accelerate_mllm(model, **METHODS[method], **case.dial)
+        assert handle_of(model) is None
 
 
-@attention_kinds
-@matrix()
+@pytest.mark.parametrize(
+    ("method", "case", "attention"),
+    [
+        pytest.param(method, case, attention, id=f"{case.name}-{method}-{attention}", marks=marks)
+        for case in CASES
+        for attention, kinds in (("sdpa", 3), ("eager", 2))
+        for method, marks in marked(case, kinds)
+    ],
+)
 @torch.no_grad()
 def test_a_row_in_a_batch_equals_the_row_alone(method, case, attention) -> None:
     model = shared(case.name, method) if attention == "sdpa" else learned(case, method, attention)
@@ -78,17 +102,29 @@ def test_a_row_in_a_batch_equals_the_row_alone(method, case, attention) -> None:
         torch.testing.assert_close(row, alone, atol=1e-4, rtol=1e-4)
 
 
-@attention_kinds
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def one_after_the_other() -> list:
+    """Methods, case, attention: those that run always, and all of them."""
+    found = []
+    for case in CASES:
+        every = [method for method in METHODS if takes(case, method)]
+        for attention, kinds in (("sdpa", 3), ("eager", 1)):
+            chosen = covering(case, kinds if is_first(case) else 1)
+            found.append(pytest.param(chosen, case, attention, id=f"{case.name}-{attention}"))
+            if set(chosen) < set(every):
+                found.append(pytest.param(every, case, attention, id=f"{case.name}-{attention}-every", marks=REST))
+    return found
+
+
+@pytest.mark.parametrize(("methods", "case", "attention"), one_after_the_other())
 @torch.no_grad()
-def test_restored_bit_for_bit_and_identity_at_one(case, attention) -> None:
+def test_restored_bit_for_bit_and_identity_at_one(methods, case, attention) -> None:
     """One model, method after method: each begins with what the one before has left."""
     model = case.build(attention)
     batch = case.batch(model)
     before = case.answers(model, batch)
     state = {name: value.clone() for name, value in model.state_dict().items()}
     kinds = [type(module) for module in model.modules()]
-    for method in (method for method in METHODS if takes(case, method)):
+    for method in methods:
         accelerate_mllm(model, **METHODS[method], keep_ratio=1)
         assert same_answers(case.answers(model, batch), before), f"{method} at keep_ratio=1"
         prepare(model, method=method, **case.dial)
@@ -128,7 +164,7 @@ def test_the_tower_has_the_schedules_tokens(method, case) -> None:
         assert torch.equal(entry.size.sum(dim=1), torch.full_like(entry.size[:, 0], entry.source.shape[1]))
 
 
-@matrix("loss")
+@matrix("loss", kinds=2)
 def test_gradient_checkpointing_changes_no_gradient(method, case) -> None:
     model = learned(case, method)
     batch = case.batch(model)
@@ -176,8 +212,15 @@ def alone(model: nn.Module, case: Case, batch: dict, options: dict, rows: int) -
     return [new_tokens(model, case.row(batch, row), options)[0] for row in range(rows)]
 
 
-@pytest.mark.parametrize("options", [GREEDY, BEAMS], ids=["greedy", "beams"])
-@matrix("generates", lacks="expected" if ENCODES_IMAGES_FIRST else None)
+@pytest.mark.parametrize(
+    ("method", "case", "options"),
+    [
+        pytest.param(method, case, options, id=f"{case.name}-{method}-{name}", marks=marks)
+        for case in wanted("generates", lacks="expected" if ENCODES_IMAGES_FIRST else None)
+        for name, options, kinds in (("greedy", GREEDY, 3), ("beams", BEAMS, 2 if is_first(case) else 0))
+        for method, marks in marked(case, kinds)
+    ],
+)
 @torch.no_grad()
 def test_generate_says_the_same_in_a_batch_and_alone(method, case, options) -> None:
     """Cases with an oracle: the next test."""
@@ -190,16 +233,31 @@ def test_generate_says_the_same_in_a_batch_and_alone(method, case, options) -> N
     assert together == alone(model, case, batch, options, len(together))
 
 
-@pytest.mark.parametrize("options", [GREEDY, pytest.param(BEAMS, marks=encodes_images_first)], ids=["greedy", "beams"])
-@matrix("expected")
-@pytest.mark.parametrize("positions", [None, "original"])
+def with_an_oracle() -> list:
+    """Methods without a learned token: one of both ways to number positions, in turns. Beams with kept positions repeat
+    rows that are compact already: one family in four."""
+    found = []
+    for number, case in enumerate(wanted("expected")):
+        keeps = families()[case.model_type].positions == "grid"  # positions in a grid are kept anyway
+        for method, marks in marked(case, 3):
+            plain = method in ("tome", "random")
+            for positions in (None,) if keeps else (None, "original"):
+                for name, options in (("greedy", GREEDY), ("beams", BEAMS)):
+                    beams = is_first(case) and not plain and (positions is None or number % 4 == 0)
+                    runs = options is GREEDY or beams
+                    if plain and not keeps:
+                        runs = runs and (positions is None) == (method == "tome")
+                    only = () if options is GREEDY else (encodes_images_first,)
+                    name_of = f"{case.name}-{method}-{name}-{positions}"
+                    both = (*(marks or rest_unless(runs)), *only)
+                    found.append(pytest.param(method, case, options, positions, id=name_of, marks=both))
+    return found
+
+
+@pytest.mark.parametrize(("method", "case", "options", "positions"), with_an_oracle())
 @torch.no_grad()
 def test_generate_equals_prompts_compacted_by_hand(method, case, options, positions) -> None:
-    """In a batch and alone. Beams with kept positions: one method, as they repeat rows that are compact already."""
-    if positions == "original" and families()[case.model_type].positions == "grid":
-        pytest.skip("positions in a grid are kept anyway")
-    if positions == "original" and options is BEAMS and method != "crossget":
-        pytest.skip("beams repeat the compact rows, whatever made them compact")
+    """In a batch, and greedily alone: the oracle works row by row."""
     model = shared(case.name, method, positions)
     batch = case.batch(model)
     expected = [
@@ -208,5 +266,5 @@ def test_generate_equals_prompts_compacted_by_hand(method, case, options, positi
     ]
     assert any(expected)
     assert new_tokens(model, batch, options) == expected
-    if positions is None:
+    if positions is None and options is GREEDY:
         assert alone(model, case, batch, options, len(expected)) == expected

@@ -22,7 +22,9 @@ from mllm_crossget.hooks.projector.features import features_of
 from mllm_crossget.schedule import MergeGeometry
 from tests.helpers.families.case_packed import PER_SIDE, runs
 from tests.helpers.families.cases import Batch, Case, all_cases
+from tests.helpers.matrix import covering, is_first
 from tests.helpers.methods import FIXED, prepare
+from tests.helpers.products import rest_unless
 from tests.helpers.tiny import randomise_cross_tokens
 
 CROSS_ATTENDING = ("qformer", "text_encoder", "text_decoder.bert")
@@ -258,8 +260,20 @@ def features_read(
 KINDS = [(*pair, "eager") for pair in PAIRS] + [(*pair, "sdpa") for pair in PAIRS if pair[1] == "crossget"]
 
 
+def stands_for_others(case: Case, method: str, attention: str) -> bool:
+    """CrossGET with maps; a method without a cross token, in turns; every fourth family without maps."""
+    number = [one.name for one in all_cases()].index(case.name)
+    if attention == "sdpa":
+        return number % 4 == 0
+    return method == "crossget" or (is_first(case) and method in covering(case)[1:])
+
+
 @pytest.mark.parametrize(
-    ("case", "method", "attention"), [pytest.param(*kind, id=f"{kind[0].name}-{kind[1]}-{kind[2]}") for kind in KINDS]
+    ("case", "method", "attention"),
+    [
+        pytest.param(*kind, id=f"{kind[0].name}-{kind[1]}-{kind[2]}", marks=rest_unless(stands_for_others(*kind)))
+        for kind in KINDS
+    ],
 )
 @torch.no_grad()
 def test_returned_states_have_the_documented_lengths(case: Case, method: str, attention: str) -> None:

@@ -20,6 +20,29 @@ def takes(case: Case, method: str) -> bool:
     return wanted and (families()[case.model_type].dynamic or method not in DYNAMIC)
 
 
+_FIRST = {case.model_type: case.name for case in reversed(CASES)}
+
+
+def is_first(case: Case) -> bool:
+    """Whether a case stands for its model type: its variants have the same classes, with other towers or texts."""
+    return _FIRST[case.model_type] == case.name
+
+
+_KINDS = (("crossget",), ("madtp", "crossget-dynamic"), ("tome", "random"))
+
+
+def covering(case: Case, kinds: int = len(_KINDS)) -> list[str]:
+    """Methods that stand for all of them on this case: one of every kind, in turns from case to case.
+
+    The kinds differ in the hooks that a family gets: a cross token; counts per image, with a cross token or with
+    alignment tokens; no learned token. A law that is not about the tokens that are there needs two kinds.
+    """
+    taken = [[method for method in kind if takes(case, method)] for kind in _KINDS]
+    number = CASES.index(case)
+    found = [kind[number % len(kind)] for kind in taken[:kinds] if kind]
+    return found or [next(method for kind in taken for method in kind)]
+
+
 @functools.lru_cache(maxsize=8)
 def shared(name: str, method: str, positions: str | None = None) -> nn.Module:
     """``learned``, made once for tests that run one after the other and leave it as it is."""

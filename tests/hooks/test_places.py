@@ -24,6 +24,7 @@ from tests.helpers.families.cases import all_cases
 from tests.helpers.fingerprints import assert_identical, fingerprint
 from tests.helpers.gradients import checkpoint_activations
 from tests.helpers.oracle import Oracle
+from tests.helpers.products import rest_unless
 from tests.helpers.tiny import pixels, prompt_batch, tiny_llava
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
@@ -286,8 +287,14 @@ SERVED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", all_cases(), ids=lambda case: case.name)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "case"),
+    [  # the two kinds of selection at the tower's output in turns
+        pytest.param(method, case, marks=rest_unless(number in (0, place % 2 + 1)), id=f"{case.name}-{number}")
+        for place, case in enumerate(all_cases())
+        for number, method in enumerate(METHODS)
+    ],
+)
 @torch.no_grad()
 def test_a_family_serves_the_place_or_says_why_not(method, case) -> None:
     """Refused before anything is changed; served with finite answers, and put back."""

@@ -33,7 +33,9 @@ from tests.helpers.families.cases import Case, all_cases
 from tests.helpers.fingerprints import assert_identical, fingerprint
 from tests.helpers.gradients import assert_same_gradients, checkpoint_activations
 from tests.helpers.llava import labels_of
+from tests.helpers.matrix import is_first
 from tests.helpers.methods import DYNAMIC, METHODS, prepare
+from tests.helpers.products import rest_unless
 from tests.helpers.threads import THREADS, Request, assert_right_at_once, at_once, impatient_threads, same
 from tests.helpers.tiny import pixels, prompt_batch, randomise_cross_tokens, tiny_llava
 
@@ -64,8 +66,19 @@ def prepared(method: str, **settings: Any) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("settings", [{}, {"reuse_vision": True}, {"positions": "original"}], ids=str)
-@pytest.mark.parametrize("method", METHODS)
+SETTINGS = {"": {}, "reuse": {"reuse_vision": True}, "original": {"positions": "original"}}
+"""Features that are kept for the next call are what threads share most: every method. The others: two of every kind."""
+ASKED = [(method, name) for method in METHODS for name in SETTINGS]
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        pytest.param(method, SETTINGS[name], id=f"{method}-{name}", marks=rest_unless(runs))
+        for method, name in ASKED
+        for runs in [name == "reuse" or (method, name) in (("crossget", ""), ("madtp", ""), ("crossget", "original"))]
+    ],
+)
 def test_every_request_is_answered_as_if_it_were_alone(method: str, settings: dict[str, Any]) -> None:
     assert_right_at_once(requests_to(prepared(method, **settings)), times=3)
 
@@ -84,13 +97,16 @@ def has(case: Case, method: str) -> bool:
 @pytest.mark.parametrize(
     ("case", "method"),
     [
-        pytest.param(case, method, id=f"{case.name}-{method}")
+        pytest.param(
+            case, method, id=f"{case.name}-{method}", marks=rest_unless(is_first(case) and method == having[-1])
+        )
         for case in all_cases()
-        for method in ("crossget", "crossget-dynamic")
-        if has(case, method)
+        for having in [[method for method in ("crossget", "crossget-dynamic") if has(case, method)]]
+        for method in having
     ],
 )
 def test_every_family_answers_several_threads(case: Case, method: str) -> None:
+    """With counts per image where the family has them: whatever the hooks keep of a call is there then."""
     model = prepare(case.build("sdpa"), method=method, **case.dial)
     batch = case.batch(model)
 
@@ -192,8 +208,17 @@ CHANGES: dict[str, Callable[[nn.Module, Path], Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", ["forward", "generate", "features"])
-@pytest.mark.parametrize("change", CHANGES)
+KINDS = ("forward", "generate", "features")
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        pytest.param(change, kind, marks=rest_unless(change == "accelerate" or kind == KINDS[number % len(KINDS)]))
+        for number, change in enumerate(CHANGES)
+        for kind in KINDS
+    ],
+)
 def test_a_model_at_work_is_not_changed(change: str, kind: str, tmp_path: Path) -> None:
     method = "crossget-dynamic" if change == "calibrate" else "crossget"
     model = prepared(method)

@@ -18,12 +18,13 @@ import torch
 from safetensors.torch import load_file
 
 from tests.helpers.processes import ranks
+from tests.helpers.products import REST
 from tests.helpers.runs_in_processes import distributed_training
 from tests.helpers.small_files import weights_in
 from tests.helpers.train_distributed import run
 
 ROOT = Path(__file__).parents[2]
-STEPS = 25
+STEPS = 12
 TOLERANCE = 1e-4  # sums in another order, amplified from step to step; measured 6e-6 after 50
 
 
@@ -55,7 +56,7 @@ def test_ddp(tmp_path, one_process):
     same_trajectory(tmp_path, one_process, "MULTI_CPU")
 
 
-@pytest.mark.parametrize("method", ["ddp-madtp", "ddp-dynamic"])
+@pytest.mark.parametrize("method", ["ddp-madtp", pytest.param("ddp-dynamic", marks=REST)])
 def test_ddp_with_a_number_of_tokens_per_image(tmp_path, method):
     """Thresholds are found again on the way, by each process for itself."""
     run(method, tmp_path / "one", 1, 12)

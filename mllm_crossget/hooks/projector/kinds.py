@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from mllm_crossget.families.feature_kind import FeatureKind
-from mllm_crossget.hooks.projector.cell_features import CellFeatures
 from mllm_crossget.hooks.projector.features import FeaturesMixin, TowerFeatures
 from mllm_crossget.hooks.projector.multi_layer import ConcatenatedFeatures
 from mllm_crossget.hooks.projector.packed_grid import (
@@ -12,7 +11,7 @@ from mllm_crossget.hooks.projector.packed_grid import (
     PaddedGridVideoFeatures,
 )
 from mllm_crossget.hooks.projector.pooled_tiles import LimitedGridFeatures, VideoGridFeatures
-from mllm_crossget.hooks.projector.post_merge import MergedFeatures, MergedVideoFeatures
+from mllm_crossget.hooks.projector.post_merge import CellFeatures, MergedFeatures, MergedVideoFeatures
 from mllm_crossget.hooks.projector.resampler import CountedResamplerFeatures, MaskedResamplerFeatures
 from mllm_crossget.hooks.projector.tiles import ConcatenatedGridFeatures, GridFeatures
 from mllm_crossget.hooks.projector.video_tower import TwoTowersFeatures

@@ -18,14 +18,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from mllm_crossget.families.family import module_at
 from mllm_crossget.families.modality import Modality
 from mllm_crossget.hooks.ground.call_state import Lent, lent
 from mllm_crossget.hooks.ground.journal import Journal
-from mllm_crossget.hooks.ground.state import QUESTION, RUNNING, TRACE, LayerTrace, MergeState, TowerState
+from mllm_crossget.hooks.ground.state import QUESTION, RUNNING, TRACE, Handle, LayerTrace, MergeState, TowerState
 from mllm_crossget.hooks.projector.features import FeaturesMixin, encoded_ahead, features_of, with_features
 from mllm_crossget.hooks.projector.groups import Groups, groups_of_source, with_groups
 from mllm_crossget.hooks.tower.cell_run import Cells
-from mllm_crossget.hooks.tower.cells import CELLS
+from mllm_crossget.hooks.tower.cells import CELLS, WholeMerger
+from mllm_crossget.hooks.tower.fixed_counts import share_state
 from mllm_crossget.hooks.tower.listening import HEARD
 from mllm_crossget.methods.method import Method, Place
 from mllm_crossget.methods.signals import AskedText, Signals
@@ -34,6 +36,7 @@ from mllm_crossget.ops.merging import compose_source, merge, unmerge
 
 _STATE = "_mllm_crossget_merge"
 _KEPT = "_mllm_crossget_kept"
+_TAPS = "deepstack_merger_list"
 
 
 @dataclass
@@ -313,3 +316,27 @@ def _sizes_after(sizes: list[int], runs: list[int], kept: list[int]) -> list[int
             filled, new, index = filled + runs[index], new + kept[index], index + 1
         new_sizes.append(new)
     return new_sizes
+
+
+class CellFeatures(MergedVideoFeatures):
+    """Mixin for the owner of ``get_image_features`` and ``get_video_features``: the tower's layers move whole cells
+    of its patch merger (``hooks.tower.cells``).
+
+    The merger has run on the cells that are left; every cell of the grid has the feature of the one it is in, so that
+    the stock code splits them by images. Here one feature of each stays. Features that were tapped from earlier layers
+    (deepstack), where more cells were left, are averaged over what the cells have become in the end. A method that
+    chooses among all tokens at the tower's output does so among these features.
+    """
+
+    @classmethod
+    def install(cls, journal: Journal, owner: nn.Module, handle: Handle) -> None:
+        """See ``FeaturesMixin.install``; without a reduced tower everything leaves behind the merger."""
+        if handle.tower is not None:
+            handle.second_merge = hook_merge(journal, owner, handle.method, handle.family.modalities, handle.tower)
+            prefix = f"{handle.family.features_owner}."
+            merger = module_at(owner, str(handle.family.projector).removeprefix(prefix))
+            tower: Any = module_at(owner, str(handle.family.tower).removeprefix(prefix))
+            for module in (merger, *getattr(tower, _TAPS, ())):
+                share_state(journal, module, handle.tower)
+                journal.swap_class(module, WholeMerger)
+        journal.swap_class(owner, cls)

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from mllm_crossget.families.family import module_at
 from mllm_crossget.families.tile_packing import become, layouts, places_that_stay, reduced_layout
 from mllm_crossget.hooks.ground.journal import Journal
-from mllm_crossget.hooks.projector.aligned_states import align_states, aligned_tower
 from mllm_crossget.hooks.projector.averages import averages_of
 from mllm_crossget.hooks.projector.features import ReducedFeatures
 from mllm_crossget.hooks.projector.groups import Groups, groups_of_source, with_groups
+from mllm_crossget.hooks.projector.multi_layer import align_states, aligned_tower
 from mllm_crossget.hooks.tower.encoder import Encoding
 from mllm_crossget.hooks.tower.fixed_counts import kept_trace, trace_of
 from mllm_crossget.methods.method import Place

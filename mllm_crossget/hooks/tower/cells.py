@@ -5,7 +5,7 @@ token: its key is the mean of their keys, its importance the sum of theirs. Four
 so that the patch merger after the last layer gets whole cells, and fewer of them. Cells merge within their frame (an
 image, or a frame of a video). A merged cell has the place of the kept one: in the row, in the grid (rotary position)
 and in its window. The merger's features are copied back to all cells, because the stock tower continues with that
-layout; ``hooks.projector.cell_features`` then takes one feature of each merged cell.
+layout; ``hooks.projector.post_merge`` then takes one feature of each merged cell.
 
 Shapes: F frames of one size, n cells of a frame in the untouched row, T cells of it that are left, C cells of all
 frames, m patches of a cell, D width.

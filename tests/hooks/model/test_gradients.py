@@ -8,6 +8,8 @@ import torch
 from mllm_crossget import accelerate_mllm
 from tests.helpers.gradients import assert_same_gradients, checkpoint_activations, gradients
 from tests.helpers.llava import CASES, accelerated_pair, labels_of
+from tests.helpers.methods import METHODS
+from tests.helpers.products import pairwise
 from tests.helpers.tiny import prompt_batch, randomise_cross_tokens
 
 
@@ -30,8 +32,15 @@ def test_reentrant_gradient_checkpointing_changes_no_gradient(method, tower) -> 
     assert all(expected[name].abs().sum() > 0 for name in crossed)
 
 
-@pytest.mark.parametrize("checkpointing", [None, False, True], ids=["off", "use_reentrant=False", "use_reentrant=True"])
-@pytest.mark.parametrize(("method", "tower"), CASES)
+@pairwise(
+    checkpointing=[
+        pytest.param(None, id="off"),
+        pytest.param(False, id="use_reentrant=False"),
+        pytest.param(True, id="use_reentrant=True"),
+    ],
+    method=list(METHODS),
+    tower=["clip", "siglip"],
+)
 def test_two_forwards_before_one_backward(method, tower, checkpointing) -> None:
     model, first = training_pair(method, tower)
     second = prompt_batch(model, (1, 1), seed=3, padding_side="right")

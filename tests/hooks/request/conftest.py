@@ -5,17 +5,10 @@ from __future__ import annotations
 import pytest
 
 from mllm_crossget.config import POSITIONS
-from tests.helpers.generation import FEATURES, Case, make_case
-from tests.helpers.methods import METHODS
-
-TOWERS = ("clip", "siglip")
+from tests.helpers.generation import ANY, FEATURES, Case, make_case
 
 
-# Every method on every tower: tests/families/test_matrix.py. What comes behind the features does not see the tower.
-_IN_TURNS = [(method, TOWERS[number % 2]) for number, method in enumerate(METHODS)]
-
-
-@pytest.fixture(params=[*_IN_TURNS, ("crossget", "siglip"), ("crossget", "original")], ids="-".join)
+@pytest.fixture(params=ANY, ids="-".join)
 def any_case(request: pytest.FixtureRequest) -> Case:
     """Every method, both kinds of towers, and tokens that keep their positions."""
     method, tower = request.param

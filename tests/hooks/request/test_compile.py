@@ -12,6 +12,7 @@ from transformers.generation import CompileConfig
 from mllm_crossget import accelerate_mllm
 from tests.helpers.generation import FEATURES, Case, make_case
 from tests.helpers.oracle import assert_says
+from tests.helpers.products import rest_unless
 from tests.helpers.tiny import prompt_batch, randomise_cross_tokens, tiny_llava
 
 NEW = 6
@@ -39,14 +40,24 @@ def counting_backend():
     return graphs, backend
 
 
-@pytest.fixture(params=[("crossget", "contiguous"), ("crossget", "original"), ("crossget-dynamic", "contiguous"),
-                        ("tome", "contiguous")], ids="-".join)  # fmt: skip
+KINDS = [("crossget", "contiguous"), ("crossget", "original"), ("crossget-dynamic", "contiguous"),
+         ("tome", "contiguous")]  # fmt: skip
+"""What the language model's layers do differently: a cross token or none, either positions, counts per image."""
+
+
+def kinds(*names: str) -> pytest.MarkDecorator:
+    """The compiled step is the same in both tests: each kind runs always in one of them."""
+    cases = [pytest.param(kind, id="-".join(kind), marks=rest_unless("-".join(kind) in names)) for kind in KINDS]
+    return pytest.mark.parametrize("any_case", cases, indirect=True)
+
+
+@pytest.fixture
 def any_case(request: pytest.FixtureRequest) -> Case:
-    """What the language model's layers do differently: a cross token or none, either positions, counts per image."""
     method, positions = request.param
-    return make_case(method, visual_tokens=FEATURES, positions=positions)
+    return make_case(method, text_layers=2, visual_tokens=FEATURES, positions=positions)
 
 
+@kinds("crossget-original", "crossget-dynamic-contiguous")
 def test_compiled_decode_with_a_static_cache_is_one_unbroken_graph(any_case: Case) -> None:
     model, batch = any_case.model, prompt_batch(any_case.model, (2, 0, 1))
     expected = any_case.oracle.new_tokens(model, batch, **GREEDY)
@@ -68,6 +79,7 @@ def test_compiled_decode_with_a_static_cache_is_one_unbroken_graph(any_case: Cas
     assert len(graphs) == 1
 
 
+@kinds("crossget-contiguous", "tome-contiguous")
 def test_generate_compiles_its_decode_steps(any_case: Case) -> None:
     """generate's own compilation (static cache), forced onto the CPU with a backend that compiles nothing."""
     model, batch = any_case.model, prompt_batch(any_case.model, (2, 0, 1))
@@ -83,7 +95,7 @@ def test_generate_compiles_its_decode_steps(any_case: Case) -> None:
 @pytest.mark.parametrize(("order", "learned"), [("compile first", False), ("accelerate first", True)])
 def test_prefill_of_a_compiled_language_model(order, learned) -> None:
     """One graph without a break for the whole language model, images in two of three rows."""
-    eager, model = (tiny_llava() for _ in range(2))
+    eager, model = (tiny_llava(layers=2, text_layers=2) for _ in range(2))
     graphs, backend = counting_backend()
     if order == "compile first":
         model.model.language_model.compile(backend=backend, fullgraph=True)

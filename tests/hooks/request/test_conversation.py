@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from tests.helpers.generation import Case
+from tests.helpers.generation import ANY, Case
 from tests.helpers.oracle import strip_end
+from tests.helpers.products import pairwise
 from tests.helpers.tiny import pixels, prompt_batch
 
 NEW = 5
@@ -42,8 +43,7 @@ def said(sequences: Tensor, prompt_columns: int) -> list[list[int]]:
     return [strip_end(row) for row in sequences[:, prompt_columns:].tolist()]
 
 
-@pytest.mark.parametrize("given", ["all ids", "new ids"])
-@pytest.mark.parametrize("images", [(1,), (2, 0, 1)], ids=str)
+@pairwise(indirect=["any_case"], any_case=ANY, images=[(1,), (2, 0, 1)], given=["all ids", "new ids"])
 def test_text_turns_on_a_reused_cache(any_case: Case, images, given) -> None:
     model, batch = any_case.model, prompt_batch(any_case.model, images)
     cache = DynamicCache(config=model.config.get_text_config())
@@ -62,8 +62,7 @@ def test_text_turns_on_a_reused_cache(any_case: Case, images, given) -> None:
     assert cache.get_seq_length() < sequences.shape[1] - 1
 
 
-@pytest.mark.parametrize("given", ["all ids", "new ids"])
-@pytest.mark.parametrize("images", [(1,), (2, 0, 1), (0,)], ids=str)
+@pairwise(indirect=["any_case"], any_case=ANY, images=[(1,), (2, 0, 1), (0,)], given=["all ids", "new ids"])
 def test_an_image_in_a_later_turn(any_case: Case, images, given) -> None:
     model, batch = any_case.model, prompt_batch(any_case.model, images)
     cache = DynamicCache(config=model.config.get_text_config())
@@ -153,8 +152,7 @@ def test_a_deep_copied_cache_branches_the_conversation(case: Case) -> None:
         assert said(out, whole["input_ids"].shape[1]) == case.oracle.new_tokens(model, whole, **GREEDY)
 
 
-@pytest.mark.parametrize("positions", [False, True], ids=["no positions", "positions"])
-@pytest.mark.parametrize("images", [(1,), (2, 0, 1)], ids=str)
+@pairwise(indirect=["any_case"], any_case=ANY, images=[(1,), (2, 0, 1)], positions=[False, True])
 @torch.no_grad()
 def test_decode_loop_written_by_hand(any_case: Case, images, positions) -> None:
     model, batch = any_case.model, prompt_batch(any_case.model, images)

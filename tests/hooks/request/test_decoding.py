@@ -7,8 +7,10 @@ import torch
 from transformers import GenerationConfig
 
 from mllm_crossget import accelerate_mllm, accelerated, compact_lengths
-from tests.helpers.generation import Case, encodes_images_first, make_case
+from mllm_crossget.config import POSITIONS
+from tests.helpers.generation import ANY, Case, encodes_images_first, make_case
 from tests.helpers.oracle import assert_says, original_positions, strip_end
+from tests.helpers.products import pairwise, rest_unless
 from tests.helpers.tiny import prompt_batch, randomise_cross_tokens, tiny_llava
 
 NEW = 8
@@ -25,8 +27,14 @@ def test_greedy_of_every_method_and_tower(any_case: Case) -> None:
     assert_says(any_case.model.generate(**batch, **GREEDY), batch, expected)
 
 
-@pytest.mark.parametrize("images", BATCHES, ids=str)
-@pytest.mark.parametrize("text", ["llama", "mistral", "qwen2"])
+@pytest.mark.parametrize(
+    ("images", "text"),
+    [
+        pytest.param(images, text, id=f"{text}-{images}", marks=rest_unless(text == "llama" or images == (2, 0, 1)))
+        for text in ("llama", "mistral", "qwen2")
+        for images in BATCHES
+    ],
+)
 def test_greedy_of_every_batch_and_language_model(images, text) -> None:
     case = make_case(text=text)
     batch = prompt_batch(case.model, images, seed=len(images))
@@ -96,8 +104,7 @@ def test_right_padded_prompt_is_padded_on_the_left_for_the_model(case: Case) -> 
     assert torch.equal(case.model.generate(**left, **GREEDY), case.model.generate(**right, **GREEDY))
 
 
-@pytest.mark.parametrize("repeats", [1, 3])
-@pytest.mark.parametrize("images", REPEATED, ids=str)
+@pairwise(indirect=["any_case"], any_case=ANY, images=REPEATED, repeats=[1, 3])
 def test_sampling_draws_the_same(any_case: Case, images, repeats) -> None:
     batch = prompt_batch(any_case.model, images)
     options = {"max_new_tokens": NEW, "do_sample": True, "num_return_sequences": repeats, "top_k": 20}
@@ -109,8 +116,7 @@ def test_sampling_draws_the_same(any_case: Case, images, repeats) -> None:
     assert any_case.oracle.new_tokens_of_batch(any_case.model, batch, **options) != expected
 
 
-@pytest.mark.parametrize("returned", [1, 2])
-@pytest.mark.parametrize("images", REPEATED, ids=str)
+@pairwise(indirect=["any_case"], any_case=ANY, images=REPEATED, returned=[1, 2])
 def test_beam_search(any_case: Case, images, returned) -> None:
     batch = prompt_batch(any_case.model, images)
     options = {**GREEDY, "num_beams": 3, "num_return_sequences": returned}
@@ -183,7 +189,15 @@ def test_dynamic_cache_holds_the_compact_prompt(any_case: Case) -> None:
 
 
 @encodes_images_first
-@pytest.mark.parametrize("chunk", [1, 7, 1000])
+@pytest.mark.parametrize(
+    ("any_case", "chunk"),
+    [
+        pytest.param(kind, chunk, id=f"{'-'.join(kind)}-{chunk}", marks=rest_unless(chunk == 7 or kind == ANY[0]))
+        for kind in ANY
+        for chunk in (1, 7, 1000)
+    ],
+    indirect=["any_case"],
+)
 def test_chunked_prefill(any_case: Case, chunk) -> None:
     batch = prompt_batch(any_case.model, (2, 0, 1))
     expected = any_case.oracle.new_tokens(any_case.model, batch, **GREEDY)
@@ -196,8 +210,7 @@ def test_without_cache(any_case: Case) -> None:
     assert_says(any_case.model.generate(**batch, **GREEDY, use_cache=False), batch, expected)
 
 
-@pytest.mark.parametrize("place", ["argument", "config", "model"])
-@pytest.mark.parametrize("extra", [1, 5])
+@pairwise(indirect=["case"], case=POSITIONS, place=["argument", "config", "model"], extra=[1, 5])
 def test_max_and_min_length_count_the_columns_of_the_user(case: Case, place, extra) -> None:
     batch = prompt_batch(case.model, (2, 0, 1))
     length = batch["input_ids"].shape[1]
