@@ -22,9 +22,10 @@ def trained_card(trainer: Trainer, base: str, dataset: Any) -> ModelCard:
         base: name of the base model: a repository, a folder, or "embedded".
         dataset: what it was trained on, for readers on other machines.
     """
-    model: Any = base_model(trainer.model)
+    wrapped: Any = trainer.model
+    model: Any = base_model(wrapped)
     final = next((entry for entry in reversed(trainer.state.log_history) if "task_loss" in entry), {})
-    is_adapter = wrapped_by_peft(trainer.model)
+    is_adapter = wrapped_by_peft(wrapped)
     data = {"library_name": "peft" if is_adapter else "transformers", "pipeline_tag": "image-text-to-text"}
     if is_of_hub(base):
         data["base_model_relation"] = "adapter" if is_adapter else "finetune"

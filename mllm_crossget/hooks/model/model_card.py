@@ -55,8 +55,8 @@ def card_of(handle: Handle, parts: CardParts) -> ModelCard:
     """A card with metadata for the hub, method and budget, metrics if there are any, and the way to load."""
     method = handle.method.to_dict()
     tags = [method["method"], "token-merging", "mllm-crossget"]
-    of_hub = {"base_model": parts.base} if is_of_hub(parts.base) else {}
-    data = ModelCardData(tags=tags, **of_hub, **parts.data)
+    base = parts.base if is_of_hub(parts.base) else None
+    data = ModelCardData(tags=tags, base_model=base, **parts.data)
     paragraphs = [
         f"# {parts.title}",
         f"{parts.base} with {_budget(handle)}: its visual tokens are reduced with the method `{method['method']}` of "

@@ -125,7 +125,7 @@ class SavedModel(GeneratingModel):
             folder = Path(temporary) / repo_id.split("/")[-1]
             self.save_pretrained(folder, max_shard_size=max_shard_size)
             card = saved_card(self, repo_id)
-            card.data.tags = list(dict.fromkeys([*(card.data.tags or ()), *(tags or ())]))
+            card.data["tags"] = list(dict.fromkeys([*(card.data.get("tags") or ()), *(tags or ())]))
             write_card(folder, card)
             given = {name: value for name, value in commit.items() if value is not None}
             return _upload(folder, repo_id=repo_id, token=token, **given)
