@@ -65,6 +65,7 @@ _ANY_TRANSFORMERS = (
     "test_cli.py",
     "test_cli_mistakes.py",
     "test_cli_options.py",
+    "test_code_blocks.py",
     "test_contributing.py",
     "test_intervals.py",
     "test_layout.py",

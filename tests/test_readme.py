@@ -1,29 +1,21 @@
-"""README.md and docs/: figures are those of the result files; imports, links, pictures and commands exist."""
+"""README.md and docs/: figures are those of the result files; links and pictures exist."""
 
 from __future__ import annotations
 
 import re
-import shlex
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-import mllm_crossget
-from mllm_crossget.cli import COMMANDS, parse_command
-
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "eval" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+LINKING = [
+    page
+    for folder in ("", "docs", "docs/api", "eval", "scripts/configs", ".github")
+    for page in sorted((ROOT / folder).glob("*.md"))
+]
 MOST_LINES = 150
-pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
-
-
-def code_lines(page: Path, language: str) -> Iterator[str]:
-    """The lines of a page's code blocks, continued lines as one."""
-    for block in re.findall(rf"^```{language}[^\n]*\n(.*?)^```$", page.read_text(), flags=re.M | re.S):
-        yield from block.replace("\\\n", " ").splitlines()
 
 
 def test_the_readme_is_one_screen() -> None:
@@ -54,34 +46,46 @@ def test_the_check_of_the_tables_can_fail(change: str, monkeypatch: pytest.Monke
         assert readme_tables.rendered(text.replace("| untouched | 144 |", change), tables)[0] == text
 
 
-@pages
-def test_what_a_page_imports_exists(page: Path) -> None:
-    for line in code_lines(page, "python"):
-        if found := re.fullmatch(r"from mllm_crossget import (.+)", line):
-            for name in found[1].split(", "):
-                assert hasattr(mllm_crossget, name), name
+def anchors(page: Path) -> set[str]:
+    """Anchors of a page's headings that MkDocs and GitHub make alike, and those that the page sets itself."""
+    text = without_code(page.read_text())
+    found = set(re.findall(r'(?:id|name)="([^"]+)"', text))
+    for heading in re.findall(r"^#+ +(.+?) *#*$", text, flags=re.M):
+        words = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).lower()
+        words = re.sub(r"[^\w\s-]", "", words).strip()
+        if (of_github := words.replace(" ", "-")) == re.sub(r"[-\s]+", "-", words):
+            found.add(of_github)
+    return found
 
 
-@pages
+def without_code(text: str) -> str:
+    return re.sub(r"^ *```.*?^ *```$", "", text, flags=re.M | re.S)
+
+
+def broken_links(page: Path) -> list[str]:
+    """Links and pictures of a page whose file, or whose heading in it, is not there."""
+    text = re.sub(r"`[^`\n]*`", "", without_code(page.read_text()))
+    links = re.findall(r"\]\(([^)\s]+)\)|^\[[^]]+\]: (\S+)|(?:src|href)=\"([^\"]+)\"", text, flags=re.M)
+    broken = []
+    for link in filter(lambda link: not re.match(r"https://|mailto:", link), ("".join(parts) for parts in links)):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        if not target.is_file() or (anchor and target.suffix == ".md" and anchor not in anchors(target)):
+            broken.append(link)
+    return broken
+
+
+@pytest.mark.parametrize("page", LINKING, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_and_pictures_exist(page: Path) -> None:
-    for path in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text()):
-        assert path.startswith("https://") or (page.parent / path).is_file(), path
+    assert not broken_links(page)
 
 
-@pages
-def test_commands_have_these_options(page: Path) -> None:
-    for line in code_lines(page, "bash"):
-        line = line.replace("$model", "llava-1.5-7b").replace("keynorm", "tome").strip()  # of the recipe for a method
-        line = re.sub(r'^\w+="(mllm-crossget .*)"$', r"\1", line)  # a variable of the shell
-        if not line.startswith("mllm-crossget ") or "EXPERIMENT" in line:
-            continue
-        words = shlex.split(line, comments=True)
-        name = words[1]
-        try:
-            parse_command(
-                name, COMMANDS[name], [*words[2:], *(["--bf16", "false", "--tf32", "false"] if name == "train" else [])]
-            )
-        except ImportError as error:  # an extra, or the newer transformers that training needs
-            pytest.skip(f"{line}: {error}")
-        except (SystemExit, ValueError, TypeError) as error:
-            pytest.fail(f"{line}: {error}")
+def test_a_broken_link_is_found(tmp_path: Path) -> None:
+    (tmp_path / "other.md").write_text("# The *one* `heading`\n```\n# no heading\n```\n")
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# Here\n[a](other.md#the-one-heading) [b](#here) [c](other.md#no-heading) [d](none.md) [e](#there)\n"
+        '![f](none.png) <img src="none.svg"> [g][h] `[i](none)` [j](http://plain.example)\n\n[h]: none.txt\n'
+    )
+    links = ["other.md#no-heading", "none.md", "#there", "none.png", "none.svg", "http://plain.example", "none.txt"]
+    assert broken_links(page) == links

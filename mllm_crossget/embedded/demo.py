@@ -60,6 +60,7 @@ class DemoOptions:
         rounds: timed rounds of each setting.
         examples: number of questions to show with both answers.
         output_dir: folder for the table's JSON and the pictures.
+        json: print the report as JSON; everything else goes to the error output.
     """
 
     methods: list[str] | None = None
@@ -69,6 +70,7 @@ class DemoOptions:
     rounds: int = 5
     examples: int = 4
     output_dir: str = "runs/demo"
+    json: bool = False
 
     def __post_init__(self) -> None:
         check_field_types(self)
@@ -112,9 +114,9 @@ def run(options: DemoOptions) -> int:
     """Answer, time, print one table, write JSON and pictures. Returns 0."""
     check_output_folder(options.output_dir)
     importlib.import_module("matplotlib")  # checked first, as the curves come last
-    console = Console()
+    console = Console(stderr=options.json)
     if not console.is_terminal:  # a file or a pipe has no width
-        console = Console(width=_PLAIN_WIDTH)
+        console = Console(stderr=options.json, width=_PLAIN_WIDTH)
     settings = {"untouched": make_method("crossget", 1.0), **options.chosen()}
     if options.methods is None and not _can_train():
         console.print("without the trained rows, which need PEFT: pip install 'mllm-crossget[demo]'")
@@ -138,6 +140,8 @@ def run(options: DemoOptions) -> int:
     write_text(folder / "demo.json", json.dumps(report, indent=2) + "\n")
     _pictures(ready, processor, questions, settings, rows, folder)
     console.print(f"written to {folder}: demo.json, merged.png, curves.png")
+    if options.json:
+        print(json.dumps(report, indent=2))
     return 0
 
 

@@ -14,10 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import AutoModelForImageTextToText, Trainer, TrainerState
 
-from mllm_crossget.atomic_files import write_text
 from mllm_crossget.checkpoint import load_crossget
 from mllm_crossget.costs.flops import model_flops
-from mllm_crossget.embedded import WEIGHTS_FOLDER
 from mllm_crossget.hooks.ground.hosts import config_of
 from mllm_crossget.hooks.ground.state import (
     IN_PARALLEL,
@@ -28,9 +26,11 @@ from mllm_crossget.hooks.ground.state import (
     wrapped_by_peft,
 )
 from mllm_crossget.hooks.model.cross_files import write_files
+from mllm_crossget.hooks.model.model_card import write_card
 from mllm_crossget.training.checkpoints import last_complete_checkpoint
 from mllm_crossget.training.compute_budget import BudgetCallback, take_settings
 from mllm_crossget.training.losses import alignment_term, distillation_loss, teacher_logits
+from mllm_crossget.training.model_card import trained_card
 from mllm_crossget.training.options import output_folder
 from mllm_crossget.training.pairs import answers_apart, prompt_tokens_per_image
 from mllm_crossget.training.sampler import ModalityLengthSampler
@@ -209,12 +209,15 @@ class CrossGetTrainer(Trainer):
         self.state = TrainerState.load_from_json(str(Path(folder) / "trainer_state.json"))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write ``README.md`` with the run's settings and metrics, instead of the stub that PEFT writes."""
+        """Write ``README.md`` with the run's settings and metrics, instead of the stub that PEFT writes.
+
+        A card that a person wrote or changed is kept.
+        """
         if self.is_world_process_zero():
             base = kwargs.get("finetuned_from") or config_of(base_model(self.model))._name_or_path
             data = str(kwargs.get("dataset") or "own data")
-            text = model_card(self, base, Path(data).name if Path(data).exists() else data)  # no path of this machine
-            write_text(output_folder(self.args) / "README.md", text)
+            card = trained_card(self, base, Path(data).name if Path(data).exists() else data)  # no path of this machine
+            write_card(output_folder(self.args), card)
 
     @property
     def _saves_adapter(self) -> bool:
@@ -319,54 +322,3 @@ def _cross_tokens_in(state: dict[str, Tensor], handle: Handle) -> dict[str, Tens
             if match:
                 tokens[f"{path}.{match[1]}"] = tensor
     return tokens
-
-
-def _is_of_hub(base: str) -> bool:
-    """Whether a base model's name can be a repository of the hub; a local folder and "embedded" are not."""
-    return base not in ("", "embedded") and not Path(base).expanduser().is_dir() and base.count("/") <= 1
-
-
-def _base_and_its_loading(base: str, kind: str) -> tuple[str, str]:
-    """The base model in words for readers on other machines, and the line that loads it."""
-    if base == "embedded" or Path(base) == WEIGHTS_FOLDER:
-        line = "from mllm_crossget.embedded import load_embedded; base_model, _ = load_embedded()"
-        return "The small model that ships with mllm_crossget", line
-    if _is_of_hub(base):
-        return base, f'from transformers import {kind}; base_model = {kind}.from_pretrained("{base}")'
-    name = Path(base).name or kind
-    return f"A local model ({name})", f'from transformers import {kind}; base_model = {kind}.from_pretrained("{name}")'
-
-
-def model_card(trainer: CrossGetTrainer, base: str, dataset: Any) -> str:
-    """A model card with the run's metrics, in the hub's format."""
-    handle = _handle(trainer.model)
-    final = next((entry for entry in reversed(trainer.state.log_history) if "task_loss" in entry), {})
-    rows = "\n".join(f"| {name} | {value:.6g} |" for name, value in final.items() if isinstance(value, int | float))
-    settings = "\n".join(f"    {name}: {value}" for name, value in handle.method.to_dict().items())
-    is_adapter = wrapped_by_peft(trainer.model)
-    kind = "adapter" if is_adapter else "finetune"
-    of_hub = f"\nbase_model: {base}\nbase_model_relation: {kind}" if _is_of_hub(base) else ""
-    base, loading = _base_and_its_loading(base, type(base_model(trainer.model)).__name__)
-    return f"""---
-library_name: {"peft" if is_adapter else "transformers"}{of_hub}
-pipeline_tag: image-text-to-text
-tags: [llava, token-merging, crossget]
----
-
-# {output_folder(trainer.args).name}
-
-{base} with {handle.schedule.features} instead of {handle.schedule.placeholders} visual tokens per image, fine-tuned on
-{dataset} for {trainer.state.global_step} steps.
-
-    from mllm_crossget.training import load_finetuned
-    {loading}
-    model = load_finetuned(base_model, "this folder or repository")
-
-Settings of the reduction:
-
-{settings}
-
-| last training log | |
-|---|---|
-{rows}
-"""

@@ -128,3 +128,25 @@ def test_refusals():
         lora_config(accelerate_mllm(tiny_llava()), projector="all")
     with pytest.raises(ValueError, match="bits must be 4 or 8"):
         quantization_config(2)
+
+
+def test_the_card_names_its_base_and_leaves_a_persons_text(tmp_path):
+    trainer = toy_trainer(tmp_path, toy_model())
+    path = tmp_path / "README.md"
+    trainer.save_model()  # PEFT's template
+    for base, said, line in (
+        ("embedded", "The small model that ships with mllm_crossget", "base_model, _ = load_embedded()"),
+        ("someone/base", "someone/base", 'from_pretrained("someone/base")'),
+        ("/secret/folder", "A local model (folder)", 'from_pretrained("folder")'),
+    ):
+        trainer.create_model_card(finetuned_from=base)
+        trainer.save_model()  # PEFT changes the metadata and appends its version
+        text = path.read_text()
+        assert f"{said} with" in text
+        assert line in text
+        assert f'load_finetuned(base_model, "{tmp_path.name}")' in text
+        assert "secret" not in text.split("---", 2)[2]
+    path.write_text(text.replace("Settings", "My settings"))
+    before = path.read_text()
+    trainer.create_model_card(finetuned_from="embedded")
+    assert path.read_text() == before
