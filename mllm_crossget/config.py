@@ -58,9 +58,9 @@ class ReductionConfig:
         positions: positions of image tokens and text in the language model. None or "original": text has the positions
             of the full prompt, and an image token the lower median position of the tokens that it stands for, so that
             distances are as the model has learned. "contiguous": positions without gaps, as in the official code.
-        size_bias: whether a token that stands for n visual tokens weighs as much as n in the language model's attention
-            (log n is added to its logits), in the prompt and in decoding. None: True for methods that weigh tokens by
-            size inside the tower.
+        size_bias: whether a token that stands for n visual tokens weighs as much as n in the attention of the language
+            model, or of modules that cross-attend to the tower (log n is added to its logits), in the prompt and in
+            decoding. None: True for methods that weigh tokens by size inside the tower.
         schedule: where a vision tower removes the tokens of ``keep_ratio`` or ``visual_tokens``. "constant": evenly
             over its layers, as published. "late": in the last layers before the one that is read, which costs more in
             the tower but changes fewer layers. "output": all at once, at the output of the layer that is read, for
