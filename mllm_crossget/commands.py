@@ -54,6 +54,13 @@ COMMANDS: dict[str, Command] = {
         group="measure speed",
         example="bench --geometry llava-1.5-7b --llm_layers 2 --keep_ratios 0.25 --plot speed.png",
     ),
+    "bench-layers": Command(
+        "mllm_crossget.benchmark.layer_times:LayerTimesOptions",
+        "mllm_crossget.benchmark.layer_times:run",
+        "time the layers of a vision tower and the language model, for schedule auto by time (--layer_times)",
+        group="measure speed",
+        example="bench-layers llava-1.5-7b --llm_layers 2 --output layer_times.json",
+    ),
     "bench-reducer": Command(
         "mllm_crossget.benchmark.reducer:ReducerOptions",
         "mllm_crossget.benchmark.reducer:run",

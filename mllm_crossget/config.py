@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +18,8 @@ from huggingface_hub.errors import EntryNotFoundError
 
 from mllm_crossget.atomic_files import write_text
 from mllm_crossget.field_types import check_field_types, checked_count, checked_ratio, checked_removals
+from mllm_crossget.hub_files import find_file
+from mllm_crossget.layer_times import checked_times
 from mllm_crossget.place import Place
 
 CONFIG_NAME = "crossget_config.json"
@@ -31,8 +32,6 @@ DIALS = (*_DIALS, *_TEXT_DIALS)
 POSITIONS = ("contiguous", "original")
 SCHEDULES = ("constant", "late", "output", "auto")
 _METHODS: dict[str, type[ReductionConfig]] = {}
-# Options of the download, ignored for a local folder. Other keywords select a version, which a folder does not have.
-_ONLY_FOR_DOWNLOADS = ("token", "cache_dir", "local_files_only", "subfolder")
 
 Config = TypeVar("Config", bound="ReductionConfig")
 
@@ -58,17 +57,20 @@ class ReductionConfig:
         positions: positions of image tokens and text in the language model. None or "original": text has the positions
             of the full prompt, and an image token the lower median position of the tokens that it stands for, so that
             distances are as the model has learned. "contiguous": positions without gaps, as in the official code.
-        size_bias: whether a token that stands for n visual tokens weighs as much as n in the language model's attention
-            (log n is added to its logits), in the prompt and in decoding. None: True for methods that weigh tokens by
-            size inside the tower.
+        size_bias: whether a token that stands for n visual tokens weighs as much as n in the attention of the language
+            model, or of modules that cross-attend to the tower (log n is added to its logits), in the prompt and in
+            decoding. None: True for methods that weigh tokens by size inside the tower.
         schedule: where a vision tower removes the tokens of ``keep_ratio`` or ``visual_tokens``. "constant": evenly
             over its layers, as published. "late": in the last layers before the one that is read, which costs more in
             the tower but changes fewer layers. "output": all at once, at the output of the layer that is read, for
             methods that can do so. None or "auto": as late as costs allow, in layers and at the output
             (``removals.auto_removals``); evenly without a language model, and with ``r``.
+        layer_times: measured times by which "auto" chooses instead of FLOPs: the JSON file that ``mllm-crossget
+            bench-layers`` writes on the machine that will run the model, or its content, which is saved with the
+            settings (``layer_times.checked_times``).
 
     Raises:
-        ValueError: two dials of one tower at once, or a value outside its range.
+        ValueError: two dials of one tower at once, a value outside its range, or ``layer_times`` without "auto".
         TypeError: a value of the wrong type.
     """
 
@@ -82,6 +84,7 @@ class ReductionConfig:
     positions: str | None = None
     size_bias: bool | None = None
     schedule: str | None = None
+    layer_times: dict[str, Any] | str | None = None
 
     published_settings: ClassVar[Mapping[str, Any]] = {
         "positions": "contiguous",
@@ -110,10 +113,15 @@ class ReductionConfig:
             self.visual_tokens = checked_count("visual_tokens", self.visual_tokens, least=1)
         if self.merge_every is not None:
             self._check_merge_every()
-        if self.size_bias is not None and not isinstance(self.size_bias, bool):
-            raise TypeError(f"size_bias must be True, False or None, got {self.size_bias!r}")
         if self.schedule is not None:
             self._check_schedule()
+        if self.layer_times is not None:
+            self.layer_times = checked_times(self.layer_times)
+            if self.schedule_kind != "auto":
+                raise ValueError(
+                    'layer_times is what schedule="auto" chooses by, and these settings have schedule='
+                    f"{self.schedule_kind!r}; leave one of them out"
+                )
         if self.positions not in (None, *POSITIONS):
             raise ValueError(f"positions must be one of {POSITIONS}, got {self.positions!r}")
         for name in ("r", "vision_r", "text_r"):
@@ -355,36 +363,6 @@ def _weights_named_in(path: Path) -> Mapping[str, str] | None:
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
-
-
-def find_file(name_or_path: str | Path, filename: str, **hub_kwargs: Any) -> Path:
-    """Path of ``filename`` in a local folder or, if there is no such folder, downloaded from the hub.
-
-    Args:
-        name_or_path: the folder (``~`` is the home folder), or a repository of the hub.
-        filename: name of the file.
-        hub_kwargs: passed to ``hf_hub_download``. ``subfolder`` applies to a local folder too, where ``token``,
-            ``cache_dir`` and ``local_files_only`` are ignored.
-
-    Raises:
-        ValueError: the folder exists but does not contain the file, or a keyword such as ``revision`` applies only to a
-            repository.
-        TypeError: a keyword that ``hf_hub_download`` does not know.
-    """
-    unknown = sorted(set(hub_kwargs) - set(inspect.signature(hf_hub_download).parameters))
-    if unknown:
-        raise TypeError(f"unknown keywords {unknown}; known are those of hf_hub_download, such as revision and token")
-    folder = Path(name_or_path).expanduser()
-    if not folder.is_dir():
-        return Path(hf_hub_download(str(name_or_path), filename, **hub_kwargs))
-    unused = sorted(name for name, value in hub_kwargs.items() if value and name not in _ONLY_FOR_DOWNLOADS)
-    if unused:
-        raise ValueError(f"{folder} is a local folder, for which {unused} mean nothing; leave them out")
-    path = folder / (hub_kwargs.get("subfolder") or "") / filename
-    if not path.is_file():
-        held = sorted(p.name for p in path.parent.iterdir())[:20] if path.parent.is_dir() else "no such subfolder"
-        raise ValueError(f"{path.parent} has no {filename}; it holds {held}")
-    return path
 
 
 __all__ = [

@@ -5,8 +5,19 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from mllm_crossget.flop_formulas import layer_flops
+
+
+class Costs(Protocol):
+    """Costs that depend on the schedule, in one unit: FLOPs (``TowerCosts``) or nanoseconds (``LayerTimes``)."""
+
+    def tower(self, tokens: Sequence[int], output: bool = False) -> int:
+        """See ``TowerCosts.tower``."""
+
+    def language(self, features: int) -> int:
+        """See ``TowerCosts.language``."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +91,7 @@ class TowerGeometry:
     drops_prefix: bool = True
     cells: int | None = None
     fixed: bool = True
-    costs: TowerCosts | None = field(default=None, compare=False)
+    costs: Costs | None = field(default=None, compare=False)
     block: int = 1
 
     @property

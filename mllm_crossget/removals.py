@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from mllm_crossget.field_types import check_type, checked_count, checked_removals
-from mllm_crossget.geometry import TowerCosts, TowerGeometry
+from mllm_crossget.geometry import Costs, TowerGeometry
 
 _HALF = Fraction(1, 2)
 # Of what may leave, the most that a layer is asked for on average where images differ. Asked for half, which no image
@@ -132,7 +132,7 @@ def output_removals(wanted: Wanted) -> list[int]:
 
 
 def auto_removals(wanted: Wanted, selects: bool) -> tuple[list[int], bool]:
-    """The latest removals whose FLOPs stay in reach of those of even ones.
+    """The latest removals whose costs, in FLOPs or by measured time, stay in reach of those of even ones.
 
     What early layers lose is lost for good, and what tokens cost in the tower is little beside what they cost in a
     large language model. So the tower may spend ``SLACK`` of what even removals cost in tower and language model. Where
@@ -151,14 +151,14 @@ def auto_removals(wanted: Wanted, selects: bool) -> tuple[list[int], bool]:
     """
     if wanted.geometry.costs is None or not wanted.needed:
         return even_removals(wanted), False
-    limit = _most_flops(wanted, wanted.geometry.costs, selects)
+    limit = _most_costs(wanted, wanted.geometry.costs, selects)
     for removals in _selected(wanted) if selects else _late(wanted):
         if wanted.geometry.costs.tower(_tokens_read(wanted, removals, selects), selects) <= limit:
             return removals, selects
     return even_removals(wanted), False
 
 
-def _most_flops(wanted: Wanted, costs: TowerCosts, selects: bool) -> Fraction:
+def _most_costs(wanted: Wanted, costs: Costs, selects: bool) -> Fraction:
     """What the tower may cost."""
     try:
         even = costs.tower(_tokens_read(wanted, even_removals(wanted)))

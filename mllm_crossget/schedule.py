@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from mllm_crossget.config import Place, ReductionConfig
 from mllm_crossget.geometry import Geometry, MergeGeometry, TextGeometry, TowerGeometry
+from mllm_crossget.layer_times import layer_times
 from mllm_crossget.removals import (
     Wanted,
     auto_removals,
@@ -92,7 +93,7 @@ def make_schedule(config: ReductionConfig, geometry: Geometry) -> Schedule:
         ValueError: more tokens asked for than there are, fewer than the tower can get down to, a list of removals of
             the wrong length, ``r`` where there is no layer to apply it to, or a place that the geometry has not.
     """
-    geometry = acting_geometry(config, geometry)
+    geometry = measured_geometry(config, acting_geometry(config, geometry))
     if isinstance(geometry, MergeGeometry):
         return _merge_schedule(config, geometry)
     if config.place is not Place.TOWER_LAYERS:
@@ -110,6 +111,23 @@ def make_schedule(config: ReductionConfig, geometry: Geometry) -> Schedule:
         features = min(features, _target(config, geometry))
     drop_cross = cross and (features > geometry.placeholders or _drops_cross(config, geometry))
     return Schedule(removals, tokens, geometry.placeholders, features - drop_cross, cross, drop_cross, output)
+
+
+def measured_geometry(config: ReductionConfig, geometry: Geometry) -> Geometry:
+    """The geometry with measured times in the place of FLOPs, if the settings have ``layer_times``.
+
+    Raises:
+        ValueError: the times do not fit the tower, or there is no choice to make by them.
+    """
+    if not isinstance(config.layer_times, dict) or not config.reduces_vision:
+        return geometry
+    if not isinstance(geometry, TowerGeometry) or geometry.costs is None:
+        what = "no language model reads its tokens in a prompt, so they leave evenly"
+        what = what if isinstance(geometry, TowerGeometry) else "its tokens are merged behind the projector alone"
+        raise ValueError(f"layer_times are for choosing the layers of a vision tower, but {what}; leave it out")
+    cross = config.uses_cross_tokens and geometry.block == 1
+    times = layer_times(config.layer_times, geometry.layers, geometry.patches + geometry.prefix + cross)
+    return replace(geometry, costs=times)
 
 
 def _tower_removals(
@@ -185,7 +203,7 @@ def behind_grid(config: Config, geometry: TowerGeometry, patches: int) -> Config
     """The settings of the second merging, of the ``cells`` behind a projector that wants the whole grid, where the
     tower has kept ``patches`` tokens for them: the dial, or where it counts tokens per layer, the share they are."""
     if config.vision_removals is None:
-        return replace(config, merge_every=None, schedule=_behind_tower(config))
+        return replace(config, merge_every=None, schedule=_behind_tower(config), layer_times=None)
     return at_share(config, patches / geometry.patches)
 
 
@@ -200,7 +218,7 @@ def behind_cells(schedule: Schedule) -> Schedule:
 def at_share(config: Config, share: float) -> Config:
     """The settings of a merging that keeps this share of its tokens, whatever the dial is."""
     kept = min(1.0, share)
-    dials = {"visual_tokens": None, "r": None, "vision_r": None, "merge_every": None}
+    dials = {"visual_tokens": None, "r": None, "vision_r": None, "merge_every": None, "layer_times": None}
     return replace(config, keep_ratio=kept, schedule=_behind_tower(config), **dials)
 
 
@@ -352,6 +370,7 @@ __all__ = [
     "behind_grid",
     "make_schedule",
     "make_text_schedule",
+    "measured_geometry",
     "of_other_size",
     "patches_left",
     "ramp",

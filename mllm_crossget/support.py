@@ -26,6 +26,7 @@ from mllm_crossget.families.family import (
 )
 from mllm_crossget.hooks.ground.state import base_model, trains_in_parallel
 from mllm_crossget.hooks.language.sized_model import language_problem
+from mllm_crossget.hooks.language.sized_readers import readers_problem
 from mllm_crossget.hooks.projector.kinds import MIXINS
 from mllm_crossget.hooks.tower.attention import attention_problem
 from mllm_crossget.methods.method import Method, Place
@@ -191,15 +192,10 @@ def check_dials(method: Method, family: Family, model: Any) -> None:
         _check_thresholds(method, family, model.config)
     if method.positions is not None and not method.is_published:
         _check_positions(method, family, model)
-    if method.size_bias and not method.is_published and not family.modalities:
-        raise ValueError(
-            f"{type(model).__name__} has no language model that reads merged tokens in its prompt: size_bias=True says "
-            "nothing, leave it out"
-        )
-    if method.size_bias and family.modalities and family.language_model is not None:
-        problem = language_problem(module_at(model, family.language_model))
+    if method.size_bias and not method.is_published:
+        problem = _sizes_problem(family, model)
         if problem is not None:
-            raise ValueError(f"size_bias=True is not possible: {problem}; leave it out")
+            raise ValueError(f"size_bias=True is not possible in {type(model).__name__}: {problem}; leave it out")
     text = family.text_tower
     if text is None:
         given = [name for name in ("vision_r", "text_r", "text_keep_ratio") if getattr(method, name) is not None]
@@ -227,6 +223,15 @@ def check_dials(method: Method, family: Family, model: Any) -> None:
             f"{type(model).__name__} has no vision tower: give text_keep_ratio or text_r instead of keep_ratio, "
             "visual_tokens or r"
         )
+
+
+def _sizes_problem(family: Family, model: nn.Module) -> str | None:
+    """Why token sizes cannot reach what reads a model's tokens, or None if they can."""
+    if family.modalities and family.language_model is not None:
+        return language_problem(module_at(model, family.language_model))
+    if family.vision.is_read_across:
+        return readers_problem(model, family)
+    return None if family.modalities else "no language model reads merged tokens, and no module cross-attends to them"
 
 
 def place_problem(method: Method, family: Family, model: Any) -> str | None:

@@ -21,7 +21,7 @@ MOST_LINES_OF_A_FILE = 400
 MOST_LINES_OF_A_FUNCTION = 60
 MOST_WORDS_OF_A_SENTENCE = 45
 
-_BASE = {"atomic_files", "config", "field_types", "geometry", "schedule", "ops"}
+_BASE = {"atomic_files", "config", "field_types", "geometry", "layer_times", "schedule", "ops"}
 _FLOOR = {*_BASE, "flop_formulas", "language_flops", "families", "methods"}
 # Rooms of ``hooks`` from the ground up: each may import those below it.
 ROOMS = ("ground", "tower", "projector", "text", "language", "request", "reuse", "model", "apply")
@@ -34,7 +34,7 @@ _USES |= {"compare", "look"}
 ARROWS: dict[str, set[str]] = {
     "atomic_files": set(),
     "place": set(),
-    "config": {"atomic_files", "field_types", "place"},
+    "config": {"atomic_files", "field_types", "hub_files", "layer_times", "place"},
     "field_types": set(),
     "moved": set(),
     "user_files": set(),
@@ -44,7 +44,9 @@ ARROWS: dict[str, set[str]] = {
     "records": {"record_columns", "user_files"},
     "geometry": {"flop_formulas"},
     "removals": {"field_types", "geometry"},
-    "schedule": {"config", "geometry", "removals"},
+    "schedule": {"config", "geometry", "layer_times", "removals"},
+    "layer_times": {"field_types"},
+    "hub_files": set(),
     "flop_formulas": set(),
     "language_flops": {"flop_formulas"},
     "kernels": {"kernels"},
@@ -89,6 +91,8 @@ PACKAGES: dict[str, set[str]] = {
     "methods": {"torch"},
     "families": {"torch"},
     "config": {"huggingface_hub"},
+    "hub_files": {"huggingface_hub"},
+    "layer_times": set(),
     "retrieval": {"torch"},
 }
 

@@ -26,6 +26,7 @@ from mllm_crossget.schedule import (
     acting_geometry,
     make_schedule,
     make_text_schedule,
+    measured_geometry,
 )
 from mllm_crossget.support import unsupported_reason
 
@@ -103,6 +104,7 @@ def inspection(config: Any, method: Method, text_tokens: int = 60, new_tokens: i
         **texts,
         "new_tokens": new_tokens,
         "schedules": _schedules(config, method, geometry, text_tokens, new_tokens),
+        "schedule_ms": _milliseconds(method, geometry),
         "flops": {"before": costs[0].to_dict(), "after": costs[1].to_dict(), "ratio": costs[1].total / costs[0].total},
     }
 
@@ -114,11 +116,33 @@ def _schedules(config: Any, method: Method, geometry: Geometry, text_tokens: int
     totals = {}
     for kind in SCHEDULES:
         try:
-            chosen = replace(method, schedule=kind)
+            chosen = _with_schedule(method, kind)
             totals[kind] = model_flops(config, chosen, text_tokens=text_tokens, new_tokens=new_tokens).total
         except ValueError:  # not allowed with this method, setting or projector
             continue
     return totals if len(totals) > 1 else {}
+
+
+def _milliseconds(method: Method, geometry: Geometry) -> dict[str, dict[str, float]]:
+    """Milliseconds of tower and language model by every schedule that is possible, of one image or tile, as its
+    ``layer_times`` say; empty without them."""
+    costs = getattr(measured_geometry(method, geometry), "costs", None)
+    if method.layer_times is None or costs is None or not isinstance(geometry, TowerGeometry):
+        return {}
+    found = {}
+    for kind in SCHEDULES:
+        try:
+            schedule = make_schedule(_with_schedule(method, kind), geometry)
+        except ValueError:  # not allowed with this method, setting or projector
+            continue
+        tower = costs.tower(schedule.tokens[: geometry.read + 1], schedule.output is not None)
+        language = costs.language(schedule.features)
+        found[kind] = {"tower": tower / 1e6, "language_model": language / 1e6, "total": (tower + language) / 1e6}
+    return found
+
+
+def _with_schedule(method: Method, kind: str) -> Method:
+    return replace(method, schedule=kind, layer_times=method.layer_times if kind == "auto" else None)
 
 
 def _text_counts(config: Any, tower: TextTower, method: Method, text_tokens: int) -> dict[str, Any]:
@@ -168,6 +192,10 @@ def _print_inspection(options: InspectOptions, report: dict[str, Any]) -> None:
     if report["schedules"]:
         totals = ", ".join(f"{kind} {flops / 1e9:.2f}" for kind, flops in report["schedules"].items())
         console.print(f"total GFLOPs by schedule: {totals}")
+    if report["schedule_ms"]:
+        times = ", ".join(f"{kind} {ms['tower']:.2f} + {ms['language_model']:.2f} = {ms['total']:.2f}"
+                          for kind, ms in report["schedule_ms"].items())  # fmt: skip
+        console.print(f"ms of tower + language model by schedule, from layer_times: {times}")
 
 
 def _layer_table(report: dict[str, Any], prefix: str = "", tower: str = "vision tower") -> Table:

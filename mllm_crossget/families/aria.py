@@ -68,6 +68,7 @@ ARIA = register_family(
             geometry=geometry,
             kinds=_TOWERS,
             projector="model.multi_modal_projector",
+            readers=("model.multi_modal_projector",),
         ),
         prompt=PromptSide(
             owner="model",

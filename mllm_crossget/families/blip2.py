@@ -199,7 +199,7 @@ BLIP2_RETRIEVAL = register_family(
         BLIP2_PROJECTION,
         classes=("Blip2ForImageTextRetrieval",),
         variant="retrieval",
-        vision=dataclasses.replace(BLIP2_PROJECTION.vision, dynamic=False, readers=()),
+        vision=dataclasses.replace(BLIP2_PROJECTION.vision, dynamic=False),
         costs=dataclasses.replace(BLIP2_PROJECTION.costs, connector_text=text_embedding_flops),
     )
 )

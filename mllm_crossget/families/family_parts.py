@@ -32,8 +32,8 @@ class VisionSide:
         cosine: whether CrossGET was published for it as for CLIP: importance is the cosine of a token's key with the
             cross token's query, and the metric is the keys of all heads. Otherwise, as for LLaVA, importance is the
             attention received, and the metric is the keys summed over heads.
-        readers: paths of the models that cross-attend to the tower's tokens, after its ``post_layernorm``, and use
-            ``encoder_attention_mask``.
+        readers: paths of the modules that cross-attend to the tower's tokens. If ``dynamic``, they do so after its
+            ``post_layernorm`` and use ``encoder_attention_mask``.
         cross_attentions: for a reader that ignores this mask (BLIP's text models): path to its list of layers, and path
             from a layer to the module that computes its cross-attention.
     """
@@ -48,6 +48,11 @@ class VisionSide:
     cosine: bool = False
     readers: tuple[str, ...] = ()
     cross_attentions: tuple[str, str] | None = None
+
+    @property
+    def is_read_across(self) -> bool:
+        """Whether modules cross-attend to the tower's tokens."""
+        return bool(self.readers) or self.cross_attentions is not None
 
 
 @dataclass(frozen=True)

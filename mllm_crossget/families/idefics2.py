@@ -54,6 +54,7 @@ IDEFICS2 = register_family(
             geometry=geometry,
             kinds=(IDEFICS2_TOWER,),
             projector="model.connector",
+            readers=("model.connector.perceiver_resampler",),
         ),
         prompt=PromptSide(
             owner="model",

@@ -24,6 +24,7 @@ from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.hooks.ground.question_map import QuestionMap
 from mllm_crossget.hooks.ground.state import HANDLE, Handle, LanguageView, MergeState, ModalityTower, TowerState
 from mllm_crossget.hooks.language.sized_model import hook_language_model
+from mllm_crossget.hooks.language.sized_readers import hook_sizes
 from mllm_crossget.hooks.model.bare_tower import RaggedTower
 from mllm_crossget.hooks.model.dual_encoder import DualModel
 from mllm_crossget.hooks.model.headless_model import hook_headless
@@ -86,6 +87,8 @@ def apply_method(
             _add_alignment_tokens(model, handle)
             hook_heard(journal, model, handle)
             _hook_top(model, handle)
+            if handle.weighs_readers:
+                hook_sizes(journal, model, handle)
     except BaseException:
         journal.rollback()
         raise

@@ -20,6 +20,7 @@ class FeaturesOwner(nn.Module):
 
         def get_image_features(self, *args: Any, **kwargs: Any) -> Any: ...  # noqa: D102
         def get_video_features(self, *args: Any, **kwargs: Any) -> Any: ...  # noqa: D102
+        def get_qformer_features(self, *args: Any, **kwargs: Any) -> Any: ...  # noqa: D102
         def pack_image_features(self, *args: Any, **kwargs: Any) -> Any: ...  # noqa: D102
         def apply_pooling(self, image_features: Tensor) -> Tensor: ...  # noqa: D102
 

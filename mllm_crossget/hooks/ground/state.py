@@ -91,7 +91,7 @@ class TowerState:
         method, geometry: what to do, for which tower.
         names: where a layer keeps its norms, attention and MLP.
         cosine: whether the importance is the cosine with the cross token's query (CrossGET's CLIP flavour).
-        keeps_sizes: whether a pooling head behind the encoder wants the token sizes.
+        keeps_sizes: whether a module behind the encoder wants the token sizes.
         alignment_width: of the encoder's alignment tokens; 0 if it has none.
         ignores_mask: True if the caller has verified that the mask is all ones.
         view: features of the tokens behind the layer that is read, which a selection at its output compares and
@@ -258,6 +258,11 @@ class Handle:
         """Whether token sizes reach the language model's attention."""
         reduced = self.tower is not None or self.merge is not None
         return self.method.weighs_sizes and bool(self.family.modalities) and reduced
+
+    @property
+    def weighs_readers(self) -> bool:
+        """Whether token sizes reach the modules that cross-attend to the tower."""
+        return self.method.weighs_sizes and self.family.vision.is_read_across and self.tower is not None
 
     @property
     def tower_geometry(self) -> TowerGeometry:

@@ -88,7 +88,7 @@ def biased_attention(
         kwargs.pop("position_ids", None)  # flash attention takes gaps between positions for packed sequences
     if bias is None:
         return attend(module, query, key, value, attention_mask, **kwargs)
-    row = bias.of(len(query), key.shape[2])
+    row = bias.of(len(key), key.shape[2])  # queries may be one row for all images
     if takes_no_mask:
         scaling = kwargs.pop("scaling", None) or query.shape[-1] ** -0.5
         width = value.shape[-1]

@@ -19,10 +19,14 @@ from mllm_crossget.hooks.ground.call_state import Lent, lent
 from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.hooks.ground.state import Handle
 from mllm_crossget.hooks.projector.features import ReducedFeatures
+from mllm_crossget.hooks.projector.readers import LOG_SIZES, log_sizes
+from mllm_crossget.hooks.tower.counts_per_image import recorded_sizes
+from mllm_crossget.hooks.tower.fixed_counts import share_state, tower_state
 from mllm_crossget.methods.method import Place
 
 _PATHS = "_mllm_crossget_resampled"
 _CALL = "resampled"
+_ENCODER, _WEIGHS = "_mllm_crossget_resampled_encoder", "_mllm_crossget_resampled_weighs"
 
 
 class ResampledFeatures(ReducedFeatures):
@@ -46,10 +50,14 @@ class ResampledFeatures(ReducedFeatures):
         paths = [str(path).removeprefix(f"{family.features_owner}.") for path in (family.tower, family.projector)]
         journal.set_attribute(owner, _PATHS, paths)
         journal.swap_class(owner, cls)
-        journal.swap_class(module_at(owner, paths[0]), CroppedTower)
-        if handle.tower is not None:
-            handle.tower.ignores_mask = True
-        resampler = module_at(owner, paths[1])
+        if handle.tower is None:
+            raise RuntimeError("these features are those of a reduced tower")
+        handle.tower.ignores_mask = True
+        tower, resampler = (module_at(owner, path) for path in paths)
+        share_state(journal, tower, handle.tower)
+        journal.set_attribute(tower, _ENCODER, handle.encoder_path.removeprefix(f"{family.tower}."))
+        journal.swap_class(tower, CroppedTower)
+        journal.set_attribute(resampler, _WEIGHS, handle.weighs_readers)
         journal.swap_class(resampler, cls.resampler)
 
     def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
@@ -70,38 +78,57 @@ class CroppedTower(nn.Module):
             ValueError: an image's patches are not a rectangle in the upper left corner.
         """
         stock, call = super().forward, _call_of(self)
+        encoder, read = module_at(self, self.__dict__[_ENCODER]), tower_state(self).geometry.read
+        token_sizes: list[Tensor] = []  # of every group
+
+        def run(pixels: Tensor) -> Any:
+            with recorded_sizes(encoder) as recorded:
+                output = stock(pixels, patch_attention_mask=None, **kwargs)
+            token_sizes.append(recorded[read - 1])
+            return output
+
         patch = self.config.patch_size
         grid = (pixel_values.shape[2] // patch, pixel_values.shape[3] // patch)
         call["patches"] = grid[0] * grid[1]
         sizes = [grid] * len(pixel_values) if patch_attention_mask is None else _rectangles(patch_attention_mask)
         if set(sizes) <= {grid}:
-            return stock(pixel_values, patch_attention_mask=None, **kwargs)
+            output = run(pixel_values)
+            call["sizes"] = token_sizes[0]
+            return output
         outputs, order = [], []
         for size in sorted(set(sizes), reverse=True):
             members = [index for index, other in enumerate(sizes) if other == size]
             rows, columns = size[0] * patch, size[1] * patch
-            outputs.append(stock(pixel_values[members, :, :rows, :columns], patch_attention_mask=None, **kwargs))
+            outputs.append(run(pixel_values[members, :, :rows, :columns]))
             order += members
         places = torch.tensor(order).argsort()
         lengths = [length for output in outputs for length in [output.last_hidden_state.shape[1]] * len(output[0])]
         call["lengths"] = torch.tensor(lengths)[places]
-        return _joined(outputs, places.to(pixel_values.device))
+        places = places.to(pixel_values.device)
+        call["sizes"] = _padded([size[..., None] for size in token_sizes], 1)[places][..., 0]
+        return _joined(outputs, places)
 
 
 class MaskedConnector(nn.Module):
-    """Mixin for Idefics2's connector: it gets a new mask, True for real tokens."""
+    """Mixin for Idefics2's connector: it gets a new mask, True for real tokens, and lends the log token sizes to the
+    perceiver."""
+
+    perceiver_resampler: nn.Module
 
     def forward(self, image_hidden_states: Tensor, attention_mask: Tensor) -> Any:
         """As the original."""
         call = _call_of(self)
         if "patches" in call:
             attention_mask = _real_tokens(image_hidden_states, call)
-        return super().forward(image_hidden_states, attention_mask)
+        bias = _log_sizes(self, call, image_hidden_states)
+        with Lent(LOG_SIZES, bias, self.perceiver_resampler):
+            return super().forward(image_hidden_states, attention_mask)
 
 
 class CountedProjector(nn.Module):
-    """Mixin for Aria's projector: it gets a new mask, True for padding. The projector looks its number of queries up by
-    the number of patches; it gets the number for the patches of the untouched tower."""
+    """Mixin for Aria's projector: it gets a new mask, True for padding, or the log token sizes, which hide padding too.
+    The projector looks its number of queries up by the number of patches; it gets the number for the patches of the
+    untouched tower."""
 
     def forward(self, key_value_states: Tensor, attn_mask: Tensor | None = None) -> Any:
         """As the original."""
@@ -114,7 +141,11 @@ class CountedProjector(nn.Module):
                 f"images of {call['patches']} patches, but the projector knows {sorted(queries)}; resize them with the "
                 "model's processor"
             )
-        mask = ~_real_tokens(key_value_states, call) if "lengths" in call else None
+        mask = _log_sizes(self, call, key_value_states)
+        if mask is not None:
+            mask = mask.to(key_value_states.dtype)
+        elif "lengths" in call:
+            mask = ~_real_tokens(key_value_states, call)
         twin: Any = object.__new__(type(self))  # a copy with the same parts: other threads read the original's table
         twin.__dict__.update(self.__dict__, patch_to_query_dict={key_value_states.shape[1]: queries[call["patches"]]})
         return super(CountedProjector, twin).forward(key_value_states, mask)
@@ -136,6 +167,11 @@ def _call_of(module: nn.Module) -> dict[str, Any]:
     """The dictionary that modules share in this call; a new empty one outside of a call."""
     found: dict[str, Any] | None = lent(_CALL, module)
     return {} if found is None else found
+
+
+def _log_sizes(resampler: nn.Module, call: dict[str, Any], states: Tensor) -> Tensor | None:
+    """(B, T) log token sizes for a resampler that weighs tokens by them; None for another, and outside of a call."""
+    return log_sizes(call.get("sizes"), states) if resampler.__dict__[_WEIGHS] else None
 
 
 def _rectangles(mask: Tensor) -> list[tuple[int, int]]:

@@ -21,10 +21,11 @@ from mllm_crossget.hooks.ground.hosts import GeneratingModel
 from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.hooks.text.bert_text import ANSWER_CALL, SIZES
 
+CROSSING_BIAS = "crossget_bias"
+"""Keyword of a layer: (B, 1, 1, V) bias of the keys that its cross-attention reads."""
 _MODULES = "_mllm_crossget_question_modules"
 _BIAS = "_mllm_crossget_bias"
 _LOG_SIZES = "log sizes"
-_KEYWORD = "crossget_bias"
 _MASK = "encoder_attention_mask"
 _STATES = "encoder_hidden_states"
 
@@ -46,10 +47,21 @@ def hook_question(journal: Journal, model: nn.Module, tower: TextTower, names: B
     journal.set_attribute(decoder, _BIAS, weighs)
     journal.swap_class(decoder, AnsweringDecoder)
     for layer in getattr(module_at(decoder, tower.encoder), names.layers):
-        inner = getattr(getattr(layer, names.crossing), names.inner)
-        journal.set_attribute(layer, _MODULES, (names.crossing, names.inner))
-        journal.swap_class(inner, BiasedCrossing)
-        journal.swap_class(layer, AnsweringLayer)
+        hook_crossing(journal, layer, names.crossing, names.inner)
+
+
+def hook_crossing(journal: Journal, layer: nn.Module, crossing: str, inner: str) -> None:
+    """Let a BERT layer take ``CROSSING_BIAS``.
+
+    Args:
+        journal: where the changes are written.
+        layer: the layer.
+        crossing: name of its cross-attention.
+        inner: name, in there, of the module that computes the softmax.
+    """
+    journal.set_attribute(layer, _MODULES, (crossing, inner))
+    journal.swap_class(getattr(getattr(layer, crossing), inner), BiasedCrossing)
+    journal.swap_class(layer, AnsweringLayer)
 
 
 class AskedModel(GeneratingModel):
@@ -90,16 +102,16 @@ class AnsweringDecoder(nn.Module):
         sizes = _sizes_of_rows(self, kwargs.get(_STATES))
         if sizes is not None:
             bias = sizes.log() if self.__dict__[_BIAS] else (sizes > 0).float().log()
-            kwargs[_KEYWORD] = bias.clamp_min(torch.finfo(torch.float16).min)[:, None, None]
+            kwargs[CROSSING_BIAS] = bias.clamp_min(torch.finfo(torch.float16).min)[:, None, None]
         return super().forward(**kwargs)
 
 
 class AnsweringLayer(nn.Module):
-    """Mixin for a layer of the decoder: it lends the log sizes to its cross-attention."""
+    """Mixin for a layer of a text model: it lends the log sizes to its cross-attention."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the original."""
-        bias: Tensor | None = kwargs.pop(_KEYWORD, None)
+        bias: Tensor | None = kwargs.pop(CROSSING_BIAS, None)
         crossing, inner = self.__dict__[_MODULES]
         with Lent(_LOG_SIZES, bias, getattr(getattr(self, crossing), inner)):
             return super().forward(*args, **kwargs)

@@ -15,6 +15,10 @@ from torch import Tensor, nn
 from mllm_crossget.hooks.ground.arguments import positional_names
 from mllm_crossget.hooks.ground.journal import Journal
 
+LOG_SIZES = "log sizes of an image's tokens"
+"""(B, T) log sizes, lent to a resampler by what calls it (``ground.call_state``)."""
+_LOWEST = torch.finfo(torch.float16).min  # as a logit it is -inf, and no kernel makes NaN of it
+
 
 def hook_padding(journal: Journal, norm: nn.Module) -> None:
     """Make the norm after a tower's last layer keep rows of zeros, which it would otherwise map to its bias."""
@@ -35,6 +39,28 @@ def hook_reader(journal: Journal, reader: nn.Module, mixin: type) -> None:
 def padding_rows(states: Tensor) -> Tensor:
     """(B, T) True for rows of zeros, of states (B, T, D)."""
     return ~states.detach().any(dim=-1)
+
+
+def log_sizes(size: Tensor | None, states: Tensor) -> Tensor | None:
+    """(rows, T) float32 log token sizes of the (rows, T, D) states that a reader gets; None if nothing was merged.
+
+    Args:
+        size: (B, T) token sizes behind the tower's last layer, 0 for padding. Beams and samples repeat an image's row.
+        states: the tower's output.
+
+    Raises:
+        ValueError: the states are not those that the tower made in this call.
+    """
+    if size is None:
+        return None
+    if states.shape[1] != size.shape[1] or len(states) % len(size):
+        raise ValueError(
+            f"a module that reads the image got {tuple(states.shape[:2])} rows and tokens, but the vision tower made "
+            f"{tuple(size.shape)} in this call, so their token sizes are not known: let the model encode the images of "
+            "the call, or give size_bias=False to accelerate_mllm"
+        )
+    bias = size.to(states.device).float().log().clamp_min(_LOWEST)
+    return bias.repeat_interleave(len(states) // len(size), dim=0)
 
 
 class PaddedNorm(nn.Module):

@@ -134,10 +134,15 @@ def run_tower(
     hidden, size, _ = run_layers(getattr(encoder, state.names.layers), hidden, None, source, call, traces)
     if written and record is not None:
         record.append(torch.stack(written))
+    pool_sizes(state, size)
+    return hidden, size
+
+
+def pool_sizes(state: TowerState, size: Tensor | None) -> None:
+    """Hand the sizes behind the last layer, (B, T) or None if nothing was merged, to a module that wants them."""
     pooled: list[Tensor | None] | None = lent(POOLED, state) if state.keeps_sizes else None
     if pooled is not None:
         pooled.append(size)
-    return hidden, size
 
 
 def _tables_left(tables: tuple[Tensor, ...], decided: Any) -> tuple[Tensor, ...]:

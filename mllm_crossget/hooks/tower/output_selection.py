@@ -18,7 +18,7 @@ from mllm_crossget.hooks.ground.call_state import lent
 from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.hooks.ground.state import TRACE, LayerTrace, TowerState
 from mllm_crossget.hooks.tower.attention import AttentionSlot, OpenSlot, hook_attention
-from mllm_crossget.hooks.tower.encoder import FORWARD, own_rows, sizes_of
+from mllm_crossget.hooks.tower.encoder import FORWARD, own_rows, pool_sizes, sizes_of
 from mllm_crossget.hooks.tower.listening import (
     Listener,
     heard_by,
@@ -138,6 +138,7 @@ def _selected(
         match = state.method.match(signals, removed)
         ones = torch.ones(tokens.shape[:2], dtype=torch.float32, device=tokens.device)
         reduced, size = merge(tokens, ones, match)
+    pool_sizes(state, size)
     source = own_rows(tokens) if match is None else match.slot
     entry = LayerTrace(match, sizes_of(reduced, size), source)
     if forward is not None:

@@ -105,11 +105,13 @@ def test_the_decoder_reads_a_merged_token_as_often_as_it_has_tokens(method: str)
     """So it says what a stock decoder says of states that are written out."""
     model, stock = reduced(method=method, keep_ratio=0.5, text_r=3), tiny_blip("questions")
     batch = ragged_batch(model)
-    image = model.vision_model(batch["pixel_values"]).last_hidden_state
+    with trace_merges(model) as trace:
+        image = model.vision_model(batch["pixel_values"]).last_hidden_state
     logits, generated = question_answers(model, batch), model.generate(**batch, **BEAMS)
     for index in range(3):
         ids = row_of(batch, index)["input_ids"]
-        states, size = by_hand(stock.text_encoder, model, ids, image[index][None])
+        patches = image[index].repeat_interleave(trace[-1].size[index].long(), dim=0)
+        states, size = by_hand(stock.text_encoder, model, ids, patches[None])
         written_out = states.repeat_interleave(size.long(), dim=0)[None]
         assert written_out.shape[1] == ids.shape[1]
         expected = stock.text_decoder(input_ids=answer_ids(1), encoder_hidden_states=written_out).logits[0]
