@@ -53,7 +53,7 @@ MOVED = {
     "hooks.prompt": "hooks.request.compaction",
     "hooks.question": "hooks.text.answer_decoder",
     "hooks.ragged_features": "hooks.projector.ragged_features",
-    "hooks.ragged_reader": "hooks.text.readers",
+    "hooks.ragged_reader": "hooks.projector.readers",
     "hooks.ragged_text": "hooks.text.counts_per_text",
     "hooks.ragged_tower": "hooks.tower.counts_per_image",
     "hooks.resampled": "hooks.projector.resampler",

@@ -35,13 +35,13 @@ from mllm_crossget.hooks.projector.features import FeaturesMixin, ReducedFeature
 from mllm_crossget.hooks.projector.kinds import MIXINS
 from mllm_crossget.hooks.projector.post_merge import MergedFeatures, MergedVideoFeatures, hook_merge
 from mllm_crossget.hooks.projector.ragged_features import install_ragged_features
+from mllm_crossget.hooks.projector.readers import RaggedCrossAttention, RaggedReader, hook_padding, hook_reader
 from mllm_crossget.hooks.projector.selected_output import SelectedFeatures
 from mllm_crossget.hooks.text.answer_decoder import hook_question
 from mllm_crossget.hooks.text.bert_text import hook_text_encoder
 from mllm_crossget.hooks.text.clip_text import hook_text_tower
 from mllm_crossget.hooks.text.counts_per_text import RaggedTextEncoder, RaggedTextLayer
 from mllm_crossget.hooks.text.first_token import hook_text
-from mllm_crossget.hooks.text.readers import RaggedCrossAttention, RaggedReader, hook_padding, hook_reader
 from mllm_crossget.hooks.tower.cells import CellLayer, CellTower
 from mllm_crossget.hooks.tower.counts_per_image import RaggedEncoder, RaggedLayer
 from mllm_crossget.hooks.tower.fixed_counts import hook_tower

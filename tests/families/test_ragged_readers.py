@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mllm_crossget import CrossGetConfig, MadtpConfig, accelerate_mllm, calibrate, restore_mllm, trace_merges
-from mllm_crossget.hooks.text.readers import padding_rows
+from mllm_crossget.hooks.projector.readers import padding_rows
 from tests.helpers.products import rest_unless
 from tests.helpers.tiny import PAD, pixels, randomise_cross_tokens
 from tests.helpers.tiny_blip import blip2_batch, blip_batch, row_of, tiny_blip, tiny_blip2
