@@ -22,6 +22,11 @@ import numpy as np
 from result_files import read_runs
 
 DRAWS = 4000
+PARTS = (  # what one part adds: its name, an arm with it, the arm without it
+    ("cross_tokens_with_lora", "lora+cross", "lora"),
+    ("cross_tokens_alone", "cross", "training-free"),
+    ("question_map", "lora+cross+question", "lora+cross"),
+)
 
 
 def load(folder: Path) -> dict[tuple[str, float], dict[int, dict[str, Any]]]:
@@ -73,14 +78,12 @@ def summary(found: dict[tuple[str, float], dict[int, dict[str, Any]]]) -> dict[s
         report["control"] = _control(control, untouched, first["scenes"])
     for keep_ratio in sorted({ratio for _, ratio in found if ratio < 1}, reverse=True):
         arms = {arm: runs for (arm, ratio), runs in found.items() if ratio == keep_ratio}
-        trained = [set(runs) for arm, runs in arms.items() if arm != "training-free"]
-        seeds = sorted(set.intersection(*trained)) if trained else []
-        if "training-free" not in arms or not seeds:
+        if "training-free" not in arms or len(arms) == 1:
             continue
-        bootstrap = Bootstrap(first["scenes"], len(seeds))
-        top, bottom = right(untouched, seeds), right(arms["training-free"], seeds)
-        beside = right(control, seeds) if control else None
-        report["keep_ratios"][f"{keep_ratio:g}"] = _ratio(arms, seeds, top, bottom, beside, bootstrap)
+        others = {"training_free": arms["training-free"], "untouched": untouched}
+        if control:
+            others["control"] = control
+        report["keep_ratios"][f"{keep_ratio:g}"] = _ratio(arms, others, first["scenes"])
     return report
 
 
@@ -99,35 +102,33 @@ def _control(
 
 
 def _ratio(
-    arms: dict[str, dict[int, dict[str, Any]]],
-    seeds: list[int],
-    top: np.ndarray,
-    bottom: np.ndarray,
-    control: np.ndarray | None,
-    bootstrap: Bootstrap,
+    arms: dict[str, dict[int, dict[str, Any]]], others: dict[str, dict[int, dict[str, Any]]], scenes: list[int]
 ) -> dict[str, Any]:
-    part: dict[str, Any] = {"seeds": seeds, "arms": {}}
-    others = {"training_free": bottom, "untouched": top, **({} if control is None else {"control": control})}
-    marks = {arm: right(runs, seeds) for arm, runs in arms.items()}
-    for arm, values in marks.items():
-        entry: dict[str, Any] = {"accuracy": described(values.mean(), bootstrap.means(values))}
+    """Every arm over its own seeds. Two arms are compared on the seeds that both have."""
+    part: dict[str, Any] = {"arms": {}}
+    for arm, runs in arms.items():
+        seeds = sorted(runs)
+        bootstrap, values = Bootstrap(scenes, len(seeds)), right(runs, seeds)
+        entry = {"seeds": seeds, "accuracy": described(values.mean(), bootstrap.means(values))}
         for name, other in others.items():
-            difference = bootstrap.means(values) - bootstrap.means(other)
-            entry[f"minus_{name}"] = described(values.mean() - other.mean(), difference)
+            entry[f"minus_{name}"] = _difference(values, right(other, seeds), bootstrap)
         if arm != "training-free":
             entry["by_seed"] = [round(float(row.mean()), 4) for row in values]
-            seconds = [arms[arm][seed]["training_seconds"] for seed in seeds]
-            entry["training_seconds"] = seconds
-            entry["steps"] = arms[arm][seeds[0]]["options"]["steps"]
+            entry["training_seconds"] = [runs[seed]["training_seconds"] for seed in seeds]
+            entry["steps"] = runs[seeds[0]]["options"]["steps"]
         part["arms"][arm] = entry
-    for name, more, less in (
-        ("cross_tokens_with_lora", "lora+cross", "lora"),
-        ("cross_tokens_alone", "cross", "training-free"),
-    ):
-        if more in marks and less in marks:
-            difference = bootstrap.means(marks[more]) - bootstrap.means(marks[less])
-            part[name] = described(marks[more].mean() - marks[less].mean(), difference)
+    for name, more, less in PARTS:
+        common = sorted(set(arms.get(more, {})) & set(arms.get(less, {})))
+        if common:
+            bootstrap = Bootstrap(scenes, len(common))
+            part[name] = _difference(right(arms[more], common), right(arms[less], common), bootstrap)
+            part[name]["seeds"] = common
     return part
+
+
+def _difference(more: np.ndarray, less: np.ndarray, bootstrap: Bootstrap) -> dict[str, Any]:
+    """Mean of the first minus mean of the second, in the same draws."""
+    return described(more.mean() - less.mean(), bootstrap.means(more) - bootstrap.means(less))
 
 
 def table(report: dict[str, Any]) -> str:
@@ -141,10 +142,12 @@ def table(report: dict[str, Any]) -> str:
     for keep_ratio, part in report["keep_ratios"].items():
         for arm, entry in sorted(part["arms"].items(), key=lambda item: item[1]["accuracy"]["value"]):
             less = _percent(entry["minus_untouched"])
-            lines.append(f"| {keep_ratio} | {arm} | {_percent(entry['accuracy'])} | {less} | {len(part['seeds'])} |")
+            lines.append(f"| {keep_ratio} | {arm} | {_percent(entry['accuracy'])} | {less} | {len(entry['seeds'])} |")
         if "cross_tokens_with_lora" in part:
             added = _percent(part["cross_tokens_with_lora"])
             lines.append(f"| {keep_ratio} | cross tokens' own part beside LoRA | {added} points | | |")
+        if "question_map" in part:
+            lines.append(f"| {keep_ratio} | the question's own part | {_percent(part['question_map'])} points | | |")
     return "\n".join(lines)
 
 

@@ -95,7 +95,7 @@ def recovery_table(summary: dict[str, Any]) -> str:
                 interval(values["accuracy"]),
                 *("–" if gap is None else points(gap) for gap in gaps),
             ]
-            lines.append(f"| {' | '.join([*cells, str(len(result['seeds']))])} |")
+            lines.append(f"| {' | '.join([*cells, str(len(values['seeds']))])} |")
     untouched, control = summary["untouched"], summary.get("control")
     note = f"{untouched['asked']} held-out questions; untouched model {share(untouched)}"
     if control is not None:
@@ -218,6 +218,7 @@ ARMS = {
     "cross": "cross tokens",
     "lora": "LoRA",
     "lora+cross": "LoRA and cross tokens",
+    "lora+cross+question": "LoRA, cross tokens, question map",
 }
 TABLES = {
     "demo": (demo_table, "demo/demo.json"),
