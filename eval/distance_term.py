@@ -14,20 +14,18 @@ Asked are questions about scenes of the training split, never the test's.
 from __future__ import annotations
 
 import json
-import random
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from training_questions import training_questions
 from transformers import HfArgumentParser
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mllm_crossget import CrossGetConfig, accelerate_mllm
-from mllm_crossget.embedded import KINDS, Question, answer, load_embedded
-from mllm_crossget.embedded.questions import ask
-from mllm_crossget.embedded.scenes import render, sample_layouts, to_image
+from mllm_crossget.embedded import Question, answer, load_embedded
 from mllm_crossget.hooks.language.key_bias import IMPLEMENTATION, biased_attention, with_key_bias
 
 
@@ -40,19 +38,6 @@ class Options:
     questions: int = field(default=2000, metadata={"help": "about scenes of the training split"})
     seed: int = field(default=78, metadata={"help": "of scenes and questions"})
     output: str = field(default="eval/results/distance_term.json", metadata={"help": "file of the results"})
-
-
-def training_questions(count: int, seed: int) -> list[Question]:
-    """Questions of all kinds about scenes of the training split, several per scene."""
-    chance, found = random.Random(seed), []
-    layouts = sample_layouts(-(-count // 4), "train", torch.Generator().manual_seed(seed))
-    for index, scene in enumerate(layouts.scenes()):
-        image = to_image(render(layouts.select(slice(index, index + 1)))[0][0])
-        pairs = [(kind, ask(scene, kind, chance)) for kind in KINDS]
-        found += [Question(kind, *pair, scene, index, image) for kind, pair in pairs if pair is not None]
-        if len(found) >= count:
-            return found[:count]
-    raise ValueError(f"{len(found)} questions about {len(layouts.scenes())} scenes, {count} were wanted")
 
 
 def distance_term(positions_BT: Tensor, frequencies: Tensor) -> Tensor:
@@ -87,7 +72,7 @@ class WithDistances:
 def main(options: Options) -> None:
     """Answer with and without the term, and write accuracies and paired differences."""
     model, processor = load_embedded()
-    questions = training_questions(options.questions, options.seed)
+    questions = training_questions(options.questions, -(-options.questions // 4), options.seed)
     frequencies = model.model.language_model.rotary_emb.inv_freq
     rows = []
     for ratio in options.keep_ratios:

@@ -34,12 +34,13 @@ from result_files import add_run, read_runs
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
+from training_questions import training_questions
 from transformers import AutoProcessor, HfArgumentParser, LlavaForConditionalGeneration
 
 from mllm_crossget import CrossGetConfig, accelerate_mllm
 from mllm_crossget.embedded import KINDS, WEIGHTS_FOLDER, Question, answer, held_out_questions, prompt, score
 from mllm_crossget.embedded.questions import ask
-from mllm_crossget.embedded.scenes import render, sample_layouts, to_image
+from mllm_crossget.embedded.scenes import render, sample_layouts
 from mllm_crossget.hooks.ground.state import live_cross_tokens
 from mllm_crossget.hooks.model.cross_files import write_files
 from mllm_crossget.ops.precision import slow_precision
@@ -140,14 +141,7 @@ def questions_of(options: Options) -> list[Question]:
     """The held-out questions, or as many about training scenes that no run has trained on."""
     if options.split == "test":
         return held_out_questions(options.limit)
-    chance = random.Random(77)
-    layouts = sample_layouts(150, "train", torch.Generator().manual_seed(77))
-    found = []
-    for index, scene in enumerate(layouts.scenes()):
-        image = to_image(render(layouts.select(slice(index, index + 1)))[0][0])
-        pairs = [(kind, ask(scene, kind, chance)) for kind in KINDS]
-        found += [Question(kind, *pair, scene, index, image) for kind, pair in pairs if pair is not None]
-    return found[: options.limit]
+    return training_questions(options.limit, 150, 77)
 
 
 def run_once(options: Options, arm: str, keep_ratio: float, seed: int, questions: list[Question]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ independent, and neither are the questions of one training run.
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections import defaultdict
@@ -41,6 +42,12 @@ def right(runs: dict[int, dict[str, Any]], seeds: list[int]) -> np.ndarray:
     """(seeds, questions) 1 for a right answer; a run without training counts for every seed."""
     rows = [runs.get(seed, runs[min(runs)])["right"] for seed in seeds]
     return np.array([[int(mark) for mark in row] for row in rows], dtype=float)
+
+
+@functools.cache
+def bootstrap_of(scenes: tuple[int, ...], seeds: int) -> Bootstrap:
+    """The draws, made once for each number of seeds."""
+    return Bootstrap(list(scenes), seeds)
 
 
 class Bootstrap:
@@ -92,7 +99,7 @@ def _control(
 ) -> dict[str, Any]:
     """The unreduced model, trained as the others."""
     seeds = sorted(control)
-    bootstrap, marks, top = Bootstrap(scenes, len(seeds)), right(control, seeds), right(untouched, seeds)
+    bootstrap, marks, top = bootstrap_of(tuple(scenes), len(seeds)), right(control, seeds), right(untouched, seeds)
     draws = bootstrap.means(marks)
     return {
         "seeds": seeds,
@@ -108,7 +115,7 @@ def _ratio(
     part: dict[str, Any] = {"arms": {}}
     for arm, runs in arms.items():
         seeds = sorted(runs)
-        bootstrap, values = Bootstrap(scenes, len(seeds)), right(runs, seeds)
+        bootstrap, values = bootstrap_of(tuple(scenes), len(seeds)), right(runs, seeds)
         entry = {"seeds": seeds, "accuracy": described(values.mean(), bootstrap.means(values))}
         for name, other in others.items():
             entry[f"minus_{name}"] = _difference(values, right(other, seeds), bootstrap)
@@ -120,7 +127,7 @@ def _ratio(
     for name, more, less in PARTS:
         common = sorted(set(arms.get(more, {})) & set(arms.get(less, {})))
         if common:
-            bootstrap = Bootstrap(scenes, len(common))
+            bootstrap = bootstrap_of(tuple(scenes), len(common))
             part[name] = _difference(right(arms[more], common), right(arms[less], common), bootstrap)
             part[name]["seeds"] = common
     return part

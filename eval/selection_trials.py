@@ -9,7 +9,6 @@ them. Nothing here is chosen on the held-out questions.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,12 +20,11 @@ from result_files import add_run, read_runs
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 from tqdm import tqdm
+from training_questions import training_questions
 from transformers import AutoProcessor, HfArgumentParser, LlavaForConditionalGeneration
 
 from mllm_crossget import CrossGetConfig, accelerate_mllm
 from mllm_crossget.embedded import WEIGHTS_FOLDER, Question, answer
-from mllm_crossget.embedded.questions import ask
-from mllm_crossget.embedded.scenes import render, sample_layouts, to_image
 from mllm_crossget.hooks.request import compaction
 from mllm_crossget.intervals import paired_difference
 from mllm_crossget.methods.signals import Signals, protected_count, shielded_tokens
@@ -142,21 +140,6 @@ def trial(name: str) -> Iterator[None]:
         yield
 
 
-def questions_of(options: Options) -> list[Question]:
-    """Questions about scenes of the training split, of the kinds that are wanted."""
-    chance = random.Random(options.seed)
-    scenes = options.questions // len(options.kinds) + 1
-    layouts = sample_layouts(2 * scenes, "train", torch.Generator().manual_seed(options.seed))
-    found: list[Question] = []
-    for index, scene in enumerate(layouts.scenes()):
-        image = to_image(render(layouts.select(slice(index, index + 1)))[0][0])
-        pairs = [(kind, ask(scene, kind, chance)) for kind in options.kinds]
-        found += [Question(kind, *pair, scene, index, image) for kind, pair in pairs if pair is not None]
-        if len(found) >= options.questions:
-            break
-    return found[: options.questions]
-
-
 def right_of(options: Options, questions: list[Question]) -> str:
     """1 for every right answer, 0 for every wrong one."""
     model = LlavaForConditionalGeneration.from_pretrained(WEIGHTS_FOLDER, dtype=torch.float32).eval()
@@ -171,7 +154,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
-    questions = questions_of(options)
+    scenes = 2 * (options.questions // len(options.kinds) + 1)  # not every scene allows a question of every kind
+    questions = training_questions(options.questions, scenes, options.seed, options.kinds)
     setting = f"{options.schedule} {options.keep_ratio:g}"
     for name in tqdm(TRIALS, desc="trials"):
         if f"{name} {setting}" not in read_runs(folder):

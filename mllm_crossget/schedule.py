@@ -122,8 +122,12 @@ def measured_geometry(config: ReductionConfig, geometry: Geometry) -> Geometry:
     if not isinstance(config.layer_times, dict) or not config.reduces_vision:
         return geometry
     if not isinstance(geometry, TowerGeometry) or geometry.costs is None:
-        what = "no language model reads its tokens in a prompt, so they leave evenly"
-        what = what if isinstance(geometry, TowerGeometry) else "its tokens are merged behind the projector alone"
+        in_tower = isinstance(geometry, TowerGeometry)
+        what = (
+            "no language model reads its tokens in a prompt, so they leave evenly"
+            if in_tower
+            else ("its tokens are merged behind the projector alone")
+        )
         raise ValueError(f"layer_times are for choosing the layers of a vision tower, but {what}; leave it out")
     cross = config.uses_cross_tokens and geometry.block == 1
     times = layer_times(config.layer_times, geometry.layers, geometry.patches + geometry.prefix + cross)

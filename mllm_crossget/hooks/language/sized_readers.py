@@ -35,12 +35,12 @@ def hook_sizes(journal: Journal, model: nn.Module, handle: Handle) -> None:
     family = handle.family
     if handle.tower is None:
         raise RuntimeError("no vision tower is reduced, so there are no token sizes")
-    handle.tower.keeps_sizes = True
     if family.features is FeatureKind.MASKED_RESAMPLER:
         for path in family.readers:
             _hook_perceiver(journal, module_at(model, path))
     if family.features in (FeatureKind.MASKED_RESAMPLER, FeatureKind.COUNTED_RESAMPLER):
         return  # the owner of their features lends the sizes
+    handle.tower.keeps_sizes = True
     for path in family.readers:
         _hook_q_former(journal, module_at(model, path))
     if family.cross_attentions is not None:
@@ -87,30 +87,38 @@ class AttentionToItself(nn.Module):
         return super().forward(*args, **kwargs)
 
 
-class SizedQFormer(nn.Module):
-    """Mixin for a Q-Former: it passes the log sizes to its layers."""
+class SizedReader(nn.Module):
+    """Mixin for a module that cross-attends to ``encoder_hidden_states``: it passes the log sizes to its layers."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the original."""
         if args:
             kwargs.update(zip(positional_names(type(self)), args, strict=False))
         bias = _lent_log_sizes(self, kwargs.get(_STATES))
-        if bias is not None:
-            kwargs[KEYWORD] = KeyBias(bias, bias.shape[1])
-        return super().forward(**kwargs)
+        return super().forward(**kwargs, **({} if bias is None else self.layers_take(bias)))
+
+    @staticmethod
+    def layers_take(bias: Tensor) -> dict[str, Any]:
+        """The keyword of the layers for (B, T) log sizes."""
+        raise NotImplementedError
 
 
-class SizedTextModel(nn.Module):
-    """Mixin for BLIP's text models: as ``SizedQFormer``, for layers that compute their attention themselves."""
+class SizedQFormer(SizedReader):
+    """Mixin for a Q-Former."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the original."""
-        if args:
-            kwargs.update(zip(positional_names(type(self)), args, strict=False))
-        bias = _lent_log_sizes(self, kwargs.get(_STATES))
-        if bias is not None:
-            kwargs[CROSSING_BIAS] = bias[:, None, None]
-        return super().forward(**kwargs)
+    @staticmethod
+    def layers_take(bias: Tensor) -> dict[str, Any]:
+        """See ``SizedReader``."""
+        return {KEYWORD: KeyBias(bias, bias.shape[1])}
+
+
+class SizedTextModel(SizedReader):
+    """Mixin for BLIP's text models, whose layers compute their attention themselves."""
+
+    @staticmethod
+    def layers_take(bias: Tensor) -> dict[str, Any]:
+        """See ``SizedReader``."""
+        return {CROSSING_BIAS: bias[:, None, None]}
 
 
 class SizedPerceiver(nn.Module):

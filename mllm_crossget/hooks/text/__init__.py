@@ -3,7 +3,7 @@
 In: token ids or embeddings and their mask. Out: states in the user's columns. Read ``first_token`` (CrossGET's text
 cross token in a decoder), ``rows`` (rows of different length), ``encoder`` (the loop over the layers for such rows),
 ``clip_text``, ``bert_text``, ``counts_per_text`` (MADTP), ``answer_decoder`` (BLIP's decoder, which reads a reduced
-text). ``readers`` is for text models that cross-attend to images of different numbers of tokens.
+text).
 """
 
 from mllm_crossget.moved import moved_names
