@@ -27,9 +27,9 @@ from rivals import method_of, run_name, run_once
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from mllm_crossget.atomic_files import write_text
 from mllm_crossget.benchmark.timing import environment
 from mllm_crossget.embedded import Accuracy, load_embedded
+from mllm_crossget.files.atomic_files import write_text
 
 UNTOUCHED = run_name("crossget", 1.0, "ours")
 BLANK = "blank"

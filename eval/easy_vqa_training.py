@@ -23,12 +23,12 @@ from easy_vqa_data import GROUPS, Labelled, asked_questions, label_split, read_s
 from torch import Tensor
 from transformers import HfArgumentParser, LlavaForConditionalGeneration
 
-from mllm_crossget.atomic_files import write_text
 from mllm_crossget.embedded import answer, load_embedded, score
 from mllm_crossget.embedded.architecture import build_model, build_processor
 from mllm_crossget.embedded.loop import Phase, Run
 from mllm_crossget.embedded.own_pictures import WordHeads, adopt_weights, word_label_loss
 from mllm_crossget.embedded.pretraining import answer_loss, pack_rows, see
+from mllm_crossget.files.atomic_files import write_text
 
 _NOT_RECORDED = ("run_folder", "weights_folder", "save_every", "data_folder")  # change nothing in the weights
 

@@ -21,9 +21,9 @@ from typing import Any
 from result_files import FILE, read_runs
 from transformers import HfArgumentParser
 
-from mllm_crossget.compare.page import html_page, html_table
+from mllm_crossget.compare.comparison_page import html_page, html_table
 from mllm_crossget.integrations.lmms_eval.results import checked_result, compare, read_result
-from mllm_crossget.visualize import plot_curves
+from mllm_crossget.look.visualize import plot_curves
 
 BASELINE = "none"
 # Column -> (tasks whose figures are averaged, metric, factor, digits). Tasks that are not here show all their metrics.

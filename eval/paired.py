@@ -16,7 +16,7 @@ from typing import Any
 
 from result_files import read_runs
 
-from mllm_crossget.intervals import paired_difference
+from mllm_crossget.arithmetic.intervals import paired_difference
 
 
 def difference(one: str, other: str) -> dict[str, float]:

@@ -30,12 +30,12 @@ from tqdm import tqdm
 from transformers import CLIPModel, HfArgumentParser
 
 from mllm_crossget import ReductionConfig, accelerate_mllm, retrieval_ranks
-from mllm_crossget.atomic_files import write_text
 from mllm_crossget.config import method_class
 from mllm_crossget.costs.flops import model_flops
-from mllm_crossget.embedded.dual_encoder import LAYERS, RetrievalSet, build_tokenizer, caption, held_out_set, tokenize
 from mllm_crossget.embedded.scenes import render, sample_layouts
-from mllm_crossget.ops.contrastive import contrastive_loss
+from mllm_crossget.embedded.small_clip import LAYERS, RetrievalSet, build_tokenizer, caption, held_out_set, tokenize
+from mllm_crossget.files.atomic_files import write_text
+from mllm_crossget.ops.guidance.contrastive import contrastive_loss
 
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {  # name of an arm -> method and its settings
     "crossget": ("crossget", {"importance": "published"}),

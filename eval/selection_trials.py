@@ -24,9 +24,9 @@ from training_questions import training_questions
 from transformers import AutoProcessor, HfArgumentParser, LlavaForConditionalGeneration
 
 from mllm_crossget import CrossGetConfig, accelerate_mllm
+from mllm_crossget.arithmetic.intervals import paired_difference
 from mllm_crossget.embedded import WEIGHTS_FOLDER, Question, answer
 from mllm_crossget.hooks.request import compaction
-from mllm_crossget.intervals import paired_difference
 from mllm_crossget.methods.signals import Signals, protected_count, shielded_tokens
 from mllm_crossget.ops.matching import Match
 from mllm_crossget.ops.selection import farthest_first, merge_into_nearest

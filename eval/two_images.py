@@ -34,12 +34,12 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from mllm_crossget import CrossGetConfig, MadtpConfig, accelerate_mllm, restore_mllm, save_crossget
-from mllm_crossget.atomic_files import write_text
 from mllm_crossget.config import POSITIONS
 from mllm_crossget.costs.flops import model_flops
 from mllm_crossget.embedded import Accuracy, load_embedded
 from mllm_crossget.embedded.questions import PairQuestion, pair_questions
 from mllm_crossget.embedded.scenes import render, sample_layouts
+from mllm_crossget.files.atomic_files import write_text
 from mllm_crossget.hooks.ground.state import handle_of
 from mllm_crossget.methods import Method
 from mllm_crossget.training import BudgetCallback

@@ -10,17 +10,17 @@ import importlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
-from mllm_crossget.atomic_files import write_text
+from mllm_crossget.arithmetic.layer_times import checked_times
 from mllm_crossget.field_types import check_field_types, checked_count, checked_ratio, checked_removals
-from mllm_crossget.hub_files import find_file
-from mllm_crossget.layer_times import checked_times
-from mllm_crossget.place import Place
+from mllm_crossget.files.atomic_files import write_text
+from mllm_crossget.files.hub_files import find_file
 
 CONFIG_NAME = "crossget_config.json"
 FORMAT_VERSION = 2
@@ -34,6 +34,21 @@ SCHEDULES = ("constant", "late", "output", "auto")
 _METHODS: dict[str, type[ReductionConfig]] = {}
 
 Config = TypeVar("Config", bound="ReductionConfig")
+
+
+class Place(Enum):
+    """The place between pixels and answer where a method acts.
+
+    TOWER_LAYERS: in the layers of a tower, between attention and MLP; in several steps behind the projector, if a
+    model's tower is not changed. TOWER_OUTPUT: once, at the output of the layer that the language side reads.
+    PROJECTOR: once, on the features that replace the placeholders. LANGUAGE_MODEL: in the language model's layers; not
+    supported yet.
+    """
+
+    TOWER_LAYERS = "tower layers"
+    TOWER_OUTPUT = "tower output"
+    PROJECTOR = "projector"
+    LANGUAGE_MODEL = "language model"
 
 
 @dataclass

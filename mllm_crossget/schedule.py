@@ -8,10 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from mllm_crossget.config import Place, ReductionConfig
-from mllm_crossget.geometry import Geometry, MergeGeometry, TextGeometry, TowerGeometry
-from mllm_crossget.layer_times import layer_times
-from mllm_crossget.removals import (
+from mllm_crossget.arithmetic.geometry import Geometry, MergeGeometry, TextGeometry, TowerGeometry
+from mllm_crossget.arithmetic.layer_times import layer_times
+from mllm_crossget.arithmetic.removals import (
     Wanted,
     auto_removals,
     clipped,
@@ -22,6 +21,7 @@ from mllm_crossget.removals import (
     ramp,
     removable,
 )
+from mllm_crossget.config import Place, ReductionConfig
 
 Config = TypeVar("Config", bound=ReductionConfig)
 

@@ -26,9 +26,9 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
 
 from mllm_crossget import accelerate_mllm, generate_in_batches, load_crossget, reuse_vision
-from mllm_crossget.atomic_files import write_text
 from mllm_crossget.embedded import WEIGHTS_FOLDER
-from mllm_crossget.user_files import open_picture
+from mllm_crossget.files.atomic_files import write_text
+from mllm_crossget.files.user_files import open_picture
 
 
 @dataclass

@@ -14,10 +14,10 @@ import torch
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from mllm_crossget.atomic_files import write_text
 from mllm_crossget.embedded import KINDS
 from mllm_crossget.embedded.questions import ask
 from mllm_crossget.embedded.scenes import render, sample_layouts, to_image
+from mllm_crossget.files.atomic_files import write_text
 
 
 @dataclass

@@ -22,7 +22,6 @@ import transformers
 from torch import Tensor
 from transformers import AutoProcessor, HfArgumentParser, LlavaForConditionalGeneration
 
-from mllm_crossget.atomic_files import write_text
 from mllm_crossget.embedded import WEIGHTS_FOLDER, answer, held_out_questions, score
 from mllm_crossget.embedded.architecture import build_model, build_processor
 from mllm_crossget.embedded.loop import Phase, Run
@@ -36,6 +35,7 @@ from mllm_crossget.embedded.pretraining import (
     see,
 )
 from mllm_crossget.embedded.scenes import Layout, render, sample_layouts
+from mllm_crossget.files.atomic_files import write_text
 
 _NOT_RECORDED = ("resume", "run_folder", "weights_folder", "save_every", "check_every")  # change nothing in the weights
 

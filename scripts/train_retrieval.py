@@ -20,8 +20,10 @@ import transformers
 from torch import Tensor
 from transformers import CLIPModel, HfArgumentParser
 
-from mllm_crossget.atomic_files import write_text
-from mllm_crossget.embedded.dual_encoder import (
+from mllm_crossget.embedded.loop import Phase, Run
+from mllm_crossget.embedded.pretraining import cell_mask, label_patches
+from mllm_crossget.embedded.scenes import Layout, render, sample_layouts
+from mllm_crossget.embedded.small_clip import (
     RetrievalSet,
     SceneHeads,
     build_model,
@@ -30,10 +32,8 @@ from mllm_crossget.embedded.dual_encoder import (
     held_out_set,
     tokenize,
 )
-from mllm_crossget.embedded.loop import Phase, Run
-from mllm_crossget.embedded.pretraining import cell_mask, label_patches
-from mllm_crossget.embedded.scenes import Layout, render, sample_layouts
-from mllm_crossget.ops.contrastive import contrastive_loss
+from mllm_crossget.files.atomic_files import write_text
+from mllm_crossget.ops.guidance.contrastive import contrastive_loss
 from mllm_crossget.retrieval import retrieval_recall
 
 

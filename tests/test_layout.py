@@ -9,6 +9,7 @@ import ast
 import re
 import sys
 import tomllib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,38 +22,25 @@ MOST_LINES_OF_A_FILE = 400
 MOST_LINES_OF_A_FUNCTION = 60
 MOST_WORDS_OF_A_SENTENCE = 45
 
-_BASE = {"atomic_files", "config", "field_types", "geometry", "layer_times", "schedule", "ops"}
-_FLOOR = {*_BASE, "flop_formulas", "language_flops", "families", "methods"}
+_BASE = {"arithmetic", "config", "field_types", "files", "schedule", "ops"}
+_FLOOR = {*_BASE, "families", "methods"}
 # Rooms of ``hooks`` from the ground up: each may import those below it.
 ROOMS = ("ground", "tower", "projector", "text", "language", "request", "reuse", "model", "apply")
 _HOOKS = {*_FLOOR, *(f"hooks.{room}" for room in ROOMS)}
-_FILES = {"user_files", "intervals", "option_names", "record_columns", "records"}
 _API = {*_HOOKS, "unlisted", "support", "transaction", "api", "batching", "checkpoint", "moved", "vision_half"}
-_USES = {*_API, *_FILES, "retrieval", "training", "benchmark", "costs", "integrations", "embedded", "visualize"}
-_USES |= {"compare", "look"}
+_USES = {*_API, "retrieval", "training", "benchmark", "costs", "integrations", "embedded", "compare", "look"}
 # What each part may import from the package. A part that is not listed may not exist.
 ARROWS: dict[str, set[str]] = {
-    "atomic_files": set(),
-    "place": set(),
-    "config": {"atomic_files", "field_types", "hub_files", "layer_times", "place"},
     "field_types": set(),
     "moved": set(),
-    "user_files": set(),
-    "intervals": set(),
-    "option_names": set(),
-    "record_columns": set(),
-    "records": {"record_columns", "user_files"},
-    "geometry": {"flop_formulas"},
-    "removals": {"field_types", "geometry"},
-    "schedule": {"config", "geometry", "layer_times", "removals"},
-    "layer_times": {"field_types"},
-    "hub_files": set(),
-    "flop_formulas": set(),
-    "language_flops": {"flop_formulas"},
+    "files": {"files"},
+    "arithmetic": {"arithmetic", "field_types"},
+    "config": {"arithmetic", "field_types", "files"},
+    "schedule": {"arithmetic", "config"},
     "kernels": {"kernels"},
     "ops": {"ops", "kernels"},
     "methods": {*_BASE, "methods"},
-    "families": {*_BASE, "flop_formulas", "language_flops", "families"},
+    "families": {*_BASE, "families"},
     "hooks": set(),
     **{
         f"hooks.{room}": {*_FLOOR, "moved", *(f"hooks.{below}" for below in ROOMS[: number + 1])}
@@ -68,31 +56,21 @@ ARROWS: dict[str, set[str]] = {
     "vision_half": _API,
     "retrieval": set(),
     "training": _USES - {"benchmark", "compare"},
-    **dict.fromkeys(("benchmark", "compare", "integrations", "embedded", "visualize", "look"), _USES),
-    "cli": {*_USES, "cli", "commands", "__init__"},
-    "commands": set(),
+    **dict.fromkeys(("benchmark", "compare", "integrations", "embedded", "look"), _USES),
+    "cli": {*_USES, "cli", "__init__"},
     "__main__": {"cli"},
     "__init__": {*_API, "retrieval"},
 }
 # Third-party packages; parts that are not listed are free.
 PACKAGES: dict[str, set[str]] = {
-    "atomic_files": set(),
+    "arithmetic": {"numpy"},
     "kernels": {"numba", "numpy", "torch", "triton"},
     "ops": {"torch"},
-    "geometry": {"flop_formulas"},
-    "intervals": {"numpy"},
-    "option_names": set(),
-    "place": set(),
-    "removals": set(),
     "schedule": set(),
-    "language_flops": set(),
     "field_types": set(),
-    "flop_formulas": set(),
     "methods": {"torch"},
     "families": {"torch"},
     "config": {"huggingface_hub"},
-    "hub_files": {"huggingface_hub"},
-    "layer_times": set(),
     "retrieval": {"torch"},
 }
 
@@ -176,6 +154,23 @@ def without_docstring(path: Path) -> Iterator[str]:
 def test_everything_public_has_a_docstring() -> None:
     missing = [f"{name_of(path)}: no docstring on {name}" for path in FILES for name in without_docstring(path)]
     assert not missing, "\n".join(missing)
+
+
+# Folders whose modules are entries of a registry, one method or one family each, and what these share.
+REGISTRIES = {"mllm_crossget/families", "mllm_crossget/methods/rivals"}
+MOST_MODULES_OF_A_FOLDER = 15
+# A family has one file of costs and one for vLLM beside its own, under its name.
+SHARED_NAMES = {"__init__", "__main__", "blip", "llava"}
+
+
+def test_a_folder_can_be_read() -> None:
+    sizes = Counter(name_of(path.parent) for path in FILES if path.name != "__init__.py")
+    assert {name for name, size in sizes.items() if size > MOST_MODULES_OF_A_FOLDER} <= REGISTRIES
+
+
+def test_a_file_name_means_one_thing() -> None:
+    names = Counter(path.stem for path in FILES)
+    assert {name for name, count in names.items() if count > 1} == SHARED_NAMES
 
 
 def long_parts(path: Path) -> Iterator[str]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mllm_crossget import retrieval_ranks, retrieval_recall
-from mllm_crossget.ops.contrastive import contrastive_loss
+from mllm_crossget.ops.guidance.contrastive import contrastive_loss
 from tests.helpers.rounding import RoundedAnyhow
 
 

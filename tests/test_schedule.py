@@ -9,9 +9,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mllm_crossget import CrossGetConfig, MadtpConfig, RandomConfig, ToMeConfig
+from mllm_crossget.arithmetic.geometry import TowerCosts
 from mllm_crossget.config import method_class, method_names
 from mllm_crossget.families.llava import geometry as llava_geometry
-from mllm_crossget.geometry import TowerCosts
 from mllm_crossget.schedule import MergeGeometry, TowerGeometry, make_schedule, ramp, removable
 from tests.helpers import reference
 from tests.helpers.methods import OWN

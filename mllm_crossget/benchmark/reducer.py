@@ -20,10 +20,11 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from mllm_crossget.atomic_files import write_text
 from mllm_crossget.benchmark.memory import peak_bytes
 from mllm_crossget.benchmark.timing import Timing, alternate, environment, ratio, spread
 from mllm_crossget.field_types import check_field_types, check_least
+from mllm_crossget.files.atomic_files import write_text
+from mllm_crossget.files.user_files import check_writable
 from mllm_crossget.ops import (
     attend_with_importance,
     attention_importance,
@@ -32,7 +33,6 @@ from mllm_crossget.ops import (
     merge,
 )
 from mllm_crossget.ops.dispatch import MATCHING, cpu_kernels
-from mllm_crossget.user_files import check_writable
 
 _FEWEST = 8  # two tokens are protected, and half of the others can be removed
 _SHORT = 10  # factor of rounds for work that is so short that a single interruption shows

@@ -11,15 +11,15 @@ from typing import Any
 from rich.table import Table
 from torch import nn
 
-from mllm_crossget.atomic_files import append_lines, read_lines, replaced
 from mllm_crossget.benchmark.parts import PartClock
 from mllm_crossget.benchmark.roofline import Device, Sizes, least_seconds
 from mllm_crossget.benchmark.timing import spread
 from mllm_crossget.costs.flops import Flops, model_flops, visual_tokens
 from mllm_crossget.families.family import Family
+from mllm_crossget.files.atomic_files import append_lines, read_lines, replaced
+from mllm_crossget.files.user_files import check_writable as check_writable
 from mllm_crossget.methods.method import Method
 from mllm_crossget.schedule import Schedule
-from mllm_crossget.user_files import check_writable as check_writable
 
 
 @dataclass

@@ -21,7 +21,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mllm_crossget.api import accelerate_mllm
-from mllm_crossget.atomic_files import write_text
 from mllm_crossget.benchmark.sample_inputs import prompt_inputs
 from mllm_crossget.benchmark.speed import DTYPES, BenchOptions, load
 from mllm_crossget.benchmark.timing import alternate, environment, spread
@@ -29,10 +28,11 @@ from mllm_crossget.costs.geometries.llava import resolve
 from mllm_crossget.embedded import load_embedded
 from mllm_crossget.families.family import family_of, module_at
 from mllm_crossget.field_types import check_choice, check_field_types, check_least
+from mllm_crossget.files.atomic_files import write_text
+from mllm_crossget.files.user_files import check_writable
 from mllm_crossget.hooks.ground.vision_cache import MEBIBYTE, VisionCache
 from mllm_crossget.methods.method import Method
 from mllm_crossget.schedule import make_schedule
-from mllm_crossget.user_files import check_writable
 
 
 @dataclass

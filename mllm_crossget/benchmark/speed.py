@@ -36,9 +36,9 @@ from mllm_crossget.config import method_class
 from mllm_crossget.costs.geometries.llava import GEOMETRIES, resolve
 from mllm_crossget.families.family import Family, config_at, family_of, module_at
 from mllm_crossget.field_types import check_choice, check_field_types, check_least
+from mllm_crossget.files.user_files import check_picture_output, check_writable, load_model
 from mllm_crossget.ops.precision import slow_precision
 from mllm_crossget.schedule import make_schedule
-from mllm_crossget.user_files import check_picture_output, check_writable, load_model
 
 DTYPES = ("float32", "bfloat16", "float16")
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2")

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from mllm_crossget.compare.options import CompareOptions
-from mllm_crossget.compare.questions import Question, batches
+from mllm_crossget.compare.compare_options import CompareOptions
+from mllm_crossget.compare.samples import Question, batches
 from mllm_crossget.embedded import WEIGHTS_FOLDER
-from mllm_crossget.user_files import load_model
+from mllm_crossget.files.user_files import load_model
 
 EMBEDDED = "embedded"
 

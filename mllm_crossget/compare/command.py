@@ -16,20 +16,20 @@ from tqdm import tqdm
 from transformers import AutoConfig
 
 from mllm_crossget.api import accelerated
-from mllm_crossget.atomic_files import write_text
 from mllm_crossget.benchmark.timing import environment
 from mllm_crossget.compare.answering import Answerer, load_answerer, source_of
-from mllm_crossget.compare.options import CompareOptions
-from mllm_crossget.compare.page import as_html, plot
-from mllm_crossget.compare.questions import Question, Sample, read_sample
+from mllm_crossget.compare.compare_options import CompareOptions
+from mllm_crossget.compare.comparison_page import as_html, plot
 from mllm_crossget.compare.run_costs import Prompts, counted_costs, gflops, read_prompts, timed
 from mllm_crossget.compare.runs import TIMES, Runs, files_digest
+from mllm_crossget.compare.samples import Question, Sample, read_sample
 from mllm_crossget.compare.scoring import contains, is_exact, marks, most_common_answer
-from mllm_crossget.compare.settings import UNTOUCHED, chosen_methods, named_method
+from mllm_crossget.compare.setting_names import UNTOUCHED, chosen_methods, named_method
 from mllm_crossget.compare.table import BLANK, COMMON, MEASURES, as_markdown, rows_of, share_of, table, with_interval
+from mllm_crossget.files.atomic_files import write_text
+from mllm_crossget.files.records import load_records
+from mllm_crossget.files.user_files import check_output_folder, load_model
 from mllm_crossget.methods.method import Method
-from mllm_crossget.records import load_records
-from mllm_crossget.user_files import check_output_folder, load_model
 
 _NARROW = 160  # a pipe has no width
 PICTURE, MARKDOWN, PAGE = "compare.png", "compare.md", "compare.html"

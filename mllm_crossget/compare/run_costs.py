@@ -20,7 +20,7 @@ from mllm_crossget.api import accelerated
 from mllm_crossget.batching import compact_lengths
 from mllm_crossget.benchmark.timing import seconds_of, spread
 from mllm_crossget.compare.answering import Answerer
-from mllm_crossget.compare.questions import Question
+from mllm_crossget.compare.samples import Question
 from mllm_crossget.costs.flops import model_flops
 from mllm_crossget.hooks.ground.state import handle_of
 from mllm_crossget.methods.method import Method

@@ -8,7 +8,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from mllm_crossget.atomic_files import append_lines, read_lines
+from mllm_crossget.files.atomic_files import append_lines, read_lines
 
 FILE = "runs.jsonl"
 SETTINGS = "settings"

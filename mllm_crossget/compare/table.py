@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from mllm_crossget.arithmetic.intervals import DRAWS, Accuracy, paired_difference
 from mllm_crossget.compare.scoring import RULE, from_marks
-from mllm_crossget.compare.settings import DEFAULT, UNTOUCHED, setting_name
-from mllm_crossget.intervals import DRAWS, Accuracy, paired_difference
+from mllm_crossget.compare.setting_names import DEFAULT, UNTOUCHED, setting_name
 
 BLANK, COMMON = "blank picture", "most common answer"
 MEASURES = ("exact", "contains")

@@ -10,4 +10,4 @@ from mllm_crossget.moved import moved_names
 
 __all__ = ["Flops", "geometry_names", "model_flops", "resolve"]
 
-__getattr__ = moved_names(__name__, "flop_formulas")
+__getattr__ = moved_names(__name__, "arithmetic.flop_formulas")

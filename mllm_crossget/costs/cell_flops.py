@@ -6,9 +6,9 @@ import itertools
 from dataclasses import replace
 from typing import Any
 
+from mllm_crossget.arithmetic.geometry import TowerCosts
 from mllm_crossget.costs.matching_flops import matching_flops, merging_flops
 from mllm_crossget.families.family import Family, config_at
-from mllm_crossget.geometry import TowerCosts
 from mllm_crossget.methods.method import Method
 from mllm_crossget.schedule import Schedule, behind_cells
 

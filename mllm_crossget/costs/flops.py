@@ -12,12 +12,18 @@ import itertools
 from dataclasses import dataclass
 from typing import Any
 
+from mllm_crossget.arithmetic.flop_formulas import (
+    attention_flops,
+    layer_flops,
+    linear_flops,
+    mlp_width,
+    pooling_head_flops,
+)
+from mllm_crossget.arithmetic.language_flops import language_costs
 from mllm_crossget.costs.cell_flops import cell_parts
 from mllm_crossget.costs.matching_flops import matching_flops, merging_flops
 from mllm_crossget.families.family import Family, TextTower, config_at, families, family_of
 from mllm_crossget.families.modality import Tiles
-from mllm_crossget.flop_formulas import attention_flops, layer_flops, linear_flops, mlp_width, pooling_head_flops
-from mllm_crossget.language_flops import language_costs
 from mllm_crossget.methods.capabilities import LayerShape
 from mllm_crossget.methods.method import Method, Place
 from mllm_crossget.schedule import (

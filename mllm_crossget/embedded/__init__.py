@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
-from mllm_crossget.intervals import Accuracy
+from mllm_crossget.arithmetic.intervals import Accuracy
 
 from .evaluate import Score, answer, batch_inputs, prompt, score
 from .questions import KINDS, Question, held_out_questions

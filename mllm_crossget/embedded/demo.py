@@ -17,7 +17,6 @@ from rich.table import Table
 from tqdm import tqdm
 
 from mllm_crossget.api import accelerated
-from mllm_crossget.atomic_files import replaced, write_text
 from mllm_crossget.benchmark.timing import alternate, environment, ratio
 from mllm_crossget.config import method_class
 from mllm_crossget.costs.flops import model_flops
@@ -25,11 +24,12 @@ from mllm_crossget.embedded import Question, answer, batch_inputs, held_out_ques
 from mllm_crossget.embedded.trained import load_trained, trained_method, trained_ratios
 from mllm_crossget.families.family import families
 from mllm_crossget.field_types import check_field_types, check_least
+from mllm_crossget.files.atomic_files import replaced, write_text
+from mllm_crossget.files.user_files import check_output_folder
 from mllm_crossget.hooks.ground.state import base_model
+from mllm_crossget.look.visualize import contact_sheet, draw_groups, merged_groups, plot_curves
 from mllm_crossget.methods.method import Method
 from mllm_crossget.schedule import make_schedule
-from mllm_crossget.user_files import check_output_folder
-from mllm_crossget.visualize import contact_sheet, draw_groups, merged_groups, plot_curves
 
 _TIMED_BATCH = 32
 _SHOWN_DIGITS = 6  # the picture shows the first scene with at least this many digits

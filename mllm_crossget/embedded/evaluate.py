@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from mllm_crossget.intervals import Accuracy
+from mllm_crossget.arithmetic.intervals import Accuracy
 
 from .questions import Question
 

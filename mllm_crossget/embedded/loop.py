@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mllm_crossget.atomic_files import append_lines
+from mllm_crossget.files.atomic_files import append_lines
 
 LOG_EVERY = 50  # steps
 _NUMBERS = ("step", "seconds", "core_seconds")  # of a checkpoint

@@ -14,17 +14,17 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mllm_crossget.api import accelerate_mllm
-from mllm_crossget.atomic_files import replaced, write_text
 from mllm_crossget.config import method_names
 from mllm_crossget.embedded import load_embedded
 from mllm_crossget.embedded.demo import make_method
 from mllm_crossget.embedded.scenes import render, sample_layouts, to_image
 from mllm_crossget.field_types import check_field_types, check_least
+from mllm_crossget.files.atomic_files import replaced, write_text
+from mllm_crossget.files.user_files import check_picture_output, check_writable, load_model, read_pictures
 from mllm_crossget.hooks.model.thresholds import calibrate
 from mllm_crossget.look.page import html_of, look_at
+from mllm_crossget.look.visualize import contact_sheet, draw_counts, draw_groups, merged_groups, tokens_per_layer
 from mllm_crossget.methods.method import Method
-from mllm_crossget.user_files import check_picture_output, check_writable, load_model, read_pictures
-from mllm_crossget.visualize import contact_sheet, draw_counts, draw_groups, merged_groups, tokens_per_layer
 
 _ENLARGED = 3
 _OUTPUT = "runs/show.png"

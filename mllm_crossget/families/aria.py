@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from mllm_crossget.arithmetic.flop_formulas import attention_flops, linear_flops
 from mllm_crossget.families.family import (
     Family,
     FamilyCosts,
@@ -22,7 +23,6 @@ from mllm_crossget.families.family import (
     tower_kind,
 )
 from mllm_crossget.families.idefics3 import IDEFICS3_TOWER
-from mllm_crossget.flop_formulas import attention_flops, linear_flops
 from mllm_crossget.schedule import TowerGeometry
 
 _TOWERS = (IDEFICS3_TOWER,)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mllm_crossget.arithmetic.flop_formulas import attention_flops, linear_flops
 from mllm_crossget.families.blip2 import self_attention_block_flops, vit_geometry
 from mllm_crossget.families.family import (
     BLIP_TOWER,
@@ -31,7 +32,6 @@ from mllm_crossget.families.family import (
     VisionSide,
     register_family,
 )
-from mllm_crossget.flop_formulas import attention_flops, linear_flops
 
 _POST_NORM = "vision_model.post_layernorm"
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mllm_crossget.arithmetic.flop_formulas import attention_flops, linear_flops
 from mllm_crossget.families.family import (
     BLIP2_TOWER,
     CrossPaths,
@@ -32,7 +33,6 @@ from mllm_crossget.families.family import (
     register_family,
 )
 from mllm_crossget.families.tower_geometry import read_at_the_end
-from mllm_crossget.flop_formulas import attention_flops, linear_flops
 from mllm_crossget.schedule import TowerGeometry
 
 

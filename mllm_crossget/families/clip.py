@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mllm_crossget.arithmetic.flop_formulas import linear_flops
 from mllm_crossget.families.family import (
     CLIP_TOWER,
     CrossPaths,
@@ -28,7 +29,6 @@ from mllm_crossget.families.family import (
     register_family,
 )
 from mllm_crossget.families.tower_geometry import read_at_the_end
-from mllm_crossget.flop_formulas import linear_flops
 from mllm_crossget.schedule import TowerGeometry
 
 _LEGACY_END = 2  # a wrong end mark in transformers' first CLIP configurations, which means the largest id

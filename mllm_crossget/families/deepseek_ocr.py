@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
+from mllm_crossget.arithmetic.flop_formulas import linear_flops
 from mllm_crossget.families.behind_projector import BEHIND_EXACT, behind_projector
 from mllm_crossget.families.family import FamilyCosts, FamilyDocs, register_family
 from mllm_crossget.families.modality import Modality
-from mllm_crossget.flop_formulas import linear_flops
 
 _SMALL, _LARGE = 144, 256  # number of queries, which depends on the size of SAM's output
 _STEPS = 4  # two convolutions after SAM's tower halve its map, each by 2

@@ -9,10 +9,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from mllm_crossget.arithmetic.flop_formulas import linear_flops
 from mllm_crossget.families.behind_projector import BEHIND_EXACT, behind_projector
 from mllm_crossget.families.family import FamilyCosts, FamilyDocs, patches_per_image, register_family
 from mllm_crossget.families.modality import Modality
-from mllm_crossget.flop_formulas import linear_flops
 from mllm_crossget.schedule import MergeGeometry
 
 

@@ -31,6 +31,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mllm_crossget.arithmetic.flop_formulas import mlp_width
+from mllm_crossget.arithmetic.geometry import Geometry, TowerCosts, TowerGeometry
+from mllm_crossget.arithmetic.language_flops import token_flops
 from mllm_crossget.families.family_parts import (
     CrossPaths,
     FamilyCosts,
@@ -57,9 +60,6 @@ from mllm_crossget.families.tower_kinds import (
     patches_per_image,
     tower_kind,
 )
-from mllm_crossget.flop_formulas import mlp_width
-from mllm_crossget.geometry import Geometry, TowerCosts, TowerGeometry
-from mllm_crossget.language_flops import token_flops
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
+from mllm_crossget.arithmetic.geometry import TowerCosts
 from mllm_crossget.families.feature_kind import FeatureKind, Positions
 from mllm_crossget.families.modality import Modality, Tiles
 from mllm_crossget.families.tower_kinds import TextSide, TextTower, TowerKind
-from mllm_crossget.geometry import TowerCosts
 from mllm_crossget.schedule import Geometry
 
 

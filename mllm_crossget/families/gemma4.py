@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mllm_crossget.arithmetic.flop_formulas import attention_flops, linear_flops
 from mllm_crossget.families.family import (
     Family,
     FamilyCosts,
@@ -26,7 +27,6 @@ from mllm_crossget.families.family import (
     register_family,
 )
 from mllm_crossget.families.modality import Modality
-from mllm_crossget.flop_formulas import attention_flops, linear_flops
 from mllm_crossget.schedule import TowerGeometry
 
 EXAMPLE_SIDE = 16

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from mllm_crossget.arithmetic.flop_formulas import attention_flops, linear_flops
+from mllm_crossget.arithmetic.geometry import TowerCosts
 from mllm_crossget.families.family import Family, FamilyCosts, FamilyDocs, register_family
 from mllm_crossget.families.modality import Modality
 from mllm_crossget.families.qwen_vl import CELLS_NOTE, EXAMPLE_SIDE, cell_family, tokens_of_frames, tokens_of_images
-from mllm_crossget.flop_formulas import attention_flops, linear_flops
-from mllm_crossget.geometry import TowerCosts
 
 
 def images_alone(model: Any, kwargs: dict[str, Any]) -> list[int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from mllm_crossget.arithmetic.flop_formulas import attention_flops, linear_flops
 from mllm_crossget.families.family import (
     Family,
     FamilyCosts,
@@ -21,7 +22,6 @@ from mllm_crossget.families.family import (
     register_family,
 )
 from mllm_crossget.families.tower_geometry import read_at_the_end
-from mllm_crossget.flop_formulas import attention_flops, linear_flops
 
 IDEFICS2_TOWER = TowerKind("idefics2_vision", prefix=0)
 geometry = read_at_the_end(IDEFICS2_TOWER, owner="Idefics2")

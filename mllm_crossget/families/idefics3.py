@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from mllm_crossget.arithmetic.flop_formulas import linear_flops, vit_image_flops
 from mllm_crossget.families.family import (
     CrossPaths,
     Family,
@@ -26,7 +27,6 @@ from mllm_crossget.families.family import (
 )
 from mllm_crossget.families.modality import Modality
 from mllm_crossget.families.tower_geometry import cell_of_patches, read_at_the_end
-from mllm_crossget.flop_formulas import linear_flops, vit_image_flops
 
 IDEFICS3_TOWER = TowerKind("idefics3_vision", prefix=0)
 SMOLVLM_TOWER = TowerKind("smolvlm_vision", prefix=0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from mllm_crossget.arithmetic.flop_formulas import attention_flops
 from mllm_crossget.families.blip2 import (
     Q_FORMER_INPUT,
     connector_flops,
@@ -29,7 +30,6 @@ from mllm_crossget.families.family import (
     VisionSide,
     register_family,
 )
-from mllm_crossget.flop_formulas import attention_flops
 
 
 def text_side(config: Any) -> TextSide:

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mllm_crossget.arithmetic.flop_formulas import linear_flops, vit_flops
 from mllm_crossget.families.family import (
     CrossPaths,
     Family,
@@ -27,7 +28,6 @@ from mllm_crossget.families.family import (
 )
 from mllm_crossget.families.modality import Modality
 from mllm_crossget.families.tower_geometry import layer_that_is_read
-from mllm_crossget.flop_formulas import linear_flops, vit_flops
 from mllm_crossget.schedule import TowerGeometry
 
 _LAYER = LayerNames(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from mllm_crossget.arithmetic.flop_formulas import linear_flops
 from mllm_crossget.families.family import (
     CrossPaths,
     Family,
@@ -21,7 +22,6 @@ from mllm_crossget.families.family import (
 )
 from mllm_crossget.families.modality import Modality
 from mllm_crossget.families.tower_geometry import read_at_the_end
-from mllm_crossget.flop_formulas import linear_flops
 
 JANUS_TOWER = TowerKind("janus_vision_model", prefix=0)
 geometry = read_at_the_end(JANUS_TOWER, owner="Janus")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from mllm_crossget.arithmetic.flop_formulas import linear_flops, vit_flops
 from mllm_crossget.families.family import (
     Family,
     FamilyCosts,
@@ -24,7 +25,6 @@ from mllm_crossget.families.family import (
     tower_kind,
 )
 from mllm_crossget.families.modality import Modality
-from mllm_crossget.flop_formulas import linear_flops, vit_flops
 from mllm_crossget.schedule import TowerGeometry
 
 EXAMPLE_SIDE = 32

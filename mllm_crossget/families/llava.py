@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from mllm_crossget.arithmetic.flop_formulas import linear_flops
 from mllm_crossget.families.family import (
     CLIP_TOWER,
     SIGLIP_TOWER,
@@ -28,7 +29,6 @@ from mllm_crossget.families.family import (
 )
 from mllm_crossget.families.modality import Modality
 from mllm_crossget.families.tower_geometry import layer_that_is_read, layers_that_are_read, reads_several_layers
-from mllm_crossget.flop_formulas import linear_flops
 from mllm_crossget.schedule import TowerGeometry
 
 TOWERS = (CLIP_TOWER, SIGLIP_TOWER)

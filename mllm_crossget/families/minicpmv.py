@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from mllm_crossget.arithmetic.flop_formulas import attention_flops, linear_flops, vit_flops
 from mllm_crossget.families.behind_projector import BEHIND_EXACT, behind_projector
 from mllm_crossget.families.family import FamilyCosts, FamilyDocs, FeatureKind, register_family
 from mllm_crossget.families.modality import Modality
-from mllm_crossget.flop_formulas import attention_flops, linear_flops, vit_flops
 
 EXAMPLE_SIDE = 28
 """Patches per side of the example slice in tables and ``inspect``: 448 pixels with patches of 16 pixels."""

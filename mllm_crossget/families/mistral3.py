@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mllm_crossget.arithmetic.flop_formulas import attention_flops, linear_flops
 from mllm_crossget.families.family import (
     Family,
     FamilyCosts,
@@ -25,7 +26,6 @@ from mllm_crossget.families.family import (
 )
 from mllm_crossget.families.modality import Modality
 from mllm_crossget.families.tower_geometry import layer_that_is_read
-from mllm_crossget.flop_formulas import attention_flops, linear_flops
 from mllm_crossget.schedule import TowerGeometry
 
 _EXAMPLE = 1024

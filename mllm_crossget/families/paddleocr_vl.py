@@ -9,10 +9,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from mllm_crossget.arithmetic.flop_formulas import linear_flops, vit_flops
 from mllm_crossget.families.family import FamilyCosts, FamilyDocs, FeatureKind, register_family
 from mllm_crossget.families.modality import Modality
 from mllm_crossget.families.qwen_vl import EXAMPLE_SIDE, MERGED_NOTE, merged_family, tokens_of_images
-from mllm_crossget.flop_formulas import linear_flops, vit_flops
 
 
 def tower_flops(config: Any) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from mllm_crossget.arithmetic.flop_formulas import linear_flops
 from mllm_crossget.families.family import (
     SIGLIP_TOWER,
     CrossPaths,
@@ -22,7 +23,6 @@ from mllm_crossget.families.family import (
 )
 from mllm_crossget.families.modality import Modality
 from mllm_crossget.families.tower_geometry import read_at_the_end
-from mllm_crossget.flop_formulas import linear_flops
 
 geometry = read_at_the_end(SIGLIP_TOWER, owner="PaliGemma")
 

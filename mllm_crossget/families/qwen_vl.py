@@ -18,6 +18,8 @@ from typing import Any
 
 from torch import Tensor
 
+from mllm_crossget.arithmetic.flop_formulas import attention_flops, linear_flops
+from mllm_crossget.arithmetic.geometry import TowerCosts
 from mllm_crossget.families.family import (
     Family,
     FamilyCosts,
@@ -32,8 +34,6 @@ from mllm_crossget.families.family import (
     register_family,
 )
 from mllm_crossget.families.modality import Modality
-from mllm_crossget.flop_formulas import attention_flops, linear_flops
-from mllm_crossget.geometry import TowerCosts
 from mllm_crossget.schedule import MergeGeometry, TowerGeometry
 
 EXAMPLE_SIDE = 32

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mllm_crossget.arithmetic.flop_formulas import linear_flops
 from mllm_crossget.families.family import (
     SIGLIP_TOWER,
     CrossPaths,
@@ -26,7 +27,6 @@ from mllm_crossget.families.family import (
     register_family,
 )
 from mllm_crossget.families.tower_geometry import read_at_the_end
-from mllm_crossget.flop_formulas import linear_flops
 from mllm_crossget.schedule import TowerGeometry
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from mllm_crossget.arithmetic.flop_formulas import linear_flops
 from mllm_crossget.families.family import (
     CLIP_TOWER,
     Family,
@@ -23,7 +24,6 @@ from mllm_crossget.families.family import (
 )
 from mllm_crossget.families.modality import Modality
 from mllm_crossget.families.tower_geometry import layers_that_are_read
-from mllm_crossget.flop_formulas import linear_flops
 from mllm_crossget.schedule import TowerGeometry
 
 _TOWERS = (CLIP_TOWER,)

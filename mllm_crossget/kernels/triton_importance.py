@@ -2,7 +2,7 @@
 in registers, and no map is written to memory.
 
 Products are accumulated in float32. So far it was run only in Triton's interpreter, not on a GPU. It is therefore off
-by default (see ``ops.importance.attention_importance``). Shape suffixes: B batch, H heads, T tokens, D width.
+by default (see ``ops.guidance.importance.attention_importance``). Shape suffixes: B batch, H heads, T tokens, D width.
 """
 
 from __future__ import annotations

@@ -23,12 +23,12 @@ from mllm_crossget.api import accelerated
 from mllm_crossget.config import method_class, method_names
 from mllm_crossget.embedded import load_embedded
 from mllm_crossget.field_types import check_field_types
+from mllm_crossget.files.user_files import load_model
 from mllm_crossget.look.page import gflops_of
 from mllm_crossget.look.prompts import picture_seen, placeholders, question_inputs
 from mllm_crossget.look.stages import Stage, follow
 from mllm_crossget.methods.method import Method
 from mllm_crossget.support import unsupported_reason
-from mllm_crossget.user_files import load_model
 
 EMBEDDED = "the embedded model"
 UNTOUCHED = "untouched"

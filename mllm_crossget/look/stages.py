@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from mllm_crossget.api import accelerated, trace_merges
+from mllm_crossget.arithmetic.geometry import TowerGeometry
 from mllm_crossget.families.family import family_of
-from mllm_crossget.geometry import TowerGeometry
 from mllm_crossget.hooks.apply import vision_encoder
 from mllm_crossget.hooks.ground.call_state import Lent
 from mllm_crossget.hooks.ground.journal import Journal

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from mllm_crossget.user_files import open_picture
+from mllm_crossget.files.user_files import open_picture
 
 MOST_BYTES = 20 * 2**20
 MOST_PIXELS = 40_000_000

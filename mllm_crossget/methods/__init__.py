@@ -11,7 +11,7 @@ from mllm_crossget.methods.dynamic import DynamicMethod
 from mllm_crossget.methods.madtp import MadtpConfig
 from mllm_crossget.methods.method import Method
 from mllm_crossget.methods.random import RandomConfig
-from mllm_crossget.methods.selection import SelectionMethod
+from mllm_crossget.methods.selection_method import SelectionMethod
 from mllm_crossget.methods.signals import RaggedSignals, Signals
 from mllm_crossget.methods.tome import ToMeConfig
 

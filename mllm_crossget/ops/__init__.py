@@ -1,7 +1,7 @@
 """Tensor operations of token reduction: matching, merging, importance, pruning, alignment. torch only."""
 
-from mllm_crossget.ops.alignment_attention import alignment_features, alignment_scores, guidance_loss
-from mllm_crossget.ops.importance import (
+from mllm_crossget.ops.guidance.alignment_attention import alignment_features, alignment_scores, guidance_loss
+from mllm_crossget.ops.guidance.importance import (
     attend_with_importance,
     attention_importance,
     class_token_attention,

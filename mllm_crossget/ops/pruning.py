@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mllm_crossget.ops.importance import attention_map
+from mllm_crossget.ops.guidance.importance import attention_map
 
 _TINY = 1e-8  # as in the reference, added to sums that are divisors
 

@@ -32,13 +32,13 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from mllm_crossget.atomic_files import append_lines, read_lines
 from mllm_crossget.families.family import config_at
 from mllm_crossget.field_types import check_type
+from mllm_crossget.files.atomic_files import append_lines, read_lines
+from mllm_crossget.files.records import BadSampleError, Record, Records, load_records
 from mllm_crossget.hooks.ground.hosts import config_of
 from mllm_crossget.hooks.ground.state import base_model, handle_of
-from mllm_crossget.records import BadSampleError, Record, Records, load_records
-from mllm_crossget.training.answers import unknown_words, with_end_marks
+from mllm_crossget.training.end_marks import unknown_words, with_end_marks
 from mllm_crossget.training.losses import IGNORE
 from mllm_crossget.training.pairs import answers_apart, encode_pair, prompt_tokens_per_image, writes_pairs
 

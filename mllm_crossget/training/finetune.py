@@ -19,6 +19,7 @@ from mllm_crossget.api import accelerate_mllm
 from mllm_crossget.config import DIALS
 from mllm_crossget.embedded import WEIGHTS_FOLDER
 from mllm_crossget.families.family import module_at
+from mllm_crossget.files.user_files import check_output_folder, load_model
 from mllm_crossget.hooks.ground.hosts import config_of
 from mllm_crossget.hooks.ground.state import Handle, handle_of, live_cross_tokens
 from mllm_crossget.methods.method import Method
@@ -37,7 +38,6 @@ from mllm_crossget.training.same_run import (
     write_options,
 )
 from mllm_crossget.training.trainer import CrossGetTrainer
-from mllm_crossget.user_files import check_output_folder, load_model
 
 BAD_SAMPLES_NAME = "bad_samples.jsonl"
 _AUTOMATIC = ("auto", "true", "True")

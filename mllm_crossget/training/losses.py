@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mllm_crossget.api import unreduced
 from mllm_crossget.hooks.ground.state import wrapped_by_peft
-from mllm_crossget.ops.contrastive import contrastive_loss
+from mllm_crossget.ops.guidance.contrastive import contrastive_loss
 
 __all__ = ["alignment_term", "contrastive_loss", "distillation_loss", "teacher_logits"]
 

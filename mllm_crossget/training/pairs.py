@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from mllm_crossget.files.records import BadSampleError, Record
 from mllm_crossget.hooks.ground.state import base_model, handle_of
-from mllm_crossget.records import BadSampleError, Record
 from mllm_crossget.training.losses import IGNORE
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from mllm_crossget.field_types import check_field_types, check_least
-from mllm_crossget.user_files import check_model_name
+from mllm_crossget.files.user_files import check_model_name
 
 DATA_FORMS = """\
 the data (--train_data, --eval_data): a JSON file holds a list of samples, a JSONL file one sample per line:

@@ -30,10 +30,10 @@ from mllm_crossget.hooks.model.model_card import write_card
 from mllm_crossget.training.checkpoints import last_complete_checkpoint
 from mllm_crossget.training.compute_budget import BudgetCallback, take_settings
 from mllm_crossget.training.losses import alignment_term, distillation_loss, teacher_logits
-from mllm_crossget.training.model_card import trained_card
 from mllm_crossget.training.options import output_folder
 from mllm_crossget.training.pairs import answers_apart, prompt_tokens_per_image
 from mllm_crossget.training.sampler import ModalityLengthSampler
+from mllm_crossget.training.training_card import trained_card
 
 _TERMS = ("task_loss", "alignment_loss", "distillation_loss")
 _COUNTS = ("steps", "rows", "images", "tokens")

@@ -140,7 +140,7 @@ def test_parts_add_up_to_the_whole(lines):
         if "reducer_overhead" in line:
             assert line["reducer_overhead"]["rounds"] == 3
             share = line["encoder_and_prefill"]["share_of_ideal"]
-            # two rounds are too few to say how large it is: overhead is the difference of two times, and noise may make it negative
+            # its size is not tested: overhead is a difference of two times, and noise may make it negative
             assert (share < 1) == (line["reducer_overhead"]["median"] > 0)
 
 

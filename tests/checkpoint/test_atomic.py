@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mllm_crossget import CrossGetConfig, accelerate_mllm, load_crossget, save_crossget
-from mllm_crossget.atomic_files import append_lines, read_lines, remove_stale, replaced, write_bytes, write_text
+from mllm_crossget.files.atomic_files import append_lines, read_lines, remove_stale, replaced, write_bytes, write_text
 from mllm_crossget.hooks.ground.state import handle_of, live_cross_tokens
 from mllm_crossget.training.checkpoints import checkpoint_problem
 from mllm_crossget.training.data import bad_samples

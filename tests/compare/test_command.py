@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from mllm_crossget import accelerated, cli
-from mllm_crossget.atomic_files import read_lines
 from mllm_crossget.compare.answering import load_answerer
-from mllm_crossget.compare.options import CompareOptions
-from mllm_crossget.compare.questions import read_sample
+from mllm_crossget.compare.compare_options import CompareOptions
 from mllm_crossget.compare.run_costs import counted_costs
+from mllm_crossget.compare.samples import read_sample
 from mllm_crossget.embedded import answer, held_out_questions, load_embedded
-from mllm_crossget.records import load_records
+from mllm_crossget.files.atomic_files import read_lines
+from mllm_crossget.files.records import load_records
 
 FEW = ["--methods", "tome", "--keep-ratios", "0.25", "--max_new_tokens", "8", "--timed-questions", "2"]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mllm_crossget.compare.page import as_html, plot
+from mllm_crossget.compare.comparison_page import as_html, plot
 from mllm_crossget.compare.table import HEADINGS, as_markdown, rows_of
 
 GROUPS = ["a", "a", "b", "c", "d", "e"]

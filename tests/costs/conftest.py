@@ -1,6 +1,6 @@
 import pytest
 
-from mllm_crossget.ops import attention_maps
+from mllm_crossget.ops.guidance import attention_maps
 
 
 @pytest.fixture(autouse=True)

@@ -13,10 +13,10 @@ from transformers import (
 )
 
 from mllm_crossget import CrossGetConfig, MadtpConfig, RandomConfig, ToMeConfig, accelerate_mllm, calibrate
+from mllm_crossget.arithmetic.language_flops import TEXT_MODELS
 from mllm_crossget.config import method_class
 from mllm_crossget.costs.flops import matching_flops, model_flops
 from mllm_crossget.costs.geometries.llava import GEOMETRIES
-from mllm_crossget.language_flops import TEXT_MODELS
 from mllm_crossget.methods import DynamicMethod
 from tests.helpers.flops import counted, first_token, nearly, text_tokens
 from tests.helpers.methods import FIXED

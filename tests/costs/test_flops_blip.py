@@ -13,6 +13,7 @@ from transformers import (
 )
 
 from mllm_crossget import CrossGetConfig, RandomConfig, accelerate_mllm
+from mllm_crossget.arithmetic.language_flops import language_costs
 from mllm_crossget.config import method_class
 from mllm_crossget.costs.flops import model_flops
 from mllm_crossget.costs.geometries.llava import GEOMETRIES, resolve
@@ -22,7 +23,6 @@ from mllm_crossget.families.family import BLIP2_TOWER
 from mllm_crossget.hooks.ground.cross_tokens import CrossTokens
 from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.hooks.tower.fixed_counts import hook_tower
-from mllm_crossget.language_flops import language_costs
 from tests.helpers.families.case_blip2 import retrieval
 from tests.helpers.flops import counted, nearly
 from tests.helpers.methods import FIXED

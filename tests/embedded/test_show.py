@@ -10,7 +10,7 @@ from mllm_crossget import CrossGetConfig, MadtpConfig, accelerate_mllm, calibrat
 from mllm_crossget.embedded import load_embedded
 from mllm_crossget.embedded.scenes import render, sample_layouts, to_image
 from mllm_crossget.hooks.ground.state import handle_of
-from mllm_crossget.visualize import draw_counts, tokens_per_layer
+from mllm_crossget.look.visualize import draw_counts, tokens_per_layer
 from tests.helpers.tiny import pixels, tiny_tower
 
 

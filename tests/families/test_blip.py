@@ -15,7 +15,7 @@ from mllm_crossget.families.family import families, module_at
 from mllm_crossget.hooks.ground.cross_tokens import recorded_cross_tokens
 from mllm_crossget.hooks.ground.state import handle_of
 from mllm_crossget.hooks.model.placeholder_model import AlignedModel
-from mllm_crossget.ops.alignment import alignment_loss
+from mllm_crossget.ops.guidance.alignment import alignment_loss
 from tests.helpers.families.case_blip import captions, question_answers
 from tests.helpers.families.case_blip import loss as blip_loss
 from tests.helpers.families.case_blip2 import answers, loss, retrieval

@@ -17,7 +17,7 @@ from mllm_crossget.hooks.ground.state import handle_of
 from mllm_crossget.hooks.projector.groups import groups_of
 from mllm_crossget.hooks.projector.post_merge import kept_cells
 from mllm_crossget.hooks.tower.cell_matching import allotted
-from mllm_crossget.visualize import merged_groups, tokens_per_layer
+from mllm_crossget.look.visualize import merged_groups, tokens_per_layer
 from tests.helpers import reference
 from tests.helpers.families.case_qwen import GRIDS, Grid, alone, batch_from, cells_of, patches
 from tests.helpers.families.merging import merge_by_hand, steps

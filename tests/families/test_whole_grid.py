@@ -13,8 +13,8 @@ from mllm_crossget import CrossGetConfig, ToMeConfig, accelerate_mllm, restore_m
 from mllm_crossget.families.family import families, module_at
 from mllm_crossget.hooks.ground.cross_tokens import recorded_cross_tokens
 from mllm_crossget.hooks.ground.state import handle_of
-from mllm_crossget.ops.alignment import alignment_loss
-from mllm_crossget.visualize import merged_groups, tokens_per_layer
+from mllm_crossget.look.visualize import merged_groups, tokens_per_layer
+from mllm_crossget.ops.guidance.alignment import alignment_loss
 from tests.helpers import reference
 from tests.helpers.families.case_grid import BUILDS, TILES, alone
 from tests.helpers.methods import FIXED

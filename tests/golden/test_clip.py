@@ -6,8 +6,8 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextModelWithProjection, CLI
 
 from mllm_crossget import CrossGetConfig, accelerate_mllm, trace_merges
 from mllm_crossget.checkpoint import split_official_state_dict
-from mllm_crossget.ops.alignment import alignment_loss
-from mllm_crossget.ops.contrastive import contrastive_loss
+from mllm_crossget.ops.guidance.alignment import alignment_loss
+from mllm_crossget.ops.guidance.contrastive import contrastive_loss
 from tests.golden.files import END_TO_END, GRADIENT, LOSS, Golden
 
 FILE = "e_clip_e2e"

@@ -6,7 +6,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from mllm_crossget import CrossGetConfig, load_official_cross_tokens, trace_merges
 from mllm_crossget.checkpoint import split_official_state_dict
-from mllm_crossget.ops.alignment import alignment_loss, layer_repeats
+from mllm_crossget.ops.guidance.alignment import alignment_loss, layer_repeats
 from tests.golden.files import END_TO_END, GRADIENT, LOSS, Golden
 
 FILE = "d2_llava_e2e"

@@ -11,7 +11,7 @@ from mllm_crossget.ops import (
     merge,
     unmerge,
 )
-from mllm_crossget.ops.importance import importance_of_map
+from mllm_crossget.ops.guidance.importance import importance_of_map
 from mllm_crossget.schedule import TowerGeometry, make_schedule, ramp, removable
 from tests.golden.files import STEP, Golden, cases
 

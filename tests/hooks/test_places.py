@@ -16,10 +16,10 @@ from mllm_crossget.families.family import families
 from mllm_crossget.hooks.ground.state import handle_of
 from mllm_crossget.hooks.projector.groups import groups_of
 from mllm_crossget.hooks.projector.post_merge import kept_cells
+from mllm_crossget.look.visualize import merged_groups, tokens_per_layer
 from mllm_crossget.methods import Method, Place, SelectionMethod, Signals
 from mllm_crossget.ops import Match, merge
 from mllm_crossget.schedule import MergeGeometry, TowerGeometry, make_schedule
-from mllm_crossget.visualize import merged_groups, tokens_per_layer
 from tests.helpers.families.cases import all_cases
 from tests.helpers.fingerprints import assert_identical, fingerprint
 from tests.helpers.gradients import checkpoint_activations

@@ -10,8 +10,8 @@ import sys
 import numpy as np
 import pytest
 
+from mllm_crossget.arithmetic.intervals import bootstrap_interval
 from mllm_crossget.integrations.lmms_eval.results import compare
-from mllm_crossget.intervals import bootstrap_interval
 from tests.helpers.evaluation import ROOT
 
 SCRIPT = ROOT / "eval" / "leaderboard.py"

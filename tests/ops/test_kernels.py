@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mllm_crossget.ops import attention_importance, complete_graph_soft_matching, graph
-from mllm_crossget.ops.importance import query_weights, ragged_query_weights
+from mllm_crossget.ops.guidance.importance import query_weights, ragged_query_weights
 from tests.helpers import reference
 from tests.helpers.matching import assert_decision
 

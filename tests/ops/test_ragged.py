@@ -22,7 +22,7 @@ from mllm_crossget.ops import (
     strongest_attention,
     token_alignment,
 )
-from mllm_crossget.ops.importance import attend_with_importance, attention_map, importance_of_map
+from mllm_crossget.ops.guidance.importance import attend_with_importance, attention_map, importance_of_map
 from tests.helpers import reference
 
 LENGTHS = [12, 7, 9]

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from mllm_crossget import CrossGetConfig, accelerate_mllm, load_crossget, save_crossget
-from mllm_crossget.atomic_files import append_lines, read_lines, write_bytes
+from mllm_crossget.files.atomic_files import append_lines, read_lines, write_bytes
 from mllm_crossget.hooks.ground.state import handle_of, live_cross_tokens
 from tests.helpers.exploring import SEED, in_parts
 from tests.helpers.tiny import tiny_llava

@@ -17,7 +17,7 @@ from transformers import Blip2ForConditionalGeneration
 
 from mllm_crossget import accelerate_mllm
 from mllm_crossget.cli import main
-from mllm_crossget.records import BadSampleError
+from mllm_crossget.files.records import BadSampleError
 from mllm_crossget.training import Collator, TrainingData, load_finetuned, load_records, lora_config
 from mllm_crossget.training.pairs import prompt_tokens_per_image
 from tests.helpers.small_files import weights_in

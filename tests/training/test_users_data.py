@@ -15,10 +15,10 @@ from torch.utils.data import DataLoader
 from transformers.image_utils import load_image
 
 from mllm_crossget.embedded.architecture import build_processor
-from mllm_crossget.records import Records
+from mllm_crossget.files.records import Records
+from mllm_crossget.files.user_files import open_picture
 from mllm_crossget.training import BadSampleError, TrainingData, load_records
 from mllm_crossget.training.data import VICUNA_TEMPLATE
-from mllm_crossget.user_files import open_picture
 from tests.helpers.records import ANSWER, LLAVA_ROW, QUESTION, write
 
 TURNS = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mllm_crossget.ops.alignment_attention import alignment_scores
+from mllm_crossget.ops.guidance.alignment_attention import alignment_scores
 
 _SPREAD = 0.02  # standard deviation of the maps' first weights: transformers' default for linear layers
 

@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from mllm_crossget.atomic_files import remove_stale, write_bytes
 from mllm_crossget.config import CONFIG_NAME, WEIGHTS_FIELD, ReductionConfig, read_settings, write_settings
+from mllm_crossget.files.atomic_files import remove_stale, write_bytes
 from mllm_crossget.hooks.ground.state import HANDLE, base_model, live_cross_tokens
 
 WEIGHTS_FOLDER = "crossget_weights"

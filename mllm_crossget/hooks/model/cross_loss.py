@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from mllm_crossget.hooks.ground.arguments import kept_per_class
-from mllm_crossget.ops.alignment import alignment_loss
+from mllm_crossget.ops.guidance.alignment import alignment_loss
 
 
 def add_alignment_loss(

@@ -23,7 +23,7 @@ from mllm_crossget.hooks.projector.features import forget_ahead
 from mllm_crossget.hooks.request.placeholders import images_per_row, present, token_of
 from mllm_crossget.hooks.tower.counts_per_image import recorded_alignment
 from mllm_crossget.methods.capabilities import LossKind
-from mllm_crossget.ops.alignment_attention import alignment_features, guidance_loss
+from mllm_crossget.ops.guidance.alignment_attention import alignment_features, guidance_loss
 
 _INPUTS = "inputs of text layers"
 _PLACE = "_mllm_crossget_heard"

@@ -17,7 +17,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-from mllm_crossget.atomic_files import write_text
+from mllm_crossget.files.atomic_files import write_text
 from mllm_crossget.hooks.ground.hosts import config_of
 from mllm_crossget.hooks.ground.state import HANDLE, Handle, base_model
 

@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, modeling_utils
 
-from mllm_crossget.atomic_files import TEMPORARY_PATTERN, write_text
 from mllm_crossget.families.family import module_at
+from mllm_crossget.files.atomic_files import TEMPORARY_PATTERN, write_text
 from mllm_crossget.hooks.ground.hosts import GeneratingModel
 from mllm_crossget.hooks.ground.state import HANDLE
 from mllm_crossget.hooks.model.cross_files import (

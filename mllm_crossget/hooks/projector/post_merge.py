@@ -31,7 +31,7 @@ from mllm_crossget.hooks.tower.fixed_counts import share_state
 from mllm_crossget.hooks.tower.listening import HEARD
 from mllm_crossget.methods.method import Method, Place
 from mllm_crossget.methods.signals import AskedText, Signals
-from mllm_crossget.ops.importance import attention_importance
+from mllm_crossget.ops.guidance.importance import attention_importance
 from mllm_crossget.ops.merging import compose_source, merge, unmerge
 
 _STATE = "_mllm_crossget_merge"

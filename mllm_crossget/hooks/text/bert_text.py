@@ -27,8 +27,15 @@ from mllm_crossget.hooks.ground.call_state import lent
 from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.hooks.ground.kv_cache import CACHE, cache_in, with_named_cache
 from mllm_crossget.hooks.ground.state import TextTowerState
-from mllm_crossget.hooks.text.encoder import run_texts
-from mllm_crossget.hooks.text.rows import Columns, Texts, attention_slot, in_columns, match_and_merge, tokens_of_rows
+from mllm_crossget.hooks.text.text_encoder import run_texts
+from mllm_crossget.hooks.text.text_rows import (
+    Columns,
+    Texts,
+    attention_slot,
+    in_columns,
+    match_and_merge,
+    tokens_of_rows,
+)
 from mllm_crossget.hooks.tower.attention import hook_attention, reduced_attention
 from mllm_crossget.hooks.tower.encoder import sizes_of
 from mllm_crossget.hooks.tower.layer import Taken, run_post_norm_layer
@@ -102,7 +109,7 @@ class ReducedBert(nn.Module):
 
 
 class ReducedBertEncoder(nn.Module):
-    """Mixin for the encoder: the loop of ``hooks.text.encoder``, whose layers may read an image."""
+    """Mixin for the encoder: the loop of ``hooks.text.text_encoder``, whose layers may read an image."""
 
     def forward(
         self,

@@ -23,8 +23,8 @@ from mllm_crossget.hooks.ground.call_state import lent
 from mllm_crossget.hooks.ground.cross_tokens import RECORD
 from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.hooks.ground.state import TextTowerState
-from mllm_crossget.hooks.text.encoder import run_texts
-from mllm_crossget.hooks.text.rows import (
+from mllm_crossget.hooks.text.text_encoder import run_texts
+from mllm_crossget.hooks.text.text_rows import (
     Columns,
     Texts,
     attention_slot,
@@ -95,7 +95,7 @@ class ReducedTextModel(nn.Module):
 
 
 class ReducedTextEncoder(nn.Module):
-    """Mixin for a text encoder: the loop of ``hooks.text.encoder``, whose layers write the cross token."""
+    """Mixin for a text encoder: the loop of ``hooks.text.text_encoder``, whose layers write the cross token."""
 
     cross_tokens: Callable[[], Tensor]  # ``CrossTokens``, or PEFT's wrapper around it
 

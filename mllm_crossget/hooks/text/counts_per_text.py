@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from mllm_crossget.hooks.ground.call_state import lent
 from mllm_crossget.hooks.ground.state import CALIBRATION, TRACE, TextTowerState
 from mllm_crossget.hooks.text.clip_text import KEYWORD, layer_names, text_state
-from mllm_crossget.hooks.text.rows import Texts, compact, in_columns
+from mllm_crossget.hooks.text.text_rows import Texts, compact, in_columns
 from mllm_crossget.hooks.tower.attention import AttentionSlot
 from mllm_crossget.hooks.tower.counts_per_image import record_features
 from mllm_crossget.hooks.tower.encoder import own_rows, run_layers, sizes_of

@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mllm_crossget.hooks.ground.bias_channel import with_bias_channel
 from mllm_crossget.hooks.ground.journal import Journal
-from mllm_crossget.ops.importance import (
+from mllm_crossget.ops.guidance.importance import (
     attend_with_importance,
     attention_importance,
     attention_map,
@@ -44,7 +44,7 @@ class AttentionSlot:
     Attributes:
         key_bias: (B, T) log token size to add to the logits, or None.
         record: whether keys are wanted, and ``importance`` too.
-        cross_token: whether the last token is a cross token (see ``ops.importance.query_weights``).
+        cross_token: whether the last token is a cross token (see ``ops.guidance.importance.query_weights``).
         guide: token whose query the importance is the cosine with (CrossGET's CLIP flavour): (B,) positions, or one
             position for all rows; keys are then those of all heads side by side. None: attention received, and keys
             added up over heads (LLaVA flavour).

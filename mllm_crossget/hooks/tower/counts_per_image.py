@@ -23,8 +23,8 @@ from mllm_crossget.hooks.tower.fixed_counts import tower_state
 from mllm_crossget.hooks.tower.layer import Taken, carry_out, run_layer
 from mllm_crossget.methods.capabilities import PerImage
 from mllm_crossget.methods.signals import RaggedSignals
-from mllm_crossget.ops.alignment_attention import alignment_features
-from mllm_crossget.ops.importance import ragged_query_weights
+from mllm_crossget.ops.guidance.alignment_attention import alignment_features
+from mllm_crossget.ops.guidance.importance import ragged_query_weights
 from mllm_crossget.ops.ragged import Step
 
 _FEATURES = "alignment features"

@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import Any, TextIO
 
-from mllm_crossget.atomic_files import write_text
+from mllm_crossget.files.atomic_files import write_text
 from mllm_crossget.integrations.lmms_eval.requests import Request
 
 

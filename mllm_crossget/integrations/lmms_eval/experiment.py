@@ -20,12 +20,12 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from mllm_crossget.atomic_files import write_text
 from mllm_crossget.config import method_class
 from mllm_crossget.field_types import check_field_types
+from mllm_crossget.files.atomic_files import write_text
+from mllm_crossget.files.user_files import check_output_folder, read_yaml
 from mllm_crossget.integrations.lmms_eval import tasks_dir
 from mllm_crossget.integrations.lmms_eval.results import collect, read_result, write_result
-from mllm_crossget.user_files import check_output_folder, read_yaml
 
 BASELINE = "none"
 _TAIL = 25  # number of lines of a failed run's log that are shown

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from mllm_crossget.atomic_files import write_text
+from mllm_crossget.arithmetic.intervals import bootstrap_interval, paired_difference
 from mllm_crossget.benchmark.timing import environment
+from mllm_crossget.files.atomic_files import write_text
 from mllm_crossget.integrations.lmms_eval.answers import read_batches
 from mllm_crossget.integrations.lmms_eval.token_costs import summary
-from mllm_crossget.intervals import bootstrap_interval, paired_difference
 
 FORMAT_VERSION = 1
 _PACKAGES = ("lmms_eval", "datasets", "accelerate", "bitsandbytes")

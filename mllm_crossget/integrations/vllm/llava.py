@@ -25,10 +25,10 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from mllm_crossget.checkpoint import read_saved
 from mllm_crossget.config import ReductionConfig
 from mllm_crossget.integrations.vllm.columns import Columns, base_positions, with_channels, without_channels
-from mllm_crossget.integrations.vllm.first_token import write_first
 from mllm_crossget.integrations.vllm.front_end import needs_positions, needs_sizes
 from mllm_crossget.integrations.vllm.settings import KEY, schedule_of
 from mllm_crossget.integrations.vllm.sized_attention import weigh_sizes
+from mllm_crossget.integrations.vllm.text_cross_tokens import write_first
 from mllm_crossget.integrations.vllm.weights import may_be_missing, served_names
 from mllm_crossget.methods.method import Method, checked_method
 from mllm_crossget.vision_half import VisionHalf, accelerate_vision

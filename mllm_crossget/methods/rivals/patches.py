@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mllm_crossget.methods.method import Method
-from mllm_crossget.methods.selection import SelectionMethod
+from mllm_crossget.methods.selection_method import SelectionMethod
 from mllm_crossget.methods.signals import Signals, protected_count
 from mllm_crossget.ops.matching import Match
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection, MetaClip2Config, MetaClip2Model
 
-from mllm_crossget.ops.contrastive import contrastive_loss
+from mllm_crossget.ops.guidance.contrastive import contrastive_loss
 from tests.helpers.families.cases import Batch, Case, add_case
 from tests.helpers.tiny import pixels, text_batch, tiny_dual
 

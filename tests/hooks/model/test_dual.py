@@ -25,8 +25,8 @@ from mllm_crossget import (
     trace_merges,
     unsupported_reason,
 )
-from mllm_crossget.embedded.dual_encoder import build_model, build_tokenizer, caption, tokenize
 from mllm_crossget.embedded.scenes import render, sample_layouts, to_image
+from mllm_crossget.embedded.small_clip import build_model, build_tokenizer, caption, tokenize
 from mllm_crossget.hooks.ground.state import handle_of
 from tests.helpers.methods import FIXED
 from tests.helpers.tiny import pixels, randomise_cross_tokens, text_batch, tiny_dual, tiny_llava, tiny_tower

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from mllm_crossget.flop_formulas import attention_flops, linear_flops
+from mllm_crossget.arithmetic.flop_formulas import attention_flops, linear_flops
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from mllm_crossget.flop_formulas import layer_flops
+from mllm_crossget.arithmetic.flop_formulas import layer_flops
 
 
 class Costs(Protocol):

@@ -17,16 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mllm_crossget.atomic_files import write_text
+from mllm_crossget.arithmetic.layer_times import checked_times
 from mllm_crossget.benchmark.speed import ATTENTIONS, DTYPES, BenchOptions, load
 from mllm_crossget.benchmark.timing import alternate, environment
 from mllm_crossget.costs.geometries.llava import resolve
 from mllm_crossget.families.family import Family, LayerNames, config_at, module_at
 from mllm_crossget.field_types import check_choice, check_field_types, check_least
+from mllm_crossget.files.atomic_files import write_text
+from mllm_crossget.files.user_files import check_writable
 from mllm_crossget.hooks.apply import vision_encoder
-from mllm_crossget.layer_times import checked_times
 from mllm_crossget.schedule import TowerGeometry
-from mllm_crossget.user_files import check_writable
 
 _COUNTS = 8  # how many counts by default
 
@@ -119,7 +119,7 @@ def _works(model: Any, family: Family, options: LayerTimesOptions) -> dict[str, 
         raise ValueError(
             f"{options.geometry}: the layers of its vision tower need the places of patches in the image, and cannot "
             "be timed alone; write the table by hand: tokens, layers_ms, language_ms and view_ms, as "
-            "mllm_crossget.layer_times.checked_times says"
+            "mllm_crossget.arithmetic.layer_times.checked_times says"
         )
     width = config_at(model.config, family.vision_config).hidden_size
     works: dict[str, tuple[Callable[[Tensor], Any], int]] = {

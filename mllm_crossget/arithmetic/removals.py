@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
+from mllm_crossget.arithmetic.geometry import Costs, TowerGeometry
 from mllm_crossget.field_types import check_type, checked_count, checked_removals
-from mllm_crossget.geometry import Costs, TowerGeometry
 
 _HALF = Fraction(1, 2)
 # Of what may leave, the most that a layer is asked for on average where images differ. Asked for half, which no image

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mllm_crossget.ops.alignment import alignment_loss, layer_repeats
+from mllm_crossget.ops.guidance.alignment import alignment_loss, layer_repeats
 from tests.helpers import reference
 
 

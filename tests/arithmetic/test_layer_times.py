@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from mllm_crossget import CrossGetConfig, ReductionConfig, ToMeConfig, accelerate_mllm, load_crossget, save_crossget
+from mllm_crossget.arithmetic.layer_times import checked_times, layer_times
 from mllm_crossget.cli import main
 from mllm_crossget.costs.geometries.llava import resolve
 from mllm_crossget.costs.inspect_model import inspection
 from mllm_crossget.families.family import family_of
 from mllm_crossget.hooks.ground.state import handle_of
-from mllm_crossget.layer_times import checked_times, layer_times
 from mllm_crossget.schedule import make_schedule
 from tests.helpers.tiny import prompt_batch, tiny_llava
 from tests.helpers.tiny_blip import tiny_blip

@@ -55,8 +55,8 @@ COMMANDS: dict[str, Command] = {
         example="bench --geometry llava-1.5-7b --llm_layers 2 --keep_ratios 0.25 --plot speed.png",
     ),
     "bench-layers": Command(
-        "mllm_crossget.benchmark.layer_times:LayerTimesOptions",
-        "mllm_crossget.benchmark.layer_times:run",
+        "mllm_crossget.benchmark.layer_timing:LayerTimesOptions",
+        "mllm_crossget.benchmark.layer_timing:run",
         "time the layers of a vision tower and the language model, for schedule auto by time (--layer_times)",
         group="measure speed",
         example="bench-layers llava-1.5-7b --llm_layers 2 --output layer_times.json",
@@ -77,7 +77,7 @@ COMMANDS: dict[str, Command] = {
         example="bench-reuse --keep_ratio 0.25",
     ),
     "compare": Command(
-        "mllm_crossget.compare.options:CompareOptions",
+        "mllm_crossget.compare.compare_options:CompareOptions",
         "mllm_crossget.compare.command:run",
         "compare methods and budgets on a model and questions of your own: mllm-crossget compare MODEL DATA.json",
         extra="viz",

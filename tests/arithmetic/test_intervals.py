@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mllm_crossget.intervals import Accuracy, bootstrap_interval, paired_difference
+from mllm_crossget.arithmetic.intervals import Accuracy, bootstrap_interval, paired_difference
 
 
 def test_wilson_interval_of_a_known_case() -> None:

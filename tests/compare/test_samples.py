@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mllm_crossget.compare.questions import read_sample
-from mllm_crossget.records import BadSampleError, load_records
+from mllm_crossget.compare.samples import read_sample
+from mllm_crossget.files.records import BadSampleError, load_records
 
 
 def test_every_answered_turn_is_a_question(data: Path) -> None:

@@ -6,8 +6,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mllm_crossget.ops import attend_with_importance, attention_importance, cosine_importance
-from mllm_crossget.ops import importance as module
-from mllm_crossget.ops.importance import importance_of_map, ragged_query_weights
+from mllm_crossget.ops.guidance import importance as module
+from mllm_crossget.ops.guidance.importance import importance_of_map, ragged_query_weights
 from tests.helpers import reference
 
 SHAPES = [(1, 1, 2, 4), (2, 3, 9, 8), (3, 2, 17, 4)]  # B, H, T, D

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from mllm_crossget import cli
-from mllm_crossget.commands import COMMANDS, GROUPS
+from mllm_crossget.cli.commands import COMMANDS, GROUPS
+from mllm_crossget.cli.option_names import check_names, field_names
 from mllm_crossget.config import method_class, method_names
-from mllm_crossget.option_names import check_names, field_names
 from tests.helpers.versions import TRAINS
 
 commands = pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from mllm_crossget.records import Record, Records
+from mllm_crossget.files.records import Record, Records
 
 _GREY = (122, 116, 104)  # CLIP's mean colour: a picture of it is near zero after the processor
 

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mllm_crossget.compare.settings import UNTOUCHED
+from mllm_crossget.compare.setting_names import UNTOUCHED
 from mllm_crossget.compare.table import BLANK, HEADINGS, all_cells, notes, title
-from mllm_crossget.visualize import plot_curves
+from mllm_crossget.look.visualize import plot_curves
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 80rem; padding: 0 1rem; }

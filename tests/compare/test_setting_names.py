@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import transformers
 
-from mllm_crossget.compare.settings import UNTOUCHED, chosen_methods, named_method
+from mllm_crossget.compare.setting_names import UNTOUCHED, chosen_methods, named_method
 from mllm_crossget.config import method_names
 from tests.helpers.tiny_grid import tiny_qwen
 

@@ -1,5 +1,4 @@
-"""The command line: ``mllm-crossget COMMAND``. Every command (``commands``) is a dataclass of options and a function
-that takes it.
+"""From the words of ``mllm-crossget COMMAND`` to the call of its function, which takes one dataclass of options.
 
 A command's modules are imported when it is called, so that a missing extra of one command does not stop the others.
 torch and transformers are imported inside functions: help and many mistakes come without them.
@@ -23,10 +22,10 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from safetensors import SafetensorError
 
 from mllm_crossget import __version__
-from mllm_crossget.commands import COMMANDS, GROUPS, Command
+from mllm_crossget.cli.commands import COMMANDS, GROUPS, Command
+from mllm_crossget.cli.option_names import check_names, field_names
 from mllm_crossget.field_types import check_type
-from mllm_crossget.option_names import check_names, field_names
-from mllm_crossget.user_files import read_yaml
+from mllm_crossget.files.user_files import read_yaml
 
 _PROGRAM = "mllm-crossget"
 _DEFAULT_METHOD = "crossget"

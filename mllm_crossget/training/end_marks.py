@@ -11,7 +11,7 @@ import itertools
 from collections import Counter
 from typing import Any
 
-from mllm_crossget.records import BadSampleError, Records
+from mllm_crossget.files.records import BadSampleError, Records
 
 _LOOKED_AT = 1000  # number of samples that are checked, spread over the data
 _SHOWN = 5

@@ -14,8 +14,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from mllm_crossget.api import trace_merges
-from mllm_crossget.atomic_files import replaced
 from mllm_crossget.families.family import module_at
+from mllm_crossget.files.atomic_files import replaced
 from mllm_crossget.hooks.ground.state import LayerTrace, base_model, handle_of
 
 _BORDER = (255, 255, 255)

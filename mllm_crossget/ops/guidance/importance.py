@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mllm_crossget.ops.attention_maps import Maps, Workspace, softmax_map
 from mllm_crossget.ops.dispatch import IMPORTANCE, triton_runs
+from mllm_crossget.ops.guidance.attention_maps import Maps, Workspace, softmax_map
 from mllm_crossget.ops.precision import without_autocast
 
 _GROUP_CPU, _GROUP_GPU = 2**21, 2**28  # bytes of the maps that are worked on together

@@ -1,4 +1,4 @@
-"""The loop over a text encoder's layers for rows that are matched on their own tokens (``hooks.text.rows``).
+"""The loop over a text encoder's layers for rows that are matched on their own tokens (``hooks.text.text_rows``).
 
 Padding is removed before the first layer. Every layer gets the columns of the special tokens. At the end the caller
 gets the maps that lead back to the columns of the input.
@@ -14,7 +14,15 @@ from torch import Tensor, nn
 
 from mllm_crossget.hooks.ground.call_state import lent
 from mllm_crossget.hooks.ground.state import TRACE, TextTowerState
-from mllm_crossget.hooks.text.rows import Columns, Texts, columns_of, compact, mask_of, moved_columns, with_removals
+from mllm_crossget.hooks.text.text_rows import (
+    Columns,
+    Texts,
+    columns_of,
+    compact,
+    mask_of,
+    moved_columns,
+    with_removals,
+)
 from mllm_crossget.hooks.tower.encoder import own_rows, run_layers
 from mllm_crossget.hooks.tower.layer import Taken
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from PIL import Image
 
-from mllm_crossget.record_columns import check_columns, images_of, joined_parts, turn_problem
-from mllm_crossget.user_files import open_picture
+from mllm_crossget.files.record_columns import check_columns, images_of, joined_parts, turn_problem
+from mllm_crossget.files.user_files import open_picture
 
 _IMAGE_TAG = "<image>"
 _ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
