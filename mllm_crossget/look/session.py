@@ -227,12 +227,13 @@ class _Run:
     def work(self) -> None:
         try:
             with self.loaded.lock:
-                if not self.gone.is_set():
-                    self._ask()
+                last = None if self.gone.is_set() else self._ask()
+            if last is not None:  # given only now that the model is restored and free for the next visitor
+                self.found.put(last)
         except BaseException as error:  # raised again where the answers are read
             self.found.put(error)
 
-    def _ask(self) -> None:
+    def _ask(self) -> Answer:
         model, processor = self.loaded.model, self.loaded.processor
         inputs = question_inputs(model, processor, self.picture, self.question)
         stages: tuple[Stage, ...] = ()
@@ -240,19 +241,18 @@ class _Run:
             stages = follow(model, processor, inputs, self.method, new_tokens=1).stages
             with accelerated(model, self.method):
                 gflops = gflops_of(model, inputs, self.method)
-                self._stream(inputs, _known(processor, inputs, self.picture, stages, gflops))
-            return
+                return self._stream(inputs, _known(processor, inputs, self.picture, stages, gflops))
         _generate(model, inputs, 1)
         gflops = gflops_of(model, inputs, method_class("crossget")(keep_ratio=1.0))  # type: ignore[arg-type]
-        self._stream(inputs, _known(processor, inputs, self.picture, (), gflops))
+        return self._stream(inputs, _known(processor, inputs, self.picture, (), gflops))
 
-    def _stream(self, inputs: Any, known: dict[str, Any]) -> None:
+    def _stream(self, inputs: Any, known: dict[str, Any]) -> Answer:
         model = self.loaded.model
         if not known["stages"]:
             known["visual_tokens"] = placeholders(model, inputs)
         streamer = _Words(self.loaded.processor, self.found, known)
         _generate(model, inputs, self.new_tokens, streamer=streamer, stopping_criteria=[_Gone(self.gone)])
-        self.found.put(streamer.so_far(finished=True))
+        return streamer.so_far(finished=True)
 
 
 def _known(

@@ -17,8 +17,10 @@ from mllm_crossget.api import trace_merges
 from mllm_crossget.families.family import module_at
 from mllm_crossget.files.atomic_files import replaced
 from mllm_crossget.hooks.ground.state import LayerTrace, base_model, handle_of
+from mllm_crossget.hooks.projector.groups import source_of_trace
+from mllm_crossget.look.drawing import draw_grid
 
-_BORDER = (255, 255, 255)
+_WHITE = (255, 255, 255)
 _CAPTION_HEIGHT = 18
 _BAR, _NUMBER_WIDTH = (70, 110, 180), 30
 _NEXT_TO_THE_POINTS = 8  # more curves have their legend beside the plot
@@ -37,7 +39,8 @@ def merged_groups(model: nn.Module, pixel_values: Tensor, **inputs: Any) -> Tens
         inputs: what says how large images are (``image_grid_thw``), where the model takes it; all of one size.
 
     Returns:
-        (images, patches) token indices in row-major order of the patch grid; patches with equal indices were merged.
+        (images, patches) token indices in row-major order of the patch grid; patches with equal indices were merged,
+            those with -1 were dropped.
 
     Raises:
         ValueError: the model is not accelerated, or merges nothing (``keep_ratio=1``); images of several sizes.
@@ -48,7 +51,7 @@ def merged_groups(model: nn.Module, pixel_values: Tensor, **inputs: Any) -> Tens
         if handle.merging is not None:
             return _merged_cells(model, handle, pixel_values, inputs, trace)
         module_at(base_model(model), handle.family.tower)(pixel_values, **inputs)
-    source = trace[geometry.read - 1].source
+    source = source_of_trace(trace[: geometry.read])
     return source[:, geometry.prefix : geometry.prefix + geometry.patches]
 
 
@@ -59,13 +62,13 @@ def _merged_cells(
     owner: Any = module_at(base_model(model), handle.family.features_owner)
     if handle.merge is not None:
         owner.get_image_features(pixel_values, **inputs)
-        return _of_one_size(trace)[-1].source
+        return source_of_trace(_of_one_size(trace))
     with trace_merges(model, tower="cells") as cells:
         owner.get_image_features(pixel_values, **inputs)
     _of_one_size(trace)
     if cells:
-        return cells[-1].source
-    source = trace[-1].source  # so many tokens are kept that only patches have merged
+        return source_of_trace(cells)
+    source = source_of_trace(trace)  # so many tokens are kept that only patches have merged
     if handle.geometry.cells is None:
         return source
     return torch.arange(handle.geometry.placeholders, device=source.device).expand(len(source), -1)
@@ -114,7 +117,7 @@ def draw_counts(counts: Tensor, size: tuple[int, int]) -> Image.Image:
         size: width and height of the picture, in pixels.
     """
     width, height = size
-    canvas = Image.new("RGB", size, _BORDER)
+    canvas = Image.new("RGB", size, _WHITE)
     draw = ImageDraw.Draw(canvas)
     step = height / len(counts)
     room = width - _NUMBER_WIDTH
@@ -126,7 +129,7 @@ def draw_counts(counts: Tensor, size: tuple[int, int]) -> Image.Image:
 
 
 def draw_groups(image: Image.Image, groups: Tensor, scale: int = 3) -> Image.Image:
-    """The image with each merged group in its mean colour, and white lines between groups.
+    """The image with each merged group in its mean colour, white lines between groups, and dropped patches dark.
 
     Args:
         image: the picture as the tower saw it (square, cropped as the processor does).
@@ -139,30 +142,7 @@ def draw_groups(image: Image.Image, groups: Tensor, scale: int = 3) -> Image.Ima
     side = round(groups.numel() ** 0.5)
     if side * side != groups.numel():
         raise ValueError(f"{groups.numel()} patches are no square grid; give one image's row of merged_groups")
-    small = image.convert("RGB").resize((side * 8, side * 8))
-    pixels = torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8).view(side, 8, side, 8, 3).float()
-    patches = pixels.mean(dim=(1, 3)).reshape(side * side, 3)
-    count = int(groups.max()) + 1
-    members = groups.bincount(minlength=count).clamp_min(1)
-    means = patches.new_zeros(count, 3).index_add_(0, groups, patches) / members[:, None]
-    cell = max(4, image.width * scale // side)
-    canvas = Image.new("RGB", (side * cell, side * cell))
-    draw = ImageDraw.Draw(canvas)
-    grid = groups.view(side, side)
-    for row in range(side):
-        for column in range(side):
-            _draw_cell(draw, grid, row, column, cell, means)
-    return canvas
-
-
-def _draw_cell(draw: ImageDraw.ImageDraw, grid: Tensor, row: int, column: int, cell: int, means: Tensor) -> None:
-    left, top = column * cell, row * cell
-    colour = tuple(int(value) for value in means[grid[row, column]])
-    draw.rectangle((left, top, left + cell - 1, top + cell - 1), fill=colour)
-    if column and grid[row, column] != grid[row, column - 1]:
-        draw.line((left, top, left, top + cell - 1), fill=_BORDER)
-    if row and grid[row, column] != grid[row - 1, column]:
-        draw.line((left, top, left + cell - 1, top), fill=_BORDER)
+    return draw_grid(image, groups.view(side, side).numpy(), max(4, image.width * scale // side))
 
 
 def contact_sheet(rows: Sequence[Sequence[tuple[str, Image.Image]]]) -> Image.Image:

@@ -30,7 +30,8 @@ from tests.helpers.methods import FIXED
 from tests.helpers.products import rest_unless
 from tests.helpers.tiny_grid import IMAGE_TOKEN, padded, rows_of
 
-CASES_PER_METHOD = 120
+CASES = 120
+MANY = pytest.mark.parametrize("cases", [CASES, pytest.param(170, marks=pytest.mark.slow)])
 WIDTH = 8
 
 
@@ -81,14 +82,15 @@ def pixels_of(rows: list[int], side: int, by_row: bool) -> Tensor:
         for method in FIXED
     ],
 )
+@MANY
 @torch.no_grad()
-def test_random_images(model_type: str, method: str) -> None:
+def test_random_images(model_type: str, method: str, cases: int) -> None:
     draw = random.Random(f"{model_type} {method}")
     family = families()[model_type]
     (modality,) = family.modalities
     by_row = modality.counts is not None
     reduced = 0
-    for case in range(CASES_PER_METHOD):
+    for case in range(cases):
         rows, cells, side = random_case(draw, model_type)
         dial = draw.choice([{"keep_ratio": draw.uniform(0.05, 0.99)}, {"visual_tokens": draw.randint(1, cells)}])
         chosen = method_class(method)(**dial)
@@ -122,7 +124,7 @@ def test_random_images(model_type: str, method: str) -> None:
             assert groups[torch.arange(first, first + len(kept)), index * cells + kept].all()
         reduced += _placeholders_left(owner, handle, kwargs) < sum(rows) * cells
         assert _placeholders_left(owner, handle, kwargs) == groups.shape[0]
-    assert reduced > CASES_PER_METHOD // 2
+    assert reduced > cases // 2
 
 
 def _published_like(config: SimpleNamespace, model_type: str, side: int) -> SimpleNamespace:
@@ -196,7 +198,7 @@ class Packed(nn.Module):
 def test_random_grids_of_images_and_videos(method: str) -> None:
     draw = random.Random(method)
     family = families()["qwen3_vl"]
-    for _ in range(CASES_PER_METHOD):  # three methods
+    for _ in range(CASES):  # three methods
         video = draw.random() < 0.3
         frames = draw.randint(1, 3) if video else 1
         grids = [(frames, 2 * draw.randint(1, 6), 2 * draw.randint(1, 6)) for _ in range(draw.randint(1, 4))]

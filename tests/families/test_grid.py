@@ -38,6 +38,7 @@ def forward_names() -> set[str]:
 
 PATCHES = 16
 CASES = 200
+MANY = pytest.mark.parametrize("cases", [CASES, pytest.param(500, marks=pytest.mark.slow)])
 BUILD = {"llava_next": tiny_llava_next, "llava_next_video": tiny_next_video, "llava_onevision": tiny_onevision}
 COUNTS = {
     "llava_next": llava_next.counts,
@@ -84,7 +85,8 @@ def by_hand(layout: list[int], token: list[int], tiles: int) -> list[int]:
 
 
 @grids
-def test_every_patch_once_on_random_images(family: str) -> None:
+@MANY
+def test_every_patch_once_on_random_images(family: str, cases: int) -> None:
     """Features are made so that one can read from them which patches they hold; the stock packing says which patches
     are not padding."""
     model = accelerate_mllm(BUILD[family](), method="tome", visual_tokens=8)
@@ -92,7 +94,7 @@ def test_every_patch_once_on_random_images(family: str) -> None:
     draw = random.Random(family)
     options = {} if family == "llava_onevision" else {"vision_feature_select_strategy": "default"}
     seen = Counter()
-    for _ in range(CASES):
+    for _ in range(cases):
         owner = model.model
         sizes = random_sizes(draw, draw.randint(1, 3))
         images = {"image_sizes": sizes}
@@ -131,7 +133,7 @@ def test_every_patch_once_on_random_images(family: str) -> None:
             assert len(image) <= len(stock)
             if kept == PATCHES:
                 assert torch.equal(image, stock)
-    assert seen["whole"] > CASES / 2
+    assert seen["whole"] > cases / 2
     assert (seen["resized"] > 20) == (family == "llava_onevision")
 
 

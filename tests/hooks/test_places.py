@@ -212,6 +212,9 @@ def test_traces_tell_of_every_layer_and_of_the_step() -> None:
     groups = merged_groups(model, images)
     assert groups.shape == (2, 16)
     assert all(len(set(row.tolist())) == 5 for row in groups)
+    accelerate_mllm(model, method="fastervlm", visual_tokens=5)
+    dropped = merged_groups(model, images)
+    assert (dropped < 0).sum(dim=1).tolist() == [11, 11], "they belong to no group"
     accelerate_mllm(model, LongestFeatures(visual_tokens=5))
     with trace_merges(model) as trace:
         model.model.get_image_features(images)

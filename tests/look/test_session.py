@@ -40,6 +40,7 @@ def test_an_answer_comes_word_by_word(loaded, asked) -> None:
     last = found[-1]
     assert (last.visual_tokens, last.stages[-1].tokens, last.stages[0].tokens) == (72, 72, 144)
     assert last.seconds > 0
+    assert not loaded.lock.locked()
     assert handle_of(loaded.model) is None
     untouched = list(ask(loaded, asked.image, asked.text, setting_of(UNTOUCHED, 0.5)))[-1]
     assert untouched.text == answer(loaded.model, loaded.processor, [asked])[0]
