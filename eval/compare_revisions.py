@@ -84,7 +84,7 @@ def settings(llm_layers: int) -> dict[str, Callable[[], float]]:
         "untouched": prefill(None),
         "published, r=13": prefill(published(r=13)),
         "matching": alone(complete_graph_soft_matching, keys, importance, 13),
-        "attention with importance": alone(attend_with_importance, query, query, query),
+        "attention with importance": alone(attend_with_importance, query, query, query, KEYS[2] ** -0.5),
     }
 
 
