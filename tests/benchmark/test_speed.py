@@ -28,6 +28,7 @@ from mllm_crossget.families.family import family_of
 from mllm_crossget.methods import CrossGetConfig, ToMeConfig
 from tests.helpers.tiny import tiny_llava
 from tests.helpers.tiny_blip import tiny_blip2
+from tests.helpers.tiny_grid import tiny_internvl, tiny_qwen
 
 CPU = torch.device("cpu")
 _compile = torch.compile
@@ -168,7 +169,11 @@ def test_copies_share_the_weights_and_nothing_else():
     assert not {id(module) for module in twin.modules()} & {id(module) for module in model.modules()}
 
 
-@pytest.mark.parametrize("make", [tiny_llava, tiny_blip2])
+def tiny_qwen2_5():
+    return tiny_qwen(model_type="qwen2_5_vl")
+
+
+@pytest.mark.parametrize("make", [tiny_llava, tiny_blip2, tiny_internvl, tiny_qwen2_5])
 def test_the_clock_sees_every_part(make):
     model = make().eval()
     family = family_of(model.config, [type(model).__name__])
