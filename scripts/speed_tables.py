@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import chain
 from typing import Any
+
+from mllm_crossget.config import method_class
+from mllm_crossget.costs import Flops, model_flops, resolve
 
 
 def speed_table(lines: list[dict[str, Any]]) -> str:
@@ -41,25 +45,41 @@ def speed_table(lines: list[dict[str, Any]]) -> str:
 
 
 def geometries_table(lines: list[dict[str, Any]]) -> str:
-    """One row for every reduced setting of other geometries."""
+    """One row for every reduced setting of other geometries, beside the FLOPs of the whole model."""
     rows = ["| model (layers of its language model) | setting | visual tokens | encoder + prefill (p10 – p90) "
-            "| share of the FLOP ratio | roofline ceiling |", "|---|---|---|---|---|---|"]  # fmt: skip
+            "| share of the FLOP ratio | tower's share of the FLOPs: cut, whole model "
+            "| whole model, GFLOPs | with the constant schedule |", "|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for line in lines:
         if line["setting"] == "untouched":
+            untouched = line
             continue
         options, first = line["options"], line["encoder_and_prefill"]
-        speed_up = first["speed_up"]
+        speed_up, whole, cut = first["speed_up"], whole_model(line), untouched["gflops"]
         cells = [
             f"{options['geometry']} ({options['llm_layers'] or 'all'}), {options['dtype']}",
             line["setting"],
             f"{line['visual_tokens_untouched']} → {line['visual_tokens']}",
             f"{speed_up['median']:.2f} × ({speed_up['p10']:.2f} – {speed_up['p90']:.2f})",
             f"{first['share_of_flop_ratio']:.0%}",
-            f"{line['whole']['ceiling']:.2f} ×",
+            f"{cut['encoder'] / cut['total']:.0%}, {whole[0].encoder / whole[0].total:.0%}",
+            f"{whole[0].total / 1e9:,.0f} → {whole[1].total / 1e9:,.0f}",
+            f"{whole[2].total / 1e9:,.0f} ({whole[1].total / whole[2].total - 1:+.1%})",
         ]
         rows.append(f"| {' | '.join(cells)} |")
     turns = lines[0]["seconds"]["total"]["rounds"]
     return "\n".join([*rows, "", f"Batch 1, sdpa, random weights, warm, {turns} rounds; {machine(lines[0])}."])
+
+
+def whole_model(line: dict[str, Any]) -> tuple[Flops, Flops, Flops]:
+    """FLOPs of the model with all of its layers: untouched, reduced, and reduced by the constant schedule."""
+    config, settings = resolve(line["options"]["geometry"]), dict(line["method"])
+    kind = method_class(settings.pop("method"))
+    method: Any = kind.from_dict(line["method"])
+    methods = (kind(keep_ratio=1.0), method, replace(method, schedule="constant"))
+    untouched, reduced, constant = (
+        model_flops(config, one, text_tokens=line["text_tokens"], one_softmax=True) for one in methods
+    )
+    return untouched, reduced, constant
 
 
 def reuse_line(report: dict[str, Any]) -> str:

@@ -136,8 +136,8 @@ def auto_removals(wanted: Wanted, selects: bool) -> tuple[list[int], bool]:
 
     What early layers lose is lost for good, and what tokens cost in the tower is little beside what they cost in a
     large language model. So the tower may spend ``SLACK`` of what even removals cost in tower and language model. Where
-    the tower costs more than the language model, that would be next to nothing: there it may spend ``SPENT`` of what
-    even removals save in the tower. Without costs in the geometry removals are even.
+    the untouched tower costs more than the untouched language model, that would be next to nothing: there it may spend
+    ``SPENT`` of what even removals save in the tower. Without costs in the geometry removals are even.
 
     Args:
         wanted: tower and target.
@@ -166,9 +166,10 @@ def _most_costs(wanted: Wanted, costs: Costs, selects: bool) -> Fraction:
         if not selects:
             raise
         even = costs.tower(_tokens_read(wanted, [wanted.start] * wanted.geometry.read))
-    saved = costs.tower([wanted.start] * (wanted.geometry.read + 1)) - even
+    untouched = costs.tower([wanted.start] * (wanted.geometry.read + 1))
     language = costs.language(wanted.target if wanted.features is None else wanted.features)
-    return even + max(SLACK * (even + language), SPENT * saved if even > language else Fraction(0))
+    dominates = untouched > costs.language(wanted.geometry.placeholders)
+    return even + max(SLACK * (even + language), SPENT * (untouched - even) if dominates else Fraction(0))
 
 
 def _selected(wanted: Wanted) -> Iterator[list[int]]:

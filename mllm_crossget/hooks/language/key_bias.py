@@ -97,11 +97,11 @@ def biased_attention(
         return output[..., :width], weights
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
-    mask = with_key_bias(attention_mask, row, query, bool(causal))
+    mask = with_key_bias(attention_mask, row, query, bool(causal), bias.columns)
     return attend(module, query, key, value, mask, **kwargs)
 
 
-def with_key_bias(mask: Tensor | None, bias_BK: Tensor, query: Tensor, causal: bool) -> Tensor:
+def with_key_bias(mask: Tensor | None, bias_BK: Tensor, query: Tensor, causal: bool, columns: Any = None) -> Tensor:
     """(B, 1, 1 or Q, K) additive mask: the given one (boolean, additive, or None) plus the key bias.
 
     Args:
@@ -109,13 +109,17 @@ def with_key_bias(mask: Tensor | None, bias_BK: Tensor, query: Tensor, causal: b
         bias_BK: (B, K).
         query: (B, H, Q, D), for its length and dtype.
         causal: True if a mask of None is causal.
+        columns: length of the sequence, as in ``KeyBias``, if the keys may be more: a static cache has room behind it.
     """
     bias = bias_BK[:, None, None, :].to(query.dtype)
     queries, keys = query.shape[2], bias.shape[-1]
     if mask is None:
-        if not causal or queries == 1:
+        filled = keys if columns is None else columns
+        if not causal or (queries == 1 and not isinstance(filled, Tensor) and keys <= filled):
             return bias
-        mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
+        own = torch.arange(queries, device=query.device)[:, None] - queries
+        last = filled.to(query.device).clamp(max=keys) if isinstance(filled, Tensor) else min(keys, filled)
+        mask = torch.arange(keys, device=query.device) <= last + own
     elif mask.shape[-1] > keys:
         mask = mask[..., :keys]
     if mask.dtype == torch.bool:

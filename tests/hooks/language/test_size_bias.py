@@ -100,6 +100,23 @@ def test_every_way_to_generate(method, options) -> None:
     assert_says(case.model.generate(**batch, **GREEDY, **options), batch, expected)
 
 
+@pytest.mark.parametrize("rows", [(1,), (1, 1)], ids=str)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@torch.no_grad()
+def test_a_static_cache_with_room_for_more_where_no_column_is_padding(rows, attention) -> None:
+    """Then no mask is given, and the cache has more keys than there are columns: later ones may not be read."""
+    model = accelerate_mllm(tiny_llava(), ToMeConfig(visual_tokens=FEATURES))
+    model.set_attn_implementation({"text_config": attention})
+    batch = prompt_batch(model, (1,))
+    batch = {name: value.repeat(len(rows), *[1] * (value.ndim - 1)) for name, value in batch.items()}
+    expected = model(**batch, use_cache=False).logits
+    static = StaticCache(config=model.config.text_config, max_cache_len=64)
+    torch.testing.assert_close(model(**batch, past_key_values=static, use_cache=True).logits, expected)
+    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    tokens = model.generate(**batch, **options)
+    assert torch.equal(model.generate(**batch, **options, cache_implementation="static"), tokens)
+
+
 @torch.no_grad()
 def test_sizes_live_beside_the_cache() -> None:
     """Two conversations on one model do not meet; a cache that is emptied forgets; a plain forward knows nothing."""
