@@ -32,7 +32,7 @@ def test_grid_families(family: str, method: str, dial: dict) -> None:
     assert (flops.reducer > 0) == (dial != {"keep_ratio": 1.0} and method != "random")
 
 
-@pytest.mark.parametrize("model_type", sorted(QWEN_VISION.keys() - {"glm4v_moe"}))  # which has no formula yet
+@pytest.mark.parametrize("model_type", sorted(QWEN_VISION))
 def test_qwen_on_the_example_image(model_type: str) -> None:
     model = tiny_qwen(model_type=model_type)
     model.set_experts_implementation("eager")  # torch's counter sees no grouped products
