@@ -44,11 +44,6 @@ REFUSED = {
     "perception_lm": Refusal(
         f"{_TIMM}, and the square grid of patches is pooled behind it", "class PerceptionLMAdaptiveAvgPooling"
     ),
-    "ovis2": Refusal(
-        "its tower makes visual words from squares of the patch grid inside of its own forward, so merged tokens would "
-        "have no place",
-        "Token sequence length must be a perfect square",
-    ),
     "florence2": Refusal(
         "its tower attends in windows and over channels and keeps the patch grid from stage to stage",
         "class Florence2VisionChannelAttention",

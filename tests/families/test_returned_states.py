@@ -20,7 +20,7 @@ from mllm_crossget.families.family import families, module_at
 from mllm_crossget.hooks.ground.state import Handle, handle_of
 from mllm_crossget.hooks.projector.features import features_of
 from mllm_crossget.schedule import MergeGeometry
-from tests.helpers.families.case_packed import PER_SIDE, runs
+from tests.helpers.families.case_packed import PER_SIDE, WHOLE, runs
 from tests.helpers.families.cases import Batch, Case, all_cases
 from tests.helpers.matrix import covering, is_first
 from tests.helpers.methods import FIXED, prepare
@@ -167,14 +167,16 @@ def expected(
     family, handle = families()[case.model_type], handle_of(model)
     found = {name: dict(part) for name, part in stock.items()}
     tokens = handle.schedule.tokens
-    if case.model_type in PER_SIDE and stock[family.tower].get("attentions"):  # states of all patches, maps run by run
+    if case.model_type in {**PER_SIDE, **WHOLE} and stock[family.tower].get(
+        "attentions"
+    ):  # states of all patches, maps run by run
         heads = stock[family.tower]["attentions"][0][1]
         found[family.tower]["attentions"] = [
             (images, heads, count, count)
             for images, patches in runs(case.model_type)
             for count in handle.tower.schedule(patches).tokens[:-1]
         ]
-    elif case.model_type not in PER_SIDE and not as_before(handle) and family.tower is not None:
+    elif case.model_type not in {**PER_SIDE, **WHOLE} and not as_before(handle) and family.tower is not None:
         whole = stock[family.tower]["last_hidden_state"][0][:2]
         found[family.tower].update(of_tower(stock[family.tower], tokens, whole=whole))
         for path in filter(lambda path: path in stock, CROSS_ATTENDING):

@@ -24,7 +24,7 @@ from tests.helpers.tiny_grid import IMAGE_TOKEN, QWEN_TEXT, TOWER, VIDEO_TOKEN, 
 
 UNEVEN: list[list[tuple[int, int]]] = [[(3, 4), (2, 2)], [], [(2, 5)]]  # of every row, (rows, columns) of cells
 EVEN = [[(2, 2), (2, 2)], [], [(2, 2)]]
-EQUAL = ("deepseek_vl_hybrid",)  # images have 16 cells each
+EQUAL = ("deepseek_vl_hybrid", "ovis2")  # images have 16 cells each
 Inputs = dict[str, Tensor]
 
 
@@ -124,11 +124,20 @@ def tiny_deepseek_vl_hybrid(attention: str = "sdpa") -> nn.Module:
     return tiny("deepseek_vl_hybrid", attention, vision, {"model_type": "llama"}, high_res_vision_config=high)
 
 
+def tiny_ovis2(attention: str = "sdpa") -> nn.Module:
+    """8 x 8 patches in squares of 2 x 2, with marks around images."""
+    vision = {**TOWER, "image_size": 56, "patch_size": 7, "hidden_stride": 2, "vocab_size": 40}
+    marks = {"visual_indicator_token_ids": [91, 92, 93, 94, 95], "vocab_size": 100, "hidden_size": 32}
+    return tiny("ovis2", attention, vision, {"model_type": "qwen2"}, **marks)
+
+
 def prompt_of(model: nn.Module, inputs: Inputs) -> Batch:
     kind = model.config.model_type
     counts = [[16 if kind in EQUAL else rows * columns for rows, columns in row] for row in sizes_of(kind)]
     batch = {**padded(rows_of(counts)), **inputs}
-    if model.config.model_type == "gemma4":
+    if kind == "ovis2":
+        batch["input_ids"][[0, 2], -1] = 92  # a mark, whose embedding is another one beside images
+    if kind == "gemma4":
         batch["mm_token_type_ids"] = (batch["input_ids"] == IMAGE_TOKEN).long()
     return batch
 
@@ -224,13 +233,17 @@ BUILDS: dict[str, tuple[Callable[..., nn.Module], Callable[[list[tuple[int, int]
             "high_res_pixel_values": noise(len(sizes), 3, 64, 64),
         },
     ),
+    "ovis2": (tiny_ovis2, lambda sizes: {"pixel_values": noise(len(sizes), 3, 56, 56)}),
 }
 
 PER_SIDE = {"gemma4": 3, "lfm2_vl": 2, "lighton_ocr": 2, "mistral3": 2}  # patches of a cell, where towers are reduced
+WHOLE = {"ovis2": 64}  # patches of every image, in reduced towers that take one size
 
 
 def runs(model_type: str) -> list[tuple[int, int]]:
     """(images, patches of each) of every run of the layers: sizes from small to large, or image by image."""
+    if model_type in WHOLE:
+        return [(len(flat(model_type)), WHOLE[model_type])]
     patches = [rows * columns * PER_SIDE[model_type] ** 2 for rows, columns in flat(model_type)]
     if model_type in ("lighton_ocr", "mistral3"):
         return [(1, count) for count in patches]
@@ -240,7 +253,7 @@ def runs(model_type: str) -> list[tuple[int, int]]:
 def first_schedule(model: nn.Module) -> Schedule:
     """Counts of the image that is encoded first; behind the projector groups of one size, the smallest first."""
     kind = model.config.model_type
-    tokens = runs(kind)[0][1] if kind in PER_SIDE else (16 if kind in EQUAL else 4)
+    tokens = runs(kind)[0][1] if kind in PER_SIDE or kind in WHOLE else (16 if kind in EQUAL else 4)
     handle = handle_of(model)
     return (handle.tower or handle.merge).schedule(tokens)
 
@@ -260,6 +273,6 @@ for model_type, (build, inputs_of) in BUILDS.items():
             expected=expected,
             sizes_differ=model_type in PER_SIDE,
             schedule=first_schedule,
-            methods=() if model_type == "gemma4" else ("crossget",),
+            methods=() if model_type in ("gemma4", *WHOLE) else ("crossget",),
         )
     )

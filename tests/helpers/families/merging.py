@@ -162,7 +162,10 @@ def handed_out(owner: nn.Module, images: list[Tensor], stacked: bool = True) -> 
         given = pixel_values[..., 0, 0, 0].numel() if pixel_values.ndim > 3 else len(pixel_values)
         given = max(given, len(images))  # all side by side
         features = images * (given // len(images))  # before 5.23 the pixels are repeated
-        return BaseModelOutputWithPooling(pooler_output=torch.stack(features) if stacked else features)
+        output = BaseModelOutputWithPooling(pooler_output=torch.stack(features) if stacked else features)
+        if hasattr(owner, "visual_indicator_token_ids"):  # Ovis 2: the last words are marks around images
+            output.visual_indicator_features = owner.visual_embeddings_table.weight[-5:]
+        return output
 
     owner.get_image_features = get_image_features
     try:
