@@ -27,7 +27,6 @@ class Refusal:
 
 
 _TIMM = "its vision tower is a timm model, which has no transformer layers of transformers' to merge tokens in"
-_NOT_WRITTEN = "copying tokens back to the grid, as for Aya Vision, is not written and tested for it"
 _CODEBOOK = (
     "it has no vision transformer: a convolutional encoder turns images into words of a codebook, and the language "
     "model reads the embeddings of these words"
@@ -54,11 +53,6 @@ REFUSED = {
     ),
     "chameleon": Refusal(_CODEBOOK, "class ChameleonVQVAEEncoder("),
     "emu3": Refusal(_CODEBOOK, "class Emu3VQVAEEncoder("),
-    "llama4": Refusal(
-        "its tower rotates queries and keys by their place in the patch grid and shuffles squares of it into channels, "
-        f"so merged tokens have no place; {_NOT_WRITTEN}, and it projects in forward, behind get_image_features",
-        "def vision_apply_rotary_emb(",
-    ),
     "gemma4_unified": Refusal(
         "it has no vision tower: a few matrices take patches of pixels to the width of the language model",
         "class Gemma4UnifiedVisionEmbedder(",

@@ -91,7 +91,9 @@ def features_per_image(case: Case, model: nn.Module, batch: Batch) -> dict[str, 
             owner = module_at(model, family.features_owner)
             arguments = {name: batch[name] for name in modality.arguments if name in batch}
             output = getattr(owner, modality.encode)(batch[modality.pixels], **arguments, return_dict=True)
-            counts = [image.shape[:-1].numel() for image in features_of(output)]
+            features = features_of(output)
+            features = output.last_hidden_state if features is None else features  # an untouched Llama 4
+            counts = [image.shape[:-1].numel() for image in features]
             frames = batch[modality.pixels].shape[1]
             if case.model_type == "llava_onevision" and modality.name == "video" and counts[0] % frames == 0:
                 counts = [count + 1 for count in counts]  # the newline: added by the caller before transformers 5.23

@@ -39,7 +39,7 @@ def tiny(model_type: str, attention: str, vision: dict[str, Any], text: dict[str
         generation.pad_token_id, generation.bos_token_id, generation.eos_token_id = PAD, BOS, EOS
     _randomise(model, seed=0)
     with torch.no_grad():  # never said: their logits stay 0 while the best of the others is above
-        model.lm_head.weight[[PAD, BOS, EOS, IMAGE_TOKEN]] = 0.0
+        model.get_output_embeddings().weight[[PAD, BOS, EOS, IMAGE_TOKEN]] = 0.0
     return model.eval()
 
 
