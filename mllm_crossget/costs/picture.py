@@ -55,7 +55,10 @@ def saving_of(family: Family, method: Method) -> Saving:
     config = square_picture(default_config(family.model_type))
     images = TILES.get(family.model_type, 1)
     untouched = type(method)(keep_ratio=1.0)
-    before, after = (images * _tokens(config, family, kind) for kind in (untouched, method))
+    try:
+        before, after = (images * _tokens(config, family, kind) for kind in (untouched, method))
+    except ValueError as error:  # a default configuration that no model can be built from
+        return Saving(None, None, None, str(error).partition(";")[0])
     if isinstance(family.geometry(config), MergeGeometry) and family.tower_flops is None:
         return Saving(before, after, None, "no FLOPs formula for its vision tower")
     try:

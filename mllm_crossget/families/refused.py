@@ -40,9 +40,6 @@ REFUSED = {
     ),
     "gemma3n": Refusal(f"{_TIMM} (MobileNet, mostly convolutions)", "self.vision_tower = AutoModel.from_config("),
     "fast_vlm": Refusal(f"{_TIMM} (mostly convolutions)", "self.vision_tower = AutoModel.from_config("),
-    "perception_lm": Refusal(
-        f"{_TIMM}, and the square grid of patches is pooled behind it", "class PerceptionLMAdaptiveAvgPooling"
-    ),
     "florence2": Refusal(
         "its tower attends in windows and over channels and keeps the patch grid from stage to stage",
         "class Florence2VisionChannelAttention",

@@ -34,7 +34,7 @@ def test_what_the_reason_rests_on_is_in_transformers(model_type: str) -> None:
     assert REFUSED[model_type].evidence in source.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("model_type", ["gemma3n", "fast_vlm", "perception_lm"])
+@pytest.mark.parametrize("model_type", ["gemma3n", "fast_vlm"])
 def test_towers_of_timm(model_type: str) -> None:
     tower = CONFIG_MAPPING[model_type]().vision_config.model_type
     assert MODEL_MAPPING_NAMES[tower] == "TimmWrapperModel"

@@ -24,7 +24,7 @@ from tests.helpers.tiny_grid import IMAGE_TOKEN, QWEN_TEXT, TOWER, VIDEO_TOKEN, 
 
 UNEVEN: list[list[tuple[int, int]]] = [[(3, 4), (2, 2)], [], [(2, 5)]]  # of every row, (rows, columns) of cells
 EVEN = [[(2, 2), (2, 2)], [], [(2, 2)]]
-EQUAL = ("deepseek_vl_hybrid", "llama4", "ovis2")  # images have 16 cells each
+EQUAL = ("deepseek_vl_hybrid", "llama4", "ovis2", "perception_lm")  # images have 16 cells each
 Inputs = dict[str, Tensor]
 
 
@@ -142,6 +142,7 @@ def tiny_llama4(attention: str = "sdpa") -> nn.Module:
         "attention_chunk_size": 16, "layer_types": ["chunked_attention", "full_attention"],
     }  # fmt: skip
     model = tiny("llama4", attention, vision, text)
+    model.config.vision_feature_select_strategy = "default"  # not read, but asked for before transformers 5.23
     model.language_model.register_forward_hook(_without_image_outputs)
     return model
 
@@ -150,6 +151,18 @@ def _without_image_outputs(_: nn.Module, args: Any, output: Any) -> None:
     """transformers 5.24 reads ``image_outputs`` of the language model's output, which has none, and stops there."""
     if not isinstance(output, tuple) and not hasattr(output, "image_outputs"):
         output.image_outputs = None
+
+
+def tiny_perception_lm(attention: str = "sdpa") -> nn.Module:
+    """SigLIP's layers stand for those of timm, which is no requirement: the tower is left alone. 8 x 8 patches, pooled
+    to 4 x 4."""
+    arguments = {"embed_dim": 32, "img_size": [56, 56], "ref_feat_shape": [8, 8]}
+    vision = {
+        **TOWER, "model_type": "siglip_vision_model", "image_size": 56, "patch_size": 7, "vision_use_head": False,
+        "model_args": arguments,
+    }  # fmt: skip
+    pooled = {"vision_use_cls_token": False, "projector_pooling_ratio": 2, "video_token_id": VIDEO_TOKEN}
+    return tiny("perception_lm", attention, vision, {"model_type": "llama"}, **pooled)
 
 
 def prompt_of(model: nn.Module, inputs: Inputs) -> Batch:
@@ -257,6 +270,7 @@ BUILDS: dict[str, tuple[Callable[..., nn.Module], Callable[[list[tuple[int, int]
         },
     ),
     "llama4": (tiny_llama4, lambda sizes: {"pixel_values": noise(len(sizes), 3, 56, 56)}),
+    "perception_lm": (tiny_perception_lm, lambda sizes: {"pixel_values": noise(len(sizes), 1, 3, 56, 56)}),
     "ovis2": (tiny_ovis2, lambda sizes: {"pixel_values": noise(len(sizes), 3, 56, 56)}),
 }
 
