@@ -27,8 +27,8 @@ def cells_of_tiles(model: Any, kwargs: dict[str, Any]) -> list[int]:
     pixels = [values for values in given if isinstance(values, Tensor)]
     if len(pixels) != 1:
         raise ValueError(
-            "images and videos in one call: the model encodes both by get_image_features, and which of them it is asked "
-            "for cannot be told; give rows with images and rows with videos in calls of their own"
+            "images and videos in one call: the model encodes both by get_image_features, and which of them it means "
+            "cannot be told; give rows with images and rows with videos in calls of their own"
         )
     images, tiles, _, height, width = pixels[0].shape
     patch = _patch_size(model.config)
@@ -44,8 +44,8 @@ def _argument(config: Any, name: str) -> Any:
     given = getattr(config.vision_config, "model_args", None) or {}
     if name not in given:
         raise ValueError(
-            f"vision_config.model_args has no {name!r}, which says how many patches a tile has; use the configuration of "
-            "a PerceptionLM checkpoint"
+            f"vision_config.model_args has no {name!r}, which says how many patches a tile has; use the configuration "
+            "of a PerceptionLM checkpoint"
         )
     return given[name]
 

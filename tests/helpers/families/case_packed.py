@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import SiglipVisionConfig
 from transformers.models.minicpmv4_6 import modeling_minicpmv4_6 as minicpmv
 
 from mllm_crossget import trace_merges
@@ -156,11 +157,8 @@ def _without_image_outputs(_: nn.Module, args: Any, output: Any) -> None:
 def tiny_perception_lm(attention: str = "sdpa") -> nn.Module:
     """SigLIP's layers stand for those of timm, which is no requirement: the tower is left alone. 8 x 8 patches, pooled
     to 4 x 4."""
-    arguments = {"embed_dim": 32, "img_size": [56, 56], "ref_feat_shape": [8, 8]}
-    vision = {
-        **TOWER, "model_type": "siglip_vision_model", "image_size": 56, "patch_size": 7, "vision_use_head": False,
-        "model_args": arguments,
-    }  # fmt: skip
+    vision = SiglipVisionConfig(**TOWER, image_size=56, patch_size=7, vision_use_head=False)
+    vision.model_args = {"embed_dim": 32, "img_size": [56, 56], "ref_feat_shape": [8, 8]}
     pooled = {"vision_use_cls_token": False, "projector_pooling_ratio": 2, "video_token_id": VIDEO_TOKEN}
     return tiny("perception_lm", attention, vision, {"model_type": "llama"}, **pooled)
 
