@@ -32,6 +32,12 @@ _CODEBOOK = (
     "model reads the embeddings of these words"
 )
 
+_OMNI = (
+    "a part of it, the thinker, reads the pictures, beside audio that shares the count of 3-D positions and may lie "
+    "between the frames of a video; the talker then reads the thinker's states token by token, and none of this is "
+    "written and tested for fewer tokens"
+)
+
 REFUSED = {
     "mllama": Refusal(
         "the language model cross-attends to tiles, with a mask that has a fixed number of patches for each; there are "
@@ -60,6 +66,14 @@ REFUSED = {
         "written and tested for fewer tokens",
         "class Ernie4_5_VLMoeVariableResolutionResamplerModel(",
     ),
+    "siglip2": Refusal(
+        "its tower takes images of any size, padded to one length, and a pooling head reads them with the mask of that "
+        "padding; a head on fewer tokens of several sizes is not written and tested (checkpoints of one size have the "
+        "type 'siglip', which is served)",
+        "self.head(last_hidden_state, pixel_attention_mask)",
+    ),
+    "qwen2_5_omni": Refusal(_OMNI, "thinker_result.hidden_states"),
+    "qwen3_omni_moe": Refusal(_OMNI, "thinker_result.hidden_states"),
 }
 
 for _model_type, _refusal in REFUSED.items():
