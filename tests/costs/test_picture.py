@@ -20,7 +20,11 @@ PROCESSORS = {
 
 @pytest.mark.parametrize("model_type", sorted(PROCESSORS))
 def test_as_many_tiles_as_the_processor_makes(model_type: str) -> None:
-    counted = getattr(transformers, PROCESSORS[model_type])().get_number_of_image_patches(PIXELS, PIXELS, {})
+    try:
+        processor = getattr(transformers, PROCESSORS[model_type])()
+    except ImportError as error:  # transformers before 5.23
+        pytest.skip(f"this processor needs torchvision: {error}")
+    counted = processor.get_number_of_image_patches(PIXELS, PIXELS, {})
     assert TILES.get(model_type, 1) == (counted[0] if isinstance(counted, tuple) else counted)
 
 
