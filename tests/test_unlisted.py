@@ -16,7 +16,7 @@ SAID = {
     "bert": "it takes no pictures: its configuration has no vision part",
     "got_ocr2": "not written yet: the layers of its vision tower ('",
     "shieldgemma2": "its vision tower ('siglip_vision_model') is one that is served",
-    "qwen2_5_omni": "a part of it reads the pictures ('thinker_config' of its configuration)",
+    "pi0": "a part of it reads the pictures ('vlm_config' of its configuration)",
     "vit": "it is a vision model without a text side",
 }
 

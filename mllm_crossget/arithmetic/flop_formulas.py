@@ -26,13 +26,13 @@ def layer_flops(entering: int, inside: int, width: int, inner: int, window: tupl
     return attention + 2 * linear_flops(inside, width, inner)
 
 
-_GATED_TOWERS = ("gemma4_vision", "pixtral")
+_GATED_TOWERS = ("Gemma4VisionConfig", "Ovis2VisionConfig", "PixtralVisionConfig")
 
 
 def mlp_width(vision: Any) -> int:
     """Width inside the MLP of a vision tower, of two matrices. A gated MLP has three: its width counts 1.5 times."""
     width: int = getattr(vision, "intermediate_size", None) or int(vision.hidden_size * vision.mlp_ratio)
-    return width * 3 // 2 if getattr(vision, "model_type", "") in _GATED_TOWERS else width
+    return width * 3 // 2 if type(vision).__name__ in _GATED_TOWERS else width
 
 
 def vit_flops(vision: Any, tokens: int) -> int:

@@ -69,17 +69,102 @@ def _gated_layers(text: Any, queries: int, keys: int) -> int:
 
 
 def _gated_mlp_flops(text: Any, tokens: int) -> list[int]:
-    """FLOPs per layer of a gated MLP, or of a router, the selected experts and a shared expert."""
-    width = text.hidden_size
-    if not hasattr(text, "num_experts"):
-        return [3 * linear_flops(tokens, width, text.intermediate_size)] * text.num_hidden_layers
-    sparse = text.num_experts_per_tok * 3 * linear_flops(tokens, width, text.moe_intermediate_size)
-    sparse += linear_flops(tokens, width, text.num_experts)
-    shared = getattr(text, "shared_expert_intermediate_size", 0)
-    sparse += 3 * linear_flops(tokens, width, shared) + linear_flops(tokens, width, 1) if shared else 0
-    every, dense = getattr(text, "decoder_sparse_step", 1), getattr(text, "mlp_only_layers", ())
-    chosen = [layer not in dense and (layer + 1) % every == 0 for layer in range(text.num_hidden_layers)]
-    return [sparse if some else 3 * linear_flops(tokens, width, text.intermediate_size) for some in chosen]
+    """FLOPs per layer of a gated MLP, or of a router, the selected experts and those that every token takes."""
+    layers = [_is_sparse(text, layer) for layer in range(text.num_hidden_layers)]
+    sparse = _expert_flops(text, tokens) if any(layers) else 0
+    dense = 0 if all(layers) else 3 * linear_flops(tokens, text.hidden_size, _dense_width(text))
+    return [sparse if chosen else dense for chosen in layers]
+
+
+def _dense_width(text: Any) -> int:
+    """Width inside a gated MLP of a layer without experts."""
+    return int(text.intermediate_size_mlp if text.model_type == "llama4_text" else text.intermediate_size)
+
+
+def _is_sparse(text: Any, layer: int) -> bool:
+    """Whether a layer, counted from 0, has experts."""
+    if text.model_type == "aria_text":
+        return True
+    if hasattr(text, "first_k_dense_replace"):
+        return bool(layer >= text.first_k_dense_replace)
+    if hasattr(text, "moe_layers"):
+        return layer in text.moe_layers
+    dense, every = getattr(text, "mlp_only_layers", ()), getattr(text, "decoder_sparse_step", 1)
+    return hasattr(text, "num_experts") and layer not in dense and (layer + 1) % every == 0
+
+
+def _expert_flops(text: Any, tokens: int) -> int:
+    """FLOPs of a layer's router, of the experts that a token is sent to, and of the shared one.
+
+    transformers' Llama 4 sends every token to every expert, times zero where it was not chosen.
+    """
+    width, shared, gate = text.hidden_size, getattr(text, "shared_expert_intermediate_size", 0), 0
+    if text.model_type == "aria_text":
+        count, taken, inner = text.moe_num_experts, text.moe_topk, text.intermediate_size
+        shared = inner * text.moe_num_shared_experts
+    elif text.model_type == "llama4_text":
+        count = taken = text.num_local_experts
+        inner = shared = text.intermediate_size
+    elif text.model_type == "glm4v_moe_text":
+        count, taken, inner = text.n_routed_experts, text.num_experts_per_tok, text.moe_intermediate_size
+        shared = inner * text.n_shared_experts
+    else:
+        count, taken, inner = text.num_experts, text.num_experts_per_tok, text.moe_intermediate_size
+        gate = linear_flops(tokens, width, 1) if shared else 0
+    experts = 3 * linear_flops(tokens, width, taken * inner + shared)
+    return experts + linear_flops(tokens, width, count) + gate
+
+
+def _short_convolutions(text: Any, prompt: int, new_tokens: int) -> LanguageCosts:
+    return _decoder(_short_convolution_layers, text, prompt, new_tokens)
+
+
+def _short_convolution_layers(text: Any, queries: int, keys: int) -> int:
+    """FLOPs of LFM2's layers: attention, or a convolution over a few tokens between two matrices; then a gated MLP."""
+    width, taps = text.hidden_size, text.conv_L_cache
+    kv_width = width // text.num_attention_heads * text.num_key_value_heads
+    softmax = 2 * linear_flops(queries, width, width) + 2 * linear_flops(queries, width, kv_width)
+    softmax += attention_flops(queries, keys, width)
+    convolution = linear_flops(queries, width, 4 * width) + linear_flops(queries + taps - 1, taps, width)
+    mixers = [softmax if kind == "full_attention" else convolution for kind in text.layer_types]
+    return int(sum(mixers) + text.num_hidden_layers * 3 * linear_flops(queries, width, _lfm2_mlp_width(text)))
+
+
+def _lfm2_mlp_width(text: Any) -> int:
+    width = text.intermediate_size
+    if not text.block_auto_adjust_ff_dim:
+        return int(width)
+    width = int(2 * width / 3)
+    if text.block_ffn_dim_multiplier is None:
+        return width
+    unit = text.block_multiple_of
+    return int(unit * -(-int(text.block_ffn_dim_multiplier * width) // unit))
+
+
+def _layer_inputs(text: Any, prompt: int, new_tokens: int) -> LanguageCosts:
+    return _decoder(_layer_input_layers, text, prompt, new_tokens)
+
+
+def _layer_input_layers(text: Any, queries: int, keys: int) -> int:
+    """FLOPs of Gemma 4's layers: heads of a size per layer, and an input of its own for each token in every layer.
+
+    The last layers may reuse keys of earlier ones. They are counted on all tokens, as in transformers before 5.24;
+    later ``generate`` runs them on the prompt's last token alone. Windows count as full maps, as in torch's counter.
+    """
+    width, own, total = text.hidden_size, text.hidden_size_per_layer_input or 0, 0
+    first_reusing = text.num_hidden_layers - text.num_kv_shared_layers
+    for layer in range(text.num_hidden_layers):
+        sizes, reuses = text.per_layer_config[layer], layer >= first_reusing
+        inner, kv_width = (count * sizes.head_dim for count in (text.num_attention_heads, sizes.num_key_value_heads))
+        keys_alone = text.attention_k_eq_v and text.layer_types[layer] != "sliding_attention"
+        total += 2 * linear_flops(queries, width, inner) + attention_flops(queries, keys, inner)
+        total += 0 if reuses else (1 if keys_alone else 2) * linear_flops(queries, width, kv_width)
+        wide = 2 if text.use_double_wide_mlp and reuses else 1
+        total += wide * 3 * linear_flops(queries, width, text.intermediate_size)
+        if text.enable_moe_block:
+            total += 3 * linear_flops(queries, width, text.top_k_experts * text.moe_intermediate_size)
+            total += linear_flops(queries, width, text.num_experts)
+    return int(total + text.num_hidden_layers * 3 * linear_flops(queries, width, own))
 
 
 def _hybrid(text: Any, prompt: int, new_tokens: int) -> LanguageCosts:
@@ -159,13 +244,17 @@ def _t5_mlp(text: Any, tokens: int) -> int:
 
 
 _GATED = (
+    "aria_text",
     "cohere2",
     "gemma",
     "gemma3_text",
+    "glm4v_moe_text",
     "glm4v_text",
     "glm_ocr_text",
     "llama",
+    "llama4_text",
     "mistral",
+    "paddleocr_vl_text",
     "qwen2",
     "qwen2_5_vl_text",
     "qwen2_vl_text",
@@ -176,6 +265,8 @@ _GATED = (
 _FORMULAS: dict[str, Callable[[Any, int, int], LanguageCosts]] = {
     **dict.fromkeys(_GATED, _gated),
     **dict.fromkeys(("qwen3_5_moe_text", "qwen3_5_text"), _hybrid),
+    "gemma4_text": _layer_inputs,
+    "lfm2": _short_convolutions,
     "opt": _opt,
     "t5": _t5,
 }

@@ -26,6 +26,8 @@ class FeatureKind(StrEnum):
     """As WHOLE_GRID, for images of any size, padded after their patches; the tower itself may pool the grid."""
     PADDED_GRID_VIDEOS = "padded_grid_videos"
     """The same, and every frame of a video is an image."""
+    CLASS_LAST_GRID = "class_last_grid"
+    """As WHOLE_GRID, made by the tower itself, whose class token is its last one."""
     PACKED_GRID = "packed_grid"
     """As PADDED_GRID, for images packed into one row."""
     MASKED_RESAMPLER = "masked_resampler"

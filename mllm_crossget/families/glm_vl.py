@@ -13,7 +13,7 @@ from mllm_crossget.arithmetic.flop_formulas import attention_flops, linear_flops
 from mllm_crossget.arithmetic.geometry import TowerCosts
 from mllm_crossget.families.family import Family, FamilyCosts, FamilyDocs, register_family
 from mllm_crossget.families.modality import Modality
-from mllm_crossget.families.qwen_vl import CELLS_NOTE, EXAMPLE_SIDE, cell_family, tokens_of_frames, tokens_of_images
+from mllm_crossget.families.qwen_vl import CELLS_NOTE, cell_family, example_side, tokens_of_frames, tokens_of_images
 
 
 def images_alone(model: Any, kwargs: dict[str, Any]) -> list[int]:
@@ -39,7 +39,7 @@ def _refuse_both(kwargs: dict[str, Any]) -> None:
 def tower_flops(config: Any) -> tuple[int, int]:
     """Patch embedding and layers on the example image, whose patches all attend to one another."""
     vision = config.vision_config
-    patches, width = EXAMPLE_SIDE**2 * vision.spatial_merge_size**2, vision.hidden_size
+    patches, width = example_side(config) ** 2 * vision.spatial_merge_size**2, vision.hidden_size
     inputs = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     layer = 4 * linear_flops(patches, width, width) + 3 * linear_flops(patches, width, _mlp_width(config))
     return linear_flops(patches, inputs, width), vision.depth * (layer + attention_flops(patches, patches, width))

@@ -12,13 +12,13 @@ from typing import Any
 from mllm_crossget.arithmetic.flop_formulas import linear_flops, vit_flops
 from mllm_crossget.families.family import FamilyCosts, FamilyDocs, FeatureKind, register_family
 from mllm_crossget.families.modality import Modality
-from mllm_crossget.families.qwen_vl import EXAMPLE_SIDE, MERGED_NOTE, merged_family, tokens_of_images
+from mllm_crossget.families.qwen_vl import MERGED_NOTE, example_side, merged_family, tokens_of_images
 
 
 def tower_flops(config: Any) -> tuple[int, int]:
     """FLOPs of patch embedding and of layers on the example image."""
     vision = config.vision_config
-    patches = EXAMPLE_SIDE**2 * vision.spatial_merge_size**2
+    patches = example_side(config) ** 2 * vision.spatial_merge_size**2
     inputs = vision.num_channels * vision.patch_size**2
     return linear_flops(patches, inputs, vision.hidden_size), vit_flops(vision, patches)
 

@@ -40,16 +40,22 @@ EXAMPLE_SIDE = 32
 """Tables and ``inspect`` show an image of 32 x 32 cells: 1024 visual tokens, 896 px (Qwen3-VL: 1024 px) a side."""
 
 
+def example_side(config: Any) -> int:
+    """Cells per side of the example image: ``EXAMPLE_SIDE``, or the vision configuration's ``example_side``, which
+    ``costs.picture`` sets."""
+    return int(getattr(config.vision_config, "example_side", EXAMPLE_SIDE))
+
+
 def geometry(config: Any) -> MergeGeometry:
     """Counts of the example image behind the merger; every image gets its own."""
-    return MergeGeometry(EXAMPLE_SIDE**2, fixed=False)
+    return MergeGeometry(example_side(config) ** 2, fixed=False)
 
 
 def cell_geometry(config: Any) -> TowerGeometry:
     """Counts of cells of the example image in the tower; every image gets its own."""
     vision = config.vision_config
     block = vision.spatial_merge_size**2
-    return TowerGeometry(EXAMPLE_SIDE**2, 0, vision.depth, vision.depth, fixed=False, block=block)
+    return TowerGeometry(example_side(config) ** 2, 0, vision.depth, vision.depth, fixed=False, block=block)
 
 
 def _tokens(model: Any, grids: Any, name: str) -> list[int]:
@@ -72,13 +78,13 @@ def tokens_of_frames(model: Any, kwargs: dict[str, Any]) -> list[int]:
 def tower_flops(config: Any) -> tuple[int, int]:
     """Patch embedding and layers on the example image; in Qwen2.5-VL most layers attend within windows."""
     vision = config.vision_config
-    patches = EXAMPLE_SIDE**2 * vision.spatial_merge_size**2
+    patches = example_side(config) ** 2 * vision.spatial_merge_size**2
     width = getattr(vision, "embed_dim", None) or vision.hidden_size  # Qwen2-VL's hidden_size is the text's
     inputs = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     total = 0
     for layer in range(vision.depth):
         total += 4 * linear_flops(patches, width, width) + 2 * linear_flops(patches, width, _mlp_width(vision, width))
-        total += sum(attention_flops(length, length, width) for length in _attended(vision, layer))
+        total += sum(attention_flops(length, length, width) for length in _attended(config, layer))
     return linear_flops(patches, inputs, width), total
 
 
@@ -93,8 +99,8 @@ def cell_costs(config: Any) -> TowerCosts:
     """What ``schedule="auto"`` and the costs need to know of the tower; a cell's features come from the merger."""
     vision = config.vision_config
     width, block = getattr(vision, "embed_dim", None) or vision.hidden_size, vision.spatial_merge_size**2
-    patches = EXAMPLE_SIDE**2 * block
-    windows = [(max(_attended(vision, layer)), patches) for layer in range(vision.depth)]
+    patches = example_side(config) ** 2 * block
+    windows = [(max(_attended(config, layer)), patches) for layer in range(vision.depth)]
     return TowerCosts(
         width,
         _mlp_width(vision, width),
@@ -105,13 +111,14 @@ def cell_costs(config: Any) -> TowerCosts:
     )
 
 
-def _attended(vision: Any, layer: int) -> list[int]:
+def _attended(config: Any, layer: int) -> list[int]:
     """Patches of every group that attends to itself."""
+    vision, whole = config.vision_config, example_side(config)
     block = vision.spatial_merge_size**2
     if layer in getattr(vision, "fullatt_block_indexes", range(vision.depth)):
-        return [EXAMPLE_SIDE**2 * block]
+        return [whole**2 * block]
     side = vision.window_size // vision.patch_size // vision.spatial_merge_size
-    sides = [min(side, EXAMPLE_SIDE - start) for start in range(0, EXAMPLE_SIDE, side)]
+    sides = [min(side, whole - start) for start in range(0, whole, side)]
     return [height * width * block for height in sides for width in sides]
 
 

@@ -27,10 +27,15 @@ class Refusal:
 
 
 _TIMM = "its vision tower is a timm model, which has no transformer layers of transformers' to merge tokens in"
-_NOT_WRITTEN = "copying tokens back to the grid, as for Aya Vision, is not written and tested for it"
 _CODEBOOK = (
     "it has no vision transformer: a convolutional encoder turns images into words of a codebook, and the language "
     "model reads the embeddings of these words"
+)
+
+_OMNI = (
+    "a part of it, the thinker, reads the pictures, beside audio that shares the count of 3-D positions and may lie "
+    "between the frames of a video; the talker then reads the thinker's states token by token, and none of this is "
+    "written and tested for fewer tokens"
 )
 
 REFUSED = {
@@ -41,14 +46,6 @@ REFUSED = {
     ),
     "gemma3n": Refusal(f"{_TIMM} (MobileNet, mostly convolutions)", "self.vision_tower = AutoModel.from_config("),
     "fast_vlm": Refusal(f"{_TIMM} (mostly convolutions)", "self.vision_tower = AutoModel.from_config("),
-    "perception_lm": Refusal(
-        f"{_TIMM}, and the square grid of patches is pooled behind it", "class PerceptionLMAdaptiveAvgPooling"
-    ),
-    "ovis2": Refusal(
-        "its tower makes visual words from squares of the patch grid inside of its own forward, so merged tokens would "
-        "have no place",
-        "Token sequence length must be a perfect square",
-    ),
     "florence2": Refusal(
         "its tower attends in windows and over channels and keeps the patch grid from stage to stage",
         "class Florence2VisionChannelAttention",
@@ -59,11 +56,6 @@ REFUSED = {
     ),
     "chameleon": Refusal(_CODEBOOK, "class ChameleonVQVAEEncoder("),
     "emu3": Refusal(_CODEBOOK, "class Emu3VQVAEEncoder("),
-    "llama4": Refusal(
-        "its tower rotates queries and keys by their place in the patch grid and shuffles squares of it into channels, "
-        f"so merged tokens have no place; {_NOT_WRITTEN}, and it projects in forward, behind get_image_features",
-        "def vision_apply_rotary_emb(",
-    ),
     "gemma4_unified": Refusal(
         "it has no vision tower: a few matrices take patches of pixels to the width of the language model",
         "class Gemma4UnifiedVisionEmbedder(",
@@ -74,6 +66,14 @@ REFUSED = {
         "written and tested for fewer tokens",
         "class Ernie4_5_VLMoeVariableResolutionResamplerModel(",
     ),
+    "siglip2": Refusal(
+        "its tower takes images of any size, padded to one length, and a pooling head reads them with the mask of that "
+        "padding; a head on fewer tokens of several sizes is not written and tested (checkpoints of one size have the "
+        "type 'siglip', which is served)",
+        "self.head(last_hidden_state, pixel_attention_mask)",
+    ),
+    "qwen2_5_omni": Refusal(_OMNI, "thinker_result.hidden_states"),
+    "qwen3_omni_moe": Refusal(_OMNI, "thinker_result.hidden_states"),
 }
 
 for _model_type, _refusal in REFUSED.items():

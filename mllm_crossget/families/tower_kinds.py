@@ -169,6 +169,8 @@ def tower_kind(model_type: str, kinds: tuple[TowerKind, ...], owner: str) -> Tow
     Raises:
         ValueError: the tower is none of these; the message names them.
     """
+    if not model_type and len(kinds) == 1:  # some towers have no name before transformers 5.23
+        return kinds[0]
     found = next((kind for kind in kinds if kind.model_type == model_type), None)
     if found is None:
         reason = _TOWER_REASONS.get(model_type, "its layers are not known to mllm_crossget")

@@ -12,6 +12,7 @@ import pytest
 
 from mllm_crossget import __version__, cli, method_names
 from mllm_crossget.config import method_class
+from mllm_crossget.costs.picture import Saving
 from tests.helpers.tiny import tiny_llava
 from tests.helpers.versions import TRAINS
 
@@ -89,8 +90,20 @@ def test_families(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(row["reduces"] for row in known.values())
     assert all(row["reason"] for row in printed["refused"])
     assert "siglip_vision_model" in known["llava"]["towers"]
+    pictures = {name: row["picture"] for name, row in known.items()}
+    assert (pictures["qwen2_5_vl"]["before"], pictures["qwen2_5_vl"]["after"]) == (37 * 37, 37 * 37 // 2)
+    assert 0.4 < pictures["qwen2_5_vl"]["share"] < 0.5
+    assert all((row["share"] is None) == bool(row["why"]) for row in pictures.values())
+    assert {name for name, row in pictures.items() if row["why"].startswith("no FLOPs formula for a ")} == set()
+
+
+def test_families_as_tables(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mllm_crossget.costs.family_table.saving_of", lambda *_: Saving(5, 2, None, "no reason"))
     assert cli.main(["families"]) == 0
-    assert "llava" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "llava" in printed
+    assert "5 -> 2" in printed
+    assert "- (no reason)" in printed
 
 
 @pytest.mark.parametrize(

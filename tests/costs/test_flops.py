@@ -13,11 +13,12 @@ from transformers import (
 )
 
 from mllm_crossget import CrossGetConfig, MadtpConfig, RandomConfig, ToMeConfig, accelerate_mllm, calibrate
-from mllm_crossget.arithmetic.language_flops import TEXT_MODELS
+from mllm_crossget.arithmetic.language_flops import TEXT_MODELS, language_costs
 from mllm_crossget.config import method_class
 from mllm_crossget.costs.flops import matching_flops, model_flops
 from mllm_crossget.costs.geometries.llava import GEOMETRIES
 from mllm_crossget.methods import DynamicMethod
+from tests.helpers.families.case_paddleocr_vl import tiny_paddleocr_vl
 from tests.helpers.flops import counted, first_token, nearly, text_tokens
 from tests.helpers.methods import FIXED
 from tests.helpers.products import pairwise
@@ -109,22 +110,42 @@ def test_decoding_counts_the_second_and_later_tokens() -> None:
     assert model_flops(model.config, CrossGetConfig(r=2), new_tokens=1).decode == 0
 
 
-VL = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm")
+VL = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm", "paddleocr_vl")
+OWN: dict[str, dict[str, object]] = {  # one layer of each kind
+    "aria_text": {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 3},
+    "gemma4_text": {
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+        "num_hidden_layers": 4, "global_head_dim": 24, "num_kv_shared_layers": 2, "use_double_wide_mlp": True,
+        "hidden_size_per_layer_input": 12, "vocab_size_per_layer_input": 100,
+        "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 20,
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention"], "head_dim": 8, "block_multiple_of": 24},
+    "llama4_text": {"num_local_experts": 4, "intermediate_size_mlp": 80, "moe_layers": [1]},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(  # opt and t5 are in test_flops_blip, those of Qwen-VL in test_merging_flops
     "model_type", sorted(name for name in TEXT_MODELS if name not in ("opt", "t5") and not name.startswith(VL))
 )
 def test_every_language_model_that_has_a_formula(model_type: str) -> None:
+    sizes = {"num_hidden_layers": 2, "head_dim": 16, **OWN.get(model_type, {})}
     text = AutoConfig.for_model(
-        model_type, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, vocab_size=100, pad_token_id=0,
+        model_type, hidden_size=32, intermediate_size=64, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=100, pad_token_id=0, bos_token_id=1, eos_token_id=2, **sizes,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(text).eval()
+    model.set_experts_implementation("eager")  # torch's counter sees no grouped products
     config = LlavaConfig(vision_config=tiny_llava().config.vision_config, text_config=text, image_token_id=99)
     flops = model_flops(config, RandomConfig(visual_tokens=8), text_tokens=5)
     ids = torch.randint(1, 99, (1, 13))
-    assert counted(lambda: model(ids, logits_to_keep=1)) == nearly(flops.prefill + flops.lm_head)
+    assert counted(lambda: model(ids)) == nearly(flops.prefill + 13 * flops.lm_head)
+
+
+def test_paddleocr_vl_on_text() -> None:
+    model = tiny_paddleocr_vl()
+    costs = language_costs(model.config.text_config, 13, 0)
+    ids = torch.randint(1, 90, (1, 13))
+    assert counted(lambda: model(ids)) == nearly(costs.prefill + 13 * costs.lm_head)
 
 
 @pytest.mark.slow

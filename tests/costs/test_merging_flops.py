@@ -9,6 +9,9 @@ from mllm_crossget.config import method_class
 from mllm_crossget.costs.flops import model_flops
 from mllm_crossget.families.qwen_vl import EXAMPLE_SIDE
 from tests.helpers.families.case_grid import BUILDS, alone
+from tests.helpers.families.case_packed import BUILDS as ONE_SIZE
+from tests.helpers.families.case_packed import WHOLE, flat, prompt_of
+from tests.helpers.families.case_packed import alone as packed_alone
 from tests.helpers.families.case_qwen import batch_from
 from tests.helpers.flops import counted, first_token
 from tests.helpers.methods import FIXED
@@ -32,7 +35,20 @@ def test_grid_families(family: str, method: str, dial: dict) -> None:
     assert (flops.reducer > 0) == (dial != {"keep_ratio": 1.0} and method != "random")
 
 
-@pytest.mark.parametrize("model_type", sorted(QWEN_VISION.keys() - {"glm4v_moe"}))  # which has no formula yet
+@pytest.mark.parametrize("family", sorted(WHOLE))
+@pytest.mark.parametrize("dial", DIALS)
+def test_towers_that_make_cells_themselves(family: str, dial: dict) -> None:
+    model = ONE_SIZE[family][0]()
+    sizes = flat(family)
+    batch = packed_alone(prompt_of(model, ONE_SIZE[family][1](sizes)), 2)  # one image
+    config = CrossGetConfig(**dial)
+    accelerate_mllm(model, config)
+    text = int((batch["input_ids"] != model.config.image_token_id).sum())
+    flops = model_flops(model.config, config, text_tokens=text, one_softmax=True)
+    assert counted(lambda: first_token(model, batch)) == pytest.approx(flops.total, rel=0.01)
+
+
+@pytest.mark.parametrize("model_type", sorted(QWEN_VISION))
 def test_qwen_on_the_example_image(model_type: str) -> None:
     model = tiny_qwen(model_type=model_type)
     model.set_experts_implementation("eager")  # torch's counter sees no grouped products

@@ -258,6 +258,8 @@ def with_an_oracle() -> list:
 @torch.no_grad()
 def test_generate_equals_prompts_compacted_by_hand(method, case, options, positions) -> None:
     """In a batch, and greedily alone: the oracle works row by row."""
+    if options is BEAMS and case.name == "llama4":
+        pytest.skip("the untouched model does not repeat the images of beams")
     model = shared(case.name, method, positions)
     batch = case.batch(model)
     expected = [

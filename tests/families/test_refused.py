@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 from mllm_crossget import accelerate_mllm, unsupported_reason
 from mllm_crossget.families.family import families, refused_families
 from mllm_crossget.families.refused import REFUSED
+from tests.helpers.families.case_packed import tiny_ovis2
 
 
 @pytest.mark.parametrize("model_type", sorted(REFUSED))
@@ -33,7 +34,7 @@ def test_what_the_reason_rests_on_is_in_transformers(model_type: str) -> None:
     assert REFUSED[model_type].evidence in source.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("model_type", ["gemma3n", "fast_vlm", "perception_lm"])
+@pytest.mark.parametrize("model_type", ["gemma3n", "fast_vlm"])
 def test_towers_of_timm(model_type: str) -> None:
     tower = CONFIG_MAPPING[model_type]().vision_config.model_type
     assert MODEL_MAPPING_NAMES[tower] == "TimmWrapperModel"
@@ -46,3 +47,14 @@ def test_a_real_model_is_refused_and_left_alone() -> None:
     with pytest.raises(ValueError, match=r"'mllama'\) is not supported: the language model cross-attends"):
         accelerate_mllm(model)
     assert set(vars(model)) == before
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [({"tokenize_function": "gumbel_argmax"}, "by chance"), ({"hidden_stride": 3}, "a multiple of 21 pixels")],
+)
+def test_ovis2_that_has_no_same_features_or_no_whole_squares(changed: dict, message: str) -> None:
+    model = tiny_ovis2()
+    for name, value in changed.items():
+        setattr(model.config.vision_config, name, value)
+    assert message in unsupported_reason(model)

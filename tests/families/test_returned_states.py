@@ -20,7 +20,7 @@ from mllm_crossget.families.family import families, module_at
 from mllm_crossget.hooks.ground.state import Handle, handle_of
 from mllm_crossget.hooks.projector.features import features_of
 from mllm_crossget.schedule import MergeGeometry
-from tests.helpers.families.case_packed import PER_SIDE, runs
+from tests.helpers.families.case_packed import PER_SIDE, WHOLE, runs
 from tests.helpers.families.cases import Batch, Case, all_cases
 from tests.helpers.matrix import covering, is_first
 from tests.helpers.methods import FIXED, prepare
@@ -91,7 +91,9 @@ def features_per_image(case: Case, model: nn.Module, batch: Batch) -> dict[str, 
             owner = module_at(model, family.features_owner)
             arguments = {name: batch[name] for name in modality.arguments if name in batch}
             output = getattr(owner, modality.encode)(batch[modality.pixels], **arguments, return_dict=True)
-            counts = [image.shape[:-1].numel() for image in features_of(output)]
+            features = features_of(output)
+            features = output.last_hidden_state if features is None else features  # an untouched Llama 4
+            counts = [image.shape[:-1].numel() for image in features]
             frames = batch[modality.pixels].shape[1]
             if case.model_type == "llava_onevision" and modality.name == "video" and counts[0] % frames == 0:
                 counts = [count + 1 for count in counts]  # the newline: added by the caller before transformers 5.23
@@ -167,14 +169,16 @@ def expected(
     family, handle = families()[case.model_type], handle_of(model)
     found = {name: dict(part) for name, part in stock.items()}
     tokens = handle.schedule.tokens
-    if case.model_type in PER_SIDE and stock[family.tower].get("attentions"):  # states of all patches, maps run by run
+    if case.model_type in {**PER_SIDE, **WHOLE} and stock[family.tower].get(
+        "attentions"
+    ):  # states of all patches, maps run by run
         heads = stock[family.tower]["attentions"][0][1]
         found[family.tower]["attentions"] = [
             (images, heads, count, count)
             for images, patches in runs(case.model_type)
             for count in handle.tower.schedule(patches).tokens[:-1]
         ]
-    elif case.model_type not in PER_SIDE and not as_before(handle) and family.tower is not None:
+    elif case.model_type not in {**PER_SIDE, **WHOLE} and not as_before(handle) and family.tower is not None:
         whole = stock[family.tower]["last_hidden_state"][0][:2]
         found[family.tower].update(of_tower(stock[family.tower], tokens, whole=whole))
         for path in filter(lambda path: path in stock, CROSS_ATTENDING):

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PreTrainedConfig
 
 from tests.helpers.tiny import BOS, EOS, PAD, _randomise
 
@@ -28,18 +28,32 @@ TEXT = {
 }
 
 
-def tiny(model_type: str, attention: str, vision: dict[str, Any], text: dict[str, Any], **top: Any) -> nn.Module:
-    """A random model of a type from its configuration's parts; the image token is id 99."""
+def tiny(
+    model_type: str,
+    attention: str,
+    vision: dict[str, Any] | PreTrainedConfig,
+    text: dict[str, Any],
+    **top: Any,
+) -> nn.Module:
+    """A random model of a type from its configuration's parts; the image token is id 99. ``vision`` is a configuration
+    where the tower shall be of another type than the model's."""
+    other = isinstance(vision, PreTrainedConfig)
     config = CONFIG_MAPPING[model_type](
-        vision_config=vision, text_config={**TEXT, **text}, image_token_id=IMAGE_TOKEN, tie_word_embeddings=False, **top
+        vision_config={} if other else vision,
+        text_config={**TEXT, **text},
+        image_token_id=IMAGE_TOKEN,
+        tie_word_embeddings=False,
+        **top,
     )
+    if other:
+        config.vision_config = vision
     config._attn_implementation = attention
     model = AutoModelForImageTextToText.from_config(config, attn_implementation=attention)
     for generation in (model.generation_config, config.get_text_config()):
         generation.pad_token_id, generation.bos_token_id, generation.eos_token_id = PAD, BOS, EOS
     _randomise(model, seed=0)
     with torch.no_grad():  # never said: their logits stay 0 while the best of the others is above
-        model.lm_head.weight[[PAD, BOS, EOS, IMAGE_TOKEN]] = 0.0
+        model.get_output_embeddings().weight[[PAD, BOS, EOS, IMAGE_TOKEN]] = 0.0
     return model.eval()
 
 

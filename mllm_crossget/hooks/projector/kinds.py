@@ -6,6 +6,7 @@ from mllm_crossget.families.feature_kind import FeatureKind
 from mllm_crossget.hooks.projector.features import FeaturesMixin, TowerFeatures
 from mllm_crossget.hooks.projector.multi_layer import ConcatenatedFeatures
 from mllm_crossget.hooks.projector.packed_grid import (
+    ClassLastFeatures,
     PackedGridFeatures,
     PaddedGridFeatures,
     PaddedGridVideoFeatures,
@@ -27,6 +28,7 @@ MIXINS: dict[FeatureKind, type[FeaturesMixin]] = {
     FeatureKind.WHOLE_GRID: WholeGridFeatures,
     FeatureKind.PADDED_GRID: PaddedGridFeatures,
     FeatureKind.PADDED_GRID_VIDEOS: PaddedGridVideoFeatures,
+    FeatureKind.CLASS_LAST_GRID: ClassLastFeatures,
     FeatureKind.PACKED_GRID: PackedGridFeatures,
     FeatureKind.MASKED_RESAMPLER: MaskedResamplerFeatures,
     FeatureKind.COUNTED_RESAMPLER: CountedResamplerFeatures,

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, ClassVar
 
 import torch
@@ -25,6 +26,7 @@ from mllm_crossget.families.family import module_at
 from mllm_crossget.hooks.ground.call_state import Lent, lent
 from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.hooks.ground.state import Handle
+from mllm_crossget.hooks.projector.features import FeaturesMixin
 from mllm_crossget.hooks.projector.post_merge import MergedFeatures, MergedVideoFeatures, hook_merge
 from mllm_crossget.hooks.tower.encoder import STATES, refuse_tracing, run_tower
 from mllm_crossget.hooks.tower.fixed_counts import kept_trace, steps_of, tower_state, trace_of
@@ -142,8 +144,44 @@ class PackedGridEncoder(GridEncoder):
         return output_class(last_hidden_state=torch.cat(states, dim=1))
 
 
+class ClassLastEncoder(GridEncoder):
+    """For an encoder whose class token is the last one, and which takes a table of turns for all images (Llama 4)."""
+
+    layers: nn.ModuleList
+
+    def forward(self, hidden_states: Tensor, freqs_ci: Tensor, *args: Any, **kwargs: Any) -> BaseModelOutput:
+        """As the original. ``hidden_states``: (B, n + 1, D), ``freqs_ci``: (n + 1, 1, ·) complex."""
+        refuse_tracing()
+        batch, patches = len(hidden_states), hidden_states.shape[1] - 1
+        turns = torch.view_as_real(freqs_ci[:, 0]).flatten(1).roll(1, dims=0).expand(batch, -1, -1)
+        side = round(patches**0.5)
+        middle = torch.full((batch,), 1 + side // 2 * side + side // 2, device=hidden_states.device)
+        maps: list[Tensor] = []
+        with ExitStack() as hooks:
+            for layer in self.layers if kwargs.get("output_attentions") else ():
+                hooks.callback(_record_map(layer, maps).remove)
+            states = self.run_images(hidden_states.roll(1, dims=1), (turns,), middle)
+        whole_states: list[list[Tensor]] | None = lent(_WHOLE, self)
+        if whole_states:
+            whole_states[:] = [[state.roll(-1, dims=1) for state in whole_states[0]]]
+        states = states.roll(-1, dims=1)
+        # The tower looks for the maps in the third place, behind hidden states that it passes over
+        return BaseModelOutput(states, (states,), tuple(maps)) if maps else BaseModelOutput(states)
+
+
+def _record_map(layer: Any, maps: list[Tensor]) -> Any:
+    """Append the attention maps of a layer, (B, H, T, T) with the class token last; returns the hook's handle."""
+    return layer.self_attn.register_forward_hook(lambda _, args, output: maps.append(output[1].roll((-1, -1), (2, 3))))
+
+
 class WholeStates(nn.Module):
-    """Mixin for a tower with a ``GridEncoder``: its hidden states are those of all patches, as in the stock model."""
+    """Mixin for a tower with a ``GridEncoder``: its hidden states are those of all patches, as in the stock model.
+
+    Class attributes:
+        ends_pooled: whether the last hidden state is the tower's output where that is pooled.
+    """
+
+    ends_pooled: ClassVar[bool] = True
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the original."""
@@ -156,7 +194,7 @@ class WholeStates(nn.Module):
         with Lent(_WHOLE, whole_states, module_at(self, self.__dict__[_ENCODER])):
             output = super().forward(*args, output_hidden_states=False, return_dict=True, **kwargs)
         (states,) = whole_states
-        if output.last_hidden_state.shape != states[-1].shape:  # pooled, as the stock model's last state
+        if self.ends_pooled and output.last_hidden_state.shape != states[-1].shape:
             states[-1] = output.last_hidden_state
         output.hidden_states = _selected(states, wanted)
         return output.to_tuple() if as_tuple else output
@@ -172,6 +210,12 @@ class PackedTower(WholeStates):
         grids = [(int(height) // tower.patch_size, int(width) // tower.patch_size) for height, width in sizes]
         with Lent(_GRIDS, grids, module_at(self, self.__dict__[_ENCODER])):
             return super().forward(pixel_values, image_sizes=image_sizes, **kwargs)
+
+
+class ClassLastTower(WholeStates):
+    """The same for Llama 4, which pools behind its hidden states."""
+
+    ends_pooled: ClassVar[bool] = False
 
 
 def _install(cls: Any, journal: Journal, owner: nn.Module, handle: Handle) -> None:
@@ -225,6 +269,30 @@ class PackedGridFeatures(PaddedGridFeatures):
 
     tower: ClassVar[type[nn.Module]] = PackedTower
     encoder: ClassVar[type[nn.Module]] = PackedGridEncoder
+
+
+class _OutputAsFeatures(FeaturesMixin):
+    """Mixin behind ``MergedFeatures``: the tower's output stands where it merges features."""
+
+    def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
+        """As the original, with ``pooler_output``."""
+        output = super().get_image_features(*args, **kwargs)
+        output.pooler_output = output.last_hidden_state
+        return output
+
+
+class ClassLastFeatures(PaddedGridFeatures, _OutputAsFeatures):
+    """The same for a tower whose class token is the last one, and whose output the model reads (Llama 4)."""
+
+    tower: ClassVar[type[nn.Module]] = ClassLastTower
+    encoder: ClassVar[type[nn.Module]] = ClassLastEncoder
+
+    def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
+        """As the original, with fewer features per image, in ``last_hidden_state``."""
+        as_tuple = kwargs.pop("return_dict", None) is False
+        output = super().get_image_features(*args, **kwargs, return_dict=True)
+        output.last_hidden_state = output.pooler_output
+        return output.to_tuple() if as_tuple else output
 
 
 def _rows(table: Tensor, row: Tensor) -> Tensor:

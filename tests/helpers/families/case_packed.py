@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import SiglipVisionConfig
 from transformers.models.minicpmv4_6 import modeling_minicpmv4_6 as minicpmv
 
 from mllm_crossget import trace_merges
@@ -24,7 +25,7 @@ from tests.helpers.tiny_grid import IMAGE_TOKEN, QWEN_TEXT, TOWER, VIDEO_TOKEN, 
 
 UNEVEN: list[list[tuple[int, int]]] = [[(3, 4), (2, 2)], [], [(2, 5)]]  # of every row, (rows, columns) of cells
 EVEN = [[(2, 2), (2, 2)], [], [(2, 2)]]
-EQUAL = ("deepseek_vl_hybrid",)  # images have 16 cells each
+EQUAL = ("deepseek_vl_hybrid", "llama4", "ovis2", "perception_lm")  # images have 16 cells each
 Inputs = dict[str, Tensor]
 
 
@@ -124,11 +125,51 @@ def tiny_deepseek_vl_hybrid(attention: str = "sdpa") -> nn.Module:
     return tiny("deepseek_vl_hybrid", attention, vision, {"model_type": "llama"}, high_res_vision_config=high)
 
 
+def tiny_ovis2(attention: str = "sdpa") -> nn.Module:
+    """8 x 8 patches in squares of 2 x 2, with marks around images."""
+    vision = {**TOWER, "image_size": 56, "patch_size": 7, "hidden_stride": 2, "vocab_size": 40}
+    marks = {"visual_indicator_token_ids": [91, 92, 93, 94, 95], "vocab_size": 100, "hidden_size": 32}
+    return tiny("ovis2", attention, vision, {"model_type": "qwen2"}, **marks)
+
+
+def tiny_llama4(attention: str = "sdpa") -> nn.Module:
+    """8 x 8 patches in squares of 2 x 2; a layer that attends in chunks shorter than the prompts, one with experts."""
+    vision = {
+        **TOWER, "image_size": 56, "patch_size": 7, "intermediate_size": 128, "vision_output_dim": 48,
+        "projector_input_dim": 48, "projector_output_dim": 48,
+    }  # fmt: skip
+    text = {
+        "head_dim": 8, "num_local_experts": 4, "moe_layers": [1], "intermediate_size_mlp": 48, "no_rope_layers": [1, 0],
+        "attention_chunk_size": 16, "layer_types": ["chunked_attention", "full_attention"],
+    }  # fmt: skip
+    model = tiny("llama4", attention, vision, text)
+    model.config.vision_feature_select_strategy = "default"  # not read, but asked for before transformers 5.23
+    model.language_model.register_forward_hook(_without_image_outputs)
+    return model
+
+
+def _without_image_outputs(_: nn.Module, args: Any, output: Any) -> None:
+    """transformers 5.24 reads ``image_outputs`` of the language model's output, which has none, and stops there."""
+    if not isinstance(output, tuple) and not hasattr(output, "image_outputs"):
+        output.image_outputs = None
+
+
+def tiny_perception_lm(attention: str = "sdpa") -> nn.Module:
+    """SigLIP's layers stand for those of timm, which is no requirement: the tower is left alone. 8 x 8 patches, pooled
+    to 4 x 4."""
+    vision = SiglipVisionConfig(**TOWER, image_size=56, patch_size=7, vision_use_head=False)
+    vision.model_args = {"embed_dim": 32, "img_size": [56, 56], "ref_feat_shape": [8, 8]}
+    pooled = {"vision_use_cls_token": False, "projector_pooling_ratio": 2, "video_token_id": VIDEO_TOKEN}
+    return tiny("perception_lm", attention, vision, {"model_type": "llama"}, **pooled)
+
+
 def prompt_of(model: nn.Module, inputs: Inputs) -> Batch:
     kind = model.config.model_type
     counts = [[16 if kind in EQUAL else rows * columns for rows, columns in row] for row in sizes_of(kind)]
     batch = {**padded(rows_of(counts)), **inputs}
-    if model.config.model_type == "gemma4":
+    if kind == "ovis2":
+        batch["input_ids"][[0, 2], -1] = 92  # a mark, whose embedding is another one beside images
+    if kind == "gemma4":
         batch["mm_token_type_ids"] = (batch["input_ids"] == IMAGE_TOKEN).long()
     return batch
 
@@ -162,7 +203,8 @@ def features(stock: nn.Module, row: Batch) -> list[Tensor]:
         return []
     count = len(row["target_sizes"] if "target_sizes" in row else row["pixel_values"])
     single = [images_of(row, index, 1) for index in range(count)]
-    return [stock.model.get_image_features(**one, return_dict=True).pooler_output[0] for one in single]
+    outputs = [getattr(stock, "model", stock).get_image_features(**one, return_dict=True) for one in single]
+    return [(one.last_hidden_state if one.pooler_output is None else one.pooler_output)[0] for one in outputs]
 
 
 def expected(stock: nn.Module, model: nn.Module, batch: Batch, **options: Any) -> list[list[int]]:
@@ -188,7 +230,8 @@ def encoders_states(stock: nn.Module, model: nn.Module) -> Iterator[None]:
         source = trace[-1].source[0].tolist()
         patches = len(source) - handle_of(model).schedule.cross
         first = [source.index(source[patch]) for patch in range(patches)]
-        assert torch.equal(whole[:, :patches], whole[:, first])  # patches of one token have one state
+        ordered = whole.roll(handle_of(model).tower.geometry.prefix, dims=1)  # Llama 4 has its class token last
+        assert torch.equal(ordered[:, :patches], ordered[:, first])  # patches of one token have one state
         output.last_hidden_state = whole
         return output
 
@@ -224,13 +267,19 @@ BUILDS: dict[str, tuple[Callable[..., nn.Module], Callable[[list[tuple[int, int]
             "high_res_pixel_values": noise(len(sizes), 3, 64, 64),
         },
     ),
+    "llama4": (tiny_llama4, lambda sizes: {"pixel_values": noise(len(sizes), 3, 56, 56)}),
+    "perception_lm": (tiny_perception_lm, lambda sizes: {"pixel_values": noise(len(sizes), 1, 3, 56, 56)}),
+    "ovis2": (tiny_ovis2, lambda sizes: {"pixel_values": noise(len(sizes), 3, 56, 56)}),
 }
 
 PER_SIDE = {"gemma4": 3, "lfm2_vl": 2, "lighton_ocr": 2, "mistral3": 2}  # patches of a cell, where towers are reduced
+WHOLE = {"llama4": 65, "ovis2": 64}  # patches of every image, in reduced towers that take one size
 
 
 def runs(model_type: str) -> list[tuple[int, int]]:
     """(images, patches of each) of every run of the layers: sizes from small to large, or image by image."""
+    if model_type in WHOLE:
+        return [(len(flat(model_type)), WHOLE[model_type])]
     patches = [rows * columns * PER_SIDE[model_type] ** 2 for rows, columns in flat(model_type)]
     if model_type in ("lighton_ocr", "mistral3"):
         return [(1, count) for count in patches]
@@ -240,7 +289,7 @@ def runs(model_type: str) -> list[tuple[int, int]]:
 def first_schedule(model: nn.Module) -> Schedule:
     """Counts of the image that is encoded first; behind the projector groups of one size, the smallest first."""
     kind = model.config.model_type
-    tokens = runs(kind)[0][1] if kind in PER_SIDE else (16 if kind in EQUAL else 4)
+    tokens = runs(kind)[0][1] if kind in PER_SIDE or kind in WHOLE else (16 if kind in EQUAL else 4)
     handle = handle_of(model)
     return (handle.tower or handle.merge).schedule(tokens)
 
@@ -260,6 +309,6 @@ for model_type, (build, inputs_of) in BUILDS.items():
             expected=expected,
             sizes_differ=model_type in PER_SIDE,
             schedule=first_schedule,
-            methods=() if model_type == "gemma4" else ("crossget",),
+            methods=() if model_type in ("gemma4", *WHOLE) else ("crossget",),
         )
     )

@@ -132,7 +132,9 @@ def expected_tokens(
         columns = compacted(ids, token, runs)
         compact = {name: values[:, columns] for name, values in row.items() if name not in PIXELS}
         pixels = {name: values for name, values in row.items() if name in PIXELS}
-        groups = groups_of(model.model.get_image_features(**pixels, return_dict=True)) if images else []
+        groups = (
+            groups_of(getattr(model, "model", model).get_image_features(**pixels, return_dict=True)) if images else []
+        )
         if original_positions(model):
             places = [(n, group.place.tolist()) for n, group in zip(before, groups, strict=True)]
             compact["position_ids"] = kept_positions(ids, token, places)
@@ -140,7 +142,7 @@ def expected_tokens(
         if handle_of(model).size_bias:
             sizes = kept_log_sizes(row["input_ids"][0, columns].tolist(), token, [group.size for group in groups])
         compact |= pixels
-        with handed_out(stock.model, images, stacked), weighed(stock, sizes):
+        with handed_out(getattr(stock, "model", stock), images, stacked), weighed(stock, sizes):
             output = stock.generate(**compact, **options)
         found += output[:, len(columns) :].tolist()
     return found
@@ -162,7 +164,13 @@ def handed_out(owner: nn.Module, images: list[Tensor], stacked: bool = True) -> 
         given = pixel_values[..., 0, 0, 0].numel() if pixel_values.ndim > 3 else len(pixel_values)
         given = max(given, len(images))  # all side by side
         features = images * (given // len(images))  # before 5.23 the pixels are repeated
-        return BaseModelOutputWithPooling(pooler_output=torch.stack(features) if stacked else features)
+        given_back = torch.stack(features) if stacked else features
+        output = BaseModelOutputWithPooling(
+            last_hidden_state=given_back, pooler_output=given_back
+        )  # Llama 4: the first
+        if hasattr(owner, "visual_indicator_token_ids"):  # Ovis 2: the last words are marks around images
+            output.visual_indicator_features = owner.visual_embeddings_table.weight[-5:]
+        return output
 
     owner.get_image_features = get_image_features
     try:
