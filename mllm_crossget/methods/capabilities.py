@@ -178,11 +178,12 @@ class PromptSelection(NamedTuple):
 
     Attributes:
         kept: (K,) different numbers of visual tokens, in any order.
-        mix: (K, N) share of every visual token in each of them; None: they are unchanged.
+        owner: (N,) the place in ``kept`` of the token that each visual token is averaged into, with equal weights; -1
+            for tokens that are dropped. None: all others are dropped.
     """
 
     kept: Tensor
-    mix: Tensor | None = None
+    owner: Tensor | None = None
 
 
 class InLanguageModel(Protocol):
@@ -201,4 +202,5 @@ class InLanguageModel(Protocol):
         """The ``kept`` visual tokens of one prompt that stay."""
 
     def choice_flops(self, visual: int, text: int, kept: int, width: int) -> int:
-        """FLOPs of ``choose`` and of finding the asking tokens, for hidden states of ``width`` channels."""
+        """FLOPs of ``choose``, for numbers of visual tokens, of the question's tokens and of tokens that stay, and
+        hidden states of ``width`` channels."""

@@ -19,7 +19,8 @@ from mllm_crossget.methods.signals import PromptSignals
 @dataclass
 class LanguageSelection(Method):
     """Base class of these methods. A new method sets ``needs`` and implements ``stage_layers``, ``stage_counts`` and
-    ``choose``. The visual tokens of a prompt are those of all its images together."""
+    ``choose``. The visual tokens of a prompt are those of all its images together, and those of an image are those of
+    all its tiles. Published settings keep positions, too: the published gaps are not closed."""
 
     place: ClassVar[Place] = Place.LANGUAGE_MODEL
     needs: ClassVar[PromptNeeds] = PromptNeeds()
@@ -60,7 +61,7 @@ class LanguageSelection(Method):
         raise TypeError(f"{type(self).__name__} does not say which tokens stay")
 
     def choice_flops(self, visual: int, text: int, kept: int, width: int) -> int:
-        """None: the attention that a method is told is counted apart."""
+        """0: what a method is told of the attention is counted apart."""
         del visual, text, kept, width
         return 0
 

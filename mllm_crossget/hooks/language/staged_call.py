@@ -89,7 +89,7 @@ class StagedCall:
         self.picture = picture
         # for every stage, the new columns behind it; without visual tokens all of them
         self.chosen: list[Columns | None] = [self.whole if picture is None else None for _ in at]
-        self.mixes: list[list[tuple[int, Tensor, Tensor, Tensor]]] = [[] for _ in at]
+        self.means: list[list[tuple[int, Tensor, Tensor, Tensor]]] = [[] for _ in at]
         self.heard: Heard | None = None
         if picture is not None and method.needs.attention is Asking.RATERS:
             picture.asking = raters_of(embeddings, picture.visual, picture.question)
@@ -182,8 +182,8 @@ class StagedCall:
         before, after = self.queries(stage - 1), self.queries(stage)
         places = _places_among(before, after, self.whole.index.shape[1]).to(hidden.device)
         left = hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[-1]))
-        for row, slots, sources, mix in self.mixes[stage]:
-            mixed = mix.to(hidden) @ hidden[row, sources.to(hidden.device)]
+        for row, slots, sources, owner in self.means[stage]:
+            mixed = _means(hidden[row, sources.to(hidden.device)], owner.to(hidden.device), len(slots))
             left = left.index_put((torch.tensor(row, device=hidden.device), slots.to(hidden.device)), mixed)
         return left
 
@@ -198,26 +198,26 @@ class StagedCall:
         stays = columns.restored((columns.alive & ~current.visual)[..., None], self.whole.index.shape[1])[..., 0]
         stays &= picture.alive.to(stays.device)
         sizes = self._log_sizes(columns)
-        mixes = []
+        means = []
         for row, told in enumerate(signals):
             if told is None:
                 continue
             places = current.visual[row].nonzero()[:, 0]
             kept = min(max(picture.kept[stage][row], int(told.needed.sum())), told.count)
-            chosen, mix = self.method.choose(told, kept)
-            order = chosen.argsort()
-            chosen = chosen[order]
+            chosen, owner = self.method.choose(told, kept)
             stays[row, columns.index[row, places[chosen]]] = True
-            if mix is not None:
-                mixes.append((row, places[chosen], places, mix[order]))
-                own = (mix[order] > 0).to(sizes.dtype) @ sizes[row, columns.index[row, places]].exp()
+            if owner is not None:
+                means.append((row, places[chosen], places, owner))
+                own = sizes.new_zeros(len(chosen)).index_add(
+                    0, owner[owner >= 0], sizes[row, columns.index[row, places]].exp()[owner >= 0]
+                )
                 sizes[row, columns.index[row, places[chosen]]] = own.log()
         after = packed(stays)
         if bool((sizes != 0).any()):
             after = Columns(after.index, after.alive, after.whole, after.values(sizes) * after.alive)
         self.chosen[stage] = after
         back = _places_among(after, columns, self.whole.index.shape[1])  # where a column of before is, behind the stage
-        self.mixes[stage] = [(row, back[row, slots], places, mix) for row, slots, places, mix in mixes]
+        self.means[stage] = [(row, back[row, slots], places, owner) for row, slots, places, owner in means]
 
     def _log_sizes(self, columns: Columns) -> Tensor:
         """(B, Q) log sizes of all new columns before a stage."""
@@ -232,6 +232,15 @@ class StagedCall:
             return
         length = self.past + self.whole.index.shape[1]
         setattr(cache, _ON_CACHE, Stages([self.keys(stage, stage) for stage in range(len(self.at))], length))
+
+
+def _means(states_ND: Tensor, owner_N: Tensor, count: int) -> Tensor:
+    """(count, D) means of the states of every owner's tokens, added up in float32."""
+    alive = owner_N >= 0
+    total = states_ND.new_zeros(count, states_ND.shape[1], dtype=torch.float32)
+    total = total.index_add(0, owner_N[alive], states_ND[alive].float())
+    members = owner_N[alive].bincount(minlength=count)
+    return (total / members[:, None]).to(states_ND.dtype)
 
 
 def _places_among(before: Columns, after: Columns, length: int) -> Tensor:

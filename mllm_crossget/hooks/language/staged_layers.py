@@ -53,10 +53,12 @@ def stages_problem(language_model: Any, method: InLanguageModel) -> str | None:
         return f"{type(language_model).__name__} has no list of layers"
     name = type(layers[0]).__name__
     kinds = set(getattr(config, "layer_types", None) or [_FULL]) - {_FULL}
-    if kinds or getattr(config, "sliding_window", None):
+    window = getattr(config, "sliding_window", None)
+    if kinds or (window and getattr(config, "layer_types", None) is None):
+        what = f"layers of {', '.join(sorted(kinds))}" if kinds else f"sliding_window={window}"
         return (
-            f"{', '.join(sorted(kinds)) or 'sliding_attention'} in {type(language_model).__name__}: its layers hold "
-            "other columns than the first one does, so that a stage cannot tell which of them are left"
+            f"{type(language_model).__name__} has {what}: they hold a window or a state and not all columns, and a "
+            "stage must know which columns a layer holds"
         )
     if not all(any(attention_modules(layer)) for layer in layers):
         return f"the attention in {name} does not go through transformers' attention interface"

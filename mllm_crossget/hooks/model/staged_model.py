@@ -4,6 +4,7 @@ work. Prompts, outputs and their lengths are those of the untouched model.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -53,6 +54,19 @@ def hook_staged_model(journal: Journal, model: nn.Module, handle: Handle) -> Non
     journal.swap_class(model, StagedModel)
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """The prompt of a ``generate``, whose forwards do not get all arguments.
+
+    Attributes:
+        columns: its length, with cached columns.
+        kept: see ``Picture``; None without images.
+    """
+
+    columns: int
+    kept: list[list[int]] | None
+
+
 class StagedModel(SavedModel):
     """Mixin for the top-level model."""
 
@@ -85,9 +99,19 @@ class StagedModel(SavedModel):
                 "model: its layers need caches of different lengths; leave it out"
             )
         refuse_cache(cache_in(kwargs))
-        prompt = kwargs.get("input_ids", kwargs.get("inputs"))
-        with Lent(_PROMPT, prompt.shape[-1] if isinstance(prompt, Tensor) else None, self):
+        with Lent(_PROMPT, self._prompt(kwargs), self):
             return super().generate(**kwargs)
+
+    def _prompt(self, kwargs: dict[str, Any]) -> Prompt | None:
+        """What the forwards of a ``generate`` must know of its prompt; None without token ids."""
+        handle: Handle = self.__dict__[HANDLE]
+        ids, cache = kwargs.get("input_ids", kwargs.get("inputs")), cache_in(kwargs)
+        if not isinstance(ids, Tensor) or ids.ndim != 2:
+            return None
+        past = 0 if cache is None else int(cache.get_seq_length())
+        new = ids[:, past:] if ids.shape[1] > past else ids
+        kept = _kept(self, handle, kwargs, new) if present(handle, kwargs) else None
+        return Prompt(past + new.shape[1], kept)
 
 
 class PromptReader(nn.Module):
@@ -123,17 +147,13 @@ def picture_of(model: nn.Module, handle: Handle, kwargs: dict[str, Any], labels:
     ids: Tensor = kwargs["input_ids"]
     alive = _alive(ids, kwargs.get("attention_mask"))
     visual = torch.zeros_like(alive)
-    kept = [[0] * len(ids) for _ in handle.stage_layers]
     for modality in present(handle, kwargs):
-        is_image = ids == token_of(model, modality)
-        counts = placeholders_of(model, handle, modality, kwargs)
-        for row, own in enumerate(_images_of_rows(is_image, counts)):
-            for tokens in own:
-                for stage, left in enumerate(_counts(handle, tokens)):
-                    kept[stage][row] += left
-        visual |= is_image & alive
+        visual |= (ids == token_of(model, modality)) & alive
     if not bool(visual.any()):
         return None
+    prompt: Prompt | None = lent(_PROMPT, model)
+    kept = None if prompt is None else prompt.kept
+    kept = _kept(model, handle, kwargs, ids) if kept is None else [_repeated(own, len(ids)) for own in kept]
     follows = _asked(model, kwargs) if labels is None else labels.to(ids.device) == _NO_LABEL
     question = _behind_the_image(visual, alive & ~visual & follows)
     last = _last(alive & (follows if labels is None else alive))
@@ -145,15 +165,32 @@ def picture_of(model: nn.Module, handle: Handle, kwargs: dict[str, Any], labels:
     return Picture(visual, alive, question, asking, visual & (last | answered), kept)
 
 
+def _kept(model: nn.Module, handle: Handle, kwargs: dict[str, Any], ids: Tensor) -> list[list[int]]:
+    """For every stage and row, the number of visual tokens that stay."""
+    kept = [[0] * len(ids) for _ in handle.stage_layers]
+    for modality in present(handle, kwargs):
+        counts = placeholders_of(model, handle, modality, kwargs)
+        for row, own in enumerate(_images_of_rows(ids == token_of(model, modality), counts)):
+            for tokens in own:
+                for stage, left in enumerate(_counts(handle, tokens)):
+                    kept[stage][row] += left
+    return kept
+
+
+def _repeated(counts: list[int], rows: int) -> list[int]:
+    """The counts of a prompt's rows for its beams or samples."""
+    return [count for count in counts for _ in range(rows // len(counts))]
+
+
 def _asked(model: nn.Module, kwargs: dict[str, Any]) -> Tensor:
     """(B, Q) True for the prompt's columns. ``generate`` without a cache repeats the prompt, and its answer so far is
     no part of the question."""
     ids, cache = kwargs["input_ids"], cache_in(kwargs)
     columns = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    prompt = lent(_PROMPT, model)
+    prompt: Prompt | None = lent(_PROMPT, model)
     if prompt is None:
         return torch.ones_like(columns, dtype=torch.bool)
-    return columns < prompt - (0 if cache is None else int(cache.get_seq_length()))
+    return columns < prompt.columns - (0 if cache is None else int(cache.get_seq_length()))
 
 
 def _counts(handle: Handle, tokens: int) -> tuple[int, ...]:

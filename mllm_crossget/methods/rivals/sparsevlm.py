@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from mllm_crossget.config import register_method
 from mllm_crossget.field_types import check_type
@@ -74,7 +73,10 @@ class SparseVlmConfig(SeveralStages):
         states = told(signals.states, self, "hidden states")
         centres, owner = density_peaks(states[rest], kept - own)
         chosen = torch.cat([order[:own], rest[centres]])
-        return PromptSelection(chosen, _means(chosen, own, rest, owner, signals.count))
+        members = torch.full((signals.count,), -1, device=chosen.device)
+        members[order[:own]] = torch.arange(own, device=chosen.device)
+        members[rest] = own + owner
+        return PromptSelection(chosen, members)
 
     def _unchanged(self, count: int, kept: int, needed: int) -> int:
         """How many of the ``kept`` tokens are unchanged; the others are recycled ones."""
@@ -94,11 +96,3 @@ def recycled(count: int, kept: int) -> int:
 def clusters(tokens: int) -> int:
     """Clusters of that many tokens."""
     return tokens // 10 + 1
-
-
-def _means(chosen: Tensor, own: int, rest: Tensor, owner: Tensor, count: int) -> Tensor:
-    """(K, N) share of every token in the chosen ones: themselves, then means of clusters."""
-    mix = torch.zeros(len(chosen), count, device=chosen.device)
-    mix[torch.arange(own, device=chosen.device), chosen[:own]] = 1.0
-    mix[own + owner, rest] = 1.0
-    return mix / mix.sum(dim=1, keepdim=True)
