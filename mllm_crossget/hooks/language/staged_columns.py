@@ -106,6 +106,11 @@ def mask_of(mask: Any, queries: Columns, keys: Columns, past: int, *, takes_matr
         past: columns of the whole sequence in front of the new ones.
         takes_matrix: whether the attention can take a mask for every query (flash attention cannot).
     """
+    if mask is not None and not isinstance(mask, Tensor):
+        raise ValueError(
+            f"an attention mask of type {type(mask).__name__} (flex attention) cannot be cut to the tokens that are left "
+            "inside the language model; use sdpa, eager or flash attention"
+        )
     if mask is None:
         if keys.whole:
             return None

@@ -60,6 +60,8 @@ def stages_problem(language_model: Any, method: InLanguageModel) -> str | None:
             f"{type(language_model).__name__} has {what}: they hold a window or a state and not all columns, and a "
             "stage must know which columns a layer holds"
         )
+    if getattr(config, "_attn_implementation", None) == "flex_attention":
+        return "flex attention's masks cannot be cut to the tokens that are left; use sdpa, eager or flash attention"
     if not all(any(attention_modules(layer)) for layer in layers):
         return f"the attention in {name} does not go through transformers' attention interface"
     if "deepstack_visual_embeds" in positional_names(type(language_model)):
