@@ -82,8 +82,8 @@ def kv_capacity(config: Any, method: Method, engine: Engine) -> Capacity:
         raise ValueError(f"model type {config.model_type!r} is not supported")
     if method.in_language_model is not None and method.reduces_vision:
         raise ValueError(
-            f"{type(method).__name__} drops tokens inside the language model, and an engine's blocks hold the same tokens "
-            "in every layer; use a method that acts before it"
+            f"{type(method).__name__} drops tokens inside the language model, and an engine's blocks hold the same "
+            "tokens in every layer; use a method that acts before it"
         )
     image_tokens = make_schedule(method, acting_geometry(method, family.geometry(config))).features
     text = config.get_text_config()

@@ -108,8 +108,8 @@ def mask_of(mask: Any, queries: Columns, keys: Columns, past: int, *, takes_matr
     """
     if mask is not None and not isinstance(mask, Tensor):
         raise ValueError(
-            f"an attention mask of type {type(mask).__name__} (flex attention) cannot be cut to the tokens that are left "
-            "inside the language model; use sdpa, eager or flash attention"
+            f"an attention mask of type {type(mask).__name__} (flex attention) cannot be cut to the tokens that are "
+            "left inside the language model; use sdpa, eager or flash attention"
         )
     if mask is None:
         if keys.whole:

@@ -70,8 +70,10 @@ class Prompt:
 class StagedModel(SavedModel):
     """Mixin for the top-level model."""
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the original. Logits of visual tokens that have left, and of padding, are zero."""
+        """As the original. Logits of visual tokens that have left, and of padding, are zero. Never compiled, because
+        the sizes of the layers depend on the prompt."""
         refuse_replica(self)
         if args:
             kwargs.update(zip(positional_names(type(self)), args, strict=False))
@@ -117,6 +119,7 @@ class StagedModel(SavedModel):
 class PromptReader(nn.Module):
     """Mixin for the part of the model that reads the prompt and encodes its images."""
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the original. ``last_hidden_state`` is zero at tokens that have left, and at padding.
 

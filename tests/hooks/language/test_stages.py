@@ -413,6 +413,13 @@ def test_settings_that_say_nothing_are_refused() -> None:
 
 
 @torch.no_grad()
+def test_a_compiled_model_runs_as_it_is() -> None:
+    _, model = pair()
+    batch = prompt_batch(model, [1])
+    assert torch.equal(torch.compile(model)(**batch).logits, model(**batch).logits)
+
+
+@torch.no_grad()
 def test_a_prompt_that_ends_with_its_image_keeps_the_last_token() -> None:
     _, model = pair()
     batch = prompt_batch(model, [1], text_lengths=[1])
