@@ -115,12 +115,8 @@ def model_flops(
     schedule = make_schedule(method, geometry) if schedule is None else schedule
     runs = images * tiles_of(config, family).count
     visual = visual_tokens(config, family, schedule)
-    choosing = 0
-    if method.in_language_model is not None and method.reduces_vision and images:
-        sizes = StagedPrompt(visual, images, text_tokens, schedule.placeholders)
-        (prefill, lm_head, decode), choosing = staged_flops(config, method.in_language_model, sizes, new_tokens)
-    else:
-        prefill, lm_head, decode = _language_flops(config, family, method, images * visual, text_tokens, new_tokens)
+    prompt = StagedPrompt(visual, images, text_tokens, schedule.placeholders)
+    (prefill, lm_head, decode), choosing = _prompt_flops(config, family, method, prompt, new_tokens)
     if isinstance(geometry, MergeGeometry):
         parts = _merged_parts(config, family, schedule, method)
     elif family.costs.layers is not None:
@@ -340,6 +336,16 @@ def _text_tower(config: Any, tower: TextTower, method: Method, tokens: int, visu
             total += 2 * linear_flops(left, width, width) + 2 * linear_flops(visual, text.encoder_hidden_size, width)
             total += attention_flops(left, visual, width)
     return total, schedule.tokens[-1]
+
+
+def _prompt_flops(
+    config: Any, family: Family, method: Method, prompt: StagedPrompt, new_tokens: int
+) -> tuple[tuple[int, int, int], int]:
+    """Prefill, logits of the last token and decoding; and what choosing tokens inside the language model adds."""
+    if method.in_language_model is not None and method.reduces_vision and prompt.images:
+        return staged_flops(config, method.in_language_model, prompt, new_tokens)
+    visual = prompt.images * prompt.visual
+    return _language_flops(config, family, method, visual, prompt.text, new_tokens), 0
 
 
 def _language_flops(

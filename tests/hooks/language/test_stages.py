@@ -384,13 +384,20 @@ def test_prompts_that_do_not_fit_are_refused() -> None:
         model(inputs_embeds=embeds, pixel_values=batch["pixel_values"])
 
 
+def flexible() -> nn.Module:
+    """A model whose language model alone has flex attention."""
+    model = tiny_llava()
+    model.model.language_model.config._attn_implementation_internal = "flex_attention"
+    return model
+
+
 @pytest.mark.parametrize(
     ("model", "settings", "words"),
     [
         (tiny_llava, {"method": "fastv", "layer": 3}, "layer=3 leaves no layer"),
         (tiny_llava, {"method": "pyramiddrop", "keep_ratio": 0.2}, "keep_ratio>=0.375"),
         (tiny_llava, {"method": "sparsevlm", "layers": [1, 3]}, r"give layers from 1 to 2"),
-        (lambda: tiny_llava(attention="flex_attention"), {"method": "fastv"}, "flex attention"),
+        (flexible, {"method": "fastv"}, "flex attention"),
         (lambda: tiny_llava(text="mistral"), {"method": "fastv"}, "sliding_window=4096"),
         (lambda: tiny_qwen(model_type="qwen3_5"), {"method": "fastv", "layer": 1}, "linear_attention"),
         (lambda: tiny_qwen(model_type="qwen3_vl"), {"method": "dart", "layer": 1}, "first layers add features"),
