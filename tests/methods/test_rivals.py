@@ -125,7 +125,8 @@ def test_sizes_weigh_in_the_language_model_where_tokens_merge(method) -> None:
     assert not method_class(method).published().weighs_sizes
     answers = []
     for size_bias in (True, False):
-        settings = {"visual_tokens": reached(method, 4), "size_bias": size_bias}
+        kept = 10 if method == "sparsevlm" else 4  # on average: with fewer nothing is recycled
+        settings = {"visual_tokens": kept, "size_bias": size_bias}
         model = accelerate_mllm(tiny_llava("clip"), method=method, **settings)
         with torch.no_grad():
             answers.append(model(**prompt_batch(model, (1, 1))).logits)
