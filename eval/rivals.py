@@ -12,6 +12,7 @@ missing. No setting of any method was chosen on these questions.
 from __future__ import annotations
 
 import platform
+import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from transformers import HfArgumentParser
 from mllm_crossget.api import accelerated
 from mllm_crossget.config import method_class
 from mllm_crossget.costs.flops import model_flops
+from mllm_crossget.costs.stage_flops import visual_by_layer
 from mllm_crossget.embedded import Question, answer, held_out_questions, load_embedded, score
 from mllm_crossget.families.family import families
 from mllm_crossget.methods.method import Method
@@ -52,7 +54,15 @@ METHODS: dict[str, dict[str, Any]] = {
     "pooling": {"method": "pooling"},
     "uniform": {"method": "uniform"},
     "random-output": {"method": "random-output"},
+    # Inside the language model: the budget of the first two is what is left behind their stage, that of the others is
+    # the average over the layers, which cannot be lower than what enters divided by the number of layers.
+    "fastv": {"method": "fastv"},
+    "dart": {"method": "dart"},
+    "pyramiddrop": {"method": "pyramiddrop"},
+    "sparsevlm": {"method": "sparsevlm"},
 }
+# Lowest average over the four layers of the embedded model, the first of which has all tokens.
+LEAST = {"pyramiddrop": 0.26, "sparsevlm": 0.26}
 ORDERS = {"visionzip": {"order": "published"}}
 TEXT_TOKENS = 12
 
@@ -87,15 +97,19 @@ def run_once(model: Any, processor: Any, method: Method, questions: list[Questio
     with accelerated(model, method, reuse_vision=not method.needs_text):
         answers = answer(model, processor, questions)
     text = model.config.text_config
-    features = make_schedule(method, families()["llava"].geometry(model.config)).features
+    schedule = make_schedule(method, families()["llava"].geometry(model.config))
+    features, average = schedule.features, float(schedule.features)
+    if method.in_language_model is not None:
+        by_layer = visual_by_layer(model.config, method.in_language_model, features, schedule.placeholders)
+        average = statistics.fmean(by_layer)
     heads = text.num_key_value_heads or text.num_attention_heads
     width = text.head_dim or text.hidden_size // text.num_attention_heads
     cached = 2 * 2 * text.num_hidden_layers * heads * width  # keys and values of a token, two bytes each
     return {
         "config": method.to_dict(),
         "visual_tokens": features,
-        "average_over_layers": features,  # none of these acts inside the language model
-        "kv_bytes": features * cached,
+        "average_over_layers": average,
+        "kv_bytes": round(average * cached),
         "gflops": model_flops(model.config, method, text_tokens=TEXT_TOKENS, one_softmax=True).total / 1e9,
         "score": score(questions, answers).as_dict(),
         "right": "".join("01"[text == one.answer] for text, one in zip(answers, questions, strict=True)),
@@ -121,7 +135,13 @@ def wanted(options: Options) -> list[tuple[str, float, str]]:
             raise ValueError(f"{what} {unknown} are unknown; known: {', '.join(known)}")
     return [
         ("crossget", 1.0, "ours"),
-        *((name, ratio, arm) for arm in options.arms for ratio in options.keep_ratios for name in options.methods),
+        *(
+            (name, ratio, arm)
+            for arm in options.arms
+            for ratio in options.keep_ratios
+            for name in options.methods
+            if ratio >= LEAST.get(name, 0.0)
+        ),
     ]
 
 

@@ -41,8 +41,8 @@ class Place(Enum):
 
     TOWER_LAYERS: in the layers of a tower, between attention and MLP; in several steps behind the projector, if a
     model's tower is not changed. TOWER_OUTPUT: once, at the output of the layer that the language side reads.
-    PROJECTOR: once, on the features that replace the placeholders. LANGUAGE_MODEL: in the language model's layers; not
-    supported yet.
+    PROJECTOR: once, on the features that replace the placeholders. LANGUAGE_MODEL: in front of layers of the language
+    model; all visual tokens enter it.
     """
 
     TOWER_LAYERS = "tower layers"

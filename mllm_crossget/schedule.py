@@ -94,6 +94,8 @@ def make_schedule(config: ReductionConfig, geometry: Geometry) -> Schedule:
             the wrong length, ``r`` where there is no layer to apply it to, or a place that the geometry has not.
     """
     geometry = measured_geometry(config, acting_geometry(config, geometry))
+    if config.place is Place.LANGUAGE_MODEL:
+        return _untouched(config, geometry)
     if isinstance(geometry, MergeGeometry):
         return _merge_schedule(config, geometry)
     if config.place is not Place.TOWER_LAYERS:
@@ -296,6 +298,17 @@ def _output_schedule(config: ReductionConfig, geometry: TowerGeometry) -> Schedu
     removals = (0,) * (geometry.read - 1) + (removed,) + (0,) * behind
     tokens = (start,) * geometry.read + (start - removed,) * (behind + 1)
     return Schedule(removals, tokens, geometry.placeholders, geometry.placeholders - removed, False, False)
+
+
+def _untouched(config: ReductionConfig, geometry: Geometry) -> Schedule:
+    """All tokens enter the language model, in which a method acts; the dial is checked."""
+    _refuse_layer_dials(config, f"{type(config).__name__} acts inside the language model")
+    _target(config, geometry)
+    whole = geometry.placeholders
+    if isinstance(geometry, MergeGeometry):
+        return Schedule((), (whole,), whole, whole, False, False)
+    start = geometry.patches + geometry.prefix
+    return Schedule((0,) * geometry.layers, (start,) * (geometry.layers + 1), whole, whole, False, False)
 
 
 def _one_step(tokens: int, left: int) -> Schedule:

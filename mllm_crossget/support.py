@@ -27,6 +27,7 @@ from mllm_crossget.families.family import (
 from mllm_crossget.hooks.ground.state import base_model, trains_in_parallel
 from mllm_crossget.hooks.language.sized_model import language_problem
 from mllm_crossget.hooks.language.sized_readers import readers_problem
+from mllm_crossget.hooks.language.staged_layers import stages_problem
 from mllm_crossget.hooks.projector.kinds import MIXINS
 from mllm_crossget.hooks.tower.attention import attention_problem
 from mllm_crossget.methods.method import Method, Place
@@ -241,7 +242,7 @@ def place_problem(method: Method, family: Family, model: Any) -> str | None:
             return "inside layers there are keys and importance, not features, the question or other layers' attention"
         return None
     if method.place is Place.LANGUAGE_MODEL:
-        return "nothing serves that place yet; use a method that acts in the vision tower or behind the projector"
+        return _language_model_problem(method, family, model)
     if method.is_dynamic:
         return "a number of tokens per image is served inside the tower's layers alone"
     if method.reduces_text:
@@ -254,6 +255,27 @@ def place_problem(method: Method, family: Family, model: Any) -> str | None:
         if method.place is Place.PROJECTOR
         else _output_problem(method, family, model)
     )
+
+
+def _language_model_problem(method: Method, family: Family, model: Any) -> str | None:
+    acting = method.in_language_model
+    if acting is None:
+        return "the method does not say where tokens leave there (in_language_model)"
+    if method.reduces_text:
+        return "text is reduced inside the text tower's layers alone; leave text_keep_ratio and text_r out"
+    if not family.modalities or family.features_owner is None or family.language_model is None:
+        return "its prompt has no placeholders that features of the image take, so its visual tokens are not known"
+    if family.language_flops is not None:
+        return "its language model is no plain decoder"
+    language_model: Any = module_at(model, family.language_model)
+    problem = stages_problem(language_model, acting)
+    if problem is not None or not method.reduces_vision:
+        return problem
+    try:
+        acting.stage_layers(len(language_model.layers), family.geometry(model.config).placeholders)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _wants_of_images(method: Method) -> bool:

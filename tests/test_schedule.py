@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mllm_crossget import CrossGetConfig, MadtpConfig, RandomConfig, ToMeConfig
 from mllm_crossget.arithmetic.geometry import TowerCosts
-from mllm_crossget.config import method_class, method_names
+from mllm_crossget.config import Place, method_class, method_names
 from mllm_crossget.families.llava import geometry as llava_geometry
 from mllm_crossget.schedule import MergeGeometry, TowerGeometry, make_schedule, ramp, removable
 from tests.helpers import reference
@@ -132,7 +132,9 @@ def test_keep_ratio_means_the_same_for_every_method(geometry, ratio, name):
 
 @pytest.mark.parametrize("name", method_names())
 def test_default_is_half(name):
-    assert make_schedule(method_class(name)(), LLAVA_15).features == 288
+    """Inside the language model it is half of what enters: ``tests/arithmetic/test_language_stages.py``."""
+    whole = method_class(name).place is Place.LANGUAGE_MODEL
+    assert make_schedule(method_class(name)(), LLAVA_15).features == (576 if whole else 288)
 
 
 @pytest.mark.parametrize("kind", [CrossGetConfig, ToMeConfig, RandomConfig])

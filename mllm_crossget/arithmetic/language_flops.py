@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,38 @@ def language_costs(text: Any, prompt: int, new_tokens: int) -> LanguageCosts:
             f"{', '.join(TEXT_MODELS)}"
         )
     return _FORMULAS[text.model_type](text, prompt, new_tokens)
+
+
+def staged_costs(text: Any, prompts: Sequence[int], new_tokens: int) -> LanguageCosts:
+    """FLOPs of a decoder whose layers run on different numbers of tokens.
+
+    Args:
+        text: configuration of the language model.
+        prompts: number of visual and text tokens of the prompt in every layer.
+        new_tokens: as in ``language_costs``.
+
+    Raises:
+        ValueError: a language model without a formula for one of its layers.
+    """
+    if text.model_type not in _GATED:
+        raise ValueError(
+            f"no FLOPs formula for single layers of a {text.model_type!r} language model; there are formulas for "
+            f"{', '.join(_GATED)}"
+        )
+    head = linear_flops(1, text.hidden_size, text.vocab_size)
+    steps = ([(1, prompt + step) for prompt in prompts] for step in range(1, new_tokens))
+    decode = sum(_staged_layers(text, sizes) + head for sizes in steps)
+    return LanguageCosts(_staged_layers(text, [(prompt, prompt) for prompt in prompts]), head, decode)
+
+
+def _staged_layers(text: Any, sizes: Sequence[tuple[int, int]]) -> int:
+    """FLOPs of all layers with (queries, keys) of each: what a model of one layer more adds."""
+    total, shorter = 0, copy.copy(text)
+    for layer, (queries, keys) in enumerate(sizes):
+        for number, sign in ((layer + 1, 1), (layer, -1)):
+            vars(shorter)["num_hidden_layers"] = number
+            total += sign * _gated_layers(shorter, queries, keys)
+    return total
 
 
 def token_flops(text: Any) -> int | None:

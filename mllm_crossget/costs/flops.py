@@ -22,6 +22,7 @@ from mllm_crossget.arithmetic.flop_formulas import (
 from mllm_crossget.arithmetic.language_flops import language_costs
 from mllm_crossget.costs.cell_flops import cell_parts
 from mllm_crossget.costs.matching_flops import matching_flops, merging_flops
+from mllm_crossget.costs.stage_flops import StagedPrompt, staged_flops
 from mllm_crossget.families.family import Family, TextTower, config_at, families, family_of
 from mllm_crossget.families.modality import Tiles
 from mllm_crossget.methods.capabilities import LayerShape
@@ -47,7 +48,7 @@ class Flops:
         encoder: every layer of the vision tower that the model runs (also those behind the one that is read), and
             SigLIP's pooling head where the tower has one.
         reducer: what the reduction itself adds: similarities of the matching and importance of the tokens, in the tower
-            or behind the projector.
+            or behind the projector; inside the language model, the rows of attention that a method reads.
         projector: vision features to the width of the language model, with a Q-Former where there is one; image and
             text to the shared space of a dual encoder.
         prefill: the layers of the language model on visual and text tokens. Of an encoder-decoder it is the encoder,
@@ -114,7 +115,8 @@ def model_flops(
     schedule = make_schedule(method, geometry) if schedule is None else schedule
     runs = images * tiles_of(config, family).count
     visual = visual_tokens(config, family, schedule)
-    prefill, lm_head, decode = _language_flops(config, family, method, images * visual, text_tokens, new_tokens)
+    prompt = StagedPrompt(visual, images, text_tokens, schedule.placeholders)
+    (prefill, lm_head, decode), choosing = _prompt_flops(config, family, method, prompt, new_tokens)
     if isinstance(geometry, MergeGeometry):
         parts = _merged_parts(config, family, schedule, method)
     elif family.costs.layers is not None:
@@ -127,7 +129,7 @@ def model_flops(
     return Flops(
         patch_embedding=patch_embedding,
         encoder=encoder,
-        reducer=reducer,
+        reducer=reducer + choosing,
         projector=projector,
         prefill=prefill,
         lm_head=lm_head,
@@ -334,6 +336,16 @@ def _text_tower(config: Any, tower: TextTower, method: Method, tokens: int, visu
             total += 2 * linear_flops(left, width, width) + 2 * linear_flops(visual, text.encoder_hidden_size, width)
             total += attention_flops(left, visual, width)
     return total, schedule.tokens[-1]
+
+
+def _prompt_flops(
+    config: Any, family: Family, method: Method, prompt: StagedPrompt, new_tokens: int
+) -> tuple[tuple[int, int, int], int]:
+    """Prefill, logits of the last token and decoding; and what choosing tokens inside the language model adds."""
+    if method.in_language_model is not None and method.reduces_vision and prompt.images:
+        return staged_flops(config, method.in_language_model, prompt, new_tokens)
+    visual = prompt.images * prompt.visual
+    return _language_flops(config, family, method, visual, prompt.text, new_tokens), 0
 
 
 def _language_flops(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +17,7 @@ from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModel, AutoMo
 from mllm_crossget.config import DIALS, SCHEDULES
 from mllm_crossget.costs.flops import Flops, model_flops, tiles_of, visual_tokens
 from mllm_crossget.costs.geometries.llava import resolve
+from mllm_crossget.costs.stage_flops import visual_by_layer
 from mllm_crossget.families.family import TextTower, config_at, family_of
 from mllm_crossget.field_types import check_field_types, check_least
 from mllm_crossget.methods.method import Method
@@ -100,6 +102,7 @@ def inspection(config: Any, method: Method, text_tokens: int = 60, new_tokens: i
         "tokens_by_layer": list(schedule.tokens),
         "tiles": tiles_of(config, family).count,
         "visual_tokens": {"before": _per_image(config, untouched), "after": _per_image(config, schedule)},
+        "language_tokens_by_layer": list(_in_language_model(config, method, schedule)),
         "text_tokens": text_tokens,
         **texts,
         "new_tokens": new_tokens,
@@ -107,6 +110,13 @@ def inspection(config: Any, method: Method, text_tokens: int = 60, new_tokens: i
         "schedule_ms": _milliseconds(method, geometry),
         "flops": {"before": costs[0].to_dict(), "after": costs[1].to_dict(), "ratio": costs[1].total / costs[0].total},
     }
+
+
+def _in_language_model(config: Any, method: Method, schedule: Schedule) -> tuple[int, ...]:
+    """Visual tokens of one image in every layer of the language model, if they leave there."""
+    if method.in_language_model is None or not method.reduces_vision:
+        return ()
+    return visual_by_layer(config, method.in_language_model, _per_image(config, schedule), schedule.placeholders)
 
 
 def _schedules(config: Any, method: Method, geometry: Geometry, text_tokens: int, new_tokens: int) -> dict[str, int]:
@@ -183,6 +193,9 @@ def _print_inspection(options: InspectOptions, report: dict[str, Any]) -> None:
     dial = {name: value for name, value in report["method"].items() if name in DIALS}
     settings = ", ".join(f"{name}={value}" for name, value in dial.items())
     console.print(f"{report['method']['method']}, {settings}: {before} -> {after} visual tokens per image")
+    if counts := report["language_tokens_by_layer"]:
+        runs = ", ".join(f"{count} tokens in {len(list(run))}" for count, run in itertools.groupby(counts))
+        console.print(f"layers of the language model: {runs}; {sum(counts) / len(counts):.1f} tokens on average")
     if report["tiles"] > 1:
         console.print(f"a square image is {report['tiles']} tiles, each of them one run of the tower")
     console.print(_layer_table(report))

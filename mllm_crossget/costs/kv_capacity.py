@@ -75,11 +75,16 @@ def kv_capacity(config: Any, method: Method, engine: Engine) -> Capacity:
         engine: memory and requests.
 
     Raises:
-        ValueError: a model that is not supported, or whose weights do not fit.
+        ValueError: a model that is not supported, or whose weights do not fit; or a method inside the language model.
     """
     family = family_of(config)
     if family is None:
         raise ValueError(f"model type {config.model_type!r} is not supported")
+    if method.in_language_model is not None and method.reduces_vision:
+        raise ValueError(
+            f"{type(method).__name__} drops tokens inside the language model, and an engine's blocks hold the same "
+            "tokens in every layer; use a method that acts before it"
+        )
     image_tokens = make_schedule(method, acting_geometry(method, family.geometry(config))).features
     text = config.get_text_config()
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads

@@ -30,6 +30,7 @@ from mllm_crossget.hooks.model.dual_encoder import DualModel
 from mllm_crossget.hooks.model.headless_model import hook_headless
 from mllm_crossget.hooks.model.madtp_loss import hook_heard
 from mllm_crossget.hooks.model.placeholder_model import AlignedModel, ReducedModel
+from mllm_crossget.hooks.model.staged_model import hook_staged_model
 from mllm_crossget.hooks.projector.averages import hook_projector
 from mllm_crossget.hooks.projector.features import FeaturesMixin, ReducedFeatures
 from mllm_crossget.hooks.projector.kinds import MIXINS
@@ -71,7 +72,9 @@ def apply_method(
     handle = Handle(method, family, geometry, make_schedule(method, geometry), journal, tokens)
     try:
         journal.set_attribute(model, HANDLE, handle)
-        if not method.is_identity:
+        if not method.is_identity and method.in_language_model is not None:
+            _hook_stages(model, handle)
+        elif not method.is_identity:
             if isinstance(geometry, MergeGeometry):
                 owner = module_at(model, family.features_owner or "")
                 handle.merge = hook_merge(journal, owner, method, family.modalities)
@@ -92,6 +95,17 @@ def apply_method(
     except BaseException:
         journal.rollback()
         raise
+
+
+def _hook_stages(model: Any, handle: Handle) -> None:
+    """Hook the layers of the language model alone; the vision side is unchanged."""
+    method = handle.method.in_language_model
+    if method is None:  # refused before
+        raise RuntimeError(f"{type(handle.method).__name__} does not act inside the language model")
+    language_model: Any = module_at(model, handle.family.language_model or "")
+    handle.text_layers = len(language_model.layers)
+    handle.stage_layers = method.stage_layers(handle.text_layers, handle.schedule.placeholders)
+    hook_staged_model(handle.journal, model, handle)
 
 
 def _hook_vision(model: Any, handle: Handle, geometry: TowerGeometry) -> None:

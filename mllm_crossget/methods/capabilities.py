@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor
 
-from mllm_crossget.methods.signals import RaggedSignals
+from mllm_crossget.methods.signals import PromptSignals, RaggedSignals
 from mllm_crossget.ops.ragged import Step
 
 
@@ -142,3 +142,65 @@ class Tempered(Protocol):
 
     def at_temperature(self, value: float) -> Any:
         """The same settings at another temperature."""
+
+
+class Asking(Enum):
+    """The tokens whose attention to the visual ones is asked for.
+
+    LAST: the prompt's last token; in training, the tokens in front of each answer. RATERS: the question's tokens that
+    are more related to the image than their mean, by the input embeddings (SparseVLM).
+    """
+
+    LAST = "last token"
+    RATERS = "raters"
+
+
+@dataclass(frozen=True)
+class PromptNeeds:
+    """What a method inside the language model is told at each stage.
+
+    Attributes:
+        attention: whose attention it needs, or None.
+        ahead: True for the attention of the layer that follows the stage, False for that of the layer before.
+        states: whether it needs the visual tokens' hidden states.
+        normed: whether it needs hidden states behind the language model's last norm, and the lengths of the keys of the
+            layer before, of visual and text tokens.
+    """
+
+    attention: Asking | None = None
+    ahead: bool = False
+    states: bool = False
+    normed: bool = False
+
+
+class PromptSelection(NamedTuple):
+    """The visual tokens of a prompt that stay.
+
+    Attributes:
+        kept: (K,) different numbers of visual tokens, in any order.
+        owner: (N,) the place in ``kept`` of the token that each visual token is averaged into, with equal weights; -1
+            for tokens that are dropped. None: all others are dropped.
+    """
+
+    kept: Tensor
+    owner: Tensor | None = None
+
+
+class InLanguageModel(Protocol):
+    """A method that acts in the layers of the language model (``methods.LanguageSelection`` implements it)."""
+
+    needs: ClassVar[PromptNeeds]
+
+    def stage_layers(self, layers: int, tokens: int) -> tuple[int, ...]:
+        """Layers in front of which tokens leave, at least 1, for a model of ``layers`` layers and images of ``tokens``
+        tokens. Raises ``ValueError`` if the settings do not fit."""
+
+    def stage_counts(self, at: tuple[int, ...], layers: int, tokens: int) -> tuple[int, ...]:
+        """Tokens of an image of ``tokens`` tokens that are left from each stage on."""
+
+    def choose(self, signals: PromptSignals, kept: int) -> PromptSelection:
+        """The ``kept`` visual tokens of one prompt that stay."""
+
+    def choice_flops(self, visual: int, text: int, kept: int, width: int) -> int:
+        """FLOPs of ``choose``, for numbers of visual tokens, of the question's tokens and of tokens that stay, and
+        hidden states of ``width`` channels."""

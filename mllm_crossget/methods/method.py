@@ -11,7 +11,15 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 from mllm_crossget.config import Place, ReductionConfig
-from mllm_crossget.methods.capabilities import LayerShape, LearnedParts, PerImage, PerText, Tempered, TrainingLoss
+from mllm_crossget.methods.capabilities import (
+    InLanguageModel,
+    LayerShape,
+    LearnedParts,
+    PerImage,
+    PerText,
+    Tempered,
+    TrainingLoss,
+)
 from mllm_crossget.methods.signals import Signals
 from mllm_crossget.ops.matching import Match
 
@@ -24,7 +32,8 @@ class Method(ReductionConfig):
     Class attributes:
         place: where it acts (``config.Place``). ``TOWER_LAYERS``: ``match`` is called in every layer that removes
             tokens, with ``r`` at most half of the unprotected ones. ``TOWER_OUTPUT`` and ``PROJECTOR``: ``match`` is
-            called once per image with the whole ``r``, which may be all tokens but one.
+            called once per image with the whole ``r``, which may be all tokens but one. ``LANGUAGE_MODEL``:
+            ``in_language_model`` is asked instead.
         needs_importance: needs ``Signals.importance``.
         needs_features: needs ``Signals.features``; not available inside a tower's layers.
         needs_class_attention: needs ``Signals.class_attention``; available only at the output of a tower with a class
@@ -63,6 +72,11 @@ class Method(ReductionConfig):
     @property
     def per_text(self) -> PerText | None:
         """The method itself if it chooses the number of tokens of each text of a dual encoder, else None."""
+        return None
+
+    @property
+    def in_language_model(self) -> InLanguageModel | None:
+        """The method itself if it acts in the layers of the language model, else None."""
         return None
 
     @property

@@ -101,6 +101,30 @@ class RaggedSignals:
     alignment_width: int = 1
 
 
+@dataclass
+class PromptSignals:
+    """Input of a method that acts in the language model: one prompt at one stage. N visual tokens, M tokens of the
+    question, D width; float32, without gradient. What a method does not need is None (``capabilities.PromptNeeds``).
+
+    Attributes:
+        count: N, the tokens of all images of the prompt that are left, in order.
+        needed: (N,) True for tokens that must stay, because their output is read.
+        attention: (N,) attention of the asking tokens to every visual token, mean over heads and asking tokens.
+        states: (N, D) hidden states of the visual tokens.
+        normed, normed_text: (N, D) and (M, D) hidden states behind the last norm.
+        key_lengths, text_key_lengths: (N,) and (M,) sums of the absolute values of each token's keys, all heads.
+    """
+
+    count: int
+    needed: Tensor
+    attention: Tensor | None = None
+    states: Tensor | None = None
+    normed: Tensor | None = None
+    normed_text: Tensor | None = None
+    key_lengths: Tensor | None = None
+    text_key_lengths: Tensor | None = None
+
+
 def shielded_tokens(signals: Signals) -> Tensor:
     """(B, T) True for the protected tokens."""
     batch, tokens = signals.keys.shape[:2]

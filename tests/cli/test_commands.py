@@ -43,6 +43,15 @@ def test_dials_in_both_spellings(capsys: pytest.CaptureFixture[str], words: list
     assert inspected(capsys, *words)["visual_tokens"]["after"] == 144
 
 
+def test_layers_of_the_language_model_with_fewer_tokens(capsys: pytest.CaptureFixture[str]) -> None:
+    report = inspected(capsys, "--method", "fastv", "--visual-tokens", "64")
+    assert report["visual_tokens"]["after"] == 576
+    assert report["language_tokens_by_layer"] == [576] * 2 + [64] * 30
+    assert inspected(capsys)["language_tokens_by_layer"] == []
+    assert cli.main(["inspect", GEOMETRY, "--method", "fastv", "--visual-tokens", "64"]) == 0
+    assert "576 tokens in 2, 64 tokens in 30; 96.0 tokens on average" in " ".join(capsys.readouterr().out.split())
+
+
 def test_r_as_a_list(capsys: pytest.CaptureFixture[str]) -> None:
     report = inspected(capsys, "--r", "40", *["0"] * 22, "7")
     assert report["removed_by_layer"] == [40, *[0] * 22, 7]

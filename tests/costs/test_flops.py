@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import (
@@ -13,7 +15,7 @@ from transformers import (
 )
 
 from mllm_crossget import CrossGetConfig, MadtpConfig, RandomConfig, ToMeConfig, accelerate_mllm, calibrate
-from mllm_crossget.arithmetic.language_flops import TEXT_MODELS, language_costs
+from mllm_crossget.arithmetic.language_flops import TEXT_MODELS, language_costs, staged_costs
 from mllm_crossget.config import method_class
 from mllm_crossget.costs.flops import matching_flops, model_flops
 from mllm_crossget.costs.geometries.llava import GEOMETRIES
@@ -33,6 +35,27 @@ def test_tiny_llava_without_gradients(tower: str, text: str, method: str) -> Non
     accelerate_mllm(model, config)
     expected = model_flops(model.config, config, text_tokens=text_tokens(model, batch), one_softmax=True)
     assert counted(lambda: first_token(model, batch)) == nearly(expected.total)
+
+
+@pytest.mark.parametrize("method", ["fastv", "dart", "pyramiddrop", "sparsevlm"])
+@pytest.mark.parametrize("images", [1, 2])
+def test_stages_inside_the_language_model(method: str, images: int) -> None:
+    """Layer by layer, with what choosing costs, in the prompt and in decoding. SparseVLM's raters are counted as if all
+    words were raters."""
+    model = tiny_llava(text="qwen2", text_layers=6)
+    batch = prompt_batch(model, [images])
+    config = method_class(method)(visual_tokens=6)
+    accelerate_mllm(model, config)
+    counts = {"text_tokens": text_tokens(model, batch), "images": images, "one_softmax": True}
+    four = {"min_new_tokens": 4, "max_new_tokens": 4, "do_sample": False}
+    for new, run in ((0, lambda: first_token(model, batch)), (4, lambda: model.generate(**batch, **four))):
+        expected, found = model_flops(model.config, config, new_tokens=new, **counts), counted(run)
+        if method == "sparsevlm":
+            assert expected.total - expected.reducer < found < expected.total
+        else:
+            assert found == nearly(expected.total)
+    with pytest.raises(ValueError, match="no FLOPs formula for single layers of a 'opt'"):
+        staged_costs(SimpleNamespace(model_type="opt"), [4], 0)
 
 
 @pytest.mark.parametrize(

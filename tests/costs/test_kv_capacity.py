@@ -7,6 +7,7 @@ import pytest
 from mllm_crossget import CrossGetConfig
 from mllm_crossget.costs.geometries.llava import resolve
 from mllm_crossget.costs.kv_capacity import GIB, Engine, kv_capacity, weights_of
+from mllm_crossget.methods.rivals import FastVConfig
 
 CONFIG = resolve("llava-1.5-7b")
 UNTOUCHED = CrossGetConfig(keep_ratio=1.0)
@@ -29,6 +30,11 @@ def test_sizes_in_the_language_model_widen_every_head_by_eight_channels() -> Non
     assert with_sizes.bytes_per_token == without.bytes_per_token * 136 // 128
     assert with_sizes.image_tokens == without.image_tokens == 144
     assert without.requests > with_sizes.requests > kv_capacity(CONFIG, UNTOUCHED, Engine(80 * GIB)).requests
+
+
+def test_layers_with_different_tokens_are_refused() -> None:
+    with pytest.raises(ValueError, match="blocks hold the same tokens in every layer"):
+        kv_capacity(CONFIG, FastVConfig(keep_ratio=0.5), Engine(80 * GIB))
 
 
 def test_a_model_that_does_not_fit_is_refused() -> None:

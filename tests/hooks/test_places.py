@@ -17,11 +17,14 @@ from mllm_crossget.hooks.ground.state import handle_of
 from mllm_crossget.hooks.projector.groups import groups_of
 from mllm_crossget.hooks.projector.post_merge import kept_cells
 from mllm_crossget.look.visualize import merged_groups, tokens_per_layer
-from mllm_crossget.methods import Method, Place, SelectionMethod, Signals
+from mllm_crossget.methods import Method, Place, PromptSignals, SelectionMethod, Signals
+from mllm_crossget.methods.capabilities import PromptSelection
+from mllm_crossget.methods.language_selection import OneStage
 from mllm_crossget.ops import Match, merge
 from mllm_crossget.schedule import MergeGeometry, TowerGeometry, make_schedule
 from tests.helpers.families.cases import all_cases
 from tests.helpers.fingerprints import assert_identical, fingerprint
+from tests.helpers.generation import ENCODES_IMAGES_FIRST
 from tests.helpers.gradients import checkpoint_activations
 from tests.helpers.oracle import Oracle
 from tests.helpers.products import rest_unless
@@ -92,10 +95,22 @@ class MostReceived(SelectionMethod):
 
 @dataclass
 class InLanguageModel(SelectionMethod):
-    """Inside the language model: declared, and served by nothing yet."""
+    """Inside the language model, without saying where."""
 
     method: ClassVar[str] = "throw-away-language"
     place: ClassVar[Place] = Place.LANGUAGE_MODEL
+
+
+@dataclass
+class LastTokens(OneStage):
+    """Inside the language model: the last tokens of a prompt's images stay."""
+
+    method: ClassVar[str] = "throw-away-last"
+    layer: int | None = 1
+
+    def choose(self, signals: PromptSignals, kept: int) -> PromptSelection:
+        """The last ones."""
+        return PromptSelection(torch.arange(signals.count - kept, signals.count))
 
 
 METHODS = (LongestFeatures, MostAttended, MostReceived)
@@ -287,6 +302,11 @@ SERVED = {
         "clip_vision_model", "clip_vision_model:projection", "deepseek_vl", "instructblip", "instructblipvideo",
         "janus", "llava", "paligemma", "siglip_vision_model",
     },
+    Place.LANGUAGE_MODEL: {
+        "deepseek_ocr2", "deepseek_vl", "deepseek_vl_hybrid", "glm46v", "glm4v", "glm4v_moe", "glm_ocr", "idefics3",
+        "internvl", "janus", "lighton_ocr", "llava", "llava:several feature layers", "llava_next_video",
+        "llava_onevision", "paddleocr_vl", "paligemma", "qwen2_5_vl", "qwen2_vl", "smolvlm", "video_llava", "vipllava",
+    },
 }  # fmt: skip
 
 
@@ -317,10 +337,37 @@ def test_a_family_serves_the_place_or_says_why_not(method, case) -> None:
     assert classes == [type(module) for module in model.modules()]
 
 
+@pytest.mark.parametrize("case", all_cases(), ids=lambda case: case.name)
+@torch.no_grad()
+def test_a_family_serves_the_language_model_or_says_why_not(case) -> None:
+    """Refused before anything is changed; or with rows in a batch as alone, the same answers with and without a cache,
+    and put back."""
+    model = case.build("sdpa")
+    classes = [type(module) for module in model.modules()]
+    is_served = case.model_type in SERVED[Place.LANGUAGE_MODEL] and case.name != "paligemma-gemma2"
+    if is_served:
+        batch = case.batch(model)
+        before = case.answers(model, batch)
+        accelerate_mllm(model, LastTokens(keep_ratio=0.4))
+        together = case.answers(model, batch)
+        for index, row in enumerate(together):
+            torch.testing.assert_close(case.answers(model, case.row(batch, index))[0], row, atol=1e-4, rtol=1e-4)
+        assert any(not torch.equal(*pair) for pair in zip(together, before, strict=True))
+        if case.generates and ENCODES_IMAGES_FIRST:
+            assert torch.equal(*(model.generate(**batch, **GREEDY, use_cache=cached) for cached in (True, False)))
+        restore_mllm(model)
+        assert all(torch.equal(*pair) for pair in zip(case.answers(model, batch), before, strict=True))
+    else:
+        with pytest.raises(ValueError, match="which is not possible"):
+            accelerate_mllm(model, LastTokens(keep_ratio=0.4))
+    assert handle_of(model) is None
+    assert classes == [type(module) for module in model.modules()]
+
+
 @pytest.mark.parametrize(
     ("method", "settings", "reason"),
     [
-        (InLanguageModel, {}, "nothing serves that place yet"),
+        (InLanguageModel, {}, "does not say where tokens leave"),
         (MostAttended, {"text_keep_ratio": 0.5}, "text tower's layers alone"),
     ],
 )

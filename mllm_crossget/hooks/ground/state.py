@@ -226,6 +226,8 @@ class Handle:
         text_encoder_path, text_tower: the same for a text tower.
         vision_cache: encoded images for the next question about them, or None.
         adapter: what putting on an adapter that was saved with the settings has changed, or None.
+        stage_layers: layers of the language model in front of which visual tokens leave.
+        text_layers: number of the language model's layers, for methods that act in them.
     """
 
     method: Method
@@ -245,6 +247,8 @@ class Handle:
     text_tower: TextTowerState | None = None
     vision_cache: VisionCache | None = None
     adapter: TreeChange | None = None
+    stage_layers: tuple[int, ...] = ()
+    text_layers: int = 0
 
     @property
     def keeps_positions(self) -> bool:

@@ -22,6 +22,8 @@ from mllm_crossget.hooks.ground.journal import Journal, set_aside
 
 IMPLEMENTATION = "mllm_crossget_language"
 KEYWORD = "crossget_keys"
+LISTENER = "crossget_listener"
+"""Keyword of a function that the attention calls with its queries and keys (``staged_call``)."""
 _FIELD = "_attn_implementation_internal"
 _OWN_CONFIG = "_mllm_crossget_language_config"
 
@@ -80,12 +82,16 @@ def biased_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """The module's own attention implementation plus the ``KeyBias`` that the call has under ``KEYWORD``."""
     bias: KeyBias | None = kwargs.pop(KEYWORD, None)
+    listen = kwargs.pop(LISTENER, None)
     implementation = vars(module.__dict__[_OWN_CONFIG])[_FIELD] or "eager"
     eager: Any = vars(sys.modules[type(module).__module__]).get("eager_attention_forward")
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
     takes_no_mask = "flash" in implementation or implementation == "flex_attention"
     if takes_no_mask and not set_aside(module):
         kwargs.pop("position_ids", None)  # flash attention takes gaps between positions for packed sequences
+    if listen is not None:
+        scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+        listen(query, key, attention_mask, scale, None if bias is None else bias.of(len(key), key.shape[2]))
     if bias is None:
         return attend(module, query, key, value, attention_mask, **kwargs)
     row = bias.of(len(key), key.shape[2])  # queries may be one row for all images
