@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -20,7 +21,7 @@ if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed: make vllm", allow_module_level=True)
 
 from safetensors.torch import load_file, save_file
-from transformers import SiglipVisionConfig
+from transformers import AutoConfig, AutoProcessor, SiglipVisionConfig
 
 from mllm_crossget import CrossGetConfig, ToMeConfig
 from mllm_crossget.config import ReductionConfig
@@ -32,8 +33,12 @@ from mllm_crossget.integrations.vllm.comparison import (
     answers_of_vllm,
     embedded_requests,
     engine,
+    equal,
+    served_counts,
     with_cross_tokens,
 )
+from mllm_crossget.integrations.vllm.random_models import random_model, random_requests
+from mllm_crossget.integrations.vllm.settings import kept_of
 from tests.helpers.tiny import tiny_llava
 
 os.environ |= ENGINES_ON_A_CPU  # read when vLLM is imported, which the first engine does
@@ -89,7 +94,10 @@ def test_sizes_and_positions_decide_answers_so_that_equality_says_something() ->
 
 def test_pictures_cut_by_the_prefill_and_prompts_of_the_prefix_cache() -> None:
     wanted = answers_of_transformers(REQUESTS, CrossGetConfig(keep_ratio=0.5))
-    with engine(CrossGetConfig(keep_ratio=0.5), **CUT) as llm:
+    with engine(CrossGetConfig(keep_ratio=0.5), **CUT, disable_log_stats=False) as llm:
+        for request, words in list(zip(REQUESTS, answers_of_vllm_lengths(REQUESTS), strict=True))[10:14]:
+            tokens = words + 72 * len(request.images)
+            assert served_counts(llm, request) == (tokens, math.ceil(tokens / CUT["block_size"]))
         assert answers_of_vllm(llm, REQUESTS) == wanted
         assert answers_of_vllm(llm, REQUESTS) == wanted
         output = llm.generate({"prompt": REQUESTS[0].text, "multi_modal_data": {"image": list(REQUESTS[0].images)}})
@@ -127,6 +135,29 @@ def test_a_siglip_tower(tmp_path: Path) -> None:
     wanted, first, _ = compared(CrossGetConfig(keep_ratio=0.25), tmp_path)
     assert first == wanted
     assert len({one.tokens for one in wanted}) > 3
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_5_vl", "qwen3_vl"])
+def test_pictures_of_any_size_with_positions_in_a_grid(model_type: str, tmp_path: Path) -> None:
+    """Random weights; one, two and three pictures of different sizes, and none."""
+    folder, config = random_model(tmp_path, model_type), CrossGetConfig(keep_ratio=0.25)
+    requests = random_requests(model_type, [1, 2, 3, 0] * 5)
+    wanted = answers_of_transformers(requests, config, folder, new_tokens=10)
+    limits = {"limit_mm_per_prompt": {"image": 3}, "max_num_batched_tokens": 48, "block_size": 32}
+    with engine(config, folder, **limits, disable_log_stats=False) as llm:
+        counts = [served_counts(llm, request) for request in requests[:4]]
+        assert answers_of_vllm(llm, requests, new_tokens=10) == wanted
+        assert answers_of_vllm(llm, requests, new_tokens=10) == wanted
+    kept, processor = kept_of(config, AutoConfig.from_pretrained(folder)), AutoProcessor.from_pretrained(folder)
+    for request, counted in zip(requests, counts, strict=False):
+        words = len(processor.tokenizer(request.text)["input_ids"]) - len(request.images)
+        grids = processor.image_processor(list(request.images))["image_grid_thw"] if request.images else []
+        tokens = words + sum(kept(int(height * width) // 4) for _, height, width in grids)
+        assert counted == (tokens, math.ceil(tokens / 32))
+    assert (
+        equal(wanted, answers_of_transformers(requests, replace(config, size_bias=False), folder, new_tokens=10)) < 15
+    )
+    assert len({answer.tokens for answer in wanted}) > 15
 
 
 def test_a_model_without_settings_is_vllms_own(tmp_path: Path) -> None:
