@@ -99,7 +99,7 @@ ARMS = {
     "tome 0.5": Arm(ToMeConfig(keep_ratio=0.5)),
     "tome 0.25": Arm(ToMeConfig(keep_ratio=0.25)),
 }
-_NAMES = {"qwen2_5_vl": "Qwen2.5-VL", "qwen3_vl": "Qwen3-VL"}
+_NAMES = {"internvl": "InternVL", "qwen2_5_vl": "Qwen2.5-VL", "qwen3_vl": "Qwen3-VL"}
 _SMALL_CUT = {"max_num_batched_tokens": 48, "block_size": 32}
 for _type, _name in _NAMES.items():
     ARMS |= {

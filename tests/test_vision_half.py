@@ -14,7 +14,7 @@ from mllm_crossget.methods.method import Method
 from mllm_crossget.vision_half import VisionHalf, accelerate_vision
 from tests.helpers.families.case_qwen import patches
 from tests.helpers.tiny import pixels, randomise_cross_tokens, tiny_llava, tiny_tower
-from tests.helpers.tiny_grid import tiny_qwen
+from tests.helpers.tiny_grid import tiles, tiny_internvl, tiny_qwen
 
 METHODS = [
     CrossGetConfig(keep_ratio=0.5),
@@ -71,6 +71,21 @@ def test_features_of_packed_images_are_the_whole_models(model_type: str, method:
     for image, kept, size in zip(encoded, cells, sizes, strict=True):
         assert torch.equal(image.place, kept)
         assert torch.equal(image.size, size)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: f"{method.method} {method.schedule_kind}")
+def test_features_of_tiles_are_the_whole_models(method: Method) -> None:
+    model, images = tiny_internvl(), tiles(3)
+    half = half_of(model, method)
+    accelerate_mllm(model, method)
+    with torch.inference_mode():
+        output = model.model.get_image_features(images, return_dict=True)
+        encoded = half.encode(pixel_values=images)
+    assert torch.equal(torch.stack([image.features for image in encoded]), torch.stack(list(features_of(output))))
+    assert len(encoded[0].features) == half.handle.schedule.features
+    for image, groups in zip(encoded, groups_of(output) or (), strict=False):
+        assert torch.equal(image.size, groups.size)
+        assert torch.equal(image.place, groups.place)
 
 
 def test_learned_tokens_change_the_features_as_in_the_whole_model() -> None:

@@ -230,14 +230,7 @@ async def _asked(address: str, prompts: Path, level: int, options: BenchServeOpt
     client.add_cli_args(parser)
     words = ["--backend", "openai-chat", "--base-url", address, "--endpoint", "/v1/chat/completions"]
     words += ["--dataset-name", "custom_image", "--dataset-path", str(prompts), "--disable-shuffle"]
-    words += [
-        "--num-prompts",
-        str(options.requests),
-        "--max-concurrency",
-        str(level),
-        "--ignore-eos",
-        "--save-detailed",
-    ]
+    words += ["--num-prompts", str(options.requests), "--max-concurrency", str(level), "--ignore-eos"]
     words += ["--custom-output-len", str(options.new_tokens), "--temperature", "0", "--disable-tqdm"]
     words += ["--skip-tokenizer-init", "--save-detailed"]
     arguments: argparse.Namespace = parser.parse_args(words)

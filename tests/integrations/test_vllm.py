@@ -140,8 +140,8 @@ def test_a_siglip_tower(tmp_path: Path) -> None:
     assert len({one.tokens for one in wanted}) > 3
 
 
-@pytest.mark.parametrize("model_type", ["qwen2_5_vl", "qwen3_vl"])
-def test_pictures_of_any_size_with_positions_in_a_grid(model_type: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("model_type", ["internvl", "qwen2_5_vl", "qwen3_vl"])
+def test_pictures_of_any_size(model_type: str, tmp_path: Path) -> None:
     """Random weights; one, two and three pictures of different sizes, and none."""
     folder, config = random_model(tmp_path, model_type), CrossGetConfig(keep_ratio=0.25)
     requests = random_requests(model_type, [1, 2, 3, 0] * 5)
@@ -153,9 +153,11 @@ def test_pictures_of_any_size_with_positions_in_a_grid(model_type: str, tmp_path
         assert answers_of_vllm(llm, requests, new_tokens=10) == wanted
     kept, processor = kept_of(config, AutoConfig.from_pretrained(folder)), AutoProcessor.from_pretrained(folder)
     for request, counted in zip(requests, counts, strict=False):
-        words = len(processor.tokenizer(request.text)["input_ids"]) - len(request.images)
-        grids = processor.image_processor(list(request.images))["image_grid_thw"] if request.images else []
-        tokens = words + sum(kept(int(height * width) // 4) for _, height, width in grids)
+        inputs = processor(images=list(request.images) or None, text=[request.text])
+        placeholders = inputs["input_ids"][0].count(processor.image_token_id)
+        grids = inputs.get("image_grid_thw", [])  # InternVL: tiles of one size
+        images = [int(height * width) // 4 for _, height, width in grids] or [placeholders]
+        tokens = len(inputs["input_ids"][0]) - placeholders + sum(map(kept, images))
         assert counted == (tokens, math.ceil(tokens / 32))
     assert (
         equal(wanted, answers_of_transformers(requests, replace(config, size_bias=False), folder, new_tokens=10)) < 15
@@ -243,3 +245,4 @@ def test_bench_serve_asks_all_servers_the_same_with_vllms_client(tmp_path: Path)
     assert failed == {("a", 0), ("b", 6)}
     for server in servers:
         server.shutdown()
+        server.server_close()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 
 _MODELS = {
+    "InternVLForConditionalGeneration": "tiled_models:CrossGetInternVL",
     "LlavaForConditionalGeneration": "llava:CrossGetLlava",
     "Qwen2_5_VLForConditionalGeneration": "grid_models:CrossGetQwen2_5VL",
     "Qwen3VLForConditionalGeneration": "grid_models:CrossGetQwen3VL",

@@ -173,7 +173,8 @@ def _most_dropped(method: Method, hf_config: Any, length: int, limit: int) -> tu
     kept = kept_of(method, hf_config)
     if not in_grid(hf_config):
         full = schedule_of(method, hf_config).placeholders
-        return min(length // (kept(full) + 1) + 1, limit), full - kept(full)
+        most = length // kept(full) + 1  # an image of InternVL has several tiles
+        return most if hf_config.model_type == "internvl" else min(most, limit), full - kept(full)
     cases = []
     for power in range(2, 17):  # up to 65536 tokens, four times what the processor makes of its largest image
         longer_side = min(2**power, math.isqrt(_NARROWEST * 2**power))

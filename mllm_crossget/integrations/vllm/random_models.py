@@ -34,18 +34,53 @@ _QWEN_VISION: dict[str, dict[str, Any]] = {
     "qwen3_vl": {"intermediate_size": 96, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 2]},
 }
 _QWEN_TOKENS = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>")
-PICTURE = {"qwen2_5_vl": "".join(_QWEN_TOKENS[:3]), "qwen3_vl": "".join(_QWEN_TOKENS[:3])}
+_INTERNVL_TOKENS = ("<img>", "</img>", "<IMG_CONTEXT>", "<video>")
+PICTURE = {
+    "internvl": _INTERNVL_TOKENS[2],
+    "qwen2_5_vl": "".join(_QWEN_TOKENS[:3]),
+    "qwen3_vl": "".join(_QWEN_TOKENS[:3]),
+}
 """What stands for a picture in a prompt, by model type."""
 
 
 def random_model(folder: Path, model_type: str, seed: int = 0) -> Path:
-    """A small Qwen2.5-VL or Qwen3-VL. Returns ``folder``.
+    """A small InternVL, Qwen2.5-VL or Qwen3-VL. Returns ``folder``.
 
     Args:
         folder: where it is written.
         model_type: a key of ``PICTURE``.
         seed: of the weights.
     """
+    write = _random_internvl if model_type == "internvl" else _random_qwen
+    write(folder, model_type, seed)
+    return folder
+
+
+def _random_internvl(folder: Path, model_type: str, seed: int) -> None:
+    """Tiles of 64 pixels a side, 16 tokens each."""
+    from transformers import GotOcr2ImageProcessor, InternVLProcessor, InternVLVideoProcessor
+
+    names = ("start_image_token", "end_image_token", "context_image_token", "video_token")
+    tokenizer = _tokenizer(_INTERNVL_TOKENS, dict(zip(names, _INTERNVL_TOKENS, strict=True)))
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    text = {**_TEXT, **_special(tokenizer), "model_type": "qwen2", "rope_parameters": rope}
+    vision = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4}
+    kind: Any = CONFIG_MAPPING[model_type]
+    config = kind(
+        vision_config={**vision, "image_size": [64, 64], "patch_size": [_SIDE, _SIDE]},
+        text_config=text,
+        image_token_id=tokenizer.convert_tokens_to_ids(_INTERNVL_TOKENS[2]),
+        image_seq_length=16,
+        tie_word_embeddings=False,
+    )
+    save_random(config, tokenizer, folder, seed)
+    size: Any = {"height": 64, "width": 64}
+    images: Any = GotOcr2ImageProcessor(size=size, crop_to_patches=True, min_patches=1, max_patches=4)
+    processor: Any = InternVLProcessor(images, tokenizer, InternVLVideoProcessor(size=size), image_seq_length=16)
+    processor.save_pretrained(folder)
+
+
+def _random_qwen(folder: Path, model_type: str, seed: int) -> None:
     tokenizer = _tokenizer(_QWEN_TOKENS)
     start, image, end, video = tokenizer.convert_tokens_to_ids(list(_QWEN_TOKENS))
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 4, 4]}
@@ -65,7 +100,6 @@ def random_model(folder: Path, model_type: str, seed: int = 0) -> Path:
     )
     save_random(config, tokenizer, folder, seed)
     _qwen_processor(model_type, tokenizer).save_pretrained(folder)
-    return folder
 
 
 def _qwen_processor(model_type: str, tokenizer: Any) -> Any:
@@ -142,7 +176,7 @@ def _special(tokenizer: Any) -> dict[str, int]:
     }
 
 
-def _tokenizer(special: Sequence[str]) -> Any:
+def _tokenizer(special: Sequence[str], names_of: dict[str, str] | None = None) -> Any:
     """Words, one token each, behind the special tokens."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -151,4 +185,4 @@ def _tokenizer(special: Sequence[str]) -> Any:
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     named = dict(zip(("pad_token", "bos_token", "eos_token", "unk_token"), names, strict=True))
-    return PreTrainedTokenizerFast(tokenizer_object=words, additional_special_tokens=list(special), **named)
+    return PreTrainedTokenizerFast(tokenizer_object=words, extra_special_tokens=names_of or list(special), **named)

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from vllm.multimodal import MULTIMODAL_REGISTRY
-from vllm.multimodal.processing import PromptReplacement
+from vllm.multimodal.processing import PromptReplacement, PromptUpdateDetails
 
 from mllm_crossget.checkpoint import read_saved
 from mllm_crossget.config import ReductionConfig
@@ -73,12 +73,19 @@ class FewerPlaceholders:
 
 
 def _shortened(update: PromptReplacement, kept: Callable[[int], int]) -> PromptReplacement:
-    """The same replacement with as many placeholders as are left."""
+    """The same replacement with as many placeholders as are left; the markers around them stay."""
     stock: Any = update.replacement
+    target: Any = update.target
+    (token,) = target
 
-    def fewer(item: int) -> list[int]:
+    def fewer(item: int) -> Any:
         full = stock(item)
-        return full[: kept(len(full))]
+        if isinstance(full, list):
+            return full[: kept(len(full))]
+        tokens, count = list(full.full), full.full.count(token)
+        first = tokens.index(token)
+        del tokens[first : first + count - kept(count)]
+        return PromptUpdateDetails.select_token_id(tokens, token)
 
     return replace(update, replacement=fewer)
 

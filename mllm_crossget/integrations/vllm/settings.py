@@ -22,7 +22,7 @@ from mllm_crossget.schedule import Schedule, TowerGeometry, acting_geometry, mak
 KEY = "crossget"
 """Name of the settings in vLLM's ``hf_overrides``, and on the Hugging Face configuration."""
 TESTED_VERSIONS = ("0.32.0",)
-SERVED = ("llava", "qwen2_5_vl", "qwen3_vl")
+SERVED = ("llava", "internvl", "qwen2_5_vl", "qwen3_vl")
 """Model types."""
 CANNOT = {
     "llava_next": (
@@ -143,8 +143,8 @@ def kept_of(method: Method, hf_config: Any) -> Callable[[int], int]:
     family = served_family(hf_config)
     geometry = acting_geometry(method, family.geometry(hf_config))
     if isinstance(geometry, TowerGeometry) and geometry.fixed:
-        features = make_schedule(method, geometry).features
-        return lambda placeholders: features
+        tile = make_schedule(method, geometry)
+        return lambda placeholders: placeholders // tile.placeholders * tile.features
     if method.is_identity:
         return lambda placeholders: placeholders
     tower = None

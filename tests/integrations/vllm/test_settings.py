@@ -17,7 +17,7 @@ from mllm_crossget.embedded import WEIGHTS_FOLDER, load_embedded
 from mllm_crossget.integrations.vllm.front_end import FrontEnd
 from mllm_crossget.integrations.vllm.settings import KEY, kept_of, schedule_of, settings_of, version_problem
 from tests.helpers.families.case_qwen import patches
-from tests.helpers.tiny_grid import tiny_qwen
+from tests.helpers.tiny_grid import tiny_internvl, tiny_qwen
 
 CONFIG = AutoConfig.from_pretrained(WEIGHTS_FOLDER)
 
@@ -101,6 +101,19 @@ def test_another_family_is_refused(model_type: str, reason: str) -> None:
     setattr(other, KEY, {"keep_ratio": 0.5})
     with pytest.raises(ValueError, match=reason):
         settings_of(other, "")
+
+
+@pytest.mark.filterwarnings("ignore:mllm_crossget was tested with vLLM")
+def test_tiles_have_the_same_number_each() -> None:
+    config = tiny_internvl().config
+    setattr(config, KEY, {"keep_ratio": 0.25})
+    checked(vllm_config(config, images=1))
+    assert sum(config.text_config.rope_parameters["mrope_section"]) == 4
+    kept = kept_of(CrossGetConfig(keep_ratio=0.25), config)
+    assert [kept(16 * tiles) for tiles in (1, 2, 7)] == [4, 8, 28]
+    setattr(config, KEY, {"visual_tokens": 1})  # an image may have many tiles
+    with pytest.raises(ValueError, match="give a smaller --max-model-len"):
+        checked(vllm_config(config, images=1))
 
 
 GRID_TYPES = pytest.mark.parametrize("model_type", ["qwen2_5_vl", "qwen3_vl"])
