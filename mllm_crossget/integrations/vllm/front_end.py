@@ -152,14 +152,21 @@ def _check_longest(vllm_config: Any, method: Method) -> None:
     rows = text.max_position_embeddings * (4 if wide else 1)
     if longest > rows:
         most = (rows - length) // dropped
-        ways = [f"limit the images of a prompt (--limit-mm-per-prompt '{{\"image\": {most}}}')"] if most > 0 else []
+        ways = []
+        if most > 0 and not _has_tiles(model_config.hf_config):
+            ways.append(f"limit the images of a prompt (--limit-mm-per-prompt '{{\"image\": {most}}}')")
         ways.append("give a smaller --max-model-len")
         if not in_grid(model_config.hf_config):
             ways.append('add "positions": "contiguous" to the settings')
+        what = "tiles" if _has_tiles(model_config.hf_config) else "images"
         raise ValueError(
-            f"a prompt of {images} images would have positions up to {longest}, and the rotary table has {rows}: "
+            f"a prompt of {images} {what} would have positions up to {longest}, and the rotary table has {rows}: "
             + ", or ".join(ways)
         )
+
+
+def _has_tiles(hf_config: Any) -> bool:
+    return bool(hf_config.model_type == "internvl")
 
 
 def _most_dropped(method: Method, hf_config: Any, length: int, limit: int) -> tuple[int, int]:
@@ -173,8 +180,9 @@ def _most_dropped(method: Method, hf_config: Any, length: int, limit: int) -> tu
     kept = kept_of(method, hf_config)
     if not in_grid(hf_config):
         full = schedule_of(method, hf_config).placeholders
-        most = length // kept(full) + 1  # an image of InternVL has several tiles
-        return most if hf_config.model_type == "internvl" else min(most, limit), full - kept(full)
+        if _has_tiles(hf_config):  # any number of them in an image
+            return (length - 1) // kept(full), full - kept(full)
+        return min(length // (kept(full) + 1) + 1, limit), full - kept(full)
     cases = []
     for power in range(2, 17):  # up to 65536 tokens, four times what the processor makes of its largest image
         longer_side = min(2**power, math.isqrt(_NARROWEST * 2**power))
