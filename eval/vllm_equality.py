@@ -1,11 +1,12 @@
-"""Does vLLM with the plug-in give the answers of transformers? Token by token, greedy, on the embedded model.
+"""Does vLLM with the plug-in give the answers of transformers? Token by token, greedy, on small models.
 
     PYTHON eval/vllm_equality.py          # PYTHON: of an environment with vLLM, see `make vllm`
     PYTHON eval/vllm_equality.py --url http://localhost:8000/v1
 
-Every arm is one engine. It answers all requests, then again from its prefix cache. ``eval/results/vllm.json`` has one
-entry per arm: equal answers of all, by number of pictures; tokens of the prompts; and, as a control, how many answers
-stay equal if transformers leaves the arm's ``size_bias`` or its positions out. The control shows what equality proves.
+Every arm is one engine. Those of other families than LLaVA have small models with random weights. It answers all
+requests, then again from its prefix cache. ``eval/results/vllm.json`` has one entry per arm: equal answers of all, by
+number of pictures; tokens of the prompts; and, as a control, how many answers stay equal if transformers leaves the
+arm's ``size_bias`` or its positions out. The control shows what equality proves.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from mllm_crossget.integrations.vllm.comparison import (
     equal,
     with_cross_tokens,
 )
+from mllm_crossget.integrations.vllm.random_models import random_model, random_requests
 
 os.environ |= ENGINES_ON_A_CPU  # read when vLLM is imported, which the first engine does
 
@@ -49,6 +51,7 @@ class Options:
     one: int = field(default=140, metadata={"help": "questions about one picture"})
     two: int = field(default=50, metadata={"help": "questions about two pictures"})
     none: int = field(default=10, metadata={"help": "questions without a picture"})
+    prompts: int = field(default=50, metadata={"help": "prompts for models with random weights"})
     url: str = field(default="", metadata={"help": "of a server with keep_ratio=0.25 to ask instead of own engines"})
     arms: list[str] = field(default_factory=list, metadata={"help": "names of arms; all by default"})
     output: str = field(default="eval/results/vllm.json", metadata={"help": "file of the results"})
@@ -63,12 +66,15 @@ class Arm:
         engine: further options of the engine.
         cross: standard deviation of random learned cross tokens; 0 for none.
         controlled: whether the controls are computed too.
+        random: model type of a model with random weights, which gets prompts of one to four pictures of several sizes;
+            "": the embedded model.
     """
 
     config: ReductionConfig
     engine: dict[str, Any] = field(default_factory=dict)
     cross: float = 0.0
     controlled: bool = False
+    random: str = ""
 
 
 _CUT = {"max_num_batched_tokens": 64, "block_size": 32}  # pictures of 72 tokens are cut in the prefill
@@ -93,17 +99,28 @@ ARMS = {
     "tome 0.5": Arm(ToMeConfig(keep_ratio=0.5)),
     "tome 0.25": Arm(ToMeConfig(keep_ratio=0.25)),
 }
+_NAMES = {"internvl": "InternVL", "qwen2_5_vl": "Qwen2.5-VL", "qwen3_vl": "Qwen3-VL"}
+_SMALL_CUT = {"max_num_batched_tokens": 48, "block_size": 32}
+for _type, _name in _NAMES.items():
+    ARMS |= {
+        f"{_name}, untouched": Arm(CrossGetConfig(keep_ratio=1.0), random=_type),
+        f"{_name}, default 0.5": Arm(CrossGetConfig(keep_ratio=0.5), random=_type),
+        f"{_name}, default 0.25": Arm(CrossGetConfig(keep_ratio=0.25), controlled=True, random=_type),
+        f"{_name}, default 0.25, pictures cut": Arm(CrossGetConfig(keep_ratio=0.25), _SMALL_CUT, random=_type),
+        f"{_name}, without sizes 0.25": Arm(CrossGetConfig(keep_ratio=0.25, size_bias=False), random=_type),
+        f"{_name}, tome 0.25": Arm(ToMeConfig(keep_ratio=0.25), random=_type),
+    }
 
 
 def main() -> None:
     """Run the arms, and write down each when it is done."""
     (options,) = HfArgumentParser(Options).parse_args_into_dataclasses()
     torch.set_num_threads(1)
-    requests = embedded_requests(options.one, options.two, options.none)
     path = Path(options.output)
     results = json.loads(path.read_text()) if path.exists() else {}
     for name in [_SERVED] if options.url else options.arms or [name for name in ARMS if name != _SERVED]:
         arm = ARMS[name]
+        requests = requests_for(arm, options)
         results[name] = asked(arm, requests, options.url) if options.url else measured(arm, requests)
         results[name]["settings"] = arm.config.to_dict()
         print(name, json.dumps(results[name]), flush=True)
@@ -111,16 +128,25 @@ def main() -> None:
         path.write_text(json.dumps(results, indent=1) + "\n")
 
 
+def requests_for(arm: Arm, options: Options) -> list[Request]:
+    """Of the embedded model, or prompts of one to four pictures of several sizes."""
+    if arm.random:
+        return random_requests(arm.random, [1 + number % 4 for number in range(options.prompts)])
+    return embedded_requests(options.one, options.two, options.none)
+
+
 def measured(arm: Arm, requests: list[Request]) -> dict[str, Any]:
     """One arm: transformers, then vLLM twice, then the controls."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = with_cross_tokens(Path(scratch), arm.config, arm.cross) if arm.cross else WEIGHTS_FOLDER
+        folder = random_model(Path(scratch), arm.random) if arm.random else folder
         wanted = answers_of_transformers(requests, arm.config, folder)
-        with engine(arm.config, folder, **arm.engine) as llm:
+        limits = {"limit_mm_per_prompt": {"image": 4}, "max_model_len": 1024} if arm.random else {}
+        with engine(arm.config, folder, **{**limits, **arm.engine}) as llm:
             first, again = answers_of_vllm(llm, requests), answers_of_vllm(llm, requests)
         controls = {}
         if arm.controlled:
-            for change in ({"size_bias": False}, {"positions": "contiguous"}):
+            for change in ({"size_bias": False}, {"positions": "contiguous"})[: 1 if arm.random else 2]:
                 other = answers_of_transformers(requests, replace(arm.config, **change), folder)
                 controls["equal with " + json.dumps(change)] = equal(wanted, other)
         if arm.cross and arm.controlled:
@@ -140,10 +166,14 @@ def counted(requests: list[Request], wanted: list[Answer], first: list[Answer], 
         "requests": len(requests),
         "equal": equal(wanted, first),
         "equal again": equal(wanted, again),
-        "equal by pictures": {str(n): _share(requests, wanted, first, n) for n in (0, 1, 2)},
+        "equal by pictures": {str(n): _share(requests, wanted, first, n) for n in _numbers(requests)},
         "prompts of equal length": sum(a.prompt_tokens == b.prompt_tokens for a, b in zip(wanted, first, strict=True)),
         "mean tokens of prompts with one picture": _mean(requests, first),
     }
+
+
+def _numbers(requests: list[Request]) -> list[int]:
+    return sorted({len(one.images) for one in requests})
 
 
 def _share(requests: list[Request], left: list[Answer], right: list[Answer], pictures: int) -> str:

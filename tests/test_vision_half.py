@@ -9,9 +9,12 @@ from mllm_crossget import CrossGetConfig, MadtpConfig, ToMeConfig, accelerate_ml
 from mllm_crossget.hooks.ground.state import live_cross_tokens
 from mllm_crossget.hooks.projector.features import features_of
 from mllm_crossget.hooks.projector.groups import groups_of
+from mllm_crossget.hooks.projector.post_merge import kept_cells
 from mllm_crossget.methods.method import Method
 from mllm_crossget.vision_half import VisionHalf, accelerate_vision
+from tests.helpers.families.case_qwen import patches
 from tests.helpers.tiny import pixels, randomise_cross_tokens, tiny_llava, tiny_tower
+from tests.helpers.tiny_grid import tiles, tiny_internvl, tiny_qwen
 
 METHODS = [
     CrossGetConfig(keep_ratio=0.5),
@@ -45,6 +48,44 @@ def test_features_sizes_and_places_are_the_whole_models(tower: str, method: Meth
         assert torch.equal(image.size, groups.size)
         assert torch.equal(image.place, groups.place)
     assert len(encoded[0].features) == half.handle.schedule.features
+
+
+@pytest.mark.parametrize("method", [CrossGetConfig(keep_ratio=0.5), ToMeConfig(r=1), CrossGetConfig(keep_ratio=1.0)])
+@pytest.mark.parametrize("model_type", ["qwen2_5_vl", "qwen3_vl"])
+def test_features_of_packed_images_are_the_whole_models(model_type: str, method: Method) -> None:
+    """Deepstack features stand beside them; the place is the cell that stayed."""
+    model, grids = tiny_qwen(model_type=model_type), [(1, 6, 8), (1, 4, 4)]
+    half = accelerate_vision(model.config, method)
+    half.tower.load_state_dict(model.model.visual.state_dict())
+    accelerate_mllm(model, method)
+    given = {"pixel_values": patches(grids), "image_grid_thw": torch.tensor(grids)}
+    with torch.inference_mode():
+        output = model.model.get_image_features(**given, return_dict=True)
+        encoded = half.encode(**given)
+    levels = [torch.cat(list(level)) for level in getattr(output, "deepstack_features", None) or ()]
+    wanted = torch.cat([torch.cat(list(features_of(output))), *levels], dim=1)
+    assert torch.equal(torch.cat([image.features for image in encoded]), wanted)
+    assert wanted.shape[1] == model.config.text_config.hidden_size * (1 + len(levels))
+    cells = kept_cells(output) or [torch.arange(12), torch.arange(4)]
+    sizes = [group.size for group in groups_of(output) or ()] or [torch.ones(12), torch.ones(4)]
+    for image, kept, size in zip(encoded, cells, sizes, strict=True):
+        assert torch.equal(image.place, kept)
+        assert torch.equal(image.size, size)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: f"{method.method} {method.schedule_kind}")
+def test_features_of_tiles_are_the_whole_models(method: Method) -> None:
+    model, images = tiny_internvl(), tiles(3)
+    half = half_of(model, method)
+    accelerate_mllm(model, method)
+    with torch.inference_mode():
+        output = model.model.get_image_features(images, return_dict=True)
+        encoded = half.encode(pixel_values=images)
+    assert torch.equal(torch.stack([image.features for image in encoded]), torch.stack(list(features_of(output))))
+    assert len(encoded[0].features) == half.handle.schedule.features
+    for image, groups in zip(encoded, groups_of(output) or (), strict=False):
+        assert torch.equal(image.size, groups.size)
+        assert torch.equal(image.place, groups.place)
 
 
 def test_learned_tokens_change_the_features_as_in_the_whole_model() -> None:

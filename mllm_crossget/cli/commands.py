@@ -76,6 +76,14 @@ COMMANDS: dict[str, Command] = {
         group="measure speed",
         example="bench-reuse --keep_ratio 0.25",
     ),
+    "bench-serve": Command(
+        "mllm_crossget.benchmark.serving_load:BenchServeOptions",
+        "mllm_crossget.benchmark.serving_load:run",
+        "ask running servers in turns: time to the first token, between tokens, throughput, tokens and KV blocks",
+        group="serve",
+        example="bench-serve untouched=http://localhost:8000 reduced=http://localhost:8001 --concurrency 1 8 32",
+        leading="servers",
+    ),
     "compare": Command(
         "mllm_crossget.compare.compare_options:CompareOptions",
         "mllm_crossget.compare.command:run",

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import warnings
 
-_ARCHITECTURE = "LlavaForConditionalGeneration"
-_MODEL = "mllm_crossget.integrations.vllm.llava:CrossGetLlava"
+_MODELS = {
+    "InternVLForConditionalGeneration": "tiled_models:CrossGetInternVL",
+    "LlavaForConditionalGeneration": "llava:CrossGetLlava",
+    "Qwen2_5_VLForConditionalGeneration": "grid_models:CrossGetQwen2_5VL",
+    "Qwen3VLForConditionalGeneration": "grid_models:CrossGetQwen3VL",
+}
 
 
 def register() -> None:
-    """Let vLLM know the reduced model, and check settings before it starts a worker. May be called again."""
+    """Let vLLM know the reduced models, and check settings before it starts a worker. May be called again."""
     try:
         from vllm import ModelRegistry
         from vllm.model_executor.models.config import MODELS_CONFIG_MAP
@@ -23,5 +27,6 @@ def register() -> None:
         return
     from mllm_crossget.integrations.vllm.front_end import FrontEnd
 
-    MODELS_CONFIG_MAP[_ARCHITECTURE] = FrontEnd
-    ModelRegistry.register_model(_ARCHITECTURE, _MODEL)
+    for architecture, model in _MODELS.items():
+        MODELS_CONFIG_MAP[architecture] = FrontEnd
+        ModelRegistry.register_model(architecture, f"{__name__}.{model}")

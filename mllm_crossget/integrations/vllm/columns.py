@@ -8,7 +8,7 @@ Shapes: N tokens of a step in the order of the flattened batch, k features of an
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,17 +41,33 @@ def without_channels(embeds: Tensor) -> ImageFeatures:
     return ImageFeatures(embeds[:, :-CHANNELS], size.float(), place)
 
 
+class Span(NamedTuple):
+    """The tokens of one image in a reduced prompt.
+
+    Attributes:
+        start, tokens: first token and number of tokens.
+        extent: positions that the image takes in the full prompt.
+        width: cells in a row of its grid, where positions have three axes; else 0.
+    """
+
+    start: int
+    tokens: int
+    extent: int
+    width: int = 0
+
+
 class Columns(nn.Module):
     """The tokens of the current step. The buffers keep their addresses, as graphs that are replayed want.
 
     Args:
         tokens: largest number of tokens in a step.
+        axes: of positions: 1, or 3 for time, height and width.
 
     Attributes:
         places: (tokens,) int64 place in the image; 0 for text.
         log_sizes: (tokens,) float32 log token size; 0 for text.
         first: (tokens,) float32 1 for the first token of a prompt, else 0.
-        positions: (tokens,) int64 position in the full prompt.
+        positions: (axes, tokens) int64 position in the full prompt.
     """
 
     places: Tensor
@@ -59,12 +75,12 @@ class Columns(nn.Module):
     log_sizes: Tensor
     first: Tensor
 
-    def __init__(self, tokens: int) -> None:
+    def __init__(self, tokens: int, axes: int = 1) -> None:
         super().__init__()
         self.register_buffer("places", torch.zeros(tokens, dtype=torch.int64), persistent=False)
         self.register_buffer("log_sizes", torch.zeros(tokens, dtype=torch.float32), persistent=False)
         self.register_buffer("first", torch.zeros(tokens, dtype=torch.float32), persistent=False)
-        self.register_buffer("positions", torch.zeros(tokens, dtype=torch.int64), persistent=False)
+        self.register_buffer("positions", torch.zeros(axes, tokens, dtype=torch.int64), persistent=False)
 
     def fill(self, images: Sequence[ImageFeatures], is_image: Tensor | None) -> None:
         """Write down the image tokens of a step.
@@ -85,31 +101,41 @@ class Columns(nn.Module):
         self.first[: len(index)] = (index == 0).float()
 
     def placed(self, base: Tensor) -> Tensor:
-        """(N,) positions in the full prompt, at an address that stays. ``base``: (N,) the first row of positions."""
-        positions = self.positions[: len(base)]
-        positions.copy_(base + self.places[: len(base)])
+        """Positions in the full prompt, at an address that stays. ``base``: (3, N) of ``base_positions``.
+
+        Returns:
+            (N,); or (3, N) where positions have three axes: an image's token is in the row and column of its cell.
+        """
+        first, _, width = base
+        positions, places = self.positions[:, : len(first)], self.places[: len(first)]
+        if len(positions) == 1:
+            positions.copy_((first + places)[None])
+            return positions[0]
+        width = width.clamp_min(1)
+        positions.copy_(torch.stack([first, first + places // width, first + places % width]))
         return positions
 
 
-def base_positions(tokens: int, images: Sequence[tuple[int, int]], full: int) -> tuple[Tensor, int]:
+def base_positions(tokens: int, images: Sequence[Span]) -> tuple[Tensor, int]:
     """Positions of a prompt whose tokens keep those of the full prompt, before the images are encoded.
 
     Args:
         tokens: N of the reduced prompt.
-        images: (first token, number of tokens) of every image in it, in order.
-        full: n, number of tokens of an image in the full prompt.
+        images: every image in it, in order.
 
     Returns:
-        (3, N): the position, for an image token that of its image, to which its place is to be added; the index in the
-        reduced prompt; zeros. And what to add to the index of a token that follows the prompt.
+        (3, N): the position, for an image token that of its image's first one, from which its own follows by its
+        place; the index in the reduced prompt; the width of its image's grid. And what to add to the index of a token
+        that follows the prompt.
     """
     index = torch.arange(tokens)
-    positions = index.clone()
-    for start, count in images:
+    positions, widths = index.clone(), torch.zeros_like(index)
+    for start, count, extent, width in images:
         positions[start : start + count] = positions[start].clone()
-        positions[start + count :] += full - count
-    shift = sum(full - count for _, count in images)
-    return torch.stack([positions, index, torch.zeros_like(index)]), shift
+        positions[start + count :] += extent - count
+        widths[start : start + count] = width
+    shift = sum(image.extent - image.tokens for image in images)
+    return torch.stack([positions, index, widths]), shift
 
 
 def mrope_section(head_size: int) -> list[int]:

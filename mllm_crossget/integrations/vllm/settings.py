@@ -6,7 +6,7 @@ Settings are per engine: vLLM expands the prompt in another process than the enc
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,24 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 
 from mllm_crossget import methods as _registered_methods  # noqa: F401 - registers them
 from mllm_crossget.config import CONFIG_NAME, ReductionConfig, find_file
-from mllm_crossget.families.family import family_of
+from mllm_crossget.families.family import Family, Positions, family_of
+from mllm_crossget.hooks.ground.state import MergeState, TowerState
 from mllm_crossget.methods.method import Method, Place, checked_method
-from mllm_crossget.schedule import Schedule, TowerGeometry, make_schedule
+from mllm_crossget.schedule import Schedule, TowerGeometry, acting_geometry, make_schedule
 
 KEY = "crossget"
 """Name of the settings in vLLM's ``hf_overrides``, and on the Hugging Face configuration."""
 TESTED_VERSIONS = ("0.32.0",)
+SERVED = ("llava", "internvl", "qwen2_5_vl", "qwen3_vl")
+"""Model types."""
+CANNOT = {
+    "llava_next": (
+        "a merged token that lies in an image's padding is dropped, so that the number of tokens depends on the "
+        "content of the image, and vLLM counts placeholders before the image is encoded"
+    ),
+}
+"""Why model types cannot be served that vLLM knows."""
+CANNOT |= dict.fromkeys(("llava_next_video", "llava_onevision", "granite_vision"), CANNOT["llava_next"])
 _DEFAULT_METHOD = "crossget"
 
 
@@ -91,27 +102,57 @@ def refuse_unserved(method: Method, hf_config: Any) -> None:
             f"{name} acts at the {method.place.value}, which was not tested inside vLLM; use a method that acts in the "
             "tower's layers, such as CrossGetConfig or ToMeConfig"
         )
+    if served_family(hf_config).positions is Positions.GRID and method.positions and not method.keeps_positions:
+        raise ValueError(
+            f"positions={method.positions!r}, but image tokens of {hf_config.model_type!r} have positions in time, "
+            "height and width, which are always kept; leave it out"
+        )
     schedule_of(method, hf_config)
 
 
+def served_family(hf_config: Any) -> Family:
+    """The family of a model to serve. Raises ``ValueError`` for one that the plug-in does not serve."""
+    family, what = family_of(hf_config), getattr(hf_config, "model_type", None)
+    if what in CANNOT:
+        raise ValueError(f"{what!r} cannot be served with {KEY!r} inside vLLM: {CANNOT[what]}; use transformers")
+    if family is not None and family.model_type in SERVED and (family.vision.view or family.model_type != "llava"):
+        return family
+    named = f"{what!r} with several feature layers" if family is not None and what == "llava" else repr(what)
+    raise ValueError(
+        f"mllm_crossget serves model types {', '.join(map(repr, SERVED))} inside vLLM, got {named}; serve it without "
+        f"{KEY!r}, or with transformers"
+    )
+
+
 def schedule_of(method: Method, hf_config: Any) -> Schedule:
-    """Token counts of one image: ``placeholders`` without the reduction, ``features`` with it.
+    """Token counts of one image: ``placeholders`` without the reduction, ``features`` with it. Where images have any
+    size, of one of 1024 tokens.
 
     Raises:
         ValueError: a family that the plug-in does not serve, or a setting that the tower cannot meet.
     """
-    family = family_of(hf_config)
-    if family is None or family.model_type != "llava" or not family.vision.view:
-        what = getattr(hf_config, "model_type", None)
-        what = f"{what!r} with several feature layers" if family is not None and what == "llava" else repr(what)
-        raise ValueError(
-            f"mllm_crossget serves model type 'llava' inside vLLM, got {what}; serve it without {KEY!r}, or with "
-            "transformers"
-        )
-    geometry = family.geometry(hf_config)
-    if not isinstance(geometry, TowerGeometry):
-        raise TypeError(f"{family.key!r} has no vision tower")
-    return make_schedule(method, geometry)
+    return make_schedule(method, served_family(hf_config).geometry(hf_config))
+
+
+def kept_of(method: Method, hf_config: Any) -> Callable[[int], int]:
+    """Number of tokens that are left of an image, by its number of placeholders in the untouched model.
+
+    Raises:
+        ValueError: as ``schedule_of``.
+    """
+    family = served_family(hf_config)
+    geometry = acting_geometry(method, family.geometry(hf_config))
+    if isinstance(geometry, TowerGeometry) and geometry.fixed:
+        tile = make_schedule(method, geometry)
+        return lambda placeholders: placeholders // tile.placeholders * tile.features
+    if method.is_identity:
+        return lambda placeholders: placeholders
+    tower = None
+    if isinstance(geometry, TowerGeometry):
+        (kind,) = family.vision.kinds
+        tower = TowerState(method, geometry, kind.names)
+    merging = MergeState(method, family.modalities, tower=tower)
+    return lambda placeholders: merging.schedule(placeholders).features
 
 
 def version_problem(version: str) -> str | None:

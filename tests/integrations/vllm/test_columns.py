@@ -9,6 +9,7 @@ from mllm_crossget.hooks.request.compaction import plan_compaction
 from mllm_crossget.integrations.vllm.columns import (
     CHANNELS,
     Columns,
+    Span,
     base_positions,
     mrope_section,
     with_channels,
@@ -16,6 +17,7 @@ from mllm_crossget.integrations.vllm.columns import (
 )
 from mllm_crossget.integrations.vllm.weights import may_be_missing, served_names
 from mllm_crossget.vision_half import ImageFeatures
+from tests.helpers.tiny_grid import IMAGE_TOKEN, rows_of, tiny_qwen
 
 IMAGE, TEXT = 9, 1
 
@@ -52,10 +54,10 @@ def test_positions_are_those_of_the_compaction(prompt: str) -> None:
     starts = [
         3 * prompt[:place].count("I") + prompt[:place].count("t") for place, one in enumerate(prompt) if one == "I"
     ]
-    positions, shift = base_positions(len(kept), [(start, 3) for start in starts], full=7)
+    positions, shift = base_positions(len(kept), [Span(start, 3, 7) for start in starts])
     columns = Columns(32)
     columns.fill(images, is_image)
-    placed = columns.placed(positions[0])
+    placed = columns.placed(positions)
     assert torch.equal(placed, plan.places[0])
     assert placed.data_ptr() == columns.positions.data_ptr()  # graphs that are replayed read that address
     assert torch.equal(positions[1], torch.arange(len(kept)))
@@ -63,8 +65,30 @@ def test_positions_are_those_of_the_compaction(prompt: str) -> None:
     torch.testing.assert_close(columns.log_sizes[: len(kept)], plan.log_sizes[0])
 
 
+@pytest.mark.parametrize("model_type", ["qwen2_5_vl", "qwen3_vl"])
+def test_positions_in_a_grid_are_those_of_the_full_prompt(model_type: str) -> None:
+    """Text, an image of 2 x 5 cells, text, one of 4 x 2 cells, text; some cells of each are left."""
+    model, grids = tiny_qwen(model_type=model_type), torch.tensor([[1, 4, 10], [1, 8, 4]])
+    (row,) = rows_of([[10, 8]])
+    ids = torch.tensor([row])
+    types = (ids == IMAGE_TOKEN).long()
+    full, delta = model.model.get_rope_index(ids, mm_token_type_ids=types, image_grid_thw=grids)
+    runs = [[0, 4, 5, 9], [1, 6, 7]]
+    first = row.index(IMAGE_TOKEN)
+    second = first + 10 + row[first + 10 :].index(IMAGE_TOKEN)
+    gone = {first + cell for cell in set(range(10)) - set(runs[0])}
+    gone |= {second + cell for cell in set(range(8)) - set(runs[1])}
+    kept = [column for column in range(len(row)) if column not in gone]
+    spans = [Span(first, 4, 5, 5), Span(second - 6, 3, 4, 2)]
+    columns = Columns(40, axes=3)
+    columns.fill([image_of(run) for run in runs], types[0][kept] == 1)
+    positions, shift = base_positions(len(kept), spans)
+    assert torch.equal(columns.placed(positions), full[:, 0, kept])
+    assert shift + len(kept) == int(delta) + len(row)
+
+
 def test_text_alone_keeps_its_positions() -> None:
-    positions, shift = base_positions(4, [], full=7)
+    positions, shift = base_positions(4, [])
     assert positions[:2].tolist() == [[0, 1, 2, 3]] * 2
     assert shift == 0
 

@@ -8,13 +8,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoConfig
 
 from mllm_crossget import CrossGetConfig, MadtpConfig, ToMeConfig, save_crossget
 from mllm_crossget.api import accelerate_mllm
 from mllm_crossget.embedded import WEIGHTS_FOLDER, load_embedded
 from mllm_crossget.integrations.vllm.front_end import FrontEnd
-from mllm_crossget.integrations.vllm.settings import KEY, schedule_of, settings_of, version_problem
+from mllm_crossget.integrations.vllm.settings import KEY, kept_of, schedule_of, settings_of, version_problem
+from tests.helpers.families.case_qwen import patches
+from tests.helpers.tiny_grid import tiny_internvl, tiny_qwen
 
 CONFIG = AutoConfig.from_pretrained(WEIGHTS_FOLDER)
 
@@ -89,11 +92,66 @@ def test_what_cannot_be_served_is_refused_with_the_reason(values: Any, reason: s
         checked(vllm_config(config_with(values)))
 
 
-def test_another_family_is_refused() -> None:
-    other = AutoConfig.for_model("qwen2_5_vl")
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [("qwen2_vl", "serves model types 'llava', .* inside vLLM, got 'qwen2_vl'"), ("llava_next", "image's padding")],
+)
+def test_another_family_is_refused(model_type: str, reason: str) -> None:
+    other = AutoConfig.for_model(model_type)
     setattr(other, KEY, {"keep_ratio": 0.5})
-    with pytest.raises(ValueError, match="serves model type 'llava' inside vLLM, got 'qwen2_5_vl'"):
+    with pytest.raises(ValueError, match=reason):
         settings_of(other, "")
+
+
+@pytest.mark.filterwarnings("ignore:mllm_crossget was tested with vLLM")
+def test_tiles_have_the_same_number_each() -> None:
+    config = tiny_internvl().config
+    setattr(config, KEY, {"keep_ratio": 0.25})
+    checked(vllm_config(config, images=1))
+    assert sum(config.text_config.rope_parameters["mrope_section"]) == 4
+    kept = kept_of(CrossGetConfig(keep_ratio=0.25), config)
+    assert [kept(16 * tiles) for tiles in (1, 2, 7)] == [4, 8, 28]
+    setattr(config, KEY, {"visual_tokens": 1})  # an image may have many tiles
+    with pytest.raises(ValueError, match="give a smaller --max-model-len"):
+        checked(vllm_config(config, images=1))
+
+
+GRID_TYPES = pytest.mark.parametrize("model_type", ["qwen2_5_vl", "qwen3_vl"])
+
+
+@GRID_TYPES
+@pytest.mark.parametrize(
+    "method",
+    [CrossGetConfig(keep_ratio=0.25), CrossGetConfig(visual_tokens=6), ToMeConfig(r=3), CrossGetConfig(keep_ratio=1.0)],
+    ids=str,
+)
+def test_counts_of_images_of_any_size_are_the_models(model_type: str, method: Any) -> None:
+    model, grids = accelerate_mllm(tiny_qwen(model_type=model_type), method), [(1, 4, 6), (1, 8, 8), (1, 2, 2)]
+    features = model.model.get_image_features(patches(grids), torch.tensor(grids), return_dict=True).pooler_output
+    kept = kept_of(method, model.config)
+    assert [kept(height * width // 4) for _, height, width in grids] == [len(image) for image in features]
+
+
+@GRID_TYPES
+@pytest.mark.filterwarnings("ignore:mllm_crossget was tested with vLLM")
+def test_a_grid_keeps_its_positions_and_its_rotary_settings(model_type: str) -> None:
+    config = tiny_qwen(model_type=model_type).config
+    setattr(config, KEY, {"keep_ratio": 0.25, "size_bias": False})
+    config.text_config.max_position_embeddings = 2048
+    before = config.to_dict()["text_config"]
+    made = vllm_config(config)
+    made.model_config.multimodal_config.mm_device_do_normalize = True
+    checked(made)
+    assert config.to_dict()["text_config"] == before
+    assert made.model_config.multimodal_config.mm_device_do_normalize is False  # the tower gets normalised pixels
+    with pytest.raises(ValueError, match="pipeline parallelism"):
+        checked(vllm_config(config, parallel_config=SimpleNamespace(pipeline_parallel_size=2)))
+    setattr(config, KEY, {"keep_ratio": 0.25, "positions": "contiguous"})
+    with pytest.raises(ValueError, match="always kept; leave it out"):
+        settings_of(config, "")
+    setattr(config, KEY, {"visual_tokens": 1})
+    with pytest.raises(ValueError, match="give a smaller --max-model-len"):
+        checked(vllm_config(config, images=99))
 
 
 @pytest.mark.filterwarnings("ignore:mllm_crossget was tested with vLLM")
