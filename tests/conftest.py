@@ -77,6 +77,7 @@ _ANY_TRANSFORMERS = (
     "test_readme.py",
     "test_schedule.py",
     "test_scripts.py",
+    "test_sdist.py",
     "test_unlisted.py",
 )
 # Of files with a twin that runs under every version: laws of ours in front of the model's own code.
