@@ -45,7 +45,7 @@ class Command:
     takes_rest: bool = False
 
 
-GROUPS = ("see what it does", "choose a method and a budget", "train and evaluate", "serve", "measure speed")
+GROUPS = ("see what it does", "choose a method and a budget", "train and evaluate", "serve", "measure speed", "set up")
 COMMANDS: dict[str, Command] = {
     "bench": Command(
         "mllm_crossget.benchmark.speed:BenchOptions",
@@ -83,6 +83,13 @@ COMMANDS: dict[str, Command] = {
         extra="viz",
         group="choose a method and a budget",
         example="compare embedded questions.json --methods tome visionzip --keep_ratios 0.5 0.25",
+    ),
+    "completion": Command(
+        "mllm_crossget.cli.completion:CompletionOptions",
+        "mllm_crossget.cli.completion:completion",
+        "print the script that lets a shell complete commands and options: bash, zsh, fish or tcsh",
+        group="set up",
+        example="completion bash",
     ),
     "demo": Command(
         "mllm_crossget.embedded.demo:DemoOptions",
