@@ -74,6 +74,7 @@ _ANY_TRANSFORMERS = (
     "test_contributing.py",
     "test_layout.py",
     "test_moved.py",
+    "test_notebooks.py",
     "test_readme.py",
     "test_schedule.py",
     "test_scripts.py",

@@ -7,6 +7,7 @@ torch and transformers are imported inside functions: help and many mistakes com
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import importlib
@@ -25,6 +26,7 @@ from mllm_crossget import __version__
 from mllm_crossget.cli.commands import COMMANDS, GROUPS, Command
 from mllm_crossget.cli.option_names import check_names, field_names
 from mllm_crossget.field_types import check_type
+from mllm_crossget.files.quiet import quiet
 from mllm_crossget.files.user_files import read_yaml
 
 PROGRAM = "mllm-crossget"
@@ -50,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = COMMANDS[name]
     try:
         arguments = parse_command(name, command, words[1:], check_files=True)
-        status: int | None = _imported(command.function)(*arguments)
+        with quiet() if command.quiet else contextlib.nullcontext():
+            status: int | None = _imported(command.function)(*arguments)
     except (ValueError, TypeError, OSError, SafetensorError) as error:
         print(f"error: {_in_one_line(error)}", file=sys.stderr)
         return 2

@@ -27,6 +27,7 @@ class Command:
         leading: the list whose option name may be left out where its values come first.
         takes_rest: whether all words behind ``--`` are for another program; the function's last argument. The method is
             then None if no option of it is given.
+        quiet: whether other packages' progress bars and notes about deprecations are kept off the screen.
     """
 
     options: str
@@ -43,6 +44,7 @@ class Command:
     details: str = ""
     leading: str = ""
     takes_rest: bool = False
+    quiet: bool = True
 
 
 GROUPS = ("see what it does", "choose a method and a budget", "train and evaluate", "serve", "measure speed", "set up")
@@ -76,6 +78,15 @@ COMMANDS: dict[str, Command] = {
         group="measure speed",
         example="bench-reuse --keep_ratio 0.25",
     ),
+    "ceilings": Command(
+        "mllm_crossget.benchmark.gain_ceilings:CeilingsOptions",
+        "mllm_crossget.benchmark.gain_ceilings:run",
+        "by how much a reduction can help at most, by batch and answer length, for an assumed device",
+        takes_method=True,
+        extra="viz",
+        group="choose a method and a budget",
+        example="ceilings llava-1.5-7b --keep_ratio 0.25 --plot ceilings.png",
+    ),
     "compare": Command(
         "mllm_crossget.compare.compare_options:CompareOptions",
         "mllm_crossget.compare.command:run",
@@ -105,6 +116,7 @@ COMMANDS: dict[str, Command] = {
         "run a suite of lmms-eval tasks over methods and keep ratios: mllm-crossget eval experiment.yaml",
         extra="eval",
         takes_file=True,
+        quiet=False,
         group="train and evaluate",
         example="eval eval/experiments/embedded.yaml --limit 100",
     ),
@@ -129,6 +141,7 @@ COMMANDS: dict[str, Command] = {
         "start vLLM's server with fewer image tokens; what is behind -- goes to vllm serve",
         takes_method=True,
         takes_rest=True,
+        quiet=False,
         group="serve",
         example="serve llava-hf/llava-1.5-7b-hf --keep_ratio 0.25 -- --port 8000",
     ),
@@ -150,6 +163,7 @@ COMMANDS: dict[str, Command] = {
         settings="mllm_crossget.training.options:TrainerSettings",
         takes_file=True,
         details="mllm_crossget.training.train_options:DATA_FORMS",
+        quiet=False,
         group="train and evaluate",
         example="train scripts/configs/embedded.yaml --learning_rate 1e-4",
         names=(

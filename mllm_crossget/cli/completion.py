@@ -16,7 +16,7 @@ from mllm_crossget.field_types import check_field_types
 
 Shell = Literal["bash", "zsh", "fish", "tcsh"]
 # The option whose values a command's first words are; of other commands these are files.
-_FIRST_WORD = {"completion": "shell", "inspect": "geometry", "bench-layers": "geometry"}
+_FIRST_WORD = {"completion": "shell", "inspect": "geometry", "ceilings": "geometry", "bench-layers": "geometry"}
 
 
 @dataclass
