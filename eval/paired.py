@@ -1,7 +1,8 @@
-"""Paired comparison of stored answers: each setting minus the default at the same keep ratio.
+"""Paired comparison of stored answers: each setting minus the default at the same keep ratio, or minus one setting.
 
     python eval/paired.py eval/results/demo/demo.json
     python eval/paired.py eval/results/easy_vqa/runs.jsonl --base "crossget"
+    python eval/paired.py eval/results/selection_trials/runs.jsonl --base "default output 0.125"
 
 Every result has a string of right (1) and wrong (0) answers to the same questions in the same order. The interval is a
 percentile bootstrap (95 %) over questions.
@@ -49,7 +50,7 @@ def read_marks(path: Path) -> dict[str, str]:
 
 
 def compared(marks: dict[str, str], base: str) -> list[tuple[str, dict[str, float]]]:
-    """Every setting that has the base at its keep ratio, and its difference to it.
+    """Every setting that has the base at its keep ratio, and its difference to it; all, if the base is one setting.
 
     Raises:
         ValueError: no setting can be compared.
@@ -57,7 +58,7 @@ def compared(marks: dict[str, str], base: str) -> list[tuple[str, dict[str, floa
     found = []
     for setting, right in marks.items():
         name, _, rest = setting.partition(" ")
-        own = f"{base} {rest.split(' ')[0]}"
+        own = base if base in marks else f"{base} {rest.split(' ')[0]}"
         if rest and own in marks and own != setting:
             found.append((f"{name} {rest}", difference(marks[own], right)))
     if not found:
@@ -69,7 +70,7 @@ def main() -> None:
     """Print one line per setting."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help="demo.json or runs.jsonl")
-    parser.add_argument("--base", default="crossget", help="what the others are compared with")
+    parser.add_argument("--base", default="crossget", help="a method, or the whole name of one setting")
     options = parser.parse_args()
     marks = read_marks(options.file)
     print(f"minus {options.base} at the same keep ratio, points, 95 % paired bootstrap over questions")

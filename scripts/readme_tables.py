@@ -1,4 +1,4 @@
-"""Write the tables of README.md and docs/ from the JSON files in eval/results, and those of families from the registry.
+"""Write the tables of README.md and docs/ from the JSON files in eval/results, from formulas and from the registry.
 
 python scripts/readme_tables.py           # rewrite the marked blocks
 python scripts/readme_tables.py --check   # exit 1 if a block does not match the files
@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ceilings_table import ceilings_table
 from easy_vqa_table import easy_vqa_table
 from equal_flops_table import equal_flops_table
 from rivals_table import rivals_table
@@ -254,7 +255,7 @@ def read(path: Path) -> Any:
 def all_tables() -> dict[str, str]:
     """Every table by its name; a table without its file is an error."""
     made = {name: make(read(RESULTS / file)) for name, (make, file) in TABLES.items()}
-    return {**made, "families": markdown_tables(), "kv_capacity": capacity_table()}
+    return {**made, "families": markdown_tables(), "kv_capacity": capacity_table(), "ceilings": ceilings_table()}
 
 
 def rendered(text: str, tables: dict[str, str]) -> tuple[str, list[str]]:

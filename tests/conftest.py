@@ -74,9 +74,11 @@ _ANY_TRANSFORMERS = (
     "test_contributing.py",
     "test_layout.py",
     "test_moved.py",
+    "test_notebooks.py",
     "test_readme.py",
     "test_schedule.py",
     "test_scripts.py",
+    "test_sdist.py",
     "test_unlisted.py",
 )
 # Of files with a twin that runs under every version: laws of ours in front of the model's own code.

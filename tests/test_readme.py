@@ -89,3 +89,33 @@ def test_a_broken_link_is_found(tmp_path: Path) -> None:
     )
     links = ["other.md#no-heading", "none.md", "#there", "none.png", "none.svg", "http://plain.example", "none.txt"]
     assert broken_links(page) == links
+
+
+def figures(page: str) -> set[str]:
+    """Numbers with a decimal point, outside of code and names of settings."""
+    text = re.sub(r"`[^`\n]*`|LLaVA-1\.5(-7B)?|version 0\.1", "", without_code((ROOT / "docs" / page).read_text()))
+    return set(re.findall(r"\d+\.\d+", text))
+
+
+def test_findings_repeat_the_figures_of_the_other_pages() -> None:
+    repeated = set().union(*(figures(page) for page in ("accuracy.md", "fine-tuning.md", "budget.md")))
+    found = figures("findings.md")
+    assert len(found) > 30
+    assert found <= repeated, f"no other page has {sorted(found - repeated)}"
+
+
+def test_every_finding_has_a_command_and_its_files() -> None:
+    text = (ROOT / "docs" / "findings.md").read_text()
+    for finding in re.split(r"^## ", text, flags=re.M)[1:]:
+        title = finding.partition("\n")[0]
+        assert re.search(r"^```bash\n(python|mllm-crossget) ", finding, flags=re.M), f"{title}: no command"
+        files = re.findall(r"`(eval/[^`]+)`", finding)
+        assert files or "No result file" in finding, f"{title}: no result file"
+        assert all((ROOT / file).is_file() for file in files), f"{title}: {files}"
+
+
+def test_every_question_is_answered_with_something_to_run() -> None:
+    questions = re.split(r"^## ", (ROOT / "docs" / "faq.md").read_text(), flags=re.M)[1:]
+    without = [one.partition("\n")[0] for one in questions if not re.search(r"^```(bash|python)$", one, flags=re.M)]
+    assert len(questions) > 15
+    assert not without

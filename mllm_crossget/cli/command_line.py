@@ -7,6 +7,7 @@ torch and transformers are imported inside functions: help and many mistakes com
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import importlib
@@ -25,9 +26,10 @@ from mllm_crossget import __version__
 from mllm_crossget.cli.commands import COMMANDS, GROUPS, Command
 from mllm_crossget.cli.option_names import check_names, field_names
 from mllm_crossget.field_types import check_type
+from mllm_crossget.files.quiet import quiet
 from mllm_crossget.files.user_files import read_yaml
 
-_PROGRAM = "mllm-crossget"
+PROGRAM = "mllm-crossget"
 _DEFAULT_METHOD = "crossget"
 _SHARED = {"seed"}  # options that the run and a method both have, so that the value may be meant for the run
 
@@ -50,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = COMMANDS[name]
     try:
         arguments = parse_command(name, command, words[1:], check_files=True)
-        status: int | None = _imported(command.function)(*arguments)
+        with quiet() if command.quiet else contextlib.nullcontext():
+            status: int | None = _imported(command.function)(*arguments)
     except (ValueError, TypeError, OSError, SafetensorError) as error:
         print(f"error: {_in_one_line(error)}", file=sys.stderr)
         return 2
@@ -113,7 +116,7 @@ def parse_command(name: str, command: Command, words: Sequence[str], check_files
             _told_early(name, kinds, words, from_file)
         kinds.append(_imported(command.settings))
     taken = _taken_twice(kinds) if command.takes_method else {}
-    example = f"example: {_PROGRAM} {command.example}" if command.example else ""
+    example = f"example: {PROGRAM} {command.example}" if command.example else ""
     epilog = "\n\n".join(filter(None, [example, _imported(command.details) if command.details else ""]))
     parsable = [_parsable(kind, taken if index == 1 else {}) for index, kind in enumerate(kinds)]
     parser = _parser(name, parsable, command.takes_method, description=command.help, epilog=epilog)
@@ -130,12 +133,33 @@ def _parser(name: str, kinds: Sequence[Any], takes_method: bool, **texts: str) -
     from transformers import HfArgumentParser
 
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = HfArgumentParser(kinds, prog=f"{_PROGRAM} {name}", formatter_class=formatter, allow_abbrev=False, **texts)
+    parser = HfArgumentParser(kinds, prog=f"{PROGRAM} {name}", formatter_class=formatter, allow_abbrev=False, **texts)
     if takes_method:
         from mllm_crossget.config import method_names
 
         parser.add_argument("--method", default=_DEFAULT_METHOD, choices=method_names(), help="the reduction")
     return parser
+
+
+def all_options(name: str, command: Command) -> list[argparse.Action]:
+    """The options of a command, with those of every method and of its further settings, for shell completion.
+
+    Raises:
+        ImportError: an extra that the command needs is not installed.
+    """
+    kinds = [_imported(path) for path in (command.options, command.settings) if path]
+    sets = [[_parsable(kind) for kind in kinds]]
+    if command.takes_method:
+        from mllm_crossget.config import method_class, method_names
+
+        for kind in map(method_class, method_names()):
+            taken = _taken_twice([kinds[0], kind, *kinds[1:]])
+            sets.append([_parsable(kind, taken)])
+    found: dict[str, argparse.Action] = {}
+    for one in sets:
+        for action in _parser(name, one, command.takes_method)._actions:
+            found.setdefault(action.dest, action)
+    return [action for action in found.values() if action.dest != "help"]
 
 
 def _method_kind(words: Sequence[str], from_file: Mapping[str, Any]) -> type:
@@ -197,8 +221,8 @@ def _taken_twice(kinds: Sequence[type]) -> dict[str, str]:
 def _overview() -> argparse.ArgumentParser:
     """The parser of the commands' names, whose help has them in groups; ``parse_command`` parses their options."""
     parser = argparse.ArgumentParser(
-        _PROGRAM,
-        usage=f"{_PROGRAM} [-h] [--version] COMMAND ...",
+        PROGRAM,
+        usage=f"{PROGRAM} [-h] [--version] COMMAND ...",
         description="Fewer visual tokens in Hugging Face vision-language models.",
         epilog=_grouped(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -215,9 +239,9 @@ def _grouped() -> str:
         own = {name: command for name, command in COMMANDS.items() if command.group == group}
         lines += ["", f"{group or 'further'}:"] if own else []
         for name, command in own.items():
-            lines += [f"  {name:<14}{command.help}", f"  {'':<14}  $ {_PROGRAM} {command.example or name}"]
+            lines += [f"  {name:<14}{command.help}", f"  {'':<14}  $ {PROGRAM} {command.example or name}"]
     return "\n".join(
-        [*lines[1:], "", f"{_PROGRAM} COMMAND --help lists a command's options, as --keep-ratio or --keep_ratio."]
+        [*lines[1:], "", f"{PROGRAM} COMMAND --help lists a command's options, as --keep-ratio or --keep_ratio."]
     )
 
 

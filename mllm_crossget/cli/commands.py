@@ -27,6 +27,7 @@ class Command:
         leading: the list whose option name may be left out where its values come first.
         takes_rest: whether all words behind ``--`` are for another program; the function's last argument. The method is
             then None if no option of it is given.
+        quiet: whether other packages' progress bars and notes about deprecations are kept off the screen.
     """
 
     options: str
@@ -43,9 +44,10 @@ class Command:
     details: str = ""
     leading: str = ""
     takes_rest: bool = False
+    quiet: bool = True
 
 
-GROUPS = ("see what it does", "choose a method and a budget", "train and evaluate", "serve", "measure speed")
+GROUPS = ("see what it does", "choose a method and a budget", "train and evaluate", "serve", "measure speed", "set up")
 COMMANDS: dict[str, Command] = {
     "bench": Command(
         "mllm_crossget.benchmark.speed:BenchOptions",
@@ -84,6 +86,15 @@ COMMANDS: dict[str, Command] = {
         example="bench-serve untouched=http://localhost:8000 reduced=http://localhost:8001 --concurrency 1 8 32",
         leading="servers",
     ),
+    "ceilings": Command(
+        "mllm_crossget.benchmark.gain_ceilings:CeilingsOptions",
+        "mllm_crossget.benchmark.gain_ceilings:run",
+        "by how much a reduction can help at most, by batch and answer length, for an assumed device",
+        takes_method=True,
+        extra="viz",
+        group="choose a method and a budget",
+        example="ceilings llava-1.5-7b --keep_ratio 0.25 --plot ceilings.png",
+    ),
     "compare": Command(
         "mllm_crossget.compare.compare_options:CompareOptions",
         "mllm_crossget.compare.command:run",
@@ -91,6 +102,13 @@ COMMANDS: dict[str, Command] = {
         extra="viz",
         group="choose a method and a budget",
         example="compare embedded questions.json --methods tome visionzip --keep_ratios 0.5 0.25",
+    ),
+    "completion": Command(
+        "mllm_crossget.cli.completion:CompletionOptions",
+        "mllm_crossget.cli.completion:completion",
+        "print the script that lets a shell complete commands and options: bash, zsh, fish or tcsh",
+        group="set up",
+        example="completion bash",
     ),
     "demo": Command(
         "mllm_crossget.embedded.demo:DemoOptions",
@@ -106,6 +124,7 @@ COMMANDS: dict[str, Command] = {
         "run a suite of lmms-eval tasks over methods and keep ratios: mllm-crossget eval experiment.yaml",
         extra="eval",
         takes_file=True,
+        quiet=False,
         group="train and evaluate",
         example="eval eval/experiments/embedded.yaml --limit 100",
     ),
@@ -130,6 +149,7 @@ COMMANDS: dict[str, Command] = {
         "start vLLM's server with fewer image tokens; what is behind -- goes to vllm serve",
         takes_method=True,
         takes_rest=True,
+        quiet=False,
         group="serve",
         example="serve llava-hf/llava-1.5-7b-hf --keep_ratio 0.25 -- --port 8000",
     ),
@@ -151,6 +171,7 @@ COMMANDS: dict[str, Command] = {
         settings="mllm_crossget.training.options:TrainerSettings",
         takes_file=True,
         details="mllm_crossget.training.train_options:DATA_FORMS",
+        quiet=False,
         group="train and evaluate",
         example="train scripts/configs/embedded.yaml --learning_rate 1e-4",
         names=(

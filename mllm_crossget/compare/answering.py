@@ -13,6 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from mllm_crossget.compare.compare_options import CompareOptions
 from mllm_crossget.compare.samples import Question, batches
 from mllm_crossget.embedded import WEIGHTS_FOLDER
+from mllm_crossget.files.quiet import no_bars
 from mllm_crossget.files.user_files import load_model
 
 EMBEDDED = "embedded"
@@ -142,12 +143,13 @@ def load_answerer(options: CompareOptions) -> Answerer:
         dtype = torch.float32
 
     def load() -> tuple[Any, Any]:
-        model: Any = AutoModelForImageTextToText.from_pretrained(
-            source, dtype=dtype, attn_implementation=options.attn_implementation
-        )
+        with no_bars():
+            model: Any = AutoModelForImageTextToText.from_pretrained(
+                source, dtype=dtype, attn_implementation=options.attn_implementation
+            )
         return model.to(device).eval(), AutoProcessor.from_pretrained(source)
 
-    model, processor = load_model(source, load)
+    model, processor = load_model(source, load, say=options.model != EMBEDDED)
     return Answerer(model, processor, options.prompt_template, options.max_new_tokens)
 
 

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
 from mllm_crossget.arithmetic.intervals import Accuracy
+from mllm_crossget.files.quiet import no_bars
 
 from .evaluate import Score, answer, batch_inputs, prompt, score
 from .questions import KINDS, Question, held_out_questions
@@ -54,6 +55,7 @@ def load_embedded(
         >>> questions = held_out_questions(limit=200)
         >>> print(score(questions, answer(model, processor, questions)).overall.share)
     """
-    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    with no_bars():
+        model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, local_files_only=True)
     processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
     return model.eval(), processor

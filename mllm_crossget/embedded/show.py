@@ -168,7 +168,9 @@ def _load(name: str) -> tuple[Any, Any]:
     if not name:
         return load_embedded()
     return load_model(
-        name, lambda: (AutoModelForImageTextToText.from_pretrained(name).eval(), AutoProcessor.from_pretrained(name))
+        name,
+        lambda: (AutoModelForImageTextToText.from_pretrained(name).eval(), AutoProcessor.from_pretrained(name)),
+        say=True,
     )
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
@@ -78,13 +79,20 @@ def read_yaml(path: str | Path) -> Any:
         raise ValueError(f"{path} is no valid YAML file: {reason}") from error
 
 
-def load_model(name: str, load: Callable[[], Loaded]) -> Loaded:
+def load_model(name: str, load: Callable[[], Loaded], say: bool = False) -> Loaded:
     """The result of ``load`` for the model ``name``.
+
+    Args:
+        name: a folder or a repository of the hub.
+        load: reads the files.
+        say: say on stderr that it begins, as it may take minutes.
 
     Raises:
         ValueError: there is no such folder or repository, or files in it are missing or damaged.
     """
     check_model_name(name)
+    if say:
+        print(f"loading {name}", file=sys.stderr)
     try:
         return load()
     except (OSError, ValueError, KeyError, SafetensorError) as error:

@@ -144,7 +144,7 @@ def _load(name: str) -> Loaded:
         model: Any = AutoModelForImageTextToText.from_pretrained(name, dtype="auto")
         return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), AutoProcessor.from_pretrained(name)
 
-    model, processor = load_model(name, read)
+    model, processor = load_model(name, read, say=True)
     reason = unsupported_reason(model)
     if reason is not None:
         raise ValueError(reason)

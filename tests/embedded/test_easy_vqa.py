@@ -187,6 +187,8 @@ def test_stored_answers_are_compared_in_pairs(modules, tmp_path):
     assert setting == "tome 0.5"
     assert gap["value"] == 0
     assert gap["low"] < 0 < gap["high"]
+    whole = dict(paired.compared({"a b output 0.125": "11", "c output 0.125": "10"}, "a b output 0.125"))
+    assert whole["c output 0.125"]["value"] == -0.5
     (tmp_path / "demo.json").write_text(json.dumps({"rows": rows[:1]}))
     with pytest.raises(ValueError, match="no right and wrong"):
         paired.read_marks(tmp_path / "demo.json")

@@ -95,6 +95,7 @@ def problem_of(line: str) -> str | None:
     for name, other in _STANDS_FOR.items():
         line = line.replace(name, other)
     words = [word for word in shlex.split(line, comments=True) if not re.match(r"[A-Z_]+=", word)]
+    words = words[: words.index(">")] if ">" in words else words
     if not words:
         return None
     program, rest = Path(words[0]).name, words[1:]
