@@ -18,7 +18,7 @@ import types
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from safetensors import SafetensorError
 
@@ -132,8 +132,11 @@ def _parser(name: str, kinds: Sequence[Any], takes_method: bool, **texts: str) -
     """The parser of a command; every option is known in both spellings, with _ and with -."""
     from transformers import HfArgumentParser
 
+    class Parser(_ErrorsInOneLine, HfArgumentParser):
+        """``HfArgumentParser`` with short errors."""
+
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = HfArgumentParser(kinds, prog=f"{PROGRAM} {name}", formatter_class=formatter, allow_abbrev=False, **texts)
+    parser = Parser(kinds, prog=f"{PROGRAM} {name}", formatter_class=formatter, allow_abbrev=False, **texts)
     if takes_method:
         from mllm_crossget.config import method_names
 
@@ -218,9 +221,17 @@ def _taken_twice(kinds: Sequence[type]) -> dict[str, str]:
     return {field.name: f"method_{field.name}" for field in dataclasses.fields(kinds[1]) if field.name in others}
 
 
+class _ErrorsInOneLine(argparse.ArgumentParser):
+    """A parser that does not print all options behind a mistake."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the mistake and where the options are listed. Raises ``SystemExit`` with status 2."""
+        self.exit(2, f"error: {' '.join(message.split())}; {self.prog} --help lists what is possible\n")
+
+
 def _overview() -> argparse.ArgumentParser:
     """The parser of the commands' names, whose help has them in groups; ``parse_command`` parses their options."""
-    parser = argparse.ArgumentParser(
+    parser = _ErrorsInOneLine(
         PROGRAM,
         usage=f"{PROGRAM} [-h] [--version] COMMAND ...",
         description="Fewer visual tokens in Hugging Face vision-language models.",
@@ -252,8 +263,10 @@ def _imported(path: str) -> Any:
 
 def _read_file(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     """The arguments without a leading YAML file, and the file's values."""
-    if not words or Path(words[0]).suffix not in (".yaml", ".yml"):
+    if not words or words[0].startswith("-"):
         return list(words), {}
+    if Path(words[0]).suffix not in (".yaml", ".yml"):
+        raise ValueError(f"{words[0]!r} is no YAML file: give one that ends in .yaml or .yml first, or options alone")
     path = Path(words[0])
     values = read_yaml(path)
     if not isinstance(values, dict):

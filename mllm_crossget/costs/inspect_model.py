@@ -30,7 +30,7 @@ from mllm_crossget.schedule import (
     make_text_schedule,
     measured_geometry,
 )
-from mllm_crossget.support import unsupported_reason
+from mllm_crossget.support import check_dials, unsupported_reason
 
 
 @dataclass
@@ -80,12 +80,14 @@ def inspection(config: Any, method: Method, text_tokens: int = 60, new_tokens: i
     Raises:
         ValueError: an unsupported model, or a setting that its tower cannot meet.
     """
-    reason = unsupported_reason(without_weights(config))
+    model = without_weights(config)
+    reason = unsupported_reason(model)
     if reason is not None:
         raise ValueError(reason)
     family = family_of(config)
     if family is None or family.tower is None:
         raise ValueError(f"model type {config.model_type!r} has no vision tower to look at")
+    check_dials(method, family, model)
     geometry = acting_geometry(method, family.geometry(config))
     schedule = make_schedule(method, geometry)
     untouched = make_schedule(type(method)(keep_ratio=1.0), geometry)

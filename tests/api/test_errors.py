@@ -272,6 +272,13 @@ def test_mask_of_another_length_in_a_decode_step() -> None:
         model(input_ids=torch.tensor([[5]]), attention_mask=torch.ones(1, 5), past_key_values=cache)
 
 
+def test_labels_of_another_length() -> None:
+    model = accelerate_mllm(tiny_llava())
+    batch = prompt_batch(model, (1,))
+    with pytest.raises(ValueError, match="give one label per token"):
+        model(**batch, labels=batch["input_ids"][:, 1:])
+
+
 def test_saving_a_model_that_is_not_accelerated(tmp_path) -> None:
     with pytest.raises(ValueError, match="not accelerated"):
         save_crossget(tiny_llava(), tmp_path)

@@ -135,12 +135,18 @@ def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str], words: list[s
     assert printed.out == ""
 
 
-@pytest.mark.parametrize("words", [[], ["nonsense"], ["inspect"], ["inspect", GEOMETRY, "--unknown", "1"]])
-def test_unknown_words_stop_with_the_usage(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+@pytest.mark.parametrize(
+    "words",
+    [[], ["nonsense"], ["inspect"], ["inspect", GEOMETRY, "--unknown", "1"], ["inspect", GEOMETRY, "--r", "many"]],
+)
+def test_unknown_words_are_one_line_that_names_the_help(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(words)
     assert stop.value.code == 2
-    assert "usage: mllm-crossget" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ")
+    assert printed.count("\n") == 1
+    assert "--help lists what is possible" in printed
 
 
 def test_help_lists_every_command_and_needs_none_of_them(capsys: pytest.CaptureFixture[str]) -> None:

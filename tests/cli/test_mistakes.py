@@ -27,6 +27,8 @@ FILES = {
     "binary.yaml": "\udcff\n",
 }
 CASES = [
+    (["train", "d.json"], "'d.json' is no YAML file"),
+    (["inspect", "llava-1.5-7b", "--text_keep_ratio", "0.5"], "no text tower of its own to reduce"),
     (["train", "bad.yaml"], "bad.yaml is no valid YAML"),
     (["train", "deep.yaml"], "deep.yaml is no valid YAML"),
     (["train", "binary.yaml"], "binary.yaml is no valid YAML"),

@@ -215,11 +215,20 @@ def compact(call: PromptCall) -> CompactCall:
     if positions is not None:
         arguments["position_ids"] = _prepend_zeros(positions, call.offset)
     if arguments.get("labels") is not None:
+        _check_labels(arguments["labels"], ids)
         arguments["labels"] = compaction.compact(arguments["labels"], -100)
     removed = layout.removed + ids.shape[1] - outer_padding(mask).sum(dim=1) - compaction.real.sum(dim=1)
     sizes = compaction.log_sizes if handle.size_bias else None
     known = Layout(layout.length, layout.mask, layout.ids, removed, deltas, keeps_positions, sizes)
     return CompactCall(arguments, compaction, known)
+
+
+def _check_labels(labels: Tensor, ids: Tensor) -> None:
+    if labels.shape != ids.shape:
+        raise ValueError(
+            f"labels have the shape {tuple(labels.shape)}, input_ids {tuple(ids.shape)}; give one label per token, "
+            "-100 where there is none to learn"
+        )
 
 
 def _compact_positions(
