@@ -49,8 +49,10 @@ NO_AUTO_CLASS = {
     "metaclip_2_vision_model": MetaClip2VisionModel,
 }
 ALONE = (FeatureKind.MERGED, FeatureKind.MERGED_VIDEOS)  # their towers run as they are
-# Theirs take images of all sizes: tests/families/test_packed_grid.py and test_cells.py.
-SIZED = (FeatureKind.PADDED_GRID, FeatureKind.PADDED_GRID_VIDEOS, FeatureKind.PACKED_GRID, FeatureKind.CELLS)
+# Theirs take images of all sizes: tests/families/test_packed_grid.py and test_cells.py. Llama 4's layers take the turns
+# of their tokens, which its case in tests/helpers/families makes.
+SIZED = (FeatureKind.PADDED_GRID, FeatureKind.PADDED_GRID_VIDEOS, FeatureKind.PACKED_GRID, FeatureKind.CELLS,
+         FeatureKind.CLASS_LAST_GRID)  # fmt: skip
 TOWERS = {
     kind.model_type: kind
     for family in families().values()

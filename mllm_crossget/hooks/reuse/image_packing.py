@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from mllm_crossget.hooks.projector.post_merge import kept_cells, with_kept_cells
 
 _PIXELS = ("pixel_values", "pixel_values_images")
 _DEEPSTACK = "deepstack_features"
+_OF_ALL_IMAGES = ("visual_indicator_features",)  # fields of an output that no image changes (Ovis 2)
 _BY_ROW = ("pixel_mask", "image_sizes", "image_position_ids", "spatial_shapes", "pixel_attention_mask",
            "high_res_pixel_values")  # fmt: skip
 
@@ -29,12 +30,13 @@ _BY_ROW = ("pixel_mask", "image_sizes", "image_position_ids", "spatial_shapes", 
 @dataclass(frozen=True)
 class Form:
     """Structure of an output: its class, whether features are one tensor (images, k, D) or a list, the number of layers
-    with companions, and whether each of these is one tensor or a list."""
+    with companions, whether each of these is one tensor or a list, and fields that are the same for all images."""
 
     kind: type
     stacked: bool
     layers: int
     packed: bool
+    shared: dict[str, Tensor] = field(default_factory=dict, compare=False)
 
 
 class ImageCall(ABC):
@@ -75,7 +77,8 @@ class ImageCall(ABC):
         sizes = [len(entry) for entry in entries]
         companions = [layer.split(sizes) if isinstance(layer, Tensor) else list(layer) for layer in layers]
         packed = bool(layers) and isinstance(layers[0], Tensor)
-        form = Form(type(output), isinstance(features, Tensor), len(layers), packed)
+        shared = {name: output[name] for name in _OF_ALL_IMAGES if getattr(output, name, None) is not None}
+        form = Form(type(output), isinstance(features, Tensor), len(layers), packed, shared)
         cells = _parts_of(kept_cells(output), len, sizes)
         groups = _parts_of(groups_of(output), lambda group: len(group.size), sizes)
         return [
@@ -92,6 +95,8 @@ class ImageCall(ABC):
         layers = [[entry.companions[layer] for entry in entries] for layer in range(form.layers)]
         output = form.kind()
         output.pooler_output = features  # set as in transformers' models: older outputs have no such field
+        for name, value in form.shared.items():
+            setattr(output, name, value.clone())
         if layers:
             output.deepstack_features = [torch.cat(layer) if form.packed else layer for layer in layers]
         cells = [part for entry in entries for part in entry.cells]

