@@ -293,7 +293,7 @@ def test_flops_count_one_step_and_a_whole_tower() -> None:
 SERVED = {
     Place.PROJECTOR: {
         "aya_vision", "cohere2_vision", "deepseek_ocr2", "deepseek_vl", "deepseek_vl_hybrid", "gemma3", "gemma4",
-        "glm46v", "glm4v", "glm4v_moe", "glm_ocr", "idefics3", "internvl", "janus", "lfm2_vl", "lighton_ocr", "llama4",
+        "glm46v", "glm4v", "glm4v_moe", "glm_ocr", "idefics3", "internvl", "janus", "lfm2_vl", "lighton_ocr",
         "llava", "llava:several feature layers", "minicpmv4_6", "mistral3", "ovis2", "paddleocr_vl", "paligemma",
         "perception_lm", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe", "smolvlm",
         "vipllava",

@@ -284,6 +284,10 @@ class _OutputAsFeatures(FeaturesMixin):
 class ClassLastFeatures(PaddedGridFeatures, _OutputAsFeatures):
     """The same for a tower whose class token is the last one, and whose output the model reads (Llama 4)."""
 
+    refused: ClassVar[Mapping[Place, str]] = {
+        **_REFUSED,
+        Place.PROJECTOR: "its last matrix is behind what the model calls features",
+    }
     tower: ClassVar[type[nn.Module]] = ClassLastTower
     encoder: ClassVar[type[nn.Module]] = ClassLastEncoder
 

@@ -225,10 +225,8 @@ def compact(call: PromptCall) -> CompactCall:
 
 def _check_labels(labels: Tensor, ids: Tensor) -> None:
     if labels.shape != ids.shape:
-        raise ValueError(
-            f"labels have the shape {tuple(labels.shape)}, input_ids {tuple(ids.shape)}; give one label per token, "
-            "-100 where there is none to learn"
-        )
+        shapes = f"labels have the shape {tuple(labels.shape)}, input_ids {tuple(ids.shape)}"
+        raise ValueError(f"{shapes}; give one label per token, -100 where there is none to learn")
 
 
 def _compact_positions(
