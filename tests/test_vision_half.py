@@ -15,6 +15,7 @@ from mllm_crossget.vision_half import VisionHalf, accelerate_vision
 from tests.helpers.families.case_qwen import patches
 from tests.helpers.tiny import pixels, randomise_cross_tokens, tiny_llava, tiny_tower
 from tests.helpers.tiny_grid import tiles, tiny_internvl, tiny_qwen
+from tests.helpers.versions import TRAINS
 
 METHODS = [
     CrossGetConfig(keep_ratio=0.5),
@@ -50,6 +51,7 @@ def test_features_sizes_and_places_are_the_whole_models(tower: str, method: Meth
     assert len(encoded[0].features) == half.handle.schedule.features
 
 
+@pytest.mark.skipif(not TRAINS, reason="vLLM needs a newer transformers, which has an AutoModel for these towers")
 @pytest.mark.parametrize("method", [CrossGetConfig(keep_ratio=0.5), ToMeConfig(r=1), CrossGetConfig(keep_ratio=1.0)])
 @pytest.mark.parametrize("model_type", ["qwen2_5_vl", "qwen3_vl"])
 def test_features_of_packed_images_are_the_whole_models(model_type: str, method: Method) -> None:

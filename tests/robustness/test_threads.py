@@ -244,6 +244,20 @@ def test_a_stock_model_at_work_is_not_accelerated() -> None:
     assert_identical(fingerprint(model), before)
 
 
+@torch.no_grad()
+def test_a_forward_that_was_looked_up_before_a_change_is_that_of_the_model_now() -> None:
+    """torch looks it up before a call waits for a change, which may be undone meanwhile."""
+    model = tiny_llava()
+    batch = prompt_batch(model, (1,))
+    early, stock = model.forward, answer(model, "forward", batch)
+    late, reduced = accelerate_mllm(model, keep_ratio=0.5).forward, answer(model, "forward", batch)
+    assert not same(stock, reduced)
+    assert same(early(**batch).logits, reduced)
+    restore_mllm(model)
+    assert same(late(**batch).logits, stock)
+
+
+
 def test_calls_during_changes_are_right_or_changes_say_why_not() -> None:
     """One thread accelerates and restores again and again, two others ask: each answer is that of one of both."""
     model = tiny_llava(layers=3, text_layers=2)

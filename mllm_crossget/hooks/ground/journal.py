@@ -163,7 +163,7 @@ def mixed_class(original: type, mixin: type) -> type:
     for kind in _own_classes(mixin):
         for name, replacement in vars(kind).items():
             if inspect.isfunction(replacement) and not name.startswith("__") and hasattr(original, name):
-                namespace.setdefault(name, _instead_of(getattr(original, name), replacement))
+                namespace.setdefault(name, _instead_of(getattr(original, name), replacement, mixin))
     mixed = type(original.__name__, (mixin, original), namespace)
     mixed.__qualname__ = original.__qualname__
     return mixed
@@ -226,11 +226,17 @@ def _own_classes(mixin: type) -> list[type]:
     return [kind for kind in mixin.__mro__ if kind not in (nn.Module, object)]
 
 
-def _instead_of(original: Callable[..., Any], replacement: Callable[..., Any]) -> Callable[..., Any]:
-    """A method with the original's name and signature."""
+def _instead_of(original: Callable[..., Any], replacement: Callable[..., Any], mixin: type) -> Callable[..., Any]:
+    """A method with the original's name and signature.
+
+    torch looks ``forward`` up before it runs the hooks in which a call waits for a change of the model by another
+    thread. If that change is undone, the method that was looked up is no longer the module's.
+    """
 
     @functools.wraps(original)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self, mixin):
+            return getattr(self, replacement.__name__)(*args, **kwargs)
         if set_aside(self):
             return original(self, *args, **kwargs)
         return replacement(self, *args, **kwargs)
