@@ -257,7 +257,6 @@ def test_a_forward_that_was_looked_up_before_a_change_is_that_of_the_model_now()
     assert same(late(**batch).logits, stock)
 
 
-
 def test_calls_during_changes_are_right_or_changes_say_why_not() -> None:
     """One thread accelerates and restores again and again, two others ask: each answer is that of one of both."""
     model = tiny_llava(layers=3, text_layers=2)
