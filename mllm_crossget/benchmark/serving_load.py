@@ -2,7 +2,8 @@
 
 vLLM's own client (``vllm bench serve``) asks and takes the times. Around it, this makes the prompts, asks the servers
 alternately, and reads their metrics: tokens of a prompt, and blocks of the KV cache while requests run. All servers get
-the same prompts. Pictures that are not shared are new in every run, so that no cache knows them.
+the same prompts. Pictures that are not shared are new in every run of a call, so no cache knows them; a second call
+needs another ``--seed``.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ import json
 import random
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -87,6 +88,8 @@ class BenchServeOptions:
             raise ValueError(f"shared must be in [0, 1], got {self.shared}")
         if max(self.concurrency, default=_MOST_AT_ONCE + 1) > _MOST_AT_ONCE:
             raise ValueError(f"concurrency must be numbers from 1 to {_MOST_AT_ONCE}, got {self.concurrency}")
+        if len(set(self.concurrency)) < len(self.concurrency):
+            raise ValueError(f"concurrency={self.concurrency} names a number twice, and the caches know the second run")
         total = self.requests * self.rounds * len(self.concurrency) * len(self.servers)
         if total > _MOST_REQUESTS:
             raise ValueError(f"these options make {total} requests, at most {_MOST_REQUESTS} are sent: give fewer")
@@ -120,6 +123,7 @@ def checked_address(address: str, allow_remote: bool = False) -> str:
             f"{address} is not on this machine, and load on others' servers is not made by mistake; with "
             "--allow_remote it is asked"
         )
+    _ = parts.port  # raises ValueError for one that is no number
     return f"{parts.scheme}://{parts.netloc}"
 
 
@@ -270,7 +274,8 @@ def counts_of(
         before, after: the metrics around the run.
         samples: those during it.
     """
-    asked = after.get("prompts", 0) - before.get("prompts", 0)
+    read = before and after  # without one of the two, the other counts all that the server ever did
+    asked = after.get("prompts", 0) - before.get("prompts", 0) if read else 0
     tokens = after.get("prompt tokens", 0) - before.get("prompt tokens", 0)
     running = [one for one in samples if one.get("running") and one.get("blocks")]
     used = sum(one["used"] * (one["blocks"] - 1) for one in running)
@@ -296,7 +301,7 @@ def read_metrics(address: str) -> dict[str, float]:
     try:
         with urllib.request.urlopen(f"{address}/metrics", timeout=_PATIENCE) as reply:
             text = reply.read().decode()
-    except OSError:  # other engines have none, and a reading of a busy server may come too late
+    except (OSError, HTTPException):  # other engines have none, and a reading of a busy server may come too late
         return {}
     found: dict[str, float] = {}
     for sample in (sample for family in families(text) for sample in family.samples):
@@ -320,5 +325,5 @@ def plain_prompt(address: str, question: str) -> int:
         )
         with urllib.request.urlopen(call, timeout=10 * _PATIENCE) as reply:
             return int(json.load(reply)["usage"]["prompt_tokens"])
-    except (OSError, ValueError, KeyError, IndexError) as error:
+    except (OSError, HTTPException, ValueError, TypeError, KeyError, IndexError) as error:
         raise ValueError(f"{address} does not answer as an OpenAI-compatible server: {error}") from error

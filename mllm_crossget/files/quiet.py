@@ -41,7 +41,7 @@ def quiet() -> Iterator[None]:
 @contextmanager
 def no_bars() -> Iterator[None]:
     """Inside the block transformers shows no progress bars. Those of downloads stay: a user waits for these."""
-    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from transformers.utils import logging as theirs
 
     shown, downloads = theirs.is_progress_bar_enabled(), not are_progress_bars_disabled()
@@ -53,3 +53,5 @@ def no_bars() -> Iterator[None]:
     finally:
         if shown:
             theirs.enable_progress_bar()
+            if not downloads:  # they came back with the others
+                disable_progress_bars()

@@ -146,10 +146,16 @@ class SeveralStages(LanguageSelection):
         return at
 
     def stage_counts(self, at: tuple[int, ...], layers: int, tokens: int) -> tuple[int, ...]:
-        """See ``InLanguageModel``. An image that is too small for the average has one token left."""
+        """See ``InLanguageModel``. An image that is too small for its share of the average has one token left.
+
+        Raises:
+            ValueError: an image of so many tokens that ``visual_tokens`` is below their average in front of the stages.
+        """
         try:
             return scaled_counts(at, self.ratios, layers, tokens, self.dialled(tokens))
         except ValueError:
+            if self.visual_tokens is not None:
+                raise
             return (1,) * len(at)
 
 

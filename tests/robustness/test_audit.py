@@ -62,7 +62,7 @@ def keyword(node: ast.Call, name: str) -> Any:
 
 
 def problems_in(file: Path) -> list[str]:
-    found = sorted(imported(file) & (MODULES - {"urllib"} if file == ASKS_SERVERS else MODULES))
+    found = sorted(imported(file) & (MODULES - {"urllib", "http"} if file == ASKS_SERVERS else MODULES))
     if "subprocess" in imported(file) and not file.is_relative_to(STARTS_PROCESSES):
         found.append("subprocess")
     for node in nodes(file, ast.Call):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mllm_crossget.families.family import module_at
-from mllm_crossget.hooks.ground.arguments import positional_names
+from mllm_crossget.hooks.ground.arguments import given_arguments, positional_names
 from mllm_crossget.hooks.ground.cross_tokens import recorded_cross_tokens
 from mllm_crossget.hooks.ground.kv_cache import cache_from, cache_in, with_named_cache
 from mllm_crossget.hooks.ground.state import HANDLE, Handle, refuse_replica
@@ -24,6 +24,7 @@ from mllm_crossget.hooks.language.sized_model import (
     keep_log_sizes,
     log_sizes_on,
 )
+from mllm_crossget.hooks.language.staged_call import stages_on
 from mllm_crossget.hooks.model.cross_loss import add_alignment_loss
 from mllm_crossget.hooks.model.madtp_loss import guides, recording, with_guidance
 from mllm_crossget.hooks.model.saved_model import SavedModel
@@ -95,8 +96,7 @@ class ReducedModel(SavedModel):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As the original: full-length prompts in, full-length sequences out."""
         kwargs.update(zip(positional_names(type(self), "generate"), args, strict=False))
-        kwargs = {name: value for name, value in kwargs.items() if value is not None}
-        kwargs = with_named_cache(kwargs)
+        kwargs = with_named_cache(given_arguments(kwargs))
         handle: Handle = self.__dict__[HANDLE]
         option = option_reader(self, kwargs)
         cache = cache_in(kwargs)
@@ -137,6 +137,8 @@ def compact_forward(model: nn.Module, forward: Any, kwargs: dict[str, Any], colu
     handle: Handle = model.__dict__[HANDLE]
     refuse_other_features(handle, model.config, kwargs)
     cache = cache_in(kwargs)
+    if stages_on(cache) is not None:
+        raise ValueError("the KV cache is of other settings, whose tokens left inside: start with a new cache")
     layout = getattr(cache, LAYOUT, None)
     if layout is not None and _was_emptied(cache, kwargs):
         delattr(cache, LAYOUT)

@@ -1,5 +1,5 @@
 """The model whose visual tokens leave inside the language model: it finds them in the prompt, and refuses what cannot
-work. Prompts, outputs and their lengths are those of the untouched model.
+work. Prompts, logits and their lengths are those of the untouched model; hidden states have the columns that are left.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mllm_crossget.families.family import module_at
-from mllm_crossget.hooks.ground.arguments import positional_names
+from mllm_crossget.hooks.ground.arguments import given_arguments, positional_names
 from mllm_crossget.hooks.ground.call_state import Lent, lent
 from mllm_crossget.hooks.ground.journal import Journal
 from mllm_crossget.hooks.ground.kv_cache import cache_in, with_named_cache
@@ -20,6 +20,7 @@ from mllm_crossget.hooks.language.staged_call import Picture
 from mllm_crossget.hooks.language.staged_layers import PICTURE, hook_stages, refuse_cache
 from mllm_crossget.hooks.model.saved_model import SavedModel
 from mllm_crossget.hooks.request.compact_call import refuse_inputs, require_ids
+from mllm_crossget.hooks.request.compaction import LAYOUT, check_labels
 from mllm_crossget.hooks.request.placeholders import placeholders_of, present, token_of
 from mllm_crossget.hooks.request.user_view import option_reader
 
@@ -89,7 +90,7 @@ class StagedModel(SavedModel):
             ValueError: an option that needs caches of one length, or to go back in them.
         """
         kwargs.update(zip(positional_names(type(self), "generate"), args, strict=False))
-        kwargs = with_named_cache({name: value for name, value in kwargs.items() if value is not None})
+        kwargs = with_named_cache(given_arguments(kwargs))
         option = option_reader(self, kwargs)
         for name, reason in _REFUSED.items():
             if option(name):
@@ -101,6 +102,7 @@ class StagedModel(SavedModel):
                 "model: its layers need caches of different lengths; leave it out"
             )
         refuse_cache(cache_in(kwargs))
+        refuse_compact_cache(cache_in(kwargs))
         with Lent(_PROMPT, self._prompt(kwargs), self):
             return super().generate(**kwargs)
 
@@ -132,6 +134,7 @@ class PromptReader(nn.Module):
         model: Any = self.__dict__[_WHOLE]
         handle: Handle = model.__dict__[HANDLE]
         labels = kwargs.pop(_LABELS, None)
+        refuse_compact_cache(cache_in(kwargs))
         if present(handle, kwargs):
             refuse_inputs(kwargs)
             require_ids(handle, kwargs)
@@ -149,6 +152,8 @@ def picture_of(model: nn.Module, handle: Handle, kwargs: dict[str, Any], labels:
     """
     ids: Tensor = kwargs["input_ids"]
     alive = _alive(ids, kwargs.get("attention_mask"))
+    if labels is not None:
+        check_labels(labels, ids)
     visual = torch.zeros_like(alive)
     for modality in present(handle, kwargs):
         visual |= (ids == token_of(model, modality)) & alive
@@ -158,8 +163,8 @@ def picture_of(model: nn.Module, handle: Handle, kwargs: dict[str, Any], labels:
     kept = None if prompt is None else prompt.kept
     kept = _kept(model, handle, kwargs, ids) if kept is None else [_repeated(own, len(ids)) for own in kept]
     follows = _asked(model, kwargs) if labels is None else labels.to(ids.device) == _NO_LABEL
-    question = _behind_the_image(visual, alive & ~visual & follows)
     last = _last(alive & (follows if labels is None else alive))
+    question = _behind_the_image(visual, alive & ~visual & follows, last)
     if labels is None:
         return Picture(visual, alive, question, last, visual & last, kept)
     answered = torch.cat([~follows[:, 1:], torch.zeros_like(follows[:, :1])], dim=1)
@@ -210,6 +215,8 @@ def _alive(ids: Tensor, mask: Any) -> Tensor:
     if not isinstance(mask, Tensor) or mask.ndim != 2:
         kind = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(f"attention_mask must be (rows, columns) where tokens leave inside the model, got {kind}")
+    if mask.shape[1] < ids.shape[1]:
+        raise ValueError(f"attention_mask has {mask.shape[1]} columns, input_ids has {ids.shape[1]}")
     return mask[:, -ids.shape[1] :] != 0
 
 
@@ -229,10 +236,16 @@ def _images_of_rows(is_image: Tensor, counts: list[int]) -> list[list[int]]:
     return found
 
 
-def _behind_the_image(visual: Tensor, text: Tensor) -> Tensor:
-    """(B, Q) text behind a row's last visual token; all text of a row where there is none."""
+def _behind_the_image(visual: Tensor, text: Tensor, last: Tensor) -> Tensor:
+    """(B, Q) text behind a row's last visual token; where there is none, its last column, which sees the image."""
     behind = text & (visual.flip(1).cumsum(dim=1).flip(1) == 0)
-    return torch.where(behind.any(dim=1, keepdim=True), behind, text)
+    return torch.where(behind.any(dim=1, keepdim=True), behind, last)
+
+
+def refuse_compact_cache(cache: Any) -> None:
+    """Raise ``ValueError`` for a KV cache that a model with merged tokens has filled."""
+    if getattr(cache, LAYOUT, None) is not None:
+        raise ValueError("the KV cache was filled with other settings, which merged its tokens: start with a new cache")
 
 
 def _last(alive: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from mllm_crossget.hooks.request.compaction import (
     Compaction,
     Layout,
     check_counts,
+    check_labels,
     outer_padding,
     plan_compaction,
     refuse_padding_in_a_state,
@@ -215,18 +216,12 @@ def compact(call: PromptCall) -> CompactCall:
     if positions is not None:
         arguments["position_ids"] = _prepend_zeros(positions, call.offset)
     if arguments.get("labels") is not None:
-        _check_labels(arguments["labels"], ids)
+        check_labels(arguments["labels"], ids)
         arguments["labels"] = compaction.compact(arguments["labels"], -100)
     removed = layout.removed + ids.shape[1] - outer_padding(mask).sum(dim=1) - compaction.real.sum(dim=1)
     sizes = compaction.log_sizes if handle.size_bias else None
     known = Layout(layout.length, layout.mask, layout.ids, removed, deltas, keeps_positions, sizes)
     return CompactCall(arguments, compaction, known)
-
-
-def _check_labels(labels: Tensor, ids: Tensor) -> None:
-    if labels.shape != ids.shape:
-        shapes = f"labels have the shape {tuple(labels.shape)}, input_ids {tuple(ids.shape)}"
-        raise ValueError(f"{shapes}; give one label per token, -100 where there is none to learn")
 
 
 def _compact_positions(

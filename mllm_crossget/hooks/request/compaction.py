@@ -275,3 +275,10 @@ def _check_rows(is_image: Tensor, sizes: list[int]) -> None:
             f"row {bad[0]} of the prompt ends in the middle of an image's placeholders: {held} placeholders for "
             f"images of {sorted(set(sizes))} tokens; was the prompt truncated? {TRUNCATED}"
         )
+
+
+def check_labels(labels: Tensor, ids: Tensor) -> None:
+    """Raise ``ValueError`` for labels of another shape than the token ids'."""
+    if labels.shape != ids.shape:
+        shapes = f"labels have the shape {tuple(labels.shape)}, input_ids {tuple(ids.shape)}"
+        raise ValueError(f"{shapes}; give one label per token, -100 where there is none to learn")

@@ -146,10 +146,14 @@ def _check_longest(vllm_config: Any, method: Method) -> None:
     model_config = vllm_config.model_config
     limit, length = model_config.multimodal_config.get_limit_per_prompt("image"), model_config.max_model_len
     images, dropped = _most_dropped(method, model_config.hf_config, length, limit)
+    if not images * dropped:
+        return
     longest = length + images * dropped
     text = model_config.hf_config.get_text_config()
     wide = text.rope_parameters.get("rope_type", "default") == "default" and text.model_type != "qwen3_vl_text"
-    rows = text.max_position_embeddings * (4 if wide else 1)
+    rope = text.rope_parameters
+    stretched = rope.get("original_max_position_embeddings", text.max_position_embeddings) * rope.get("factor", 1.0)
+    rows = max(text.max_position_embeddings, int(stretched)) * (4 if wide else 1)
     if longest > rows:
         most = (rows - length) // dropped
         ways = []

@@ -76,10 +76,11 @@ def server_command(model: str, method: Method | None, words: Sequence[str]) -> t
     rest, overrides = split_overrides(words)
     if KEY in overrides:
         raise ValueError(f"{_OVERRIDES} holds {KEY!r} too; give the settings once, as options in front of --")
-    config = AutoConfig.from_pretrained(model)
+    revision = _value(words, "--revision", "") or None
+    config = AutoConfig.from_pretrained(model, revision=revision)
     if method is not None:
         setattr(config, KEY, method.to_dict())
-    chosen = settings_of(config, model)
+    chosen = settings_of(config, model, revision)
     if chosen is None:
         raise ValueError(f"{model} has no saved settings; say how many tokens to keep, such as --keep-ratio 0.5")
     values = json.dumps({**overrides, KEY: _changed_fields(chosen)})

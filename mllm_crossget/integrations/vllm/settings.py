@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 
 from mllm_crossget import methods as _registered_methods  # noqa: F401 - registers them
 from mllm_crossget.config import CONFIG_NAME, ReductionConfig, find_file
@@ -69,14 +69,20 @@ def _in_folder(name_or_path: str, revision: str | None) -> Method | None:
         return checked_method(ReductionConfig.from_pretrained(folder)) if (folder / CONFIG_NAME).is_file() else None
     try:
         path = find_file(name_or_path, CONFIG_NAME, revision=revision)
+    except LocalEntryNotFoundError as error:  # the hub cannot be reached, and the file is not kept here
+        _warn_of_untouched(name_or_path, error)
+        return None
     except (EntryNotFoundError, HFValidationError):  # no such file; or no repository of the hub, but a bucket's address
         return None
     except OSError as error:
-        warnings.warn(
-            f"{name_or_path} is served untouched, as {CONFIG_NAME} cannot be looked for: {error}", stacklevel=4
-        )
+        _warn_of_untouched(name_or_path, error)
         return None
     return checked_method(ReductionConfig.from_pretrained(path.parent))
+
+
+def _warn_of_untouched(name_or_path: str, error: OSError) -> None:
+    message = f"{name_or_path} is served untouched, as {CONFIG_NAME} cannot be looked for: {error}"
+    warnings.warn(message, stacklevel=5)
 
 
 def refuse_unserved(method: Method, hf_config: Any) -> None:
