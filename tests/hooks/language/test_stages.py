@@ -14,6 +14,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_atten
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mllm_crossget import accelerate_mllm, restore_mllm
+from mllm_crossget.config import method_class
 from mllm_crossget.hooks.ground.state import handle_of
 from mllm_crossget.methods import LanguageSelection, PromptSignals
 from mllm_crossget.methods.capabilities import Asking, PromptNeeds, PromptSelection
@@ -433,3 +434,42 @@ def test_a_prompt_that_ends_with_its_image_keeps_the_last_token() -> None:
     assert batch["input_ids"][0, -1] == model.config.image_token_id
     assert model(**batch).logits[0, -1].any()
     restore_mllm(model)
+
+
+@torch.no_grad()
+def test_caches_masks_and_labels_of_another_call_are_named() -> None:
+    model = tiny_llava(text_layers=3)
+    batch = prompt_batch(model, (1,))
+    more = {"input_ids": torch.tensor([[5]]), "attention_mask": torch.ones(1, batch["input_ids"].shape[1] + 1)}
+    caches = {}
+    for method in ("fastv", "tome"):
+        accelerate_mllm(model, method=method, keep_ratio=0.5)
+        caches[method] = model(**batch, use_cache=True).past_key_values
+        if method == "fastv":
+            for name, value in (("labels", batch["input_ids"][:, 1:]), ("attention_mask", torch.ones(1, 5))):
+                with pytest.raises(ValueError, match=name):
+                    model(**{**batch, name: value})
+    with pytest.raises(ValueError, match="cache is of other settings"):
+        model(**more, past_key_values=caches["fastv"])
+    accelerate_mllm(model, method="fastv", keep_ratio=0.5)
+    with pytest.raises(ValueError, match="cache was filled with other settings"):
+        model(**more, past_key_values=caches["tome"])
+
+
+@pytest.mark.parametrize("method", ["tome", "fastv"])
+def test_no_end_mark_is_passed_on(method: str) -> None:
+    model = accelerate_mllm(tiny_llava(text_layers=3), method=method, keep_ratio=0.5)
+    batch = prompt_batch(model, (1,))
+    whole = model.generate(**batch, max_new_tokens=6, do_sample=False)
+    model.generation_config.eos_token_id = int(whole[0, batch["input_ids"].shape[1] + 1])
+    model.generation_config.pad_token_id = 0
+    assert model.generate(**batch, max_new_tokens=6, do_sample=False).shape[1] < whole.shape[1]
+    assert torch.equal(model.generate(**batch, max_new_tokens=6, do_sample=False, eos_token_id=None), whole)
+
+
+def test_a_number_that_a_large_image_cannot_meet_is_refused() -> None:
+    method = method_class("pyramiddrop")(visual_tokens=192)
+    at = method.stage_layers(32, 576)
+    assert min(method.stage_counts(at, 32, 576)) > 1
+    with pytest.raises(ValueError, match="visual_tokens"):
+        method.stage_counts(at, 32, 2048)
