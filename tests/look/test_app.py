@@ -59,7 +59,9 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     finally:
         server.terminate()
         server.wait(20)
-    assert "Traceback" not in (folder / "log").read_text()
+    # A browser that goes on to the next page breaks downloads off, and uvicorn reports that in its log.
+    log = (folder / "log").read_text()
+    assert not re.search(r'File ".*mllm_crossget', log), log
 
 
 def _listens(port: int) -> bool:
