@@ -39,8 +39,10 @@ def test_a_process_that_grows_shows(monkeypatch):
     kept, keep = [], VisionCache.keep
 
     def leaking(self, *args):
-        kept.append(mmap.mmap(-1, MEBIBYTE))  # fresh pages: what an earlier test has freed would take in a tensor
-        kept[-1].write(bytes(MEBIBYTE))
+        # Fresh pages, as what an earlier test has freed would take in a tensor; and far more of them than is asked for
+        # below, as the process may give back other memory meanwhile.
+        kept.append(mmap.mmap(-1, 3 * MEBIBYTE))
+        kept[-1].write(bytes(3 * MEBIBYTE))
         keep(self, *args)
 
     monkeypatch.setattr(VisionCache, "keep", leaking)
