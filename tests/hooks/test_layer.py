@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.models.idefics2.modeling_idefics2 import Idefics2VisionTransformer
 
-from mllm_crossget import MadtpConfig, ReductionConfig, ToMeConfig, trace_merges
+from mllm_crossget import MadtpConfig, ReductionConfig, ToMeConfig, accelerate_mllm, trace_merges
 from mllm_crossget.families.family import BertNames, FeatureKind, families, module_at
 from mllm_crossget.hooks.ground.call_state import Lent
 from mllm_crossget.hooks.ground.journal import Journal
@@ -50,7 +50,7 @@ NO_AUTO_CLASS = {
 }
 ALONE = (FeatureKind.MERGED, FeatureKind.MERGED_VIDEOS)  # their towers run as they are
 # Theirs take images of all sizes: tests/families/test_packed_grid.py and test_cells.py. Llama 4's layers take the turns
-# of their tokens, which its case in tests/helpers/families makes.
+# of their tokens: below, as a whole model.
 SIZED = (FeatureKind.PADDED_GRID, FeatureKind.PADDED_GRID_VIDEOS, FeatureKind.PACKED_GRID, FeatureKind.CELLS,
          FeatureKind.CLASS_LAST_GRID)  # fmt: skip
 TOWERS = {
@@ -107,6 +107,20 @@ def states(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     """Its last hidden states, from the same random numbers at every call."""
     torch.manual_seed(2)
     return module(*args, **kwargs).last_hidden_state
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@torch.no_grad()
+def test_with_nothing_to_remove_llama_4_is_the_stock_model(attention: str) -> None:
+    """``r=0`` goes through every hook of its tower, whose layers take the turns of their tokens."""
+    case = next(case for case in all_cases() if case.name == "llama4")
+    model = case.build(attention)
+    batch = case.batch(model)
+    stock = case.answers(model, batch)
+    accelerate_mllm(model, ToMeConfig(r=0))
+    assert handle_of(model).tower is not None
+    for found, expected in zip(case.answers(model, batch), stock, strict=True):
+        torch.testing.assert_close(found, expected, **ROUNDING)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

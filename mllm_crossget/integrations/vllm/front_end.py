@@ -152,7 +152,8 @@ def _check_longest(vllm_config: Any, method: Method) -> None:
     text = model_config.hf_config.get_text_config()
     wide = text.rope_parameters.get("rope_type", "default") == "default" and text.model_type != "qwen3_vl_text"
     rope = text.rope_parameters
-    stretched = rope.get("original_max_position_embeddings", text.max_position_embeddings) * rope.get("factor", 1.0)
+    original = rope.get("original_max_position_embeddings") or text.max_position_embeddings
+    stretched = original * (rope.get("factor") or 1.0)  # YaRN and the like make a longer table
     rows = max(text.max_position_embeddings, int(stretched)) * (4 if wide else 1)
     if longest > rows:
         most = (rows - length) // dropped
